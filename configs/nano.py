@@ -1,0 +1,80 @@
+"""Nano Tanuki: every stage of the paper on a laptop, from rule-made text.
+
+tanuki run --config=configs/nano.py --workdir=runs/nano
+"""
+
+from tanuki_jax import config
+
+
+def get_config():
+    c = config.recipe(name="Nano Tanuki", seed=0)
+    c.model.update(
+        dict(
+            vocab_size=1280,
+            n_layers=4,
+            d_model=128,
+            d_ff=384,
+            n_heads=4,
+            n_kv_heads=2,
+            head_dim=32,
+            init_std=0.04,
+            n_experts=8,
+            top_k=2,
+            remat="full",
+        )
+    )
+    c.mesh.update(dict(data=1, fsdp=-1))
+    c.data = dict(
+        ja="rules:documents_ja",
+        en="rules:documents_en",
+        synthetic_ja="rules:synthetic_ja",
+        synthetic_en="rules:synthetic_en",
+        dialogues="rules:dialogues",
+        pairs="rules:pairs",
+    )
+    c.rules.update(dict(documents=12_000, dialogues=30_000, pairs=6_000))
+    c.tokenizer.update(
+        dict(
+            vocab_size=1280,
+            character_coverage=1.0,
+            sources=("ja", "en", "synthetic_ja", "synthetic_en", "dialogues"),
+            max_bytes=2_000_000,
+        )
+    )
+    c.scoring.update(dict(prompts=480, pairs=240, max_new_tokens=40, batch_size=160))
+
+    def adam(peak, **options):
+        return dict(learning_rate=peak, learning_rate_floor=peak / 20, warmup_ratio=0.05, clip_norm=1.0, **options)
+
+    row = dict(seq_len=128, batch_size=8, save_every=500, log_every=10)
+    c.stages.pretrain = config.stage(
+        "pretrain",
+        mixture=dict(ja=(0.35, 0.2), en=(0.25, 0.15), synthetic_ja=(0.24, 0.39), synthetic_en=(0.16, 0.26)),
+        mixture_starts=(0, 700_000),
+        tokens=1_500_000,
+        optimizer=adam(2e-3),
+        **row,
+    )
+    c.stages.upcycle = config.stage("upcycle", init_from="pretrain")
+    c.stages.continued = config.stage(
+        "pretrain",
+        init_from="upcycle",
+        mixture=dict(ja=(0.2, 0.0), en=(0.15, 0.0), synthetic_ja=(0.39, 0.6), synthetic_en=(0.26, 0.4)),
+        mixture_starts=(0, 500_000),
+        tokens=1_000_000,
+        optimizer=adam(1.5e-3),
+        **row,
+    )
+    c.stages.sft = config.stage(
+        "sft", init_from="continued", mixture=dict(dialogues=(1.0,)), tokens=600_000, optimizer=adam(1e-3), **row
+    )
+    c.stages.dpo = config.stage(
+        "dpo",
+        init_from="sft",
+        mixture=dict(pairs=(1.0,)),
+        steps=60,
+        loss=dict(beta=0.1, router_aux_loss=0.0),
+        optimizer=adam(1e-4),
+        **{**row, "seq_len": 256},
+    )
+    return c

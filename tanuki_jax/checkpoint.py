@@ -1,0 +1,200 @@
+"""Checkpoints: the only file that imports Orbax.
+
+A stage's directory holds `checkpoints/<step>/{params, optimizer, meta}` and `tokenizer/`.  `meta` has the step, the resolved
+model and stage, and the fingerprint of the data, so that resume, export and serving need nothing else.  Saves are
+asynchronous and atomic (Orbax writes to a temporary name and renames); a checkpoint restores on any mesh.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from tanuki_jax import config, model, parallel
+from tanuki_jax.errors import UserError
+from tanuki_jax.train.step import State
+
+EVERY = 1_000_000  # keep all checkpoints: for opening without deleting
+
+
+class Checkpoints:
+    """The checkpoints of one stage."""
+
+    def __init__(self, stage_directory: Path, keep: int = 1) -> None:
+        self.directory = Path(stage_directory).absolute() / "checkpoints"
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=ocp.checkpoint_managers.LatestN(keep),
+            enable_async_checkpointing=True,
+            cleanup_tmp_directories=True,
+        )
+        with _disk_errors(self.directory):
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def latest(self) -> int | None:
+        """The newest whole checkpoint's step."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: State, meta: dict[str, Any]) -> None:
+        """Starts writing; the arrays are copied before this returns, so the state may be donated.  Errors of the save
+        before come up here or in `close`."""
+        optimizer = {"opt_state": state.opt_state, "step": state.step, "key": jax.random.key_data(state.key)}
+        self.save_items(step, {"params": state.params, "optimizer": optimizer}, meta)
+
+    def save_items(self, step: int, trees: dict[str, Any], meta: dict[str, Any]) -> None:
+        """The same for named trees of arrays."""
+        items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+        with _disk_errors(self.directory):
+            self._manager.save(step, args=ocp.args.Composite(**items, meta=ocp.args.JsonSave({"step": step, **meta})))
+
+    def restore(self, step: int, like: State) -> State:
+        """The state of a step, with the shardings of `like` (a tree of ShapeDtypeStructs)."""
+        key = jax.eval_shape(jax.random.key_data, like.key)
+        key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=like.step.sharding)
+        saved = self.restore_items(
+            step, {"params": like.params, "optimizer": {"opt_state": like.opt_state, "step": like.step, "key": key}}
+        )
+        optimizer = saved["optimizer"]
+        return State(optimizer["step"], saved["params"], optimizer["opt_state"], jax.random.wrap_key_data(optimizer["key"]))
+
+    def restore_items(self, step: int, like: dict[str, Any]) -> dict[str, Any]:
+        """Some of the named trees of a step."""
+        items = {name: ocp.args.StandardRestore(tree) for name, tree in like.items()}
+        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        return {name: restored[name] for name in like}
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """What was saved beside the arrays."""
+        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+
+    def close(self) -> None:
+        """Waits for the last save to be durable."""
+        with _disk_errors(self.directory):
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+            self._manager.close()
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Parameters from a directory, and what belongs to them."""
+
+    cfg: config.Model
+    params: Any
+    meta: dict[str, Any]
+    stage_directory: Path
+
+    @property
+    def tokenizer_directory(self) -> Path:
+        """Where the tokenizer lies."""
+        return self.stage_directory / "tokenizer"
+
+
+def locate(path: str | Path) -> tuple[Path, int]:
+    """Stage directory and step of a `--checkpoint`: a stage's directory (newest step) or one step's."""
+    path = Path(path).absolute()
+    if path.name.isdigit() and path.parent.name == "checkpoints" and path.is_dir():
+        return path.parent.parent, int(path.name)
+    steps = [int(p.name) for p in (path / "checkpoints").glob("*") if p.name.isdigit()] if path.is_dir() else []
+    if not steps:
+        raise UserError(
+            f"checkpoint: {path} has no checkpoints/<step>; give a stage's directory, runs/nano/stages/sft for example"
+        )
+    return path, max(steps)
+
+
+def load(path: str | Path, mesh: jax.sharding.Mesh | None = None) -> Loaded:
+    """Reads a checkpoint's parameters, onto the mesh where one is given."""
+    stage_directory, step = locate(path)
+    checkpoints = Checkpoints(stage_directory, keep=EVERY)
+    try:
+        meta = checkpoints.meta(step)
+        cfg = config.from_dict(config.Model, meta["model"])
+        shapes = model.parameter_shapes(cfg)
+        like = sharded_like(shapes, parameter_shardings(cfg, mesh)) if mesh else single_device(shapes)
+        params = checkpoints.restore_items(step, {"params": like})["params"]
+    except (ValueError, KeyError, FileNotFoundError) as error:
+        raise UserError(f"checkpoint: {stage_directory} step {step} cannot be read: {str(error).splitlines()[0]}") from error
+    finally:
+        checkpoints.close()
+    return Loaded(cfg, params, meta, stage_directory)
+
+
+def read_meta(stage_directory: Path, step: int) -> dict[str, Any]:
+    """What was saved beside the arrays of one step."""
+    checkpoints = Checkpoints(stage_directory, keep=EVERY)
+    try:
+        return checkpoints.meta(step)
+    finally:
+        checkpoints.close()
+
+
+def save_params(stage_directory: Path, params: Any, meta: dict[str, Any]) -> None:
+    """Writes parameters alone as step 0 of a stage (an upcycled or imported model) and waits for it."""
+    checkpoints = Checkpoints(stage_directory)
+    try:
+        checkpoints.save_items(0, {"params": params}, meta)
+    finally:
+        checkpoints.close()
+
+
+def parameter_shardings(cfg: config.Model, mesh: jax.sharding.Mesh) -> Any:
+    """How a model's parameters are split over a mesh."""
+    return parallel.tree_shardings(mesh, model.logical_axes(cfg), model.parameter_shapes(cfg))
+
+
+def sharded_like(shapes: Any, shardings: Any) -> Any:
+    """ShapeDtypeStructs with shardings."""
+    return jax.tree.map(lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, shardings)
+
+
+def single_device(shapes: Any) -> Any:
+    """ShapeDtypeStructs on the first device."""
+    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes)
+
+
+def check_architecture(where: str, saved: dict[str, Any], cfg: config.Model) -> None:
+    """An error that names what differs between a checkpoint's model and the one asked for."""
+    computed = ("dtype", "remat", "rope_theta", "init_std")  # may differ: they do not change the tree
+    wanted = config.to_dict(cfg)
+    differing = [
+        f"{name} {saved.get(name)} (here {value})"
+        for name, value in wanted.items()
+        if name not in computed and saved.get(name) != value
+    ]
+    if differing:
+        raise UserError(
+            f"checkpoint: {where} is of another architecture: {', '.join(differing)}; use its config or another checkpoint"
+        )
+
+
+@contextmanager
+def _disk_errors(directory: Path) -> Iterator[None]:
+    """Turns the many ways in which a full or closed disk shows itself into one message."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        text = str(error)
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if full or any(
+            sign in text for sign in ("No space left", "ENOSPC", "Disk quota", "RESOURCE_EXHAUSTED", "File too large")
+        ):
+            raise UserError(
+                f"checkpoint: the disk of {directory} is full; free some space and run the same command again"
+            ) from error
+        if isinstance(error, PermissionError) or "Permission denied" in text or "Read-only file system" in text:
+            raise UserError(f"checkpoint: {directory} cannot be written to; check its permissions") from error
+        raise
+
+
+def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
+    """The sharding of scalars and other small things: whole on every device."""
+    return NamedSharding(mesh, PartitionSpec())

@@ -1,0 +1,294 @@
+"""`tanuki <verb>`: parses, calls one function of a room, prints.  Heavy imports happen inside the verbs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from tanuki_jax.errors import UserError
+
+HELP = """\
+A trainer in which the whole Tanuki paper is one recipe.
+
+  tanuki run --config=configs/nano.py --workdir=runs/nano        every stage, resumable; report.html at the end
+  tanuki chat --checkpoint=runs/nano/stages/dpo                  talk to the result
+  tanuki run --config=configs/local_text.py --workdir=runs/mine --config.data.ja='ja/*.jsonl.gz' --config.data.en='en/*.txt'
+
+Any key of a config can be set as --config.a.b=value.  `tanuki <verb> --help` says more.
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """Bad flags get one line and exit code 1, like any other bad input."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.prog}: {message}; see {self.prog} --help")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        parser = _parser()
+        config_flags = [a for a in given if a.startswith("--config")]
+        options = parser.parse_args([a for a in given if a not in config_flags])
+        if not hasattr(options, "work"):
+            parser.print_help()
+            return 0
+        if config_flags and options.verb not in ("run", "train"):
+            raise UserError(f"tanuki {options.verb}: takes no --config")
+        options.config_flags = config_flags
+        if arguments is None:
+            _use_huge_pages()
+        options.work(options)
+        return 0
+    except UserError as error:
+        print(f"tanuki: {error}", file=sys.stderr)
+    except ArithmeticError as error:  # a loss that is not finite
+        print(f"tanuki: {error}", file=sys.stderr)
+    except BrokenPipeError:
+        return 0
+    except KeyboardInterrupt:
+        print("\ntanuki: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 1
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="tanuki", description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(dest="verb", metavar="<verb>")
+
+    def verb(where: Any, name: str, work: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+        made = where.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        made.set_defaults(work=work)
+        return made
+
+    for name, text in (("run", "run or resume a whole recipe"), ("train", "run or resume one stage of a recipe")):
+        made = verb(verbs, name, _run, text)
+        made.add_argument("--workdir", type=Path, required=True, help="where everything is written")
+        made.add_argument("--allow_data_change", action="store_true", help="resume although the training data changed")
+        made.epilog = "--config=FILE.py[:argument] names the recipe; --config.a.b=value sets one of its keys."
+        if name == "train":
+            made.add_argument("--stage", required=True, help="name of the stage")
+
+    made = verb(verbs, "upcycle", _upcycle, "turn a dense checkpoint into a mixture of experts")
+    _add(made, "checkpoint", "output")
+    made.add_argument(
+        "--strategy",
+        choices=("copy", "noise"),
+        default="noise",
+        help="experts equal the dense FFN, or with noise on its weights",
+    )
+    made.add_argument(
+        "--noise_std", type=float, default=1e-3, help="absolute standard deviation of the noise (default %(default)s)"
+    )
+    made.add_argument(
+        "--router_std", type=float, default=0.02, help="standard deviation of the fresh router (default %(default)s)"
+    )
+    made.add_argument("--n_experts", type=int, default=8, help="experts of each block (default %(default)s)")
+    made.add_argument("--top_k", type=int, default=2, help="experts that a token visits (default %(default)s)")
+    made.add_argument("--plain_gate", action="store_true", help="Mixtral's gate instead of Tanuki's normalised one")
+    made.add_argument("--seed", type=int, default=0)
+
+    tokenizer = verbs.add_parser("tokenizer", help="train a tokenizer, or report on one").add_subparsers(
+        dest="what", required=True, metavar="train|report"
+    )
+    made = verb(tokenizer, "train", _tokenizer_train, "MeCab-bounded SentencePiece from text to tokenizer.json")
+    _add(made, "input", "output")
+    made.add_argument("--vocab_size", type=int, default=65_000, help="pieces (default %(default)s)")
+    made.add_argument(
+        "--character_coverage",
+        type=float,
+        default=0.9995,
+        help="share of characters with a piece of their own (default %(default)s)",
+    )
+    made = verb(tokenizer, "report", _tokenizer_report, "compression, round trip and vocabulary use of a tokenizer")
+    _add(made, "tokenizer", "input", "json")
+
+    data = verbs.add_parser("data", help="make a token store, or look into one").add_subparsers(
+        dest="what", required=True, metavar="prepare|inspect"
+    )
+    made = verb(data, "prepare", _data_prepare, "from text, dialogues or pairs to a token store")
+    _add(made, "input", "tokenizer", "output")
+    made = verb(data, "inspect", _data_inspect, "what a token store holds")
+    made.add_argument("--data", type=Path, required=True, help="directory of the token store")
+    _add(made, "tokenizer", "json")
+    made.add_argument("--rows", type=int, default=3, help="documents shown (default %(default)s)")
+
+    made = verb(verbs, "score", _score, "log-probabilities of given texts")
+    _add(made, "checkpoint", "input", "json")
+    made = verb(verbs, "generate", _generate, "continue a text")
+    _add(made, "checkpoint", "sampling", "json")
+    made.add_argument("--prompt", required=True, help="the text to continue")
+    made = verb(verbs, "chat", _chat, "talk to a trained model")
+    _add(made, "checkpoint", "sampling")
+    return parser
+
+
+def _add(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Flags that mean the same everywhere."""
+    for name in names:
+        if name == "input":
+            parser.add_argument("--input", required=True, help="comma-separated globs of .txt, .jsonl or .jsonl.gz files")
+        elif name == "output":
+            parser.add_argument("--output", type=Path, required=True, help="directory to write; it must not be there yet")
+        elif name == "checkpoint":
+            parser.add_argument(
+                "--checkpoint", type=Path, required=True, help="a stage's directory (its newest step) or one step's"
+            )
+        elif name == "tokenizer":
+            parser.add_argument("--tokenizer", type=Path, required=True, help="directory with tokenizer.json")
+        elif name == "json":
+            parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+        elif name == "sampling":
+            parser.add_argument("--max_new_tokens", type=int, default=256, help="longest answer (default %(default)s)")
+            parser.add_argument("--temperature", type=float, default=0.0, help="0 = the likeliest token (default)")
+            parser.add_argument("--top_p", type=float, default=1.0, help="share of the probability that is sampled from")
+            parser.add_argument("--seed", type=int, default=0)
+
+
+def _use_huge_pages() -> None:
+    """Starts this process again with malloc on huge pages (Linux): XLA's large CPU buffers then cost far fewer page faults.
+
+    Measured by benchmarks/cpu_step.py.  Set TANUKI_HUGE_PAGES=0 to leave malloc alone.
+    """
+    wanted = os.environ.get("TANUKI_HUGE_PAGES", "1") != "0" and "GLIBC_TUNABLES" not in os.environ
+    if wanted and sys.platform == "linux":
+        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        os.execv(sys.executable, [sys.executable, "-m", "tanuki_jax.cli", *sys.argv[1:]])
+
+
+def _fresh(output: Path) -> Path:
+    if output.exists():
+        raise UserError(f"--output: {output} is there already; name a new directory or remove it")
+    return output
+
+
+def _run(options: argparse.Namespace) -> None:
+    from tanuki_jax import config, recipe
+
+    loaded = config.load(options.config_flags)
+    recipe.run(loaded, options.workdir, getattr(options, "stage", ""), options.allow_data_change)
+    print(f"report: {options.workdir / 'report.html'}")
+    last = options.workdir / "stages" / (getattr(options, "stage", "") or list(loaded.stages)[-1])
+    print(f"chat:   tanuki chat --checkpoint={last}")
+
+
+def _upcycle(options: argparse.Namespace) -> None:
+    import jax
+
+    from tanuki_jax import checkpoint, config, files, model, upcycle
+
+    _fresh(options.output)
+    loaded = checkpoint.load(options.checkpoint)
+    cfg = upcycle.mixture_of(loaded.cfg, options.n_experts, options.top_k, not options.plain_gate)
+    settings = config.Upcycle(options.strategy, options.noise_std, options.router_std)
+    params = upcycle.upcycle(loaded.params, cfg, settings, jax.random.key(options.seed))
+    with files.atomic_path(options.output) as temporary:
+        checkpoint.save_params(temporary, params, {**loaded.meta, "model": config.to_dict(cfg), "data_fingerprint": ""})
+        if loaded.tokenizer_directory.is_dir():
+            files.copy_directory(loaded.tokenizer_directory, temporary / "tokenizer")
+    before, (total, active) = model.count_parameters(loaded.cfg)[0], model.count_parameters(cfg)
+    print(
+        f"{options.output}: {before:,} -> {total:,} parameters ({active:,} active), {options.strategy}, "
+        f"{cfg.n_experts} experts, top-{cfg.top_k}, seed {options.seed}"
+    )
+
+
+def _tokenizer_train(options: argparse.Namespace) -> None:
+    from tanuki_jax import files
+    from tanuki_jax.data import prepare, sources
+    from tokenization.train import train
+
+    with files.atomic_path(_fresh(options.output)) as temporary:
+        rows = sources.read_rows(options.input)
+        trained = train((prepare.text_of(row) for row in rows), temporary, options.vocab_size, options.character_coverage)
+    print(f"{options.output}: {trained}")
+    if trained.pieces < options.vocab_size:
+        print(f"the text has too few distinct units for {options.vocab_size:,} pieces", file=sys.stderr)
+
+
+def _tokenizer_report(options: argparse.Namespace) -> None:
+    from tanuki_jax.data import prepare, sources
+    from tanuki_jax.data.tokenizer import Tokenizer
+    from tokenization.report import report
+
+    found = report(Tokenizer(options.tokenizer), (prepare.text_of(row) for row in sources.read_rows(options.input)))
+    _print(options, found, "\n".join(f"{name:22s} {value}" for name, value in found.items()))
+
+
+def _data_prepare(options: argparse.Namespace) -> None:
+    from tanuki_jax.data.prepare import prepare
+    from tanuki_jax.data.tokenizer import Tokenizer
+
+    manifest = prepare(options.input, Tokenizer(options.tokenizer), _fresh(options.output))
+    print(f"{options.output}: {manifest}")
+
+
+def _data_inspect(options: argparse.Namespace) -> None:
+    from tanuki_jax.data.inspect import inspect
+    from tanuki_jax.data.tokenizer import Tokenizer
+
+    found = inspect(options.data, Tokenizer(options.tokenizer), options.rows)
+    _print(options, found, found["text"])
+
+
+def _score(options: argparse.Namespace) -> None:
+    from tanuki_jax import checkpoint
+    from tanuki_jax.data import sources
+    from tanuki_jax.data.tokenizer import Tokenizer
+    from tanuki_jax.evaluate.score import score_rows
+
+    rows = [row.fields for row in sources.read_rows(options.input)]
+    loaded = checkpoint.load(options.checkpoint)
+    scored = score_rows(loaded.cfg, loaded.params, Tokenizer(loaded.tokenizer_directory), rows)
+    total, tokens = sum(r["logprob"] for r in scored), sum(r["tokens"] for r in scored)
+    lines = [f"{r['logprob']:14.4f} {r['tokens']:8d}" for r in scored]
+    _print(
+        options,
+        {"rows": scored},
+        "\n".join([f"{'logprob':>14s} {'tokens':>8s}", *lines, f"{total:14.4f} {tokens:8d}  total"]),
+    )
+
+
+def _sampling(options: argparse.Namespace, stop: int) -> Any:
+    from tanuki_jax.model import Sampling
+
+    if options.max_new_tokens < 1 or options.temperature < 0 or not 0 < options.top_p <= 1:
+        raise UserError("--max_new_tokens must be at least 1, --temperature at least 0, --top_p above 0 and at most 1")
+    return Sampling(options.max_new_tokens, options.temperature, options.top_p, (stop,))
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from tanuki_jax import checkpoint, model
+    from tanuki_jax.data.tokenizer import Tokenizer
+
+    loaded = checkpoint.load(options.checkpoint)
+    tokenizer = Tokenizer(loaded.tokenizer_directory)
+    prompt = tokenizer.encode(options.prompt) or [tokenizer.bos]
+    [ids] = model.generate(loaded.cfg, loaded.params, [prompt], _sampling(options, tokenizer.eos), options.seed)
+    text = tokenizer.decode(ids)
+    _print(options, {"prompt": options.prompt, "text": text, "tokens": len(ids)}, options.prompt + text)
+
+
+def _chat(options: argparse.Namespace) -> None:
+    from tanuki_jax import checkpoint
+    from tanuki_jax.data.tokenizer import Tokenizer
+    from tanuki_jax.serve.chat import chat
+
+    loaded = checkpoint.load(options.checkpoint)
+    tokenizer = Tokenizer(loaded.tokenizer_directory)
+    chat(loaded.cfg, loaded.params, tokenizer, _sampling(options, tokenizer.eos), options.seed)
+
+
+def _print(options: argparse.Namespace, document: Any, text: str) -> None:
+    print(json.dumps(document, ensure_ascii=False) if options.json else text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

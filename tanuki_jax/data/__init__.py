@@ -1,0 +1,1 @@
+"""From rows of text to the batch of a step."""

@@ -1,0 +1,139 @@
+"""Conversations to ids and an assistant mask, by any Jinja chat template; Tanuki's own is the default.
+
+The template is rendered with placeholders for the contents, so what a user writes is only ever encoded as text, and the
+mask follows from where the assistant's placeholders lie: no search for marker tokens, no tags needed in the template.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tanuki_jax.data.tokenizer import Tokenizer
+from tanuki_jax.errors import UserError
+
+SYSTEM = "以下は、タスクを説明する指示です。要求を適切に満たす応答を書きなさい。"
+TEMPLATE = (
+    "{{ bos_token }}"
+    "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}{% else %}" + SYSTEM + "{% endif %}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{{ '\n\n### 指示:\n' + message['content'] }}"
+    "{% elif message['role'] == 'assistant' %}"
+    "{{ '\n\n### 応答:\n' }}{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}"
+    "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\n\n### 応答:\n' }}{% endif %}"
+)
+ROLES = ("system", "user", "assistant")
+_SLOT = "\ue000{}\ue001"  # private-use characters around the number of a message
+
+
+def encode_chat(
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False
+) -> tuple[list[int], list[int]]:
+    """Token ids of a conversation, and 1 for each id that the assistant says (its content and the end token), else 0.
+
+    Text between special tokens is encoded in one piece, so that ids do not depend on where a message ends.
+    """
+    check_messages(messages)
+    slots = [{**m, "content": _SLOT.format(i)} for i, m in enumerate(messages)]
+    rendered = _template(tokenizer.chat_template).render(
+        messages=slots,
+        bos_token=tokenizer.bos_token,
+        eos_token=tokenizer.eos_token,
+        add_generation_prompt=add_generation_prompt,
+    )
+    special = "|".join(re.escape(s) for s in tokenizer.special)
+    ids: list[int] = []
+    mask: list[int] = []
+    text, assistant_last = "", False
+    spans: list[tuple[int, int]] = []
+
+    def flush() -> None:
+        nonlocal text, spans
+        if text:
+            pieces, starts = tokenizer.encode_with_offsets(text)
+            ids.extend(pieces)
+            mask.extend(int(any(a <= start < b for a, b in spans)) for start in starts)
+        text, spans = "", []
+
+    for part in re.split(f"({special}|\ue000\\d+\ue001)", rendered):
+        if part in tokenizer.special:
+            flush()
+            ids.append(tokenizer.special[part])
+            mask.append(int(assistant_last and part == tokenizer.eos_token))
+            assistant_last = False
+        elif part.startswith("\ue000"):
+            message = messages[int(part[1:-1])]
+            assistant_last = message["role"] == "assistant"
+            if assistant_last:
+                spans.append((len(text), len(text) + len(message["content"])))
+            text += message["content"]
+        elif part:
+            assistant_last = False
+            text += part
+    flush()
+    return ids, mask
+
+
+def render(messages: Sequence[Mapping[str, Any]]) -> str:
+    """A conversation in Tanuki's template as plain text, without special tokens; what a tokenizer should learn from."""
+    check_messages(messages)
+    return _template(TEMPLATE).render(messages=messages, bos_token="", eos_token="", add_generation_prompt=False)
+
+
+def encode_dialogue(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[int]]:
+    """A training conversation; one without an assistant turn is an error."""
+    ids, mask = encode_chat(tokenizer, messages)
+    if not any(mask):
+        raise UserError("conversation without an assistant turn: there is nothing to learn from it")
+    return ids, mask
+
+
+def encode_pair(tokenizer: Tokenizer, row: Mapping[str, Any]) -> list[tuple[list[int], list[int]]]:
+    """The chosen and the rejected conversation of a preference row; only the last answer is in the mask."""
+    result = []
+    prompt = as_messages(row["prompt"], "user")
+    for side in ("chosen", "rejected"):
+        start = len(encode_chat(tokenizer, prompt, add_generation_prompt=True)[0])
+        ids, mask = encode_dialogue(tokenizer, [*prompt, *as_messages(row[side], "assistant")])
+        result.append((ids, [0] * start + mask[start:]))
+    return result
+
+
+def as_messages(value: Any, role: str) -> list[Mapping[str, Any]]:
+    """A plain string is one message of `role`."""
+    return [{"role": role, "content": value}] if isinstance(value, str) else list(value)
+
+
+def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
+    """A list of {"role", "content"} with known roles and text, or a UserError that says which message is wrong."""
+    if not messages:
+        raise UserError("conversation is empty; it needs at least one message")
+    for i, message in enumerate(messages):
+        if not isinstance(message, Mapping) or message.get("role") not in ROLES or not isinstance(message.get("content"), str):
+            raise UserError(f"message {i} must be {{'role': {' | '.join(ROLES)}, 'content': text}}, not {str(message)[:80]}")
+
+
+@functools.lru_cache(maxsize=8)
+def _template(source: str) -> Any:
+    from jinja2 import nodes
+    from jinja2.ext import Extension
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """Accepts transformers' {% generation %} tags, which only mark what the assistant says."""
+
+        tags = {"generation"}
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
+
+    if not source:
+        raise UserError(
+            "tokenizer_config.json has no chat_template; add one, or train the tokenizer with `tanuki tokenizer train`"
+        )
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation])
+    return environment.from_string(source)

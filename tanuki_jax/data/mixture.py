@@ -1,0 +1,63 @@
+"""The staged mixture: which source gives row i of a stage, and which of its rows; a pure function of i."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import grain
+import numpy as np
+
+BLOCK = 4096  # rows after which each source has exactly its share, to 1/BLOCK
+
+
+class StagedMixture(grain.transforms.DatasetSelectionMap):
+    """Interleaves sources by weights that change at given rows, without repeating or skipping a row of any source.
+
+    Within a block of rows the sources follow a fixed pattern, spread as evenly as their shares allow; a source's rows
+    are taken in its own (shuffled) order, and every phase goes on where the one before stopped.
+    """
+
+    def __init__(self, weights: Sequence[Sequence[float]], starts: Sequence[int], length: int) -> None:
+        """weights[p][k]: weight of source k in phase p, which begins at row starts[p]."""
+        self.length = length
+        self.starts = np.array(starts, np.int64)
+        self.patterns = [_pattern(np.array(w, np.float64)) for w in weights]
+        sources = len(weights[0])
+        # ranks[p][r, k]: rows of source k among the first r of a block
+        self.ranks = [
+            np.concatenate([np.zeros((1, sources), np.int64), np.cumsum(np.eye(sources, dtype=np.int64)[p], axis=0)])
+            for p in self.patterns
+        ]
+        self.taken = [np.zeros(sources, np.int64)]  # rows of each source used before each phase
+        for p in range(len(starts) - 1):
+            self.taken.append(self.taken[p] + self._used(p, int(self.starts[p + 1] - self.starts[p])))
+
+    def _used(self, phase: int, rows: int) -> np.ndarray:
+        blocks, rest = divmod(rows, BLOCK)
+        return blocks * self.ranks[phase][BLOCK] + self.ranks[phase][rest]
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        phase = int(np.searchsorted(self.starts, index, side="right")) - 1
+        row = index - int(self.starts[phase])
+        source = int(self.patterns[phase][row % BLOCK])
+        return source, int(self.taken[phase][source] + self._used(phase, row)[source])
+
+    def used(self, rows: int) -> np.ndarray:
+        """Rows of each source among the first `rows` of the stage, int64 [sources]."""
+        phase = int(np.searchsorted(self.starts, rows, side="right")) - 1
+        return self.taken[phase] + self._used(phase, rows - int(self.starts[phase]))
+
+
+def _pattern(weights: np.ndarray) -> np.ndarray:
+    """int64 [BLOCK] of source numbers with exact shares (largest remainder), each row given to the source most behind."""
+    exact = weights / weights.sum() * BLOCK
+    counts = np.floor(exact).astype(np.int64)
+    for k in np.argsort(counts - exact, kind="stable")[: BLOCK - counts.sum()]:
+        counts[k] += 1
+    # Source k's j-th row is due at (j + 1/2) / counts[k]; sorting the due times spreads every source evenly.
+    due = np.concatenate([(np.arange(c) + 0.5) / c for c in counts if c])
+    owner = np.concatenate([np.full(c, k, np.int64) for k, c in enumerate(counts) if c])
+    return owner[np.argsort(due, kind="stable")]

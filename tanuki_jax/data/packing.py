@@ -1,0 +1,151 @@
+"""Rows of S tokens from a store: windows of a token stream, or whole documents packed by best fit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from tanuki_jax.data.store import Store
+
+Example = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Row i is the tokens i*S to (i+1)*S of the whole stream, each predicting the next one.
+
+    With `reset`, attention and positions start anew at each document and a document's last token predicts nothing;
+    without, a row is one segment (Megatron-LM's default, and Tanuki's).
+    """
+
+    store: Store
+    seq_len: int
+    reset: bool
+
+    def __len__(self) -> int:
+        return max(0, (self.store.size - 1) // self.seq_len)
+
+    def __getitem__(self, index: int) -> Example:
+        S = self.seq_len
+        start = index * S
+        window = self.store.tokens[start : start + S + 1].astype(np.int32)
+        place = np.arange(start, start + S)
+        weights, segments, positions = np.ones(S, np.float32), np.ones(S, np.int32), np.arange(S, dtype=np.int32)
+        if self.reset:
+            document = np.searchsorted(self.store.offsets, place, side="right") - 1
+            segments = (document - document[0] + 1).astype(np.int32)
+            positions = (place - np.maximum(self.store.offsets[document], start)).astype(np.int32)
+            weights = (place + 1 < self.store.offsets[document + 1]).astype(np.float32)
+        return {
+            "tokens": window[:-1],
+            "targets": window[1:],
+            "loss_weights": weights,
+            "segment_ids": segments,
+            "positions": positions,
+        }
+
+
+class Packing(NamedTuple):
+    """Which units share a row: row r holds units[starts[r] : starts[r + 1]]."""
+
+    starts: np.ndarray  # int64 [rows + 1]
+    units: np.ndarray  # int64
+    dropped: int  # units longer than a row
+
+
+def best_fit(lengths: Sequence[int] | np.ndarray, seq_len: int) -> Packing:
+    """Best-fit decreasing: the longest unit first, each into the fullest row that still holds it.
+
+    O(n) for n units: rows are kept by free space and the set of free spaces is a bit mask.
+    """
+    lengths = np.asarray(lengths)
+    order = np.argsort(-lengths, kind="stable")
+    rows: list[list[int]] = []
+    by_space: list[list[int]] = [[] for _ in range(seq_len + 1)]
+    spaces = 0  # bit s is set where some row has s free places
+    dropped = 0
+    for unit in order.tolist():
+        n = int(lengths[unit])
+        if n > seq_len:
+            dropped += 1
+            continue
+        enough = spaces >> n
+        if enough:
+            space = n + (enough & -enough).bit_length() - 1
+            row = by_space[space].pop()
+            if not by_space[space]:
+                spaces &= ~(1 << space)
+        else:
+            space, row = seq_len, len(rows)
+            rows.append([])
+        rows[row].append(unit)
+        if space > n:
+            by_space[space - n].append(row)
+            spaces |= 1 << (space - n)
+    starts = np.concatenate([[0], np.cumsum([len(r) for r in rows])]).astype(np.int64)
+    return Packing(starts, np.array([u for r in rows for u in r], np.int64), dropped)
+
+
+@dataclass(frozen=True)
+class PackedDialogues:
+    """Row i holds whole dialogues, each a segment with its own positions; a longer one keeps its start."""
+
+    tokens: Store
+    mask: Store
+    packing: Packing
+    seq_len: int
+
+    def __len__(self) -> int:
+        return len(self.packing.starts) - 1
+
+    def __getitem__(self, index: int) -> Example:
+        units = self.packing.units[self.packing.starts[index] : self.packing.starts[index + 1]]
+        return _row(self.tokens, self.mask, units, self.seq_len)
+
+
+@dataclass(frozen=True)
+class PackedPairs:
+    """Row i holds whole pairs: segments 2p+1 and 2p+2 are the chosen and the rejected conversation of its pair p."""
+
+    tokens: Store
+    mask: Store
+    packing: Packing
+    seq_len: int
+    max_pairs: int  # P: most pairs in any row
+    ref_logprobs: np.ndarray  # float32 [pairs, 2] of the reference model; zeros while it is being computed
+
+    def __len__(self) -> int:
+        return len(self.packing.starts) - 1
+
+    def pairs(self, index: int) -> np.ndarray:
+        """The pairs of a row."""
+        return self.packing.units[self.packing.starts[index] : self.packing.starts[index + 1]]
+
+    def __getitem__(self, index: int) -> Example:
+        pairs = self.pairs(index)
+        row = _row(self.tokens, self.mask, np.stack([2 * pairs, 2 * pairs + 1], axis=1).reshape(-1), self.seq_len)
+        segments = np.zeros((self.max_pairs, 2), np.int32)
+        segments[: len(pairs)] = np.arange(1, 2 * len(pairs) + 1).reshape(-1, 2)
+        reference = np.zeros((self.max_pairs, 2), np.float32)
+        reference[: len(pairs)] = self.ref_logprobs[pairs]
+        return {**row, "pair_segments": segments, "ref_logprobs": reference}
+
+
+def _row(tokens: Store, mask: Store, documents: np.ndarray, seq_len: int) -> Example:
+    """Documents one after another as segments 1, 2, ...; a target carries the mask of the token it is."""
+    row = {name: np.zeros(seq_len, np.int32) for name in ("tokens", "targets", "segment_ids", "positions")}
+    row["loss_weights"] = np.zeros(seq_len, np.float32)
+    at = 0
+    for segment, document in enumerate(documents.tolist(), 1):
+        ids = tokens.document(document)[: seq_len - at]
+        n = len(ids)
+        row["tokens"][at : at + n] = ids
+        row["targets"][at : at + n - 1] = ids[1:]
+        row["loss_weights"][at : at + n - 1] = mask.document(document)[1:n]
+        row["segment_ids"][at : at + n] = segment
+        row["positions"][at : at + n] = np.arange(n)
+        at += n
+    return row

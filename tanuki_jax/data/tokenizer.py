@@ -1,0 +1,61 @@
+"""The run-time tokenizer: tokenizer.json, read so that no text can produce a special token."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import tokenizers
+
+from tanuki_jax import files
+from tanuki_jax.errors import UserError
+
+
+class Tokenizer:
+    """Text to ids and back; decode(encode(x)) == x for every string that UTF-8 can hold."""
+
+    def __init__(self, directory: str | Path) -> None:
+        directory = Path(directory)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            if not (directory / name).is_file():
+                raise UserError(f"tokenizer: {directory} has no {name}; make one with `tanuki tokenizer train`")
+        self.directory = directory
+        self._tokenizer = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+        self._tokenizer.encode_special_tokens = True  # their spelling in text is text
+        config = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+        self.special = {a.content: i for i, a in self._tokenizer.get_added_tokens_decoder().items() if a.special}
+        self.bos_token, self.eos_token = config["bos_token"], config["eos_token"]
+        self.bos, self.eos, self.pad = (self.special[config[name]] for name in ("bos_token", "eos_token", "pad_token"))
+        self.chat_template: str = config.get("chat_template", "")
+        self.vocab_size: int = self._tokenizer.get_vocab_size()
+        self.fingerprint = files.fingerprint(directory / "tokenizer.json", self.chat_template)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text alone; nothing is added."""
+        return self.encode_with_offsets(text)[0]
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[int]]:
+        """Ids, and for each the character of `text` at which it starts."""
+        encoding = self._tokenizer.encode(_encodable(text), add_special_tokens=False)
+        return encoding.ids, [start for start, _ in encoding.offsets]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of many texts, on all cores."""
+        return [e.ids for e in self._tokenizer.encode_batch_fast([_encodable(t) for t in texts], add_special_tokens=False)]
+
+    def piece(self, token: int) -> str:
+        """How a token is written in the vocabulary."""
+        return self._tokenizer.id_to_token(token) or ""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids; special tokens are spelt out."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+
+
+def _encodable(text: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"text has a lone surrogate at character {error.start}; it is not valid Unicode text") from error
+    return text

@@ -1,0 +1,1 @@
+"""Scoring: log-probabilities of given texts, exact answers to held-out prompts, preference accuracy."""

@@ -1,0 +1,72 @@
+"""Files that are either whole or not there, and fingerprints that say whether two inputs are the same."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`, moved to it on success and removed on failure; for a file or a directory."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        yield temporary
+        if path.is_dir():
+            shutil.rmtree(path)
+        temporary.replace(path)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        elif temporary.exists():
+            temporary.unlink()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a whole UTF-8 file atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file atomically; Japanese stays readable."""
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+
+
+def write_jsonl(path: Path, rows: Iterable[Any]) -> int:
+    """Writes one JSON object per line atomically; returns how many."""
+    count = 0
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as f:
+        for row in rows:
+            f.write(json.dumps(row, ensure_ascii=False) + "\n")
+            count += 1
+    return count
+
+
+def copy_directory(source: Path, target: Path) -> None:
+    """Copies a directory, whole or not at all; does nothing where the target is there."""
+    if not target.is_dir():
+        with atomic_path(target) as temporary:
+            shutil.copytree(source, temporary)
+
+
+def fingerprint(*values: Any) -> str:
+    """Twelve hexadecimal digits of a SHA-256 over JSON values and the contents of `Path`s."""
+    digest = hashlib.sha256()
+    for value in values:
+        if isinstance(value, Path):
+            with value.open("rb") as f:
+                while block := f.read(1 << 20):
+                    digest.update(block)
+        else:
+            digest.update(json.dumps(value, sort_keys=True, ensure_ascii=False).encode())
+        digest.update(b"\0")
+    return digest.hexdigest()[:12]

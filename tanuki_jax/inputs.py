@@ -1,0 +1,104 @@
+"""What the stages of a recipe read, made once and kept under a fingerprint: rule-made files, tokenizer, token stores."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+from tanuki_jax import config, files
+from tanuki_jax.config import Recipe
+from tanuki_jax.data import sources
+from tanuki_jax.data.prepare import prepare as prepare_store
+from tanuki_jax.data.prepare import read_manifest, text_of
+from tanuki_jax.data.tokenizer import Tokenizer
+from tanuki_jax.errors import UserError
+from tanuki_jax.synth import families, rules, world
+
+RULES = "rules:"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A recipe's tokenizer and the directory of each source's token store."""
+
+    tokenizer: Tokenizer
+    stores: dict[str, Path]
+
+
+def prepare(recipe: Recipe, workdir: Path, names: set[str]) -> Inputs:
+    """Makes what is missing under `workdir`/data for the sources `names`."""
+    where = workdir / "data"
+    located = {name: _locate(recipe, name, where) for name in recipe.data}
+    tokenizer = Tokenizer(_tokenizer(recipe, located, where))
+    if tokenizer.vocab_size > recipe.model.vocab_size:
+        raise UserError(
+            f"config: model.vocab_size {recipe.model.vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size} "
+            f"pieces; set it to {-(-tokenizer.vocab_size // 128) * 128}"
+        )
+    stores = {}
+    for name in sorted(names):
+        patterns, identity = located[name]
+        stores[name] = where / f"store-{name}-{files.fingerprint(identity, tokenizer.fingerprint)}"
+        if not stores[name].is_dir():
+            print(f"data {name}: {prepare_store(patterns, tokenizer, stores[name])}", file=sys.stderr, flush=True)
+        elif read_manifest(stores[name]).tokenizer != tokenizer.fingerprint:
+            raise UserError(f"data {name}: {stores[name]} was made with another tokenizer; remove it")
+    return Inputs(tokenizer, stores)
+
+
+def _locate(recipe: Recipe, name: str, where: Path) -> tuple[str, str]:
+    """The files of a source and their fingerprint; rule-made ones are written first."""
+    patterns = recipe.data[name]
+    if not patterns.startswith(RULES):
+        if not patterns:
+            raise UserError(
+                f"config: data.{name} is empty; set it to your files, for example --config.data.{name}='texts/*.jsonl.gz'"
+            )
+        return patterns, sources.identity(patterns)
+    split = patterns.removeprefix(RULES)
+    if split not in rules.SPLITS:
+        raise UserError(f"config: data.{name} is {patterns!r}; rules: makes {', '.join(rules.SPLITS)}")
+    count = (
+        recipe.rules.pairs
+        if split == "pairs"
+        else recipe.rules.documents
+        if split.startswith("documents")
+        else recipe.rules.dialogues
+    )
+    code = [Path(module.__file__ or "") for module in (rules, families, world)]
+    identity = files.fingerprint(split, count, recipe.seed, *code)
+    path = where / f"rules-{split}-{identity}.jsonl"
+    if not path.is_file():
+        files.write_jsonl(path, rules.rows(split, count, recipe.seed))
+    return str(path), identity
+
+
+def _tokenizer(recipe: Recipe, located: dict[str, tuple[str, str]], where: Path) -> Path:
+    """The directory of the tokenizer, trained first where the recipe names none."""
+    options = recipe.tokenizer
+    if options.path:
+        return Path(options.path)
+    names = options.sources or tuple(recipe.data)
+    output = where / f"tokenizer-{files.fingerprint(config.to_dict(options), [located[n][1] for n in names])}"
+    if not output.is_dir():
+        from tokenization.train import train
+
+        texts = chain.from_iterable(_texts(located[n][0], options.max_bytes) for n in names)
+        with files.atomic_path(output) as temporary:
+            trained = train(texts, temporary, options.vocab_size, options.character_coverage)
+        print(f"tokenizer: {trained}", file=sys.stderr, flush=True)
+    return output
+
+
+def _texts(patterns: str, max_bytes: int) -> Iterator[str]:
+    read = 0
+    for row in sources.read_rows(patterns):
+        text = text_of(row)
+        read += len(text.encode("utf-8", "surrogatepass"))
+        if read > max_bytes:
+            print(f"tokenizer: {patterns}: the first {max_bytes:,} bytes (tokenizer.max_bytes)", file=sys.stderr)
+            return
+        yield text

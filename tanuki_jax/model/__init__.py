@@ -1,0 +1,28 @@
+"""The transformer behind pure functions over plain parameter trees; the only room that imports Flax."""
+
+from tanuki_jax.model.generate import Sampling, generate
+from tanuki_jax.model.transformer import (
+    Outputs,
+    apply,
+    count_parameters,
+    decode,
+    empty_cache,
+    flops_per_token,
+    init,
+    logical_axes,
+    parameter_shapes,
+)
+
+__all__ = [
+    "Outputs",
+    "Sampling",
+    "apply",
+    "count_parameters",
+    "decode",
+    "empty_cache",
+    "flops_per_token",
+    "generate",
+    "init",
+    "logical_axes",
+    "parameter_shapes",
+]

@@ -1,0 +1,94 @@
+"""Sampling from the model: prefill, then one token at a time, all rows of a batch together."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tanuki_jax import config
+from tanuki_jax.errors import UserError
+from tanuki_jax.model.transformer import Params, decode, empty_cache
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.  temperature 0 is greedy; top_p 1 keeps the whole distribution."""
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    stop: tuple[int, ...] = ()  # token ids that end a row; not part of the result
+
+
+def generate(
+    cfg: config.Model, params: Params, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int = 0
+) -> list[list[int]]:
+    """Continues each prompt; returns the new token ids without the stop token.
+
+    Prompts are padded to a power of two, so that few shapes are compiled.
+    """
+    if not prompts:
+        return []
+    if not all(len(p) for p in prompts):
+        raise UserError("generate: a prompt is empty; give at least one token")
+    lengths = np.array([len(p) for p in prompts], np.int32)
+    width = 1 << max(4, int(lengths.max() - 1).bit_length())
+    tokens = np.zeros((len(prompts), width), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    out = np.asarray(_generate(cfg, sampling, params, tokens, lengths, jax.random.key(seed)))
+    stop = set(sampling.stop)
+    return [[int(t) for t in row[: next((i for i, t in enumerate(row) if int(t) in stop), len(row))]] for row in out]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _generate(
+    cfg: config.Model, sampling: Sampling, params: Params, tokens_BP: jax.Array, lengths_B: jax.Array, key: jax.Array
+) -> jax.Array:
+    """New tokens [B, max_new_tokens]; what follows a row's stop token is meaningless."""
+    B, P = tokens_BP.shape
+    limit = sampling.max_new_tokens
+    cache = empty_cache(cfg, B, P + limit)
+    positions_BP = jnp.broadcast_to(jnp.arange(P), (B, P))
+    hidden_BPD, cache = decode(cfg, params, cache, tokens_BP, positions_BP)
+    last_BD = hidden_BPD[jnp.arange(B), lengths_B - 1]
+    stop = jnp.array(sampling.stop or (-1,))
+
+    def choose(hidden_BD: jax.Array, step: jax.Array) -> jax.Array:
+        head_DV = params["head"].astype(hidden_BD.dtype)
+        logits_BV = jnp.einsum("BD,DV->BV", hidden_BD, head_DV, preferred_element_type=jnp.float32)
+        if sampling.temperature == 0:
+            return logits_BV.argmax(axis=-1).astype(jnp.int32)
+        logits_BV = _nucleus(logits_BV / sampling.temperature, sampling.top_p)
+        return jax.random.categorical(jax.random.fold_in(key, step), logits_BV).astype(jnp.int32)
+
+    def running(state: Any) -> jax.Array:
+        step, *_, done_B = state
+        return (step < limit) & ~done_B.all()
+
+    def one(state: Any) -> Any:
+        step, hidden_BD, cache, out_BT, done_B = state
+        token_B = choose(hidden_BD, step)
+        out_BT = out_BT.at[:, step].set(token_B)
+        done_B = done_B | (token_B[:, None] == stop).any(axis=1)
+        hidden_B1D, cache = decode(cfg, params, cache, token_B[:, None], (lengths_B + step)[:, None])
+        return step + 1, hidden_B1D[:, 0], cache, out_BT, done_B
+
+    state = (jnp.int32(0), last_BD, cache, jnp.zeros((B, limit), jnp.int32), jnp.zeros((B,), bool))
+    return jax.lax.while_loop(running, one, state)[3]
+
+
+def _nucleus(logits_BV: jax.Array, top_p: float) -> jax.Array:
+    """Keeps the likeliest tokens whose probabilities reach top_p (Holtzman et al. 2020)."""
+    if top_p >= 1:
+        return logits_BV
+    sorted_BV = jnp.sort(logits_BV, axis=-1)[:, ::-1]
+    before_BV = jnp.cumsum(jax.nn.softmax(sorted_BV, axis=-1), axis=-1) - jax.nn.softmax(sorted_BV, axis=-1)
+    threshold_B1 = jnp.where(before_BV < top_p, sorted_BV, jnp.inf).min(axis=-1, keepdims=True)
+    return jnp.where(logits_BV >= threshold_B1, logits_BV, -jnp.inf)

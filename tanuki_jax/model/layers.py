@@ -1,0 +1,56 @@
+"""The small pieces of the transformer: parameters named by their axis letters, norm, rotary positions."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from tanuki_jax import config
+
+
+def parameter(module: nn.Module, cfg: config.Model, name: str, axes: str, kind: str = "inner") -> jax.Array:
+    """A parameter whose shape follows from its axis letters, "DNH" say, in `param_dtype`.
+
+    kind: "inner" is N(0, init_std); "outer" writes to the residual stream and is divided by sqrt(2L), as in Megatron-LM;
+    "scale" is 1.
+    """
+    sizes = {
+        "V": cfg.vocab_size,
+        "D": cfg.d_model,
+        "F": cfg.d_ff,
+        "N": cfg.n_heads,
+        "K": cfg.n_kv_heads,
+        "H": cfg.head_dim,
+        "E": cfg.n_experts,
+    }
+    std = cfg.init_std / (2 * cfg.n_layers) ** 0.5 if kind == "outer" else cfg.init_std
+    initializer = nn.initializers.ones if kind == "scale" else nn.initializers.normal(std)
+    split = nn.with_logical_partitioning(initializer, tuple(axes))
+    return cast(jax.Array, module.param(name, split, tuple(sizes[a] for a in axes), jnp.dtype(cfg.param_dtype)))
+
+
+def compute_dtype(cfg: config.Model) -> jnp.dtype:
+    """The dtype of matrix products; `auto` is bfloat16 on accelerators and float32 on CPU."""
+    if cfg.dtype == "auto":
+        return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    return jnp.dtype(cfg.dtype)
+
+
+def rms_norm(x: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
+    """Root-mean-square norm over the last axis (Zhang & Sennrich 2019); statistics in float32, result in x's dtype."""
+    x32 = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt((x32**2).mean(axis=-1, keepdims=True) + eps)
+    return (x32 * inverse * scale_D.astype(jnp.float32)).astype(x.dtype)
+
+
+def rotate(x_BSNH: jax.Array, positions_BS: jax.Array, theta: float) -> jax.Array:
+    """Rotary position encoding (Su et al. 2021) in the half-split layout of Llama; angles in float32."""
+    H = x_BSNH.shape[-1]
+    frequencies = theta ** (-jnp.arange(0, H, 2, dtype=jnp.float32) / H)
+    angles = positions_BS[:, :, None, None].astype(jnp.float32) * frequencies
+    sin, cos = jnp.sin(angles), jnp.cos(angles)
+    first, second = jnp.split(x_BSNH.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BSNH.dtype)

@@ -1,0 +1,204 @@
+"""Tanuki's transformer (Llama-like: RMSNorm, rotary positions, grouped-query attention, SwiGLU), dense or mixture.
+
+The parameter tree is stacked over layers, leading axis L:
+
+    embed/table [V,D]   layers/attn/{q [L,D,N,H], k, v [L,D,K,H], o [L,N,H,D]}   layers/{norm_attn, norm_mlp} [L,D]
+    layers/mlp/{gate, up [L,D,F], down [L,F,D]}   or   layers/moe/{router [L,D,E], gate, up [L,E,D,F], down [L,E,F,D]}
+    norm_final [D]   head [D,V]
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple, cast
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from tanuki_jax import config, ops, parallel
+from tanuki_jax.model.layers import compute_dtype, parameter, rms_norm, rotate
+from tanuki_jax.model.moe import MoE, RouterStats
+
+Params = Any
+Cache = Any
+Batch = dict[str, jax.Array]
+# What a block keeps for its backward pass, by name of the remat option.
+REMAT = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Outputs(NamedTuple):
+    """hidden [B, S, D] after the last norm, in the compute dtype; router: statistics stacked over L, None if dense."""
+
+    hidden: jax.Array
+    router: RouterStats | None
+
+
+class Attention(nn.Module):
+    """Grouped-query attention; with a cache, the new keys and values are written to the slots of their positions."""
+
+    cfg: config.Model
+
+    @nn.compact
+    def __call__(self, x_BSD: jax.Array, batch: Batch, cache: Cache) -> tuple[jax.Array, Cache]:
+        cfg = self.cfg
+        q_DNH, k_DKH, v_DKH = (
+            parameter(self, cfg, "q", "DNH"),
+            parameter(self, cfg, "k", "DKH"),
+            parameter(self, cfg, "v", "DKH"),
+        )
+        o_NHD = parameter(self, cfg, "o", "NHD", "outer")
+        q_BSNH = jnp.einsum("BSD,DNH->BSNH", x_BSD, q_DNH.astype(x_BSD.dtype))
+        k_BSKH = jnp.einsum("BSD,DKH->BSKH", x_BSD, k_DKH.astype(x_BSD.dtype))
+        v_BSKH = jnp.einsum("BSD,DKH->BSKH", x_BSD, v_DKH.astype(x_BSD.dtype))
+        positions_BS = batch["positions"]
+        q_BSNH, k_BSKH = rotate(q_BSNH, positions_BS, cfg.rope_theta), rotate(k_BSKH, positions_BS, cfg.rope_theta)
+        if cache is None:
+            y_BSNH = ops.attention(q_BSNH, k_BSKH, v_BSKH, batch["segment_ids"])
+        else:
+            rows_B1 = jnp.arange(q_BSNH.shape[0])[:, None]
+            cache = {
+                "k": cache["k"].at[rows_B1, positions_BS].set(k_BSKH),
+                "v": cache["v"].at[rows_B1, positions_BS].set(v_BSKH),
+            }
+            y_BSNH = ops.cached_attention(q_BSNH, cache["k"], cache["v"], positions_BS)
+        return jnp.einsum("BSNH,NHD->BSD", y_BSNH, o_NHD.astype(x_BSD.dtype)), cache
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020), no bias."""
+
+    cfg: config.Model
+
+    @nn.compact
+    def __call__(self, x_BSD: jax.Array) -> jax.Array:
+        gate_DF, up_DF = parameter(self, self.cfg, "gate", "DF"), parameter(self, self.cfg, "up", "DF")
+        down_FD = parameter(self, self.cfg, "down", "FD", "outer")
+        h_BSF = jax.nn.silu(x_BSD @ gate_DF.astype(x_BSD.dtype)) * (x_BSD @ up_DF.astype(x_BSD.dtype))
+        return h_BSF @ down_FD.astype(x_BSD.dtype)
+
+
+class Block(nn.Module):
+    """Attention, then the dense or the mixture FFN, each on the normed stream and added to it."""
+
+    cfg: config.Model
+
+    @nn.compact
+    def __call__(self, x_BSD: jax.Array, batch: Batch, cache: Cache) -> tuple[jax.Array, tuple[Cache, RouterStats | None]]:
+        cfg = self.cfg
+        norm_attn_D = parameter(self, cfg, "norm_attn", "D", "scale")
+        norm_mlp_D = parameter(self, cfg, "norm_mlp", "D", "scale")
+        y_BSD, cache = Attention(cfg, name="attn")(rms_norm(x_BSD, norm_attn_D, cfg.norm_eps), batch, cache)
+        x_BSD = parallel.constrain(x_BSD + y_BSD, "BSD")
+        h_BSD = rms_norm(x_BSD, norm_mlp_D, cfg.norm_eps)
+        stats = None
+        if cfg.n_experts:
+            y_BSD, stats = MoE(cfg, name="moe")(h_BSD, batch["segment_ids"] > 0)
+        else:
+            y_BSD = MLP(cfg, name="mlp")(h_BSD)
+        return parallel.constrain(x_BSD + y_BSD, "BSD"), (cache, stats)
+
+
+class Embedding(nn.Module):
+    """The table of token vectors."""
+
+    cfg: config.Model
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        return parameter(self, self.cfg, "table", "VD")
+
+
+class Transformer(nn.Module):
+    """Embedding, scanned blocks, final norm; the head is a parameter that losses and decoding apply themselves."""
+
+    cfg: config.Model
+
+    @nn.compact
+    def __call__(self, batch: Batch, cache: Cache = None) -> tuple[jax.Array, Cache, RouterStats | None]:
+        cfg = self.cfg
+        table_VD = Embedding(cfg, name="embed")()
+        parameter(self, cfg, "head", "DV")
+        norm_final_D = parameter(self, cfg, "norm_final", "D", "scale")
+        x_BSD = parallel.constrain(table_VD.astype(compute_dtype(cfg))[batch["tokens"]], "BSD")
+        block = Block if cfg.remat == "none" else nn.remat(Block, policy=REMAT[cfg.remat], prevent_cse=False)
+        layers = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(nn.broadcast, 0),
+            length=cfg.n_layers,
+            metadata_params={nn.PARTITION_NAME: "L"},
+        )
+        x_BSD, (cache, stats) = layers(cfg, name="layers")(x_BSD, batch, cache)
+        return rms_norm(x_BSD, norm_final_D, cfg.norm_eps), cache, stats
+
+
+# --- the contract ---------------------------------------------------------------------------------------------------
+
+
+def _boxed_init(cfg: config.Model, key: jax.Array) -> Any:
+    nothing = jnp.zeros((1, 1), jnp.int32)
+    return Transformer(cfg).init(key, {"tokens": nothing, "segment_ids": nothing, "positions": nothing})["params"]
+
+
+def init(cfg: config.Model, key: jax.Array) -> Params:
+    """Random parameters: N(0, init_std), residual outputs divided by sqrt(2L), norms 1; in `param_dtype`."""
+    return nn.unbox(_boxed_init(cfg, key))
+
+
+def parameter_shapes(cfg: config.Model) -> Params:
+    """The tree of `jax.ShapeDtypeStruct`s of the parameters; nothing is allocated."""
+    return jax.eval_shape(lambda: init(cfg, jax.random.key(0)))
+
+
+def logical_axes(cfg: config.Model) -> Any:
+    """The tree of axis letters of the parameters, ("L", "D", "N", "H") say."""
+    boxed = jax.eval_shape(lambda: _boxed_init(cfg, jax.random.key(0)))
+    return jax.tree.map(lambda b: b.names, boxed, is_leaf=lambda b: isinstance(b, nn.Partitioned))
+
+
+def apply(cfg: config.Model, params: Params, batch: Batch) -> Outputs:
+    """The forward pass.
+
+    Args:
+      batch: `tokens`, `segment_ids` (0 = padding) and `positions`, int32 [B, S].
+    """
+    hidden_BSD, _, stats = cast(Any, Transformer(cfg).apply({"params": params}, batch))
+    return Outputs(hidden_BSD, stats)
+
+
+def empty_cache(cfg: config.Model, batch_size: int, length: int) -> Cache:
+    """Keys and values [L, B, M, K, H] of M = `length` positions, in the compute dtype."""
+    shape = (cfg.n_layers, batch_size, length, cfg.n_kv_heads, cfg.head_dim)
+    return {"k": jnp.zeros(shape, compute_dtype(cfg)), "v": jnp.zeros(shape, compute_dtype(cfg))}
+
+
+def decode(
+    cfg: config.Model, params: Params, cache: Cache, tokens_BS: jax.Array, positions_BS: jax.Array
+) -> tuple[jax.Array, Cache]:
+    """Hidden states of new tokens after those in the cache, and the cache with them in it.
+
+    Rows may be at different positions; a token sees the slots 0 to its position, so tokens written past a row's true
+    end are never seen before they are overwritten.  Returns [B, S, D] in the compute dtype.
+    """
+    batch = {"tokens": tokens_BS, "positions": positions_BS, "segment_ids": jnp.ones_like(tokens_BS)}
+    hidden_BSD, cache, _ = cast(Any, Transformer(cfg).apply({"params": params}, batch, cache))
+    return hidden_BSD, cache
+
+
+def count_parameters(cfg: config.Model) -> tuple[int, int]:
+    """Parameters in all, and those active for one token (top_k of the experts)."""
+    total = sum(math.prod(s.shape) for s in jax.tree.leaves(parameter_shapes(cfg)))
+    idle = cfg.n_layers * (cfg.n_experts - cfg.top_k) * 3 * cfg.d_model * cfg.d_ff if cfg.n_experts else 0
+    return total, total - idle
+
+
+def flops_per_token(cfg: config.Model, seq_len: int) -> float:
+    """Model FLOPs of one training token: 6 x active parameters without the embedding, plus causal attention (halved)."""
+    _, active = count_parameters(cfg)
+    attention = 6 * cfg.n_layers * cfg.n_heads * cfg.head_dim * seq_len
+    return 6.0 * (active - cfg.vocab_size * cfg.d_model) + attention

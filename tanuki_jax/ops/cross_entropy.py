@@ -1,0 +1,43 @@
+"""Log-probabilities of given tokens under a vocabulary softmax, without float32 [B, S, V] for long rows."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+CHUNK = 512  # positions of a row whose logits exist at one time
+
+
+class TokenScores(NamedTuple):
+    """What a loss needs of the logits; all [B, S] float32."""
+
+    logprob: jax.Array  # natural log-probability of the target
+    log_z: jax.Array  # log of the softmax's denominator
+    correct: jax.Array  # 1 where the target is the likeliest token
+
+
+def token_logprobs(x_BSD: jax.Array, head_DV: jax.Array, targets_BS: jax.Array, *, impl: str = "xla") -> TokenScores:
+    """Scores of `targets` under softmax(x @ head).
+
+    Products run in the dtype of x and accumulate in float32; everything after them is float32.  "xla" walks over the
+    row in chunks and recomputes their logits in the backward pass; "reference" holds all logits.
+    """
+    S = x_BSD.shape[1]
+    if impl == "reference" or S <= CHUNK or S % CHUNK:
+        return _scores(x_BSD, head_DV, targets_BS)
+    chunks = S // CHUNK
+
+    def split(a: jax.Array) -> jax.Array:
+        return a.reshape(a.shape[0], chunks, CHUNK, *a.shape[2:]).swapaxes(0, 1)
+
+    body = jax.checkpoint(lambda xs: _scores(xs[0], head_DV, xs[1]))
+    scores = jax.lax.map(body, (split(x_BSD), split(targets_BS)))
+    return TokenScores(*(a.swapaxes(0, 1).reshape(targets_BS.shape) for a in scores))
+
+
+def _scores(x_BSD: jax.Array, head_DV: jax.Array, targets_BS: jax.Array) -> TokenScores:
+    logits_BSV = jnp.einsum("BSD,DV->BSV", x_BSD, head_DV.astype(x_BSD.dtype), preferred_element_type=jnp.float32)
+    log_z = jax.nn.logsumexp(logits_BSV, axis=-1)
+    target = jnp.take_along_axis(logits_BSV, targets_BS[..., None], axis=-1)[..., 0]
+    correct = (target >= logits_BSV.max(axis=-1)).astype(jnp.float32)
+    return TokenScores(target - log_z, log_z, correct)

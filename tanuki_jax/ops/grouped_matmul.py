@@ -1,0 +1,31 @@
+"""Matrix products of groups of rows, each group with its own matrix: the core of a mixture of experts."""
+
+import jax
+import jax.numpy as jnp
+
+
+def grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array, *, impl: str = "ragged") -> jax.Array:
+    """Row r of group e times w[e].
+
+    Args:
+      x_RD: rows.  "ragged" and "reference": the groups lie one after another, group e has group_sizes[e] rows, and
+        rows after the last group give 0.  "padded": R = E*C and group e starts at row e*C; rows past its size give
+        values that the caller must not use.
+      w_EDF: one matrix for each group, same dtype as x.
+      group_sizes_E: int32.
+
+    Returns:
+      [R, F] in the dtype of x, accumulated in float32.
+    """
+    E, D, F = w_EDF.shape
+    if impl == "padded":
+        return jnp.einsum("ECD,EDF->ECF", x_RD.reshape(E, -1, D), w_EDF).reshape(-1, F)
+    if impl == "reference":
+        ends_E = jnp.cumsum(group_sizes_E)
+        group_R = jnp.searchsorted(ends_E, jnp.arange(x_RD.shape[0]), side="right")
+        onehot_RE = jax.nn.one_hot(group_R, E, dtype=x_RD.dtype)
+        return jnp.einsum("RD,EDF,RE->RF", x_RD, w_EDF, onehot_RE)
+    y_RF = jax.lax.ragged_dot(x_RD, w_EDF, group_sizes_E)
+    # Some kernels leave rows past the last group unwritten.
+    inside_R = jnp.arange(x_RD.shape[0]) < group_sizes_E.sum()
+    return jnp.where(inside_R[:, None], y_RF, 0)

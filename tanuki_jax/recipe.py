@@ -1,0 +1,171 @@
+"""A whole recipe: its stages in order, each once; scores after every stage; summary.json and report.html at the end."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from tanuki_jax import __version__, checkpoint, config, files, inputs, parallel, stage
+from tanuki_jax.config import Recipe
+from tanuki_jax.errors import UserError
+from tanuki_jax.evaluate import score
+from tanuki_jax.model import Sampling
+from tanuki_jax.report import write_report
+from tanuki_jax.synth import rules
+
+LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "sentencepiece", "tokenizers", "numpy")
+
+
+def run(recipe: Recipe, workdir: Path, only: str = "", allow_data_change: bool = False) -> dict[str, Any]:
+    """Runs the stages that are not finished yet (or the one named) and returns the summary, which it also writes."""
+    if only and only not in recipe.stages:
+        raise UserError(f"--stage: the recipe has no stage {only!r}; it has {', '.join(recipe.stages)}")
+    parallel.initialize()
+    first = jax.process_index() == 0
+    parallel.once(lambda: _claim(recipe, workdir))
+    mesh = parallel.make_mesh(recipe.mesh)
+    wanted = [only] if only else list(recipe.stages)
+    for name in wanted:  # what cannot work is said before anything long begins
+        this = recipe.stages[name]
+        if this.kind != "upcycle":
+            parallel.per_device_rows(mesh, this.batch_size, this.microbatches)
+    if first:
+        _announce(recipe, mesh, wanted)
+    sources = {source for name in wanted for source, weights in recipe.stages[name].mixture.items() if any(weights)}
+    needed = any(not _done(workdir, name) for name in wanted)
+    ready = parallel.once(lambda: inputs.prepare(recipe, workdir, sources)) if needed else None
+    for name in wanted:
+        if _done(workdir, name):
+            continue
+        parent = recipe.stages[name].init_from
+        if parent in recipe.stages and not _done(workdir, parent):
+            raise UserError(f"stage {name} starts from {parent}, which is not finished in {workdir}; run it first")
+        assert ready is not None
+        entry = stage.run(recipe, name, workdir, ready, mesh, allow_data_change)
+        entry["scores"], samples = _scores(recipe, name, workdir, ready, mesh)
+        if first:
+            files.write_json(stage.directory(workdir, name) / "done.json", {"entry": entry, "samples": samples})
+            print(_line(entry), file=sys.stderr, flush=True)
+    entries = [done["entry"] for name in recipe.stages if (done := _done(workdir, name))]
+    summary = {"stages": entries, "config": config.to_dict(recipe), "versions": versions()}
+    if first:
+        files.write_json(workdir / "summary.json", summary)
+        write_report(recipe, summary, workdir)
+    return summary
+
+
+def versions() -> dict[str, str]:
+    """Versions of what made a result."""
+    found = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    return {
+        "tanuki_jax": __version__,
+        "python": platform.python_version(),
+        **found,
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+    }
+
+
+def _done(workdir: Path, name: str) -> dict[str, Any] | None:
+    path = stage.directory(workdir, name) / "done.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _claim(recipe: Recipe, workdir: Path) -> bool:
+    """Makes the workdir this recipe's, or refuses one that is another's."""
+    path, mine = workdir / "recipe.json", config.to_dict(recipe)
+    if path.is_file():
+        theirs = json.loads(path.read_text(encoding="utf-8"))
+        differing = [line for line in _differences(theirs, json.loads(json.dumps(mine))) if line]
+        if differing:
+            named = "; ".join(differing[:4]) + (" ..." if len(differing) > 4 else "")
+            raise UserError(
+                f"workdir: {workdir} belongs to another recipe; {named}. "
+                "Use another --workdir, or the settings it was started with"
+            )
+    try:
+        files.write_json(path, mine)
+    except OSError as error:
+        raise UserError(f"--workdir: cannot write to {workdir}: {error.strerror}") from error
+    return True
+
+
+def _differences(old: Any, new: Any, path: str = "") -> list[str]:
+    if path.rsplit(".", 1)[-1] in config.RESUMABLE:
+        return []
+    if isinstance(old, dict) and isinstance(new, dict):
+        names = [*old, *(n for n in new if n not in old)]
+        return [line for n in names for line in _differences(old.get(n), new.get(n), f"{path}.{n}".lstrip("."))]
+    return [] if old == new else [f"{path} was {old}, is {new}"]
+
+
+def _announce(recipe: Recipe, mesh: jax.sharding.Mesh, names: list[str]) -> None:
+    """The resolved config and the parameter tables, on stderr."""
+    print("config, where it differs from the defaults (all of it is in recipe.json):", file=sys.stderr)
+    print("\n".join(f"  {line}" for line in config.changed(recipe)), file=sys.stderr)
+    shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    print(f"{jax.device_count()} {jax.devices()[0].device_kind} device(s), mesh {shape}", file=sys.stderr)
+    for mixture in sorted({config.is_mixture(recipe, name) for name in names}):
+        name = next(n for n in names if config.is_mixture(recipe, n) == mixture)
+        print(
+            f"parameters, {'mixture' if mixture else 'dense'}:\n{stage.describe(config.model_of(recipe, name), mesh)}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _scores(
+    recipe: Recipe, name: str, workdir: Path, ready: inputs.Inputs, mesh: jax.sharding.Mesh
+) -> tuple[dict[str, Any], list[Any]]:
+    """Exact answers to held-out prompts, and preferences between held-out pairs, of the stage's last checkpoint."""
+    if not recipe.scoring.prompts:
+        return {}, []
+    began, home, options = time.monotonic(), stage.directory(workdir, name), recipe.scoring
+    loaded = checkpoint.load(home, mesh)
+    prompts = rules.held_out_prompts(options.prompts, recipe.seed)
+    sampling = Sampling(max_new_tokens=options.max_new_tokens, stop=(ready.tokenizer.eos,))
+    with jax.set_mesh(mesh):
+        given = score.answers(
+            loaded.cfg,
+            loaded.params,
+            ready.tokenizer,
+            [row["messages"] for row in prompts],
+            sampling,
+            options.batch_size,
+        )
+        scores = score.exact_answers(prompts, given, rules.correct)
+        if options.pairs:
+            margins = score.pair_margins(
+                loaded.cfg, loaded.params, ready.tokenizer, rules.held_out_pairs(options.pairs, recipe.seed)
+            )
+            scores["pair_accuracy"] = round(float((margins > 0).mean()), 4)
+            if jax.process_index() == 0:
+                files.write_json(home / "pair_margins.json", [round(float(m), 4) for m in margins])
+            before = stage.directory(workdir, recipe.stages[name].init_from) / "pair_margins.json"
+            if recipe.stages[name].kind == "dpo" and before.is_file():
+                # TRL's rewards/accuracies: has the stage moved the pair apart in the right direction?
+                reference = np.array(json.loads(before.read_text(encoding="utf-8")))
+                scores["reward_accuracy"] = round(float((margins > reference).mean()), 4)
+    scores["seconds"] = round(time.monotonic() - began, 1)
+    samples = [{**row, "given": answer} for row, answer in zip(prompts, given, strict=True)][: 2 * len(rules.FAMILIES)]
+    return scores, samples
+
+
+def _line(entry: dict[str, Any]) -> str:
+    scores = entry["scores"]
+    parts = [f"stage {entry['name']} done: {entry['steps']} steps, {entry['tokens']:,} tokens"]
+    if entry["final_loss"] is not None:
+        parts.append(f"loss {entry['final_loss']:.3f}")
+    if scores:
+        parts.append(f"exact answers {scores['exact']:.1%} of {scores['prompts']} held-out prompts")
+    for key in ("pair_accuracy", "reward_accuracy"):
+        if key in scores:
+            parts.append(f"{key.replace('_', ' ')} {scores[key]:.1%}")
+    return ", ".join(parts)

@@ -1,0 +1,173 @@
+"""report.html: one self-contained page about a run; pictures are SVG with drawn letters, the font is embedded."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib
+import numpy as np
+from markupsafe import Markup
+
+from tanuki_jax import files
+from tanuki_jax.config import Recipe
+from tanuki_jax.train.metrics import duration, read_metrics
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt
+from matplotlib_fontja import get_font_ttf_path
+
+COLOURS = {"pretrain": "#4269d0", "upcycle": "#97bbf5", "sft": "#3ca951", "dpo": "#efb118"}
+
+
+def write_report(recipe: Recipe, summary: dict[str, Any], workdir: Path) -> Path:
+    """Draws what is there so far; returns the page's path."""
+    homes = {entry["name"]: workdir / "stages" / entry["name"] for entry in summary["stages"]}
+    metrics = {name: read_metrics(home) for name, home in homes.items()}
+    done = {name: json.loads((home / "done.json").read_text(encoding="utf-8")) for name, home in homes.items()}
+    scored = [entry for entry in summary["stages"] if entry["scores"]]
+    families = sorted({family for entry in scored for family in entry["scores"].get("families", {})})
+    template = jinja2.Environment(
+        loader=jinja2.PackageLoader("tanuki_jax", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    ).get_template("report.html.jinja")
+    page = template.render(
+        title=recipe.name or "tanuki",
+        stages=summary["stages"],
+        scored=scored,
+        families=families,
+        loss=_loss_picture(summary["stages"], metrics),
+        scores=_score_picture(scored) if scored else "",
+        load=_load_picture(metrics),
+        samples=_samples(done),
+        config=json.dumps(summary["config"], ensure_ascii=False, indent=1),
+        versions=summary["versions"],
+        duration=duration,
+        workdir=workdir,
+        font="FONT",
+    )
+    page = page.replace("FONT", _embedded_font(page), 1)
+    path = workdir / "report.html"
+    files.write_text(path, page)
+    return path
+
+
+def _svg(figure: Any) -> Markup:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
+    plt.close(figure)
+    text = buffer.getvalue()
+    return Markup(text[text.index("<svg") :])
+
+
+def _loss_picture(stages: list[dict[str, Any]], metrics: dict[str, list[dict[str, Any]]]) -> Markup:
+    """Loss of every stage on one axis of tokens; the preference loss, another quantity, is dashed."""
+    figure, axes = plt.subplots(figsize=(9, 3.6))
+    offset, top = 0.0, 1.0
+    for entry in stages:
+        rows, kind = metrics[entry["name"]], entry["kind"]
+        axes.axvline(offset / 1e6, color="#cccccc", linewidth=0.8)
+        if rows:
+            x = np.array([offset + row["tokens"] for row in rows]) / 1e6
+            axes.plot(
+                x,
+                [row["loss"] for row in rows],
+                color=COLOURS[kind],
+                linestyle="--" if kind == "dpo" else "-",
+                linewidth=1.2,
+            )
+            top = max(top, *(row["loss"] for row in rows[len(rows) // 20 :]))
+        place = (offset + entry["tokens"] / 2) / 1e6
+        axes.annotate(
+            entry["name"],
+            (place, 1.01),
+            xycoords=("data", "axes fraction"),
+            rotation=35,
+            fontsize=8,
+            color=COLOURS[kind],
+        )
+        offset += entry["tokens"]
+    axes.set_xlabel("百万トークン (million tokens)")
+    axes.set_ylabel("損失 (loss)")
+    axes.set_ylim(0, top * 1.05)
+    axes.spines[["top", "right"]].set_visible(False)
+    return _svg(figure)
+
+
+def _score_picture(scored: list[dict[str, Any]]) -> Markup:
+    """Scores after each stage, in the manner of the paper's figure 1."""
+    figure, axes = plt.subplots(figsize=(9, 2.8))
+    names = [entry["name"] for entry in scored]
+    lines = {"exact": ("正答率 (exact answers)", "#3ca951"), "pair_accuracy": ("選好の一致 (pair accuracy)", "#efb118")}
+    for key, (label, colour) in lines.items():
+        values = [100 * entry["scores"][key] if key in entry["scores"] else np.nan for entry in scored]
+        axes.plot(range(len(names)), values, "o-", color=colour, label=label)
+        for i, value in enumerate(values):
+            if np.isfinite(value):
+                axes.annotate(f"{value:.0f}", (i, value), textcoords="offset points", xytext=(0, 6), ha="center", fontsize=8)
+    axes.set_xticks(range(len(names)), names)
+    axes.set_ylim(0, 112)
+    axes.set_ylabel("%")
+    axes.legend(frameon=False, loc="lower right")
+    axes.spines[["top", "right"]].set_visible(False)
+    return _svg(figure)
+
+
+def _load_picture(metrics: dict[str, list[dict[str, Any]]]) -> Markup | str:
+    """Share of the assignments that each expert of each layer received in the last logged steps of each mixture stage."""
+    loads = {
+        name: np.mean([row["moe/load"] for row in rows[-10:]], axis=0)
+        for name, rows in metrics.items()
+        if rows and "moe/load" in rows[-1]
+    }
+    if not loads:
+        return ""
+    figure, grid = plt.subplots(1, len(loads), figsize=(9, 2.2), squeeze=False)
+    image: Any = None
+    for axes, (name, load_LE) in zip(grid[0], loads.items(), strict=True):
+        image = axes.imshow(load_LE * load_LE.shape[1], vmin=0, vmax=2, cmap="RdBu_r", aspect="auto")
+        axes.set_title(name, fontsize=9)
+        axes.set_xlabel("専門家 (expert)", fontsize=8)
+        axes.set_yticks(range(len(load_LE)))
+    grid[0][0].set_ylabel("層 (layer)", fontsize=8)
+    figure.colorbar(image, ax=list(grid[0]), label="1 = 均等 (even)")
+    return _svg(figure)
+
+
+def _samples(done: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same held-out prompts with every stage's answer."""
+    sampled = {name: value["samples"] for name, value in done.items() if value["samples"]}
+    if not sampled:
+        return []
+    last = list(sampled.values())[-1]
+    return [
+        {
+            **row,
+            "answers": [(name, rows[i]["given"], rows[i]["given"].strip() == row["answer"]) for name, rows in sampled.items()],
+        }
+        for i, row in enumerate(last)
+    ]
+
+
+def _embedded_font(page: str) -> str:
+    """The glyphs that the page uses, as a data URL, so that Japanese shows on a machine without Japanese fonts."""
+    from fontTools import subset
+
+    options = subset.Options(
+        flavor="woff", layout_features=[], notdef_outline=True, drop_tables=["GSUB", "GPOS", "vhea", "vmtx"]
+    )
+    font = subset.load_font(get_font_ttf_path(), options)
+    chooser = subset.Subsetter(options)
+    chooser.populate(text=page)
+    chooser.subset(font)
+    buffer = io.BytesIO()
+    font.flavor = "woff"
+    font.save(buffer)
+    return "data:font/woff;base64," + base64.b64encode(buffer.getvalue()).decode()

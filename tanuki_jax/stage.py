@@ -1,0 +1,340 @@
+"""One stage of a recipe: its rows, its loss, what it starts from, and its run."""
+
+from __future__ import annotations
+
+import sys
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+import optax
+
+from tanuki_jax import checkpoint, config, files, model, parallel, upcycle
+from tanuki_jax.config import Recipe
+from tanuki_jax.data import loader, packing
+from tanuki_jax.data.mixture import StagedMixture
+from tanuki_jax.data.prepare import open_store
+from tanuki_jax.errors import UserError
+from tanuki_jax.inputs import Inputs
+from tanuki_jax.train import loop, losses
+from tanuki_jax.train.optimizer import learning_rate, make_optimizer
+from tanuki_jax.train.step import State, init_state, make_train_step
+
+NEEDS = {"pretrain": ("text", "dialogue"), "sft": ("dialogue",), "dpo": ("pair",)}
+
+
+def directory(workdir: Path, name: str) -> Path:
+    """Where a stage lives."""
+    return workdir / "stages" / name
+
+
+def named_key(seed: int, *names: str) -> jax.Array:
+    """The random key of a named purpose."""
+    key = jax.random.key(seed)
+    for name in names:
+        key = jax.random.fold_in(key, zlib.crc32(name.encode()))
+    return key
+
+
+# --- data -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StageData:
+    """The rows of a stage, how many steps they are for, and the fingerprint that a resumed run must match."""
+
+    names: tuple[str, ...]
+    sources: tuple[Any, ...]
+    mixture: StagedMixture
+    rows: grain.MapDataset
+    steps: int
+    fingerprint: str
+
+
+def stage_data(recipe: Recipe, name: str, inputs: Inputs, cache: Path, reference: np.ndarray | None = None) -> StageData:
+    """Opens the sources of a stage and mixes them.
+
+    reference: float32 [pairs, 2] log-probabilities of the reference model over all pair sources in order (dpo).
+    """
+    this = recipe.stages[name]
+    names = tuple(n for n, weights in this.mixture.items() if any(weights))
+    opened, contents, first_pair = [], [], 0
+    for source in names:
+        manifest, tokens, mask = open_store(inputs.stores[source])
+        if manifest.kind not in NEEDS[this.kind]:
+            raise UserError(
+                f"stage {name}: source {source!r} holds {manifest.kind} rows; "
+                f"a {this.kind} stage needs {' or '.join(NEEDS[this.kind])} rows"
+            )
+        contents.append(manifest.content)
+        if this.kind == "pretrain":
+            rows: Any = packing.Windows(tokens, this.seq_len, this.reset_attention)
+        else:
+            units = tokens.lengths if this.kind == "sft" else tokens.lengths[::2] + tokens.lengths[1::2]
+            packed = _packed(
+                np.minimum(units, this.seq_len) if this.kind == "sft" else units, this.seq_len, manifest.content, cache
+            )
+            if packed.dropped:
+                print(
+                    f"stage {name}: {packed.dropped} pairs of {source} are longer than {this.seq_len} tokens and left out",
+                    file=sys.stderr,
+                )
+            assert mask is not None
+            if this.kind == "sft":
+                rows = packing.PackedDialogues(tokens, mask, packed, this.seq_len)
+            else:
+                pairs = manifest.documents // 2
+                logprobs = np.zeros((pairs, 2), np.float32) if reference is None else reference[first_pair : first_pair + pairs]
+                first_pair += pairs
+                rows = packing.PackedPairs(
+                    tokens, mask, packed, this.seq_len, int(np.diff(packed.starts).max(initial=1)), logprobs
+                )
+        if not len(rows):
+            raise UserError(
+                f"stage {name}: source {source!r} has too little text for one row of {this.seq_len} tokens; "
+                "add data or lower seq_len"
+            )
+        opened.append(rows)
+    if this.kind == "dpo":
+        widest = max(rows.max_pairs for rows in opened)
+        opened = [packing.PackedPairs(r.tokens, r.mask, r.packing, r.seq_len, widest, r.ref_logprobs) for r in opened]
+
+    sizes = [len(rows) for rows in opened]
+    if this.epochs:
+        steps = max(1, round(this.epochs * sum(sizes) / this.batch_size))
+    else:
+        steps = this.steps or max(1, this.tokens // (this.seq_len * this.batch_size))
+    # In pretraining a weight is a share of tokens; dialogues and pairs are weighted by how many there are.
+    scale = [1.0] * len(names) if this.kind == "pretrain" else [float(size) for size in sizes]
+    weights = [
+        [this.mixture[n][phase] * s for n, s in zip(names, scale, strict=True)] for phase in range(len(this.mixture_starts))
+    ]
+    starts = [tokens // this.seq_len for tokens in this.mixture_starts]
+    mixture = StagedMixture(weights, starts, steps * this.batch_size)
+    seed = zlib.crc32(f"{recipe.seed} {name}".encode())
+    fingerprint = files.fingerprint(
+        contents,
+        inputs.tokenizer.fingerprint,
+        weights,
+        starts,
+        [this.seq_len, this.batch_size, this.reset_attention, seed, this.kind],
+    )
+    return StageData(names, tuple(opened), mixture, loader.mixed_rows(opened, mixture, seed), steps, fingerprint)
+
+
+def _packed(units: np.ndarray, seq_len: int, content: str, cache: Path) -> packing.Packing:
+    """The pack index, from the cache where it is there."""
+    path = cache / f"pack-{files.fingerprint(content, seq_len, len(units))}.npz"
+    if not path.is_file():
+        made = packing.best_fit(units, seq_len)
+        with files.atomic_path(path) as temporary, temporary.open("wb") as f:
+            np.savez(f, starts=made.starts, units=made.units, dropped=made.dropped)
+    with np.load(path) as saved:
+        return packing.Packing(saved["starts"], saved["units"], int(saved["dropped"]))
+
+
+# --- what a stage starts from ---------------------------------------------------------------------------------------
+
+
+def parent_directory(recipe: Recipe, name: str, workdir: Path) -> Path | None:
+    """Where the stage's starting checkpoint lies; None for random weights."""
+    parent = recipe.stages[name].init_from
+    if not parent:
+        return None
+    return directory(workdir, parent) if parent in recipe.stages else Path(parent)
+
+
+def _starting_params(recipe: Recipe, name: str, workdir: Path, mesh: jax.sharding.Mesh) -> Any:
+    """Parameters of the parent, or random ones, on the mesh."""
+    cfg = config.model_of(recipe, name)
+    parent = parent_directory(recipe, name, workdir)
+    if parent is None:
+        initialize = jax.jit(model.init, static_argnums=0, out_shardings=checkpoint.parameter_shardings(cfg, mesh))
+        return initialize(cfg, named_key(recipe.seed, name, "init"))
+    loaded = checkpoint.load(parent, mesh)
+    checkpoint.check_architecture(str(parent), loaded.meta["model"], cfg)
+    return loaded.params
+
+
+def state_shardings(cfg: config.Model, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> tuple[State, State]:
+    """Shapes of a state with their shardings, and the shardings alone: moments lie like their parameters."""
+    shapes = jax.eval_shape(lambda: init_state(model.init(cfg, jax.random.key(0)), optimizer, jax.random.key(0)))
+    split, whole = checkpoint.parameter_shardings(cfg, mesh), checkpoint.replicated(mesh)
+    moments = optax.tree_utils.tree_map_params(
+        optimizer, lambda _, s: s, shapes.opt_state, split, transform_non_params=lambda _: whole
+    )
+    shardings: Any = State(whole, split, moments, whole)  # type: ignore[arg-type]  # a tree of shardings, not arrays
+    return checkpoint.sharded_like(shapes, shardings), shardings
+
+
+# --- running --------------------------------------------------------------------------------------------------------
+
+
+def run(
+    recipe: Recipe, name: str, workdir: Path, inputs: Inputs, mesh: jax.sharding.Mesh, allow_data_change: bool = False
+) -> dict[str, Any]:
+    """Runs or resumes a stage and returns its part of the summary."""
+    this, home = recipe.stages[name], directory(workdir, name)
+    parallel.once(lambda: files.copy_directory(inputs.tokenizer.directory, home / "tokenizer"))
+    if this.kind == "upcycle":
+        return _upcycle(recipe, name, workdir, mesh)
+    cfg = config.model_of(recipe, name)
+    parallel.per_device_rows(mesh, this.batch_size, this.microbatches)
+    reference = _reference(recipe, name, workdir, inputs, mesh) if this.kind == "dpo" else None
+    data = parallel.once(lambda: stage_data(recipe, name, inputs, workdir / "data", reference))
+    optimizer = make_optimizer(this.optimizer)
+    abstract, shardings = state_shardings(cfg, optimizer, mesh)
+    train_step = make_train_step(
+        losses.make_loss(this.kind, cfg, this.loss),
+        optimizer,
+        learning_rate(this.optimizer, data.steps),
+        this.optimizer.clip_norm,
+        this.microbatches,
+        shardings,
+    )
+    meta = {
+        "stage": name,
+        "model": config.to_dict(cfg),
+        "recipe": config.to_dict(recipe),
+        "data_fingerprint": data.fingerprint,
+    }
+    job = loop.Job(
+        name=name,
+        directory=home,
+        steps=data.steps,
+        tokens_per_step=this.seq_len * this.batch_size,
+        flops_per_token=model.flops_per_token(cfg, this.seq_len),
+        save_every=this.save_every,
+        log_every=this.log_every,
+        keep=this.keep,
+        tensorboard=recipe.tensorboard,
+        meta=meta,
+    )
+
+    def fresh_state() -> State:
+        params = _starting_params(recipe, name, workdir, mesh)
+        key = named_key(recipe.seed, name, "train")
+        make = jax.jit(lambda p: init_state(p, optimizer, key), out_shardings=shardings)
+        state = make(params)
+        if this.carry == "all":
+            state = _carried(state, parent_directory(recipe, name, workdir), abstract)
+        return state
+
+    def check_meta(saved: dict[str, Any]) -> None:
+        checkpoint.check_architecture(str(home), saved["model"], cfg)
+        if saved["data_fingerprint"] != data.fingerprint and not allow_data_change:
+            raise UserError(
+                f"stage {name}: its data is not what the checkpoint in {home} was trained on (fingerprint {data.fingerprint}, "
+                f"then {saved['data_fingerprint']}); restore the files, start in another --workdir, or pass --allow_data_change"
+            )
+
+    with jax.set_mesh(mesh):
+        loop.run(
+            job,
+            abstract,
+            fresh_state,
+            train_step,
+            lambda first: loader.batches(data.rows, mesh, this.batch_size, first, data.steps),
+            check_meta,
+        )
+    return {"name": name, "kind": this.kind, **loop.summary(job)}
+
+
+def _carried(state: State, parent: Path | None, abstract: State) -> State:
+    """The state with Adam's moments of the parent stage; steps count from 0 again."""
+    if parent is None:
+        raise UserError("config: carry='all' needs a stage or checkpoint in init_from")
+    checkpoints = checkpoint.Checkpoints(parent, keep=checkpoint.EVERY)
+    try:
+        step = checkpoints.latest()
+        if step is None:
+            raise UserError(f"checkpoint: {parent} has no checkpoint to carry the optimizer state from")
+        return State(state.step, state.params, checkpoints.restore(step, abstract).opt_state, state.key)
+    except ValueError as error:
+        raise UserError(f"checkpoint: {parent} has no optimizer state of this model; set carry='params'") from error
+    finally:
+        checkpoints.close()
+
+
+def _upcycle(recipe: Recipe, name: str, workdir: Path, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """Converts the parent's parameters, sharded, and writes them as step 0 of this stage."""
+    this, home = recipe.stages[name], directory(workdir, name)
+    parent = parent_directory(recipe, name, workdir)
+    assert parent is not None
+    cfg = config.model_of(recipe, name)
+    loaded = checkpoint.load(parent, mesh)
+    mixture = upcycle.mixture_of(loaded.cfg, cfg.n_experts, cfg.top_k, cfg.normalized_gate)
+    checkpoint.check_architecture(str(parent), config.to_dict(mixture), cfg)
+    with jax.set_mesh(mesh):
+        convert = jax.jit(
+            lambda p, k: upcycle.upcycle(p, cfg, this.upcycle, k),
+            out_shardings=checkpoint.parameter_shardings(cfg, mesh),
+        )
+        params = convert(loaded.params, named_key(recipe.seed, name, "upcycle"))
+    meta = {"stage": name, "model": config.to_dict(cfg), "recipe": config.to_dict(recipe), "data_fingerprint": ""}
+    checkpoint.save_params(home, params, meta)
+    return {
+        "name": name,
+        "kind": "upcycle",
+        "steps": 0,
+        "tokens": 0,
+        "seconds": 0.0,
+        "tokens_per_second": None,
+        "final_loss": None,
+    }
+
+
+def _reference(recipe: Recipe, name: str, workdir: Path, inputs: Inputs, mesh: jax.sharding.Mesh) -> np.ndarray:
+    """Log-probabilities [pairs, 2] of every pair under the model that the stage starts from, computed once and cached."""
+    this, cfg = recipe.stages[name], config.model_of(recipe, name)
+    data = parallel.once(lambda: stage_data(recipe, name, inputs, workdir / "data"))
+    parent = parent_directory(recipe, name, workdir)
+    assert parent is not None
+    home, step = checkpoint.locate(parent)
+    path = workdir / "data" / f"reference-{files.fingerprint(data.fingerprint, checkpoint.read_meta(home, step))}.npy"
+    if not path.is_file():
+        params = _starting_params(recipe, name, workdir, mesh)
+        with jax.set_mesh(mesh):
+            logprobs = np.concatenate([_source_logprobs(cfg, params, rows, this.batch_size, mesh) for rows in data.sources])
+        parallel.once(lambda: _save_array(path, logprobs))
+    return np.load(path)
+
+
+def _source_logprobs(
+    cfg: config.Model, params: Any, rows: packing.PackedPairs, batch_size: int, mesh: jax.sharding.Mesh
+) -> np.ndarray:
+    """Log-probabilities [pairs, 2] of one source; the rows are walked in order, the last batch filled up with repetitions."""
+    compute = jax.jit(lambda p, batch: losses.pair_logprobs(cfg, p, batch)[0])
+    result = np.zeros((len(rows.ref_logprobs), 2), np.float32)
+    for start in range(0, len(rows), batch_size):
+        chosen = [min(r, len(rows) - 1) for r in range(start, start + batch_size)]
+        batch = loader.stack([rows[r] for r in chosen])
+        logprobs = parallel.to_host(compute(params, loader.on_devices(batch, mesh, batch_size)))
+        for r, values in zip(chosen, logprobs, strict=True):
+            pairs = rows.pairs(r)
+            result[pairs] = values[: len(pairs)]
+    return result
+
+
+def _save_array(path: Path, array: np.ndarray) -> bool:
+    with files.atomic_path(path) as temporary, temporary.open("wb") as f:
+        np.save(f, array)
+    return True
+
+
+def describe(cfg: config.Model, mesh: jax.sharding.Mesh) -> str:
+    """A table of the parameters: name, axes, shape, which axis is split over what, number."""
+    shapes = jax.tree_util.tree_flatten_with_path(model.parameter_shapes(cfg))[0]
+    letters = jax.tree.leaves(model.logical_axes(cfg), is_leaf=lambda a: isinstance(a, tuple))
+    shardings = jax.tree.leaves(checkpoint.parameter_shardings(cfg, mesh))
+    lines = []
+    for (path, shape), axes, sharding in zip(shapes, letters, shardings, strict=True):
+        split = ", ".join(f"{axis} over {over}" for axis, over in zip(axes, sharding.spec, strict=True) if over)
+        name = "/".join(str(k.key) for k in path)
+        lines.append(f"  {name:20s} {''.join(axes):6s} {str(shape.shape):26s} {split:14s} {int(np.prod(shape.shape)):>15,}")
+    total, active = model.count_parameters(cfg)
+    return "\n".join([*lines, f"  {'total':20s} {'':6s} {'':26s} {'':14s} {total:>15,}  ({active:,} active)"])

@@ -1,0 +1,1 @@
+"""Synthetic data: by rule (rules.py); from other models later."""

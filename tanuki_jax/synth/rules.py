@@ -1,0 +1,199 @@
+"""Rule-made bilingual data: documents, flattened dialogues, dialogues, preference pairs, and held-out prompts.
+
+The original team used such data for arithmetic (research/tanuki: `rule-based/generate_arithmetic_qa_by_rules.py`);
+here it is the default that makes the demo real without a download.  Row i of a split is a pure function of
+(seed, split, i).  What is held out is decided by a hash alone, so no training split can contain it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+from tanuki_jax.synth import world
+from tanuki_jax.synth.families import (
+    EN,
+    FACT_NAMES,
+    FAMILIES,
+    FOLLOW_UPS,
+    JA,
+    LANGUAGES,
+    LISTS,
+    STRINGS,
+    Content,
+    Family,
+    prompt,
+)
+
+HELD_OUT_SHARE = 12  # one content, or one prompt, in this many is held out
+SPLITS = ("documents_ja", "documents_en", "synthetic_ja", "synthetic_en", "dialogues", "pairs")
+MARKERS = {JA: ("問い：", "答え："), EN: ("Question: ", "Answer: ")}
+EVASIONS = {JA: "わかりません。", EN: "I do not know."}
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question with its answer, a plausible wrong answer, and the turns before it."""
+
+    family: str
+    lang: str
+    content: Content
+    prompt: str
+    answer: str
+    wrong: str
+
+
+def _hashed(text: str) -> bool:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % HELD_OUT_SHARE == 0
+
+
+def content_held_out(family: Family, content: Content) -> bool:
+    """Whether no training row may use this content.  Lists count without their order and for all list families at once."""
+    if not family.strict:
+        return False
+    if family.name in LISTS:
+        return _hashed(f"list {sorted(content)}")
+    if family.name in STRINGS:
+        return _hashed(f"string {content}")
+    return _hashed(f"{family.name} {content}")
+
+
+def held_out(family: Family, content: Content, text: str) -> bool:
+    """Whether a prompt belongs to the held-out set."""
+    return content_held_out(family, content) if family.strict else _hashed(f"{family.name} {text}")
+
+
+def draw(rng: Random, family: Family, lang: str, want_held_out: bool) -> Question:
+    """A random question of a family, from the training side or from the held-out side."""
+    while True:
+        content = family.draw(rng)
+        text = prompt(family, content, lang, rng.randrange(len(family.ask[lang])))
+        if held_out(family, content, text) == want_held_out:
+            return Question(family.name, lang, content, text, family.answer(content, lang), family.wrong(rng, content, lang))
+
+
+def follow_up(rng: Random, first: Question) -> Question | None:
+    """A second question that needs the first, or None where the family has none."""
+    options = [
+        (name, ask) for before, name, ask in FOLLOW_UPS if first.family in before and (name != first.family or name == "facts")
+    ]
+    if not options:
+        return None
+    name, ask = rng.choice(options)
+    family, content = FAMILIES[name], first.content
+    text = rng.choice(ask[first.lang])
+    if name == "facts":
+        content = (content[0], rng.choice([a for a in world.ATTRIBUTES if a != content[1]]))
+        text = text.format(FACT_NAMES[content[1]][0 if first.lang == JA else 1])
+    return Question(name, first.lang, content, text, family.answer(content, first.lang), family.wrong(rng, content, first.lang))
+
+
+def conversation(rng: Random, lang: str, want_held_out: bool, two_turns: bool) -> list[Question]:
+    """One question, or two of which the second refers to the first."""
+    family = FAMILIES[rng.choice(list(FAMILIES))]
+    first = draw(rng, family, lang, want_held_out)
+    second = follow_up(rng, first) if two_turns else None
+    return [first] if second is None else [first, second]
+
+
+def _messages(questions: list[Question]) -> list[dict[str, str]]:
+    turns = []
+    for q in questions:
+        turns += [{"role": "user", "content": q.prompt}, {"role": "assistant", "content": q.answer}]
+    return turns
+
+
+def _document(rng: Random, lang: str) -> str:
+    """A few facts stated as prose, all of one or two families."""
+    chosen = rng.sample(list(FAMILIES), 2)
+    sentences = []
+    for _ in range(rng.randint(3, 6)):
+        family = FAMILIES[rng.choice(chosen)]
+        content = family.draw(rng)
+        while content_held_out(family, content):
+            content = family.draw(rng)
+        sentences.append(family.say(content, lang))
+    return ("" if lang == JA else " ").join(sentences)
+
+
+def rows(split: str, count: int, seed: int) -> Iterator[dict[str, Any]]:
+    """The rows of a training split.
+
+    `documents_*` and `synthetic_*` give {"text"}; `dialogues` {"messages"}; `pairs` {"prompt", "chosen", "rejected"}
+    as message lists (the columns that TRL reads).  Every row names its families under "meta".
+    """
+    for i in range(count):
+        rng = Random(f"{seed} {split} {i}")
+        if split.startswith("documents"):
+            yield {"text": _document(rng, split[-2:])}
+        elif split.startswith("synthetic"):
+            yield {"text": _flattened(conversation(rng, split[-2:], False, rng.random() < 0.25))}
+        elif split == "dialogues":
+            questions = conversation(rng, rng.choice(LANGUAGES), False, rng.random() < 0.25)
+            yield {"messages": _messages(questions), "meta": {"families": [q.family for q in questions]}}
+        elif split == "pairs":
+            yield preference_pair(rng, want_held_out=False)
+        else:
+            raise KeyError(split)
+
+
+def _flattened(questions: list[Question]) -> str:
+    """A dialogue as plain text with markers, as the original put instruction data into pretraining."""
+    ask, answer = MARKERS[questions[0].lang]
+    return "\n".join(f"{ask}{q.prompt}\n{answer}{q.answer}" for q in questions)
+
+
+def preference_pair(rng: Random, want_held_out: bool) -> dict[str, Any]:
+    """A right answer against a wrong, evasive or other-language one."""
+    lang = rng.choice(LANGUAGES)
+    questions = conversation(rng, lang, want_held_out, rng.random() < 0.2)
+    last = questions[-1]
+    fault = rng.choice(("wrong", "wrong", "evasive", "language"))
+    rejected = {
+        "wrong": last.wrong,
+        "evasive": EVASIONS[lang],
+        "language": FAMILIES[last.family].answer(last.content, EN if lang == JA else JA),
+    }[fault]
+    return {
+        "prompt": _messages(questions)[:-1],
+        "chosen": [{"role": "assistant", "content": last.answer}],
+        "rejected": [{"role": "assistant", "content": rejected}],
+        "meta": {"family": last.family, "lang": lang, "fault": fault},
+    }
+
+
+def held_out_prompts(count: int, seed: int) -> list[dict[str, Any]]:
+    """`count` distinct prompts that no training split contains, the same number of each family and language in turn.
+
+    Rows: {"family", "lang", "messages" (ending with the user), "answer"}.  One in five asks a second question.
+    """
+    result: list[dict[str, Any]] = []
+    seen: set[str] = set()
+    cells = [(family, lang) for family in FAMILIES.values() for lang in LANGUAGES]
+    i = 0
+    while len(result) < count:
+        family, lang = cells[i % len(cells)]
+        rng = Random(f"{seed} held-out {i}")
+        i += 1
+        first = draw(rng, family, lang, True)
+        second = follow_up(rng, first) if rng.random() < 0.2 else None
+        questions = [first] if second is None else [first, second]
+        messages = _messages(questions)[:-1]
+        if str(messages) in seen and i < 50 * count:
+            continue
+        seen.add(str(messages))
+        result.append({"family": questions[-1].family, "lang": lang, "messages": messages, "answer": questions[-1].answer})
+    return result
+
+
+def held_out_pairs(count: int, seed: int) -> list[dict[str, Any]]:
+    """Preference pairs on held-out prompts."""
+    return [preference_pair(Random(f"{seed} held-out pair {i}"), want_held_out=True) for i in range(count)]
+
+
+def correct(row: dict[str, Any], answer: str) -> bool:
+    """Whether an answer to a held-out prompt is exactly right (surrounding white space aside)."""
+    return answer.strip() == row["answer"]

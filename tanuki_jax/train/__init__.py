@@ -1,0 +1,1 @@
+"""One train step and one loop for every stage."""

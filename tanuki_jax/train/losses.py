@@ -1,0 +1,109 @@
+"""The losses.  Each is (params, batch) -> (sum, weight, metrics); the step divides once, by the weight of the whole batch.
+
+A metric is a pair (sum, weight) too, so that accumulation, packing, padding and devices never change what is reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tanuki_jax import config, model, ops
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, tuple[jax.Array, jax.Array]]
+LossFn = Callable[[Any, Batch], tuple[jax.Array, jax.Array, Metrics]]
+
+
+def make_loss(kind: str, cfg: config.Model, options: config.Loss) -> LossFn:
+    """The loss of a stage kind: next-token prediction for pretrain and sft, preference for dpo."""
+    return preference(cfg, options) if kind == "dpo" else next_token(cfg, options)
+
+
+def next_token(cfg: config.Model, options: config.Loss) -> LossFn:
+    """Cross entropy of the labelled tokens, plus z_loss * (log Z)^2 and the router's losses.
+
+    Pretraining and SFT differ only in the batch's `loss_weights`.  z-loss: PaLM section 5; Tanuki used 1e-4.
+    """
+
+    def loss(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array, Metrics]:
+        outputs = model.apply(cfg, params, batch)
+        scores = ops.token_logprobs(outputs.hidden, params["head"], batch["targets"])
+        weights_BS = batch["loss_weights"].astype(jnp.float32)
+        weight = weights_BS.sum()
+        nll, z = -(scores.logprob * weights_BS).sum(), (scores.log_z**2 * weights_BS).sum()
+        metrics = {
+            "loss": (nll, weight),
+            "mean_token_accuracy": ((scores.correct * weights_BS).sum(), weight),
+            "z_loss": (z, weight),
+        }
+        router, router_metrics = _router_loss(outputs, options, weights_BS.sum(axis=1))
+        return nll + options.z_loss * z + router, weight, metrics | router_metrics
+
+    return loss
+
+
+def pair_logprobs(cfg: config.Model, params: Any, batch: Batch) -> tuple[jax.Array, model.Outputs]:
+    """Summed log-probabilities [B, P, 2] of the answers of each pair, chosen and rejected; 0 where there is no pair.
+
+    `pair_segments` [B, P, 2] names the segment of each answer in its row, so pairs are packed like any other text.
+    """
+    outputs = model.apply(cfg, params, batch)
+    scores = ops.token_logprobs(outputs.hidden, params["head"], batch["targets"])
+    weighted_BS = scores.logprob * batch["loss_weights"].astype(jnp.float32)
+    segments = 2 * batch["pair_segments"].shape[1] + 1
+    per_segment_BM = jax.vmap(lambda v, s: jax.ops.segment_sum(v, s, num_segments=segments))(weighted_BS, batch["segment_ids"])
+    logprobs = jax.vmap(lambda row, index: row[index])(per_segment_BM, batch["pair_segments"])
+    return jnp.where(batch["pair_segments"] > 0, logprobs, 0.0), outputs
+
+
+def preference(cfg: config.Model, options: config.Loss) -> LossFn:
+    """Direct preference optimisation (Rafailov et al. 2023, eq. 7), with label smoothing (cDPO, Mitchell 2023).
+
+    The batch carries `ref_logprobs` [B, P, 2] of the reference model.  Metrics have TRL's names; weight counts pairs.
+    """
+
+    def loss(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array, Metrics]:
+        logp_BP2, outputs = pair_logprobs(cfg, params, batch)
+        valid_BP = (batch["pair_segments"][..., 0] > 0).astype(jnp.float32)
+        ratios_BP2 = logp_BP2 - batch["ref_logprobs"]
+        rewards_BP2 = options.beta * ratios_BP2
+        margin_BP = rewards_BP2[..., 0] - rewards_BP2[..., 1]
+        smooth = options.label_smoothing
+        per_pair_BP = -(1 - smooth) * jax.nn.log_sigmoid(margin_BP) - smooth * jax.nn.log_sigmoid(-margin_BP)
+        weight = valid_BP.sum()
+
+        def mean(value_BP: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return (value_BP * valid_BP).sum(), weight
+
+        metrics = {
+            "loss": mean(per_pair_BP),
+            "rewards/chosen": mean(rewards_BP2[..., 0]),
+            "rewards/rejected": mean(rewards_BP2[..., 1]),
+            "rewards/margins": mean(margin_BP),
+            "rewards/accuracies": mean((margin_BP > 0).astype(jnp.float32)),
+            "logps/chosen": mean(logp_BP2[..., 0]),
+            "logps/rejected": mean(logp_BP2[..., 1]),
+        }
+        router, router_metrics = _router_loss(outputs, options, valid_BP.sum(axis=1))
+        return metrics["loss"][0] + router, weight, metrics | router_metrics
+
+    return loss
+
+
+def _router_loss(outputs: model.Outputs, options: config.Loss, weights_B: jax.Array) -> tuple[jax.Array, Metrics]:
+    """The router's losses, summed over layers; each row counts as much as its labelled tokens (or pairs) do."""
+    if outputs.router is None:
+        return jnp.float32(0), {}
+    aux_LB, z_LB, load_LE = outputs.router
+    L, weight = aux_LB.shape[0], weights_B.sum()
+    aux, z = (aux_LB * weights_B).sum(), (z_LB * weights_B).sum()
+    metrics = {
+        "moe/aux_loss": (aux / L, weight),
+        "moe/z_loss": (z / L, weight),
+        "moe/load": (load_LE, load_LE.sum(axis=1, keepdims=True)),
+    }
+    return options.router_aux_loss * aux + options.router_z_loss * z, metrics

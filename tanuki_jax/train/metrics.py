@@ -1,0 +1,130 @@
+"""What a stage writes while it trains: metrics.jsonl, TensorBoard, and progress on stderr."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from tanuki_jax import files
+
+# Dense bfloat16 peak of one device, FLOP/s (vendors' data sheets); where a kind is missing, mfu is null.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+class MetricsWriter:
+    """Appends to metrics.jsonl and TensorBoard; lines of steps after `step` (an interrupted run's) are removed first.
+
+    `seconds` counts the time spent in training over all runs of the stage.
+    """
+
+    def __init__(self, directory: Path, step: int, tensorboard: bool) -> None:
+        self.path = directory / "metrics.jsonl"
+        kept = [row for row in read_metrics(directory) if row["step"] <= step]
+        self.seconds = kept[-1]["seconds"] if kept else 0.0
+        files.write_jsonl(self.path, kept)
+        self._file = self.path.open("a", encoding="utf-8")
+        self._board = None
+        if tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """One logged step."""
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        if self._board:
+            for name, value in row.items():
+                if isinstance(value, int | float) and name not in ("step", "seconds"):
+                    self._board.add_scalar(name, value, row["step"])
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._file.close()
+        if self._board:
+            self._board.close()
+
+
+def read_metrics(directory: Path) -> list[dict[str, Any]]:
+    """The rows of a stage's metrics.jsonl; a last line cut short by a kill is left out."""
+    path = Path(directory) / "metrics.jsonl"
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def plain(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Host values of a step's metrics: floats, or nested lists for arrays (the load of each expert)."""
+    host = jax.device_get(metrics)
+    return {name: float(value) if np.ndim(value) == 0 else np.round(value, 6).tolist() for name, value in host.items()}
+
+
+def mfu(tokens_per_second: float, flops_per_token: float) -> float | None:
+    """Model FLOPs utilisation over all devices, or None where the peak is unknown."""
+    peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
+    return round(tokens_per_second * flops_per_token / (peak * jax.device_count()), 4) if peak else None
+
+
+class Progress:
+    """Steps done, rate and time left on stderr: one line that renews itself on a terminal, else a line now and then."""
+
+    def __init__(self, name: str, total: int, quiet: bool = False) -> None:
+        self.name, self.total, self.quiet = name, total, quiet
+        self._live = sys.stderr.isatty()
+        self._next, self._start = 0.0, time.monotonic()
+        self._first: tuple[float, int] | None = None
+
+    def show(self, step: int, text: str) -> None:
+        """Reports that `step` of `total` are done."""
+        now = time.monotonic()
+        if self._first is None:
+            self._first = (now, step)
+        if self.quiet or (now < self._next and step < self.total):
+            return
+        since, at = self._first
+        rate = (step - at) / (now - since) if step > at else 0.0
+        left = duration((self.total - step) / rate) if rate else "?"
+        line = f"{self.name}  {step}/{self.total}  {text}  {duration(now - self._start)} gone, {left} left"
+        print(
+            f"\r\033[K{line}" if self._live else line,
+            end="" if self._live and step < self.total else "\n",
+            file=sys.stderr,
+            flush=True,
+        )
+        self._next = now + (0.5 if self._live else 10.0)
+
+
+def duration(seconds: float) -> str:
+    """4s, 3m20s, 2h05m, 3d4h."""
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, s = divmod(int(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    days, h = divmod(hours, 24)
+    if days:
+        return f"{days}d{h}h"
+    if hours:
+        return f"{hours}h{m:02d}m"
+    return f"{minutes}m{s:02d}s" if minutes else f"{s}s"

@@ -1,0 +1,54 @@
+"""AdamW and learning-rate schedules; the rate is a pure function of the stage's step, never part of the optimizer state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from tanuki_jax import config
+
+
+def make_optimizer(options: config.Optimizer) -> optax.GradientTransformation:
+    """Adam direction plus weight decay on matrices; the step multiplies it by minus the learning rate.
+
+    Moments are float32.  Norm scales do not decay; embedding, head and router do, as in Megatron-LM.
+    """
+    return optax.chain(
+        optax.scale_by_adam(b1=options.beta1, b2=options.beta2, eps=options.eps, mu_dtype=jnp.float32),
+        optax.add_decayed_weights(options.weight_decay, mask=decays),
+    )
+
+
+def decays(params: Any) -> Any:
+    """True for each parameter that decays: all but the norm scales (which are matrices here, stacked over layers)."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: not path[-1].key.startswith("norm"), params)
+
+
+def learning_rate(options: config.Optimizer, total_steps: int) -> Callable[[jax.Array], jax.Array]:
+    """Step (from 0) -> learning rate, float32.
+
+    Linear warm-up reaches the peak at its last step.  cosine falls to the floor at `decay_steps` (0: the stage's end);
+    wsd stays at the peak and falls linearly over the last `decay_steps` (0: a tenth of the stage).
+    """
+    warmup = options.warmup_steps or round(options.warmup_ratio * total_steps)
+    peak, floor = options.learning_rate, options.learning_rate_floor
+
+    def rate(step: jax.Array) -> jax.Array:
+        step = jnp.asarray(step, jnp.float32)
+        if options.schedule == "cosine":
+            length = (options.decay_steps or total_steps) - warmup
+            done = jnp.clip((step - warmup) / max(length, 1), 0, 1)
+            value = floor + (peak - floor) * 0.5 * (1 + jnp.cos(jnp.pi * done))
+        elif options.schedule == "wsd":
+            length = options.decay_steps or max(total_steps // 10, 1)
+            done = jnp.clip((step - (total_steps - length)) / length, 0, 1)
+            value = peak - (peak - floor) * done
+        else:
+            value = jnp.full_like(step, peak)
+        return value * jnp.minimum(1.0, (step + 1) / max(warmup, 1))
+
+    return rate

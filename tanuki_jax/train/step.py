@@ -1,0 +1,96 @@
+"""The train step: the whole of pretraining, upcycled continuation, SFT and DPO is this function with another loss.
+
+How a 47B mixture trains on 256 chips: the state is sharded over the mesh by parallel/mesh.py, the batch over its rows;
+the loss is a sum over rows and a weight; XLA inserts the collectives.  Nothing here knows of devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from tanuki_jax.train.losses import Batch, LossFn
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class State:
+    """All that a stage carries from step to step."""
+
+    step: jax.Array  # int32, optimizer steps done in this stage
+    params: Any
+    opt_state: Any
+    key: jax.Array  # root of the stage's random draws; step n uses fold_in(key, n)
+
+
+def init_state(params: Any, optimizer: optax.GradientTransformation, key: jax.Array) -> State:
+    """The state before the first step."""
+    return State(jnp.int32(0), params, optimizer.init(params), key)
+
+
+def gradients(loss_fn: LossFn, params: Any, batch: Batch, microbatches: int = 1) -> tuple[Any, dict[str, jax.Array]]:
+    """Gradients and metrics of the mean loss over the global batch.
+
+    Microbatches are computed one after another inside jit; sums are added up in float32 and divided once.  Row r belongs
+    to microbatch r mod M, so that each device's rows stay on it.
+    """
+
+    def scaled(params: Any, part: Batch) -> tuple[jax.Array, tuple[jax.Array, Any]]:
+        total, weight, metrics = loss_fn(params, part)
+        return total, (weight, metrics)
+
+    grad_fn = jax.grad(scaled, has_aux=True)
+    if microbatches == 1:
+        grads, (weight, metrics) = grad_fn(params, batch)
+    else:
+        parts = jax.tree.map(lambda a: a.reshape(-1, microbatches, *a.shape[1:]).swapaxes(0, 1), batch)
+        zero = jax.tree.map(
+            lambda s: jnp.zeros(s.shape, jnp.float32),
+            jax.eval_shape(grad_fn, params, jax.tree.map(lambda a: a[0], parts)),
+        )
+
+        def add(total: Any, part: Batch) -> tuple[Any, None]:
+            return jax.tree.map(lambda t, g: t + g.astype(jnp.float32), total, grad_fn(params, part)), None
+
+        (grads, (weight, metrics)), _ = jax.lax.scan(add, zero, parts)
+    inverse = 1.0 / jnp.maximum(weight, 1.0)
+    grads = jax.tree.map(lambda g: g.astype(jnp.float32) * inverse, grads)
+    means = {name: total / jnp.maximum(count, 1.0) for name, (total, count) in metrics.items()}
+    return grads, means | {"weight": weight}
+
+
+def make_train_step(
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    learning_rate: Callable[[jax.Array], jax.Array],
+    clip_norm: float = 0.0,
+    microbatches: int = 1,
+    state_shardings: Any = None,
+) -> Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]:
+    """`train_step(state, batch) -> (state, metrics)`, jitted, the state donated.
+
+    A step whose gradient is not finite changes nothing but the step number; its metrics show it and the loop stops.
+    """
+
+    def train_step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
+        grads, metrics = gradients(loss_fn, state.params, batch, microbatches)
+        norm = optax.global_norm(grads)
+        finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
+        if clip_norm:
+            scale = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-12))
+            grads = jax.tree.map(lambda g: g * scale, grads)
+        directions, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        rate = learning_rate(state.step)
+        params = jax.tree.map(lambda p, d: (p - rate * d).astype(p.dtype), state.params, directions)
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
+        )
+        metrics |= {"grad_norm": norm, "learning_rate": rate}
+        return State(state.step + 1, params, opt_state, state.key), metrics
+
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(state_shardings, None))
