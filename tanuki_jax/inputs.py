@@ -15,7 +15,7 @@ from tanuki_jax.data.prepare import prepare as prepare_store
 from tanuki_jax.data.prepare import read_manifest, text_of
 from tanuki_jax.data.tokenizer import Tokenizer
 from tanuki_jax.errors import UserError
-from tanuki_jax.synth import families, rules, world
+from tanuki_jax.synth import rules
 
 RULES = "rules:"
 
@@ -68,7 +68,7 @@ def _locate(recipe: Recipe, name: str, where: Path) -> tuple[str, str]:
         if split.startswith("documents")
         else recipe.rules.dialogues
     )
-    code = [Path(module.__file__ or "") for module in (rules, families, world)]
+    code = sorted(Path(rules.__file__).parent.rglob("*.py"))
     identity = files.fingerprint(split, count, recipe.seed, *code)
     path = where / f"rules-{split}-{identity}.jsonl"
     if not path.is_file():

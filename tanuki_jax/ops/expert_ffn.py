@@ -11,6 +11,7 @@ from tanuki_jax.ops.grouped_matmul import grouped_matmul
 
 # Room per expert, relative to a perfectly even load, that the padded layout tries in turn; the last resort is T rows.
 CAPACITIES = (1.25, 2.0)
+FEW = 256  # tokens up to which T rows per expert cost too little to choose
 
 
 def expert_ffn(
@@ -66,8 +67,7 @@ def expert_ffn(
         return run(jnp.cumsum(sizes_E) - sizes_E, T * k, "ragged")
     if impl != "padded":
         raise ValueError(f"expert_ffn: unknown impl {impl!r}")
-    rooms = [min(T, int(np.ceil(c * T * k / E / 8)) * 8) for c in CAPACITIES] + [T]
-    rooms = sorted(set(rooms))
+    rooms = sorted({min(T, int(np.ceil(c * T * k / E / 8)) * 8) for c in CAPACITIES} | {T}) if T > FEW else [T]
     # The usual case keeps its activations; the rare ones recompute theirs, or every case would store for all others.
     branches: list[Callable[[], jax.Array]] = [
         functools.partial(run, jnp.arange(E) * room, E * room, "padded") for room in rooms

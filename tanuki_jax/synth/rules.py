@@ -13,24 +13,11 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from tanuki_jax.synth import world
-from tanuki_jax.synth.families import (
-    EN,
-    FACT_NAMES,
-    FAMILIES,
-    FOLLOW_UPS,
-    JA,
-    LANGUAGES,
-    LISTS,
-    STRINGS,
-    Content,
-    Family,
-    prompt,
-)
+from tanuki_jax.synth.families import EN, FAMILIES, FOLLOW_UPS, JA, LANGUAGES, Content, Family
 
-HELD_OUT_SHARE = 12  # one content, or one prompt, in this many is held out
+HELD_OUT_CONTENTS = 12  # one content in this many is held out,
+HELD_OUT_PROMPTS = 6  # and one prompt in this many of the families whose contents must be known
 SPLITS = ("documents_ja", "documents_en", "synthetic_ja", "synthetic_en", "dialogues", "pairs")
-MARKERS = {JA: ("問い：", "答え："), EN: ("Question: ", "Answer: ")}
 EVASIONS = {JA: "わかりません。", EN: "I do not know."}
 
 
@@ -46,54 +33,45 @@ class Question:
     wrong: str
 
 
-def _hashed(text: str) -> bool:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % HELD_OUT_SHARE == 0
+def _hashed(text: str, share: int) -> bool:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % share == 0
 
 
 def content_held_out(family: Family, content: Content) -> bool:
-    """Whether no training row may use this content.  Lists count without their order and for all list families at once."""
-    if not family.strict:
-        return False
-    if family.name in LISTS:
-        return _hashed(f"list {sorted(content)}")
-    if family.name in STRINGS:
-        return _hashed(f"string {content}")
-    return _hashed(f"{family.name} {content}")
+    """Whether no training row may use this content, in any phrasing or language."""
+    return family.held_out_key is not None and _hashed(family.held_out_key(content), HELD_OUT_CONTENTS)
 
 
-def held_out(family: Family, content: Content, text: str) -> bool:
+def held_out(family: Family, content: Content, prompt: str) -> bool:
     """Whether a prompt belongs to the held-out set."""
-    return content_held_out(family, content) if family.strict else _hashed(f"{family.name} {text}")
+    if family.held_out_key is None:
+        return _hashed(f"{family.name} {prompt}", HELD_OUT_PROMPTS)
+    return content_held_out(family, content)
 
 
 def draw(rng: Random, family: Family, lang: str, want_held_out: bool) -> Question:
     """A random question of a family, from the training side or from the held-out side."""
     while True:
         content = family.draw(rng)
-        text = prompt(family, content, lang, rng.randrange(len(family.ask[lang])))
-        if held_out(family, content, text) == want_held_out:
-            return Question(family.name, lang, content, text, family.answer(content, lang), family.wrong(rng, content, lang))
+        prompt = family.prompt(content, lang, rng.randrange(len(family.ask[lang])))
+        if held_out(family, content, prompt) == want_held_out:
+            return Question(family.name, lang, content, prompt, family.answer(content, lang), family.wrong(rng, content, lang))
 
 
 def follow_up(rng: Random, first: Question) -> Question | None:
     """A second question that needs the first, or None where the family has none."""
-    options = [
-        (name, ask) for before, name, ask in FOLLOW_UPS if first.family in before and (name != first.family or name == "facts")
-    ]
+    options = [f for f in FOLLOW_UPS if first.family in f.after and (f.asks != first.family or f.slots(first.content, JA))]
     if not options:
         return None
-    name, ask = rng.choice(options)
-    family, content = FAMILIES[name], first.content
-    text = rng.choice(ask[first.lang])
-    if name == "facts":
-        content = (content[0], rng.choice([a for a in world.ATTRIBUTES if a != content[1]]))
-        text = text.format(FACT_NAMES[content[1]][0 if first.lang == JA else 1])
-    return Question(name, first.lang, content, text, family.answer(content, first.lang), family.wrong(rng, content, first.lang))
+    chosen = rng.choice(options)
+    family, content, lang = FAMILIES[chosen.asks], chosen.content(rng, first.content), first.lang
+    prompt = rng.choice(chosen.ask[lang]).format(*chosen.slots(content, lang))
+    return Question(family.name, lang, content, prompt, family.answer(content, lang), family.wrong(rng, content, lang))
 
 
 def conversation(rng: Random, lang: str, want_held_out: bool, two_turns: bool) -> list[Question]:
     """One question, or two of which the second refers to the first."""
-    family = FAMILIES[rng.choice(list(FAMILIES))]
+    [family] = rng.choices(list(FAMILIES.values()), [f.weight for f in FAMILIES.values()])
     first = draw(rng, family, lang, want_held_out)
     second = follow_up(rng, first) if two_turns else None
     return [first] if second is None else [first, second]
@@ -141,9 +119,8 @@ def rows(split: str, count: int, seed: int) -> Iterator[dict[str, Any]]:
 
 
 def _flattened(questions: list[Question]) -> str:
-    """A dialogue as plain text with markers, as the original put instruction data into pretraining."""
-    ask, answer = MARKERS[questions[0].lang]
-    return "\n".join(f"{ask}{q.prompt}\n{answer}{q.answer}" for q in questions)
+    """A dialogue as plain text under the chat template's headings, as the original put instruction data into pretraining."""
+    return "\n\n".join(f"### 指示:\n{q.prompt}\n\n### 応答:\n{q.answer}" for q in questions)
 
 
 def preference_pair(rng: Random, want_held_out: bool) -> dict[str, Any]:

@@ -108,5 +108,5 @@ POLITE_ENGLISH = [
     ("Sit down.", "Could you sit down, please?"), ("Turn off the light.", "Could you turn off the light, please?"),
 ]  # fmt: skip
 
-SYLLABLES = list("あいうえおかきく")
-LETTERS = list("abcdefgh")
+SYLLABLES = list("あいうえおか")
+LETTERS = list("abcdef")

@@ -60,8 +60,17 @@ def pair_logprobs(cfg: config.Model, params: Any, batch: Batch) -> tuple[jax.Arr
     return jnp.where(batch["pair_segments"] > 0, logprobs, 0.0), outputs
 
 
+def dpo(ratios_BP2: jax.Array, beta: float, label_smoothing: float = 0.0) -> jax.Array:
+    """Loss of each pair from log(policy/reference) of its chosen and rejected answer (Rafailov et al. 2023, eq. 7).
+
+    With label smoothing e it is cDPO (Mitchell 2023): -(1-e) log s(m) - e log s(-m), m = beta * (chosen - rejected).
+    """
+    margin_BP = beta * (ratios_BP2[..., 0] - ratios_BP2[..., 1])
+    return -(1 - label_smoothing) * jax.nn.log_sigmoid(margin_BP) - label_smoothing * jax.nn.log_sigmoid(-margin_BP)
+
+
 def preference(cfg: config.Model, options: config.Loss) -> LossFn:
-    """Direct preference optimisation (Rafailov et al. 2023, eq. 7), with label smoothing (cDPO, Mitchell 2023).
+    """Direct preference optimisation.
 
     The batch carries `ref_logprobs` [B, P, 2] of the reference model.  Metrics have TRL's names; weight counts pairs.
     """
@@ -72,8 +81,7 @@ def preference(cfg: config.Model, options: config.Loss) -> LossFn:
         ratios_BP2 = logp_BP2 - batch["ref_logprobs"]
         rewards_BP2 = options.beta * ratios_BP2
         margin_BP = rewards_BP2[..., 0] - rewards_BP2[..., 1]
-        smooth = options.label_smoothing
-        per_pair_BP = -(1 - smooth) * jax.nn.log_sigmoid(margin_BP) - smooth * jax.nn.log_sigmoid(-margin_BP)
+        per_pair_BP = dpo(ratios_BP2, options.beta, options.label_smoothing)
         weight = valid_BP.sum()
 
         def mean(value_BP: jax.Array) -> tuple[jax.Array, jax.Array]:

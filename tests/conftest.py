@@ -1,0 +1,40 @@
+"""Tests run on CPU with 8 forced host devices; a GPU or TPU is never touched."""
+
+import os
+import tempfile
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+# XLA's CPU collectives block threads of a pool sized by the cores; with fewer cores than devices they would deadlock.
+os.environ["NPROC"] = "16"
+# The same small programs are compiled by many tests and by the processes that tests start.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "tanuki_jax_test_cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+import jax
+import pytest
+
+from tanuki_jax.data.tokenizer import Tokenizer
+
+jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+TEXTS = [
+    "昔々、山の奥に狸が住んでいました。狸は毎日、川で魚を取り、夜は月を見ていました。",
+    "The tanuki lived deep in the mountains, 3 miles from the river; it caught fish and watched the moon.",
+    "1、2、3を足すと6です。合計は6です。平均は2です。",
+    "What is the sum of 1, 2, 3? The sum is 6. The mean is 2.",
+    "以下は、タスクを説明する指示です。要求を適切に満たす応答を書きなさい。",
+    "### 指示:\nこんにちは\n\n### 応答:\nこんにちは。",
+] * 20
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory):
+    """A small tokenizer trained on TEXTS."""
+    from tokenization.train import train
+
+    directory = tmp_path_factory.mktemp("tokenizer")
+    train(TEXTS, directory, vocab_size=512, character_coverage=1.0)
+    return Tokenizer(directory)

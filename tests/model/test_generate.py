@@ -1,0 +1,57 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tanuki_jax import model
+from tanuki_jax.errors import UserError
+from tanuki_jax.model import Sampling
+from tests.tiny import apply, init, small
+
+CFG = small(n_experts=4)
+PARAMS = init(CFG, jax.random.key(0))
+PROMPTS = [[5, 6, 7], [8], list(range(1, 20))]
+
+
+def logits_after(ids):
+    tokens = jnp.array([[*ids, *[0] * (32 - len(ids))]])
+    batch = {"tokens": tokens, "segment_ids": jnp.ones_like(tokens), "positions": jnp.arange(32)[None]}
+    return apply(CFG, PARAMS, batch).hidden[0, len(ids) - 1] @ PARAMS["head"]
+
+
+def test_greedy_equals_the_forward_pass_for_prompts_of_any_length_together():
+    found = model.generate(CFG, PARAMS, PROMPTS, Sampling(max_new_tokens=4))
+    for prompt, ids in zip(PROMPTS, found, strict=True):
+        expected = list(prompt)
+        for _ in range(4):
+            expected.append(int(logits_after(expected).argmax()))
+        assert ids == expected[len(prompt) :]
+
+
+def test_a_stop_token_ends_a_row_and_is_left_out():
+    [free] = model.generate(CFG, PARAMS, PROMPTS[:1], Sampling(max_new_tokens=6))
+    [cut] = model.generate(CFG, PARAMS, PROMPTS[:1], Sampling(max_new_tokens=6, stop=(free[2],)))
+    assert cut == free[: free.index(free[2])]
+
+
+def test_sampling_is_seeded_and_top_p_keeps_the_likeliest():
+    hot = Sampling(max_new_tokens=8, temperature=1.0)
+    assert model.generate(CFG, PARAMS, PROMPTS, hot, seed=1) == model.generate(CFG, PARAMS, PROMPTS, hot, seed=1)
+    assert model.generate(CFG, PARAMS, PROMPTS, hot, seed=1) != model.generate(CFG, PARAMS, PROMPTS, hot, seed=2)
+    narrow = Sampling(max_new_tokens=8, temperature=1.0, top_p=1e-6)
+    assert model.generate(CFG, PARAMS, PROMPTS, narrow, seed=3) == model.generate(
+        CFG, PARAMS, PROMPTS, Sampling(max_new_tokens=8)
+    )
+
+
+def test_samples_follow_the_distribution():
+    probabilities = np.asarray(jax.nn.softmax(logits_after([5, 6, 7])))
+    drawn = [ids[0] for ids in model.generate(CFG, PARAMS, [[5, 6, 7]] * 4000, Sampling(1, temperature=1.0), seed=0)]
+    shares = np.bincount(drawn, minlength=CFG.vocab_size) / 4000
+    assert np.abs(shares - probabilities).max() < 0.02
+
+
+def test_an_empty_prompt_is_an_error():
+    assert model.generate(CFG, PARAMS, [], Sampling()) == []
+    with pytest.raises(UserError, match="prompt is empty"):
+        model.generate(CFG, PARAMS, [[]], Sampling())

@@ -1,0 +1,133 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tanuki_jax import config, model
+from tests.tiny import apply, init, packed_batch, small
+
+MODELS = {"dense": small(), "mixture": small(n_experts=4)}
+
+
+def as_arrays(batch):
+    return {name: jnp.asarray(value) for name, value in batch.items()}
+
+
+def test_parameter_counts_of_the_paper():
+    dense, mixture = config.Model(), config.Model(n_experts=8)
+    assert model.count_parameters(dense) == (7_512_264_704, 7_512_264_704)
+    assert model.count_parameters(mixture) == (46_973_325_312, 13_150_457_856)
+
+
+def test_the_tree_is_the_contract():
+    cfg = small(n_experts=4)
+    shapes = {
+        "/".join(k.key for k in path): leaf.shape
+        for path, leaf in jax.tree_util.tree_leaves_with_path(model.parameter_shapes(cfg))
+    }
+    L, D, N, K, H, F, E, V = 2, 32, 4, 2, 8, 48, 4, 96
+    assert shapes == {
+        "embed/table": (V, D),
+        "layers/attn/q": (L, D, N, H),
+        "layers/attn/k": (L, D, K, H),
+        "layers/attn/v": (L, D, K, H),
+        "layers/attn/o": (L, N, H, D),
+        "layers/moe/router": (L, D, E),
+        "layers/moe/gate": (L, E, D, F),
+        "layers/moe/up": (L, E, D, F),
+        "layers/moe/down": (L, E, F, D),
+        "layers/norm_attn": (L, D),
+        "layers/norm_mlp": (L, D),
+        "norm_final": (D,),
+        "head": (D, V),
+    }
+    axes = model.logical_axes(cfg)
+    assert axes["layers"]["moe"]["down"] == ("L", "E", "F", "D")
+    assert jax.tree.structure(jax.tree.map(lambda _: 0, axes, is_leaf=lambda a: isinstance(a, tuple))) == jax.tree.structure(
+        jax.tree.map(lambda _: 0, model.parameter_shapes(cfg))
+    )
+
+
+def test_layers_start_different():
+    params = init(small(), jax.random.key(0))
+    assert jnp.abs(params["layers"]["attn"]["q"][0] - params["layers"]["attn"]["q"][1]).max() > 0.01
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_causal_and_blind_to_other_segments(name):
+    cfg = MODELS[name]
+    params = init(cfg, jax.random.key(0))
+    batch = as_arrays(packed_batch(np.random.default_rng(0), cfg, rows=2))
+    out = apply(cfg, params, batch).hidden
+    for at in (0, 9, 17):
+        changed = apply(cfg, params, {**batch, "tokens": batch["tokens"].at[:, at].add(1)}).hidden
+        differs = jnp.abs(changed - out).max(axis=-1) > 1e-6
+        for r in range(2):
+            segment = batch["segment_ids"][r]
+            may = (jnp.arange(segment.size) >= at) & (segment == segment[at])
+            assert not (differs[r] & ~may).any()
+            assert differs[r, at]
+
+
+def test_packing_changes_nothing():
+    """A segment's hidden states are those of the same text alone in a row."""
+    cfg = MODELS["mixture"]
+    params = init(cfg, jax.random.key(0))
+    batch = packed_batch(np.random.default_rng(1), cfg, rows=1)
+    out = apply(cfg, params, as_arrays(batch)).hidden[0]
+    for segment in (1, 2, 3):
+        inside = batch["segment_ids"][0] == segment
+        alone = {name: np.zeros_like(value) for name, value in batch.items()}
+        for name in ("tokens", "segment_ids", "positions"):
+            alone[name][0, : inside.sum()] = batch[name][0, inside]
+        np.testing.assert_allclose(
+            apply(cfg, params, as_arrays(alone)).hidden[0, : inside.sum()], out[inside], rtol=1e-4, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_cached_decoding_equals_the_forward_pass_token_by_token(name):
+    cfg = MODELS[name]
+    params = init(cfg, jax.random.key(0))
+    tokens = jax.random.randint(jax.random.key(1), (3, 11), 0, cfg.vocab_size)
+    positions = jnp.broadcast_to(jnp.arange(11), (3, 11))
+    batch = {"tokens": tokens, "segment_ids": jnp.ones_like(tokens), "positions": positions}
+    expected = apply(cfg, params, batch).hidden
+    decode = jax.jit(model.decode, static_argnums=0)
+    first, cache = decode(cfg, params, model.empty_cache(cfg, 3, 16), tokens[:, :4], positions[:, :4])
+    found = [first]
+    for t in range(4, 11):
+        step, cache = decode(cfg, params, cache, tokens[:, t : t + 1], positions[:, t : t + 1])
+        found.append(step)
+    np.testing.assert_allclose(jnp.concatenate(found, axis=1), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_remat_changes_no_gradient(remat):
+    batch = as_arrays(packed_batch(np.random.default_rng(0), small(), rows=2))
+    params = init(small(n_experts=4), jax.random.key(0))
+
+    def gradient(remat):
+        cfg = small(n_experts=4, remat=remat)
+        return jax.jit(jax.grad(lambda p: (model.apply(cfg, p, batch).hidden ** 2).sum()))(params)
+
+    for a, b in zip(jax.tree.leaves(gradient("none")), jax.tree.leaves(gradient(remat)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
+
+
+def test_bfloat16_compute_keeps_float32_parameters():
+    cfg = small(dtype="bfloat16")
+    params = init(cfg, jax.random.key(0))
+    assert {p.dtype for p in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    batch = as_arrays(packed_batch(np.random.default_rng(0), cfg, rows=2))
+    low, high = apply(cfg, params, batch).hidden, apply(small(), params, batch).hidden
+    assert low.dtype == jnp.bfloat16
+    np.testing.assert_allclose(low.astype(jnp.float32), high, atol=0.15)
+
+
+def test_flops_per_token_is_six_per_active_weight_plus_attention():
+    cfg = small(n_experts=4)
+    L, D, N, K, H, F, E, V, S = 2, 32, 4, 2, 8, 48, 4, 96, 64
+    weights = L * (2 * D * N * H + 2 * D * K * H + 2 * 3 * D * F + D * E + 2 * D) + D + D * V
+    causal_attention = 6 * L * (2 * N * H * S / 2)
+    assert model.flops_per_token(cfg, S) == 6 * weights + causal_attention

@@ -1,0 +1,39 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tanuki_jax import ops
+from tanuki_jax.ops import cross_entropy
+
+
+@pytest.mark.parametrize("S", [6, 16, 24])
+def test_chunks_equal_whole_logits_in_value_and_gradient(monkeypatch, S):
+    monkeypatch.setattr(cross_entropy, "CHUNK", 8)
+    key = jax.random.key(0)
+    x, head = jax.random.normal(key, (3, S, 16)), jax.random.normal(key, (16, 50))
+    targets = jax.random.randint(key, (3, S), 0, 50)
+
+    def total(impl):
+        def f(x, head):
+            scores = ops.token_logprobs(x, head, targets, impl=impl)
+            return (scores.logprob * 2 + 0.1 * scores.log_z**2).sum(), scores
+
+        return jax.jit(jax.value_and_grad(f, (0, 1), has_aux=True))(x, head)
+
+    (value, scores), grads = total("xla")
+    (expected, reference), expected_grads = total("reference")
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    for a, b in zip((*scores, *grads), (*reference, *expected_grads), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_against_numpy():
+    rng = np.random.default_rng(0)
+    x, head, targets = rng.normal(size=(2, 5, 4)), rng.normal(size=(4, 7)), rng.integers(0, 7, (2, 5))
+    logits = x @ head
+    probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    scores = ops.token_logprobs(jnp.float32(x), jnp.float32(head), jnp.int32(targets))
+    expected = np.log(np.take_along_axis(probabilities, targets[..., None], -1)[..., 0])
+    np.testing.assert_allclose(scores.logprob, expected, rtol=1e-5)
+    np.testing.assert_array_equal(scores.correct, probabilities.argmax(-1) == targets)

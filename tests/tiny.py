@@ -1,0 +1,56 @@
+"""Models and batches small enough for any test."""
+
+import jax
+import numpy as np
+
+from tanuki_jax import config, model
+
+init = jax.jit(model.init, static_argnums=0)
+apply = jax.jit(model.apply, static_argnums=0)
+
+
+def small(**overrides):
+    """A model small enough for any test; float32."""
+    values = dict(
+        vocab_size=96, n_layers=2, d_model=32, d_ff=48, n_heads=4, n_kv_heads=2, head_dim=8, init_std=0.1, dtype="float32"
+    )
+    return config.Model(**{**values, **overrides})
+
+
+def packed_batch(rng, cfg, rows=8, length=24):
+    """Random rows of two or three segments each, the last one padding, with loss on most tokens."""
+    tokens = rng.integers(1, cfg.vocab_size, (rows, length + 1)).astype(np.int32)
+    segments = np.zeros((rows, length), np.int32)
+    positions = np.zeros((rows, length), np.int32)
+    for r in range(rows):
+        cuts = [0, *sorted(rng.choice(np.arange(4, length - 2), 2, replace=False)), length - int(rng.integers(0, 4))]
+        for s, (a, b) in enumerate(zip(cuts, cuts[1:], strict=False), 1):
+            segments[r, a:b] = s
+            positions[r, a:b] = np.arange(b - a)
+    weights = (segments > 0) * (rng.random((rows, length)) < 0.8)
+    return {
+        "tokens": tokens[:, :-1] * (segments > 0),
+        "targets": tokens[:, 1:],
+        "loss_weights": weights.astype(np.float32),
+        "segment_ids": segments,
+        "positions": positions,
+    }
+
+
+def pair_batch(rng, cfg, rows=8, length=32):
+    """Rows of one or two packed pairs: segments 1 and 2 are the first pair, 3 and 4 the second."""
+    batch = packed_batch(rng, cfg, rows, length)
+    pairs = np.zeros((rows, 2, 2), np.int32)
+    for r in range(rows):
+        count = 1 + r % 2
+        cuts = np.linspace(0, length - int(rng.integers(0, 3)), 2 * count + 1).astype(int)
+        batch["segment_ids"][r] = batch["positions"][r] = 0
+        for s, (a, b) in enumerate(zip(cuts, cuts[1:], strict=False), 1):
+            batch["segment_ids"][r, a:b] = s
+            batch["positions"][r, a:b] = np.arange(b - a)
+            batch["loss_weights"][r, a:b] = np.arange(b - a) >= 2
+            batch["loss_weights"][r, b - 1] = 0
+        batch["loss_weights"][r, cuts[-1] :] = 0
+        pairs[r, :count] = np.arange(1, 2 * count + 1).reshape(-1, 2)
+    reference = rng.normal(size=(rows, 2, 2)).astype(np.float32) * (pairs > 0)
+    return {**batch, "pair_segments": pairs, "ref_logprobs": reference}

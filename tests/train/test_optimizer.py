@@ -1,0 +1,70 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from tanuki_jax import config
+from tanuki_jax.train import losses
+from tanuki_jax.train.optimizer import decays, learning_rate, make_optimizer
+from tanuki_jax.train.step import init_state, make_train_step
+from tests.tiny import init, packed_batch, small
+
+
+def rates(total, **options):
+    rate = learning_rate(config.Optimizer(**options), total)
+    return np.array([float(rate(jnp.int32(s))) for s in range(total)])
+
+
+def test_cosine_has_warmup_peak_and_floor():
+    r = rates(100, learning_rate=1e-3, learning_rate_floor=1e-4, warmup_steps=10)
+    np.testing.assert_allclose(r[:10], 1e-3 * np.arange(1, 11) / 10, rtol=1e-5)
+    np.testing.assert_allclose(r[55], (1e-3 + 1e-4) / 2, rtol=1e-4)
+    assert (np.diff(r[10:]) < 0).all() and 1e-4 < r[-1] < 1.01e-4
+
+
+def test_cosine_horizon_beyond_the_stage_stops_on_the_way():
+    r = rates(100, learning_rate=1.5e-4, learning_rate_floor=1.5e-5, decay_steps=300)
+    np.testing.assert_allclose(r[99], 1.5e-5 + 1.35e-4 * 0.5 * (1 + np.cos(np.pi * 99 / 300)), rtol=1e-5)
+
+
+def test_wsd_is_flat_then_linear():
+    r = rates(100, schedule="wsd", learning_rate=1e-3, learning_rate_floor=1e-4, warmup_ratio=0.1, decay_steps=20)
+    np.testing.assert_allclose(r[10:81], 1e-3, rtol=1e-5)
+    np.testing.assert_allclose(r[90], 1e-3 - 9e-4 / 2, rtol=1e-4)
+
+
+def test_norms_do_not_decay():
+    marked = decays(init(small(n_experts=4), jax.random.key(0)))
+    assert not marked["norm_final"] and not marked["layers"]["norm_attn"] and not marked["layers"]["norm_mlp"]
+    assert marked["head"] and marked["embed"]["table"] and marked["layers"]["moe"]["router"]
+
+
+def test_steps_equal_optax_adamw():
+    """Our step against optax's own adamw with clipping, ten steps."""
+    cfg = small()
+    options = config.Optimizer(learning_rate=1e-2, learning_rate_floor=1e-3, warmup_steps=3, weight_decay=0.1, clip_norm=0.5)
+    loss = losses.next_token(cfg, config.Loss())
+    optimizer, rate = make_optimizer(options), learning_rate(options, 10)
+    step = make_train_step(loss, optimizer, rate, options.clip_norm)
+    # The step donates its state, so each side starts from its own copy.
+    state = init_state(init(cfg, jax.random.key(0)), optimizer, jax.random.key(0))
+    params = init(cfg, jax.random.key(0))
+    theirs = optax.chain(
+        optax.clip_by_global_norm(0.5), optax.adamw(rate, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, mask=decays)
+    )
+    slots = theirs.init(params)
+
+    @jax.jit
+    def expected_step(params, slots, batch):
+        value, grads = jax.value_and_grad(lambda p: loss(p, batch)[0] / loss(p, batch)[1])(params)
+        updates, slots = theirs.update(grads, slots, params)
+        return optax.apply_updates(params, updates), slots, value
+
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        batch = {name: jnp.asarray(value) for name, value in packed_batch(rng, cfg).items()}
+        state, metrics = step(state, batch)
+        params, slots, value = expected_step(params, slots, batch)
+        np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)

@@ -1,0 +1,91 @@
+"""The step gives the same loss and gradients on any mesh and with any accumulation."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tanuki_jax import checkpoint, config, parallel
+from tanuki_jax.data import loader
+from tanuki_jax.train import losses
+from tanuki_jax.train.optimizer import learning_rate, make_optimizer
+from tanuki_jax.train.step import gradients, init_state, make_train_step
+from tests.tiny import init, packed_batch, pair_batch, small
+
+LOSS = config.Loss(z_loss=1e-3, router_z_loss=1e-3)
+MODELS = {"dense": small(), "mixture": small(n_experts=4)}
+BATCHES = {"pretrain": packed_batch, "sft": packed_batch, "dpo": pair_batch}
+
+
+def problem(kind, cfg, rows=8):
+    batch = BATCHES[kind](np.random.default_rng(3), cfg, rows=rows)
+    if kind == "sft":  # loss on few tokens, unevenly over the rows
+        batch["loss_weights"] *= (
+            np.random.default_rng(0).random(batch["loss_weights"].shape) < np.linspace(0.05, 0.9, rows)[:, None]
+        )
+    return batch
+
+
+@functools.cache
+def compiled(kind, name, microbatches):
+    loss = losses.make_loss(kind, MODELS[name], LOSS)
+    return jax.jit(lambda params, batch: gradients(loss, params, batch, microbatches))
+
+
+@functools.cache
+def expected(kind, name):
+    cfg = MODELS[name]
+    batch = {n: jnp.asarray(v) for n, v in problem(kind, cfg).items()}
+    return jax.tree.map(
+        np.asarray, compiled("dpo" if kind == "dpo" else "pretrain", name, 1)(init(cfg, jax.random.key(0)), batch)
+    )
+
+
+def close(found, wanted):
+    """Relative to the largest gradient of each parameter, 1e-5."""
+    for (path, a), (_, b) in zip(*(jax.tree_util.tree_leaves_with_path(t) for t in (found, wanted)), strict=True):
+        scale = np.abs(b).max() + 1e-12
+        assert np.abs(np.asarray(a) - b).max() / scale < 1e-5, (
+            jax.tree_util.keystr(path),
+            np.abs(np.asarray(a) - b).max() / scale,
+        )
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("kind", BATCHES)
+@pytest.mark.parametrize(
+    ("data", "fsdp", "microbatches"), [(1, 2, 1), (2, 2, 1), (1, 1, 4)], ids=["fsdp 2", "data 2 x fsdp 2", "accumulation 4"]
+)
+def test_loss_and_gradients_are_those_of_one_device(kind, name, data, fsdp, microbatches):
+    cfg = MODELS[name]
+    mesh = parallel.make_mesh(config.Mesh(data=data, fsdp=fsdp), jax.devices()[: data * fsdp])
+    params = jax.device_put(init(cfg, jax.random.key(0)), checkpoint.parameter_shardings(cfg, mesh))
+    with jax.set_mesh(mesh):
+        batch = loader.on_devices(problem(kind, cfg), mesh, 8)
+        grads, metrics = compiled("dpo" if kind == "dpo" else "pretrain", name, microbatches)(params, batch)
+    wanted_grads, wanted = expected(kind, name)
+    np.testing.assert_allclose(metrics["loss"], wanted["loss"], rtol=1e-5)
+    close(grads, wanted_grads)
+    for key in wanted:
+        np.testing.assert_allclose(metrics[key], wanted[key], rtol=1e-4, atol=1e-5, err_msg=key)
+
+
+def test_a_step_that_is_not_finite_keeps_the_parameters():
+    cfg = small()
+    optimizer = make_optimizer(config.Optimizer())
+
+    def loss(params, batch):
+        total, weight, metrics = losses.next_token(cfg, config.Loss())(params, batch)
+        poison = jnp.where(batch["tokens"].sum() > 0, 1.0, jnp.nan)
+        return total * poison, weight, metrics
+
+    step = make_train_step(loss, optimizer, learning_rate(config.Optimizer(), 10), 1.0)
+    state = init_state(init(cfg, jax.random.key(0)), optimizer, jax.random.key(0))
+    good = {n: jnp.asarray(v) for n, v in packed_batch(np.random.default_rng(0), cfg).items()}
+    state, metrics = step(state, good)
+    before = jax.tree.map(np.asarray, (state.params, state.opt_state))
+    state, metrics = step(state, {**good, "tokens": good["tokens"] * 0})
+    assert not np.isfinite(metrics["grad_norm"]) and state.step == 2
+    jax.tree.map(np.testing.assert_array_equal, (state.params, state.opt_state), before)

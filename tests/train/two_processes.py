@@ -1,0 +1,43 @@
+"""Run by test_multiprocess.py in two processes: loss and gradients of a batch that both share, on 2 x 2 devices."""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from tanuki_jax import checkpoint, config, model, parallel
+from tanuki_jax.data import loader
+from tanuki_jax.train import losses
+from tanuki_jax.train.step import gradients
+from tests.tiny import packed_batch, pair_batch, small
+
+
+def main(output: str) -> None:
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    parallel.initialize()
+    assert jax.process_count() == 2 and jax.device_count() == 4
+    mesh = parallel.make_mesh(config.Mesh(data=2, fsdp=2))
+    result = {}
+    for name, cfg in (("dense", small()), ("mixture", small(n_experts=4))):
+        shardings = checkpoint.parameter_shardings(cfg, mesh)
+        params = jax.jit(model.init, static_argnums=0, out_shardings=shardings)(cfg, jax.random.key(0))
+        for kind, make in (("pretrain", packed_batch), ("dpo", pair_batch)):
+            whole = make(np.random.default_rng(3), cfg)
+            rows = slice(4 * jax.process_index(), 4 * jax.process_index() + 4)
+            with jax.set_mesh(mesh):
+                batch = loader.on_devices({n: v[rows] for n, v in whole.items()}, mesh, 8, rows.start)
+                loss = losses.make_loss(kind, cfg, config.Loss(z_loss=1e-3, router_z_loss=1e-3))
+                grads, metrics = jax.jit(lambda p, b, loss=loss: gradients(loss, p, b))(params, batch)
+            leaves = jax.tree_util.tree_leaves_with_path(grads)
+            result[f"{name} {kind}"] = {
+                "loss": float(metrics["loss"]),
+                "grads": {jax.tree_util.keystr(path): parallel.to_host(g).ravel().tolist() for path, g in leaves},
+            }
+    if jax.process_index() == 0:
+        Path(output).write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
