@@ -11,11 +11,11 @@ def get_config():
     c.model.update(
         dict(
             vocab_size=1280,
-            n_layers=4,
-            d_model=128,
-            d_ff=384,
-            n_heads=4,
-            n_kv_heads=2,
+            n_layers=3,
+            d_model=160,
+            d_ff=448,
+            n_heads=5,
+            n_kv_heads=5,
             head_dim=32,
             init_std=0.04,
             n_experts=8,

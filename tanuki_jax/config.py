@@ -101,6 +101,7 @@ class Optimizer:
     decay_steps: int = key(
         0, "cosine: step at which the floor is reached; wsd: length of the decay; 0 = stage's end; a tenth of it"
     )
+    schedule_start: int = key(0, "step of the schedule at which the stage begins, where it goes on with an earlier stage's")
     beta1: float = key(0.9, "decay of Adam's first moment")
     beta2: float = key(0.95, "decay of Adam's second moment")
     eps: float = key(1e-8, "Adam's epsilon")

@@ -31,7 +31,8 @@ class Inputs:
 def prepare(recipe: Recipe, workdir: Path, names: set[str]) -> Inputs:
     """Makes what is missing under `workdir`/data for the sources `names`."""
     where = workdir / "data"
-    located = {name: _locate(recipe, name, where) for name in recipe.data}
+    for_tokenizer = () if recipe.tokenizer.path else recipe.tokenizer.sources or tuple(recipe.data)
+    located = {name: _locate(recipe, name, where) for name in sorted({*names, *for_tokenizer})}
     tokenizer = Tokenizer(_tokenizer(recipe, located, where))
     if tokenizer.vocab_size > recipe.model.vocab_size:
         raise UserError(
@@ -81,7 +82,7 @@ def _tokenizer(recipe: Recipe, located: dict[str, tuple[str, str]], where: Path)
     options = recipe.tokenizer
     if options.path:
         return Path(options.path)
-    names = options.sources or tuple(recipe.data)
+    names = options.sources or tuple(recipe.data)  # in this order, so that the fingerprint does not depend on the stages run
     output = where / f"tokenizer-{files.fingerprint(config.to_dict(options), [located[n][1] for n in names])}"
     if not output.is_dir():
         from tokenization.train import train

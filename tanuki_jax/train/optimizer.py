@@ -32,13 +32,15 @@ def learning_rate(options: config.Optimizer, total_steps: int) -> Callable[[jax.
     """Step (from 0) -> learning rate, float32.
 
     Linear warm-up reaches the peak at its last step.  cosine falls to the floor at `decay_steps` (0: the stage's end);
-    wsd stays at the peak and falls linearly over the last `decay_steps` (0: a tenth of the stage).
+    wsd stays at the peak and falls linearly over the last `decay_steps` (0: a tenth of the stage).  With `schedule_start`
+    the stage is the last part of a longer schedule, whose steps the other options count.
     """
+    total_steps += options.schedule_start
     warmup = options.warmup_steps or round(options.warmup_ratio * total_steps)
     peak, floor = options.learning_rate, options.learning_rate_floor
 
     def rate(step: jax.Array) -> jax.Array:
-        step = jnp.asarray(step, jnp.float32)
+        step = jnp.asarray(step, jnp.float32) + options.schedule_start
         if options.schedule == "cosine":
             length = (options.decay_steps or total_steps) - warmup
             done = jnp.clip((step - warmup) / max(length, 1), 0, 1)
