@@ -82,8 +82,8 @@ def _claim(recipe: Recipe, workdir: Path) -> bool:
     """Makes the workdir this recipe's, or refuses one that is another's."""
     path, mine = workdir / "recipe.json", config.to_dict(recipe)
     if path.is_file():
-        theirs = json.loads(path.read_text(encoding="utf-8"))
-        differing = [line for line in _differences(theirs, json.loads(json.dumps(mine))) if line]
+        theirs = config.from_dict(Recipe, json.loads(path.read_text(encoding="utf-8")))  # keys added since have their defaults
+        differing = _differences(config.to_dict(theirs), mine)
         if differing:
             named = "; ".join(differing[:4]) + (" ..." if len(differing) > 4 else "")
             raise UserError(

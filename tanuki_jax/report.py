@@ -15,7 +15,8 @@ from markupsafe import Markup
 
 from tanuki_jax import files
 from tanuki_jax.config import Recipe
-from tanuki_jax.train.metrics import duration, read_metrics
+from tanuki_jax.progress import duration
+from tanuki_jax.train.metrics import read_metrics
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt

@@ -20,6 +20,7 @@ from tanuki_jax.data.mixture import StagedMixture
 from tanuki_jax.data.prepare import open_store
 from tanuki_jax.errors import UserError
 from tanuki_jax.inputs import Inputs
+from tanuki_jax.progress import Progress
 from tanuki_jax.train import loop, losses
 from tanuki_jax.train.optimizer import learning_rate, make_optimizer
 from tanuki_jax.train.step import State, init_state, make_train_step
@@ -310,6 +311,7 @@ def _source_logprobs(
     """Log-probabilities [pairs, 2] of one source; the rows are walked in order, the last batch filled up with repetitions."""
     compute = jax.jit(lambda p, batch: losses.pair_logprobs(cfg, p, batch)[0])
     result = np.zeros((len(rows.ref_logprobs), 2), np.float32)
+    progress = Progress("reference log-probabilities", len(rows), "rows", quiet=jax.process_index() != 0)
     for start in range(0, len(rows), batch_size):
         chosen = [min(r, len(rows) - 1) for r in range(start, start + batch_size)]
         batch = loader.stack([rows[r] for r in chosen])
@@ -317,6 +319,7 @@ def _source_logprobs(
         for r, values in zip(chosen, logprobs, strict=True):
             pairs = rows.pairs(r)
             result[pairs] = values[: len(pairs)]
+        progress.show(min(start + batch_size, len(rows)))
     return result
 
 

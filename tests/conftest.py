@@ -5,7 +5,15 @@ import tempfile
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+# The programs here are tiny and compiling them is nearly all the time that tests take, so LLVM need not try hard.
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+    ]
+)
 # XLA's CPU collectives block threads of a pool sized by the cores; with fewer cores than devices they would deadlock.
 os.environ["NPROC"] = "16"
 # The same small programs are compiled by many tests and by the processes that tests start.

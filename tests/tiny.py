@@ -54,3 +54,14 @@ def pair_batch(rng, cfg, rows=8, length=32):
         pairs[r, :count] = np.arange(1, 2 * count + 1).reshape(-1, 2)
     reference = rng.normal(size=(rows, 2, 2)).astype(np.float32) * (pairs > 0)
     return {**batch, "pair_segments": pairs, "ref_logprobs": reference}
+
+
+def problem(kind, cfg, rows=8):
+    """A batch of a stage kind; sft has loss on few tokens, unevenly over the rows."""
+    rng = np.random.default_rng(3)
+    if kind == "dpo":
+        return pair_batch(rng, cfg, rows)
+    batch = packed_batch(rng, cfg, rows)
+    if kind == "sft":
+        batch["loss_weights"] *= rng.random(batch["loss_weights"].shape) < np.linspace(0.05, 0.9, rows)[:, None]
+    return batch

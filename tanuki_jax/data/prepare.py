@@ -16,6 +16,7 @@ from tanuki_jax.data import chat, sources
 from tanuki_jax.data.store import Store, StoreWriter, token_dtype
 from tanuki_jax.data.tokenizer import Tokenizer
 from tanuki_jax.errors import UserError
+from tanuki_jax.progress import Progress
 
 CHUNK = 1000  # rows encoded together
 
@@ -53,6 +54,7 @@ def prepare(patterns: str, tokenizer: Tokenizer, output: Path) -> Manifest:
         tokens = StoreWriter(temporary / "tokens", token_dtype(tokenizer.vocab_size))
         mask = None if kind == "text" else StoreWriter(temporary / "mask", np.dtype(np.uint8))
         count = characters = 0
+        progress = Progress("tokenize", sources.total_bytes(patterns), "MB", 1e6)
         for chunk in _chunks(_first_again(first, rows)):
             for row in chunk:
                 if sources.kind_of(row) != kind:
@@ -61,22 +63,11 @@ def prepare(patterns: str, tokenizer: Tokenizer, output: Path) -> Manifest:
                     )
             count += len(chunk)
             characters += sum(len(text_of(row)) for row in chunk)
-            if mask is None:
-                for ids in tokenizer.encode_batch([row.fields["text"] for row in chunk]):
-                    tokens.add([*ids, tokenizer.eos])
-                continue
-            for row in chunk:
-                try:
-                    both = (
-                        chat.encode_pair(tokenizer, row.fields)
-                        if kind == "pair"
-                        else [chat.encode_dialogue(tokenizer, row.fields["messages"])]
-                    )
-                except UserError as error:
-                    raise UserError(f"data: {row.where}: {error}") from error
-                for ids, weights in both:
-                    tokens.add(ids)
+            for ids, weights in _encode(kind, chunk, tokenizer):
+                tokens.add(ids)
+                if mask is not None:
                     mask.add(weights)
+            progress.show(chunk[-1].bytes_read, f"{count:,} rows")
         for writer in filter(None, (tokens, mask)):
             writer.close()
         manifest = Manifest(
@@ -90,6 +81,22 @@ def prepare(patterns: str, tokenizer: Tokenizer, output: Path) -> Manifest:
         )
         files.write_json(temporary / "manifest.json", asdict(manifest))
     return manifest
+
+
+def _encode(kind: str, chunk: list[sources.Row], tokenizer: Tokenizer) -> Iterator[tuple[list[int], list[int]]]:
+    """Token ids of each document of some rows, and their mask (empty for text)."""
+    if kind == "text":
+        for ids in tokenizer.encode_batch([row.fields["text"] for row in chunk]):
+            yield [*ids, tokenizer.eos], []
+        return
+    for row in chunk:
+        try:
+            if kind == "pair":
+                yield from chat.encode_pair(tokenizer, row.fields)
+            else:
+                yield chat.encode_dialogue(tokenizer, row.fields["messages"])
+        except UserError as error:
+            raise UserError(f"data: {row.where}: {error}") from error
 
 
 def text_of(row: sources.Row) -> str:

@@ -16,10 +16,11 @@ SUFFIXES = (".txt", ".jsonl", ".jsonl.gz")
 
 
 class Row(NamedTuple):
-    """A row and where it stands, for messages."""
+    """A row, where it stands (for messages), and how many bytes of the files were read up to it."""
 
     where: str
     fields: dict[str, Any]
+    bytes_read: int = 0
 
 
 def matching_files(patterns: str) -> list[Path]:
@@ -38,6 +39,11 @@ def matching_files(patterns: str) -> list[Path]:
     return found
 
 
+def total_bytes(patterns: str) -> int:
+    """Size of all files together."""
+    return sum(path.stat().st_size for path in matching_files(patterns))
+
+
 def identity(patterns: str) -> str:
     """A fingerprint of the files' names, sizes and times of change; cheap for any amount of data."""
     stats = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in matching_files(patterns)]
@@ -46,19 +52,22 @@ def identity(patterns: str) -> str:
 
 def read_rows(patterns: str) -> Iterator[Row]:
     """All rows of all files, in order.  Text files give {"text"}."""
+    before = 0
     for path in matching_files(patterns):
+        size = path.stat().st_size
         if path.name.endswith(".txt"):
-            yield Row(str(path), {"text": _decode(path.read_bytes(), str(path))})
+            yield Row(str(path), {"text": _decode(path.read_bytes(), str(path))}, before + size)
+            before += size
             continue
-        opened = gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb")
-        with opened as f:
+        with path.open("rb") as raw, gzip.GzipFile(fileobj=raw) if path.name.endswith(".gz") else raw as f:
             try:
                 for number, line in enumerate(f, 1):
                     if line.strip():
                         where = f"{path}:{number}"
-                        yield Row(where, _parse(line, where))
+                        yield Row(where, _parse(line, where), before + raw.tell())
             except (EOFError, gzip.BadGzipFile) as error:
                 raise UserError(f"data: {path} is not a whole gzip file ({error}); fetch it again") from error
+        before += size
 
 
 def kind_of(row: Row) -> str:

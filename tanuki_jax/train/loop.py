@@ -12,7 +12,8 @@ import jax
 import numpy as np
 
 from tanuki_jax.checkpoint import Checkpoints
-from tanuki_jax.train.metrics import MetricsWriter, Progress, mfu, plain, read_metrics
+from tanuki_jax.progress import Progress
+from tanuki_jax.train.metrics import MetricsWriter, mfu, plain, read_metrics
 from tanuki_jax.train.step import State
 
 

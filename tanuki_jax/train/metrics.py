@@ -1,11 +1,8 @@
-"""What a stage writes while it trains: metrics.jsonl, TensorBoard, and progress on stderr."""
+"""What a stage writes while it trains: metrics.jsonl and TensorBoard."""
 
 from __future__ import annotations
 
 import json
-import math
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -85,46 +82,3 @@ def mfu(tokens_per_second: float, flops_per_token: float) -> float | None:
     """Model FLOPs utilisation over all devices, or None where the peak is unknown."""
     peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
     return round(tokens_per_second * flops_per_token / (peak * jax.device_count()), 4) if peak else None
-
-
-class Progress:
-    """Steps done, rate and time left on stderr: one line that renews itself on a terminal, else a line now and then."""
-
-    def __init__(self, name: str, total: int, quiet: bool = False) -> None:
-        self.name, self.total, self.quiet = name, total, quiet
-        self._live = sys.stderr.isatty()
-        self._next, self._start = 0.0, time.monotonic()
-        self._first: tuple[float, int] | None = None
-
-    def show(self, step: int, text: str) -> None:
-        """Reports that `step` of `total` are done."""
-        now = time.monotonic()
-        if self._first is None:
-            self._first = (now, step)
-        if self.quiet or (now < self._next and step < self.total):
-            return
-        since, at = self._first
-        rate = (step - at) / (now - since) if step > at else 0.0
-        left = duration((self.total - step) / rate) if rate else "?"
-        line = f"{self.name}  {step}/{self.total}  {text}  {duration(now - self._start)} gone, {left} left"
-        print(
-            f"\r\033[K{line}" if self._live else line,
-            end="" if self._live and step < self.total else "\n",
-            file=sys.stderr,
-            flush=True,
-        )
-        self._next = now + (0.5 if self._live else 10.0)
-
-
-def duration(seconds: float) -> str:
-    """4s, 3m20s, 2h05m, 3d4h."""
-    if not math.isfinite(seconds):
-        return "?"
-    minutes, s = divmod(int(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    days, h = divmod(hours, 24)
-    if days:
-        return f"{days}d{h}h"
-    if hours:
-        return f"{hours}h{m:02d}m"
-    return f"{minutes}m{s:02d}s" if minutes else f"{s}s"

@@ -79,7 +79,7 @@ def make_train_step(
 
     def train_step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
         grads, metrics = gradients(loss_fn, state.params, batch, microbatches)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
         if clip_norm:
             scale = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-12))

@@ -13,7 +13,7 @@ import pytest
 from tanuki_jax import config
 from tanuki_jax.train import losses
 from tanuki_jax.train.step import gradients
-from tests.tiny import init, packed_batch, pair_batch, small
+from tests.tiny import init, problem, small
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,7 +32,7 @@ def found(tmp_path_factory):
         env = {
             **os.environ,
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+            "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", "count=2"),
             "TANUKI_COORDINATOR": f"127.0.0.1:{port}",
             "TANUKI_PROCESSES": "2",
             "TANUKI_PROCESS_ID": str(i),
@@ -45,11 +45,11 @@ def found(tmp_path_factory):
     return json.loads(output.read_text())
 
 
-@pytest.mark.parametrize("kind", ["pretrain", "dpo"])
+@pytest.mark.parametrize("kind", ["pretrain", "sft", "dpo"])
 @pytest.mark.parametrize("name", ["dense", "mixture"])
 def test_two_processes_of_two_devices_equal_one_device(found, name, kind):
     cfg = small(n_experts=4 if name == "mixture" else 0)
-    batch = (pair_batch if kind == "dpo" else packed_batch)(np.random.default_rng(3), cfg)
+    batch = problem(kind, cfg)
     loss = losses.make_loss(kind, cfg, config.Loss(z_loss=1e-3, router_z_loss=1e-3))
     params = init(cfg, jax.random.key(0))
     grads, metrics = jax.jit(lambda p, b: gradients(loss, p, b))(params, {n: jnp.asarray(v) for n, v in batch.items()})

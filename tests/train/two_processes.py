@@ -5,13 +5,12 @@ import sys
 from pathlib import Path
 
 import jax
-import numpy as np
 
 from tanuki_jax import checkpoint, config, model, parallel
 from tanuki_jax.data import loader
 from tanuki_jax.train import losses
 from tanuki_jax.train.step import gradients
-from tests.tiny import packed_batch, pair_batch, small
+from tests.tiny import problem, small
 
 
 def main(output: str) -> None:
@@ -23,8 +22,8 @@ def main(output: str) -> None:
     for name, cfg in (("dense", small()), ("mixture", small(n_experts=4))):
         shardings = checkpoint.parameter_shardings(cfg, mesh)
         params = jax.jit(model.init, static_argnums=0, out_shardings=shardings)(cfg, jax.random.key(0))
-        for kind, make in (("pretrain", packed_batch), ("dpo", pair_batch)):
-            whole = make(np.random.default_rng(3), cfg)
+        for kind in ("pretrain", "sft", "dpo"):
+            whole = problem(kind, cfg)
             rows = slice(4 * jax.process_index(), 4 * jax.process_index() + 4)
             with jax.set_mesh(mesh):
                 batch = loader.on_devices({n: v[rows] for n, v in whole.items()}, mesh, 8, rows.start)

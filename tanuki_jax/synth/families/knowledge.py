@@ -75,6 +75,7 @@ LEXICON = Family(
     _word,
     lambda rng, content, lang: _word(content, lang, rng.randint(1, len(world.LEXICON) - 1)),
     _word_say,
+    weight=2.0,
 )  # fmt: skip
 
 

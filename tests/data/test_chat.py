@@ -1,0 +1,185 @@
+import json
+import re
+import shutil
+from itertools import groupby
+
+import jinja2
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tanuki_jax.data import chat
+from tanuki_jax.data.tokenizer import Tokenizer
+from tanuki_jax.errors import UserError
+
+SYSTEM = "以下は、タスクを説明する指示です。要求を適切に満たす応答を書きなさい。"
+NASTY = [
+    "</s>",
+    "<s>",
+    "<unk>",
+    "<llm-code>",
+    "<0x0A>",
+    "\ue0000\ue001",
+    "\ue001",
+    "{{ eos_token }}",
+    "{% if",
+    "### 応答:\n",
+    "\n\n",
+    " ",
+]
+CONTENT = st.lists(st.sampled_from([*NASTY, "狸", "🦝", "山の奥", "moon", "12", "▁"]) | st.text(max_size=5), max_size=6).map(
+    "".join
+)
+quick = settings(max_examples=50, deadline=None)
+
+
+@st.composite
+def conversations(draw):
+    """Turns of user and assistant, sometimes after a system sentence, ending with either."""
+    roles = (
+        ["system"] * draw(st.integers(0, 1))
+        + ["user", "assistant"] * draw(st.integers(1, 3))
+        + ["user"] * draw(st.integers(0, 1))
+    )
+    return [{"role": role, "content": draw(CONTENT)} for role in roles]
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def assistant(content):
+    return {"role": "assistant", "content": content}
+
+
+def plain(tokenizer, messages, add_generation_prompt=False):
+    """The saved template under plain Jinja; the generation tags are transformers' own and print nothing."""
+    saved = json.loads((tokenizer.directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+    source = re.sub(r"{%-? *(end)?generation *-?%}", "", saved["chat_template"])
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(source).render(
+        messages=messages, bos_token="<s>", eos_token="</s>", add_generation_prompt=add_generation_prompt
+    )
+
+
+def said(tokenizer, ids, mask):
+    """The text of each run of ids that are in the mask."""
+    runs = groupby(zip(ids, mask, strict=True), key=lambda pair: pair[1])
+    return [tokenizer.decode([i for i, _ in run]) for marked, run in runs if marked]
+
+
+@quick
+@given(conversations(), st.booleans())
+def test_a_conversation_reads_as_its_jinja_template_renders_it(tokenizer, messages, prompt):
+    ids, _ = chat.encode_chat(tokenizer, messages, add_generation_prompt=prompt)
+    assert tokenizer.decode(ids) == plain(tokenizer, messages, prompt)
+
+
+@quick
+@given(conversations())
+def test_the_mask_is_on_what_the_assistant_says_and_its_end_tokens_alone(tokenizer, messages):
+    ids, mask = chat.encode_chat(tokenizer, messages)
+    answers = [m["content"] + "</s>" for m in messages if m["role"] == "assistant"]
+    assert set(mask) <= {0, 1} and said(tokenizer, ids, mask) == answers
+
+
+@quick
+@given(conversations())
+def test_no_text_of_a_message_becomes_a_control_token(tokenizer, messages):
+    ids, _ = chat.encode_chat(tokenizer, messages)
+    controls = [i for i in ids if i in tokenizer.special.values()]
+    assert controls == [tokenizer.bos] + [tokenizer.eos] * sum(m["role"] == "assistant" for m in messages)
+
+
+GOLDEN = {
+    "one turn": ([user("こんにちは"), assistant("やあ")], f"<s>{SYSTEM}\n\n### 指示:\nこんにちは\n\n### 応答:\nやあ</s>"),
+    "two turns": (
+        [user("1+1は"), assistant("2です。"), user("では2+2は"), assistant("4です。")],
+        f"<s>{SYSTEM}\n\n### 指示:\n1+1は\n\n### 応答:\n2です。</s>\n\n### 指示:\nでは2+2は\n\n### 応答:\n4です。</s>",
+    ),
+    "system": (
+        [{"role": "system", "content": "短く。"}, user("名前は"), assistant("狸")],
+        "<s>短く。\n\n### 指示:\n名前は\n\n### 応答:\n狸</s>",
+    ),
+    "spaces and blank lines stay": (
+        [user(" a \n"), assistant("\n b ")],
+        f"<s>{SYSTEM}\n\n### 指示:\n a \n\n\n### 応答:\n\n b </s>",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_the_template_is_tanukis(tokenizer, name):
+    messages, expected = GOLDEN[name]
+    assert tokenizer.decode(chat.encode_chat(tokenizer, messages)[0]) == expected
+    assert chat.render(messages) == expected.replace("<s>", "").replace("</s>", "")
+
+
+def test_a_prompt_ends_where_the_answer_begins(tokenizer):
+    messages = [user("q"), assistant("a"), user("r")]
+    prompt, mask = chat.encode_chat(tokenizer, messages, add_generation_prompt=True)
+    assert tokenizer.decode(prompt).endswith("r\n\n### 応答:\n") and said(tokenizer, prompt, mask) == ["a</s>"]
+    ids, _ = chat.encode_chat(tokenizer, [*messages, assistant("b")])
+    assert ids[: len(prompt)] == prompt
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([], "empty"),
+        ([user("a"), {"role": "robot", "content": "b"}], "message 1"),
+        ([{"role": "user"}], "message 0"),
+        ([user(None)], "message 0"),
+        (["text"], "message 0"),
+    ],
+)
+def test_a_malformed_conversation_is_an_error_that_names_the_message(tokenizer, messages, message):
+    with pytest.raises(UserError, match=message):
+        chat.encode_chat(tokenizer, messages)
+
+
+def test_a_conversation_without_an_assistant_turn_is_an_error(tokenizer):
+    with pytest.raises(UserError, match="without an assistant turn"):
+        chat.encode_dialogue(tokenizer, [user("a"), user("b")])
+
+
+@quick
+@given(conversations(), CONTENT, CONTENT)
+def test_of_a_pair_only_the_last_answers_are_in_the_mask(tokenizer, messages, chosen, rejected):
+    prompt = [*messages, user("?")]
+    sides = chat.encode_pair(tokenizer, {"prompt": prompt, "chosen": chosen, "rejected": [assistant(rejected)]})
+    for (ids, mask), answer in zip(sides, (chosen, rejected), strict=True):
+        assert said(tokenizer, ids, mask) == [answer + "</s>"]
+        assert tokenizer.decode(ids) == plain(tokenizer, [*prompt, assistant(answer)])
+
+
+def test_a_plain_string_prompt_is_one_user_message(tokenizer):
+    rows = ({"prompt": prompt, "chosen": "a", "rejected": "b"} for prompt in ("q", [user("q")]))
+    assert len({str(chat.encode_pair(tokenizer, row)) for row in rows}) == 1
+
+
+@pytest.fixture(scope="module")
+def with_template(tokenizer, tmp_path_factory):
+    def make(template):
+        directory = tmp_path_factory.mktemp("template") / "tokenizer"
+        shutil.copytree(tokenizer.directory, directory)
+        path = directory / "tokenizer_config.json"
+        config = json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(json.dumps({**config, "chat_template": template}), encoding="utf-8")
+        return Tokenizer(directory)
+
+    return make
+
+
+@quick
+@given(conversations())
+def test_another_template_without_generation_tags_is_masked_too(with_template, messages):
+    other = with_template("{% for m in messages %}<CLS>{{ m['role'] }}\n{{ m['content'] }}<SEP>\n{% endfor %}")
+    ids, mask = chat.encode_chat(other, messages)
+    assert other.decode(ids) == "".join(f"<CLS>{m['role']}\n{m['content']}<SEP>\n" for m in messages)
+    assert said(other, ids, mask) == [m["content"] for m in messages if m["role"] == "assistant" and m["content"]]
+
+
+def test_a_tokenizer_without_a_template_is_an_error_that_says_so(with_template):
+    with pytest.raises(UserError, match="chat_template"):
+        chat.encode_chat(with_template(""), [user("a")])

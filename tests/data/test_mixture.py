@@ -1,0 +1,66 @@
+import numpy as np
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
+
+from tanuki_jax.data.mixture import BLOCK, StagedMixture
+
+quick = settings(max_examples=25, deadline=None)
+
+
+@st.composite
+def mixtures(draw):
+    """Weights [phases][sources] and the rows at which the phases begin."""
+    sources, phases = draw(st.integers(1, 6)), draw(st.integers(1, 3))
+    weights = [draw(st.lists(st.integers(0, 20), min_size=sources, max_size=sources)) for _ in range(phases)]
+    assume(all(map(any, weights)))
+    gaps = draw(st.lists(st.integers(1, 2 * BLOCK), min_size=phases - 1, max_size=phases - 1))
+    return weights, [0, *np.cumsum(gaps).tolist()]
+
+
+@quick
+@given(mixtures())
+@example(([[10, 1, 1, 1], [1, 2, 5, 8]], [0, 5000]))
+@example(([[20, 1, 1, 1, 1, 1]], [0]))
+def test_shares_follow_the_weights_of_each_phase_to_within_a_row_at_any_point(mixture):
+    """A share is exact to 1/BLOCK, so that much may add up besides."""
+    weights, starts = mixture
+    staged = StagedMixture(weights, starts, starts[-1] + 2 * BLOCK)
+    for phase, (start, stop) in enumerate(zip(starts, [*starts[1:], len(staged)], strict=True)):
+        chosen = np.array([staged[i][0] for i in range(start, min(stop, start + BLOCK))])
+        counts = np.cumsum(chosen[:, None] == np.arange(len(weights[0])), axis=0)
+        rows = np.arange(1, len(chosen) + 1)[:, None]
+        due = rows * np.array(weights[phase]) / sum(weights[phase])
+        assert (np.abs(counts - due) - rows / BLOCK).max() <= 1
+
+
+@quick
+@given(mixtures())
+def test_no_row_of_a_source_is_skipped_or_repeated_through_all_phases(mixture):
+    weights, starts = mixture
+    staged = StagedMixture(weights, starts, starts[-1] + BLOCK)
+    seen = [0] * len(weights[0])
+    for i in range(0, starts[-1] + 200):
+        source, row = staged[i]
+        assert row == seen[source]
+        seen[source] += 1
+        if i % 97 == 0:
+            assert staged.used(i + 1).tolist() == seen
+
+
+@quick
+@given(mixtures(), st.integers(0, 10**9))
+def test_a_row_is_a_pure_function_of_its_number(mixture, far):
+    weights, starts = mixture
+    staged, again = (StagedMixture(weights, starts, n) for n in (10, 10**10))
+    order = np.random.default_rng(0).permutation(starts[-1] + 100)[:300].tolist()
+    assert {i: staged[i] for i in order} == {i: again[i] for i in sorted(order)}
+    source, row = staged[far]
+    assert row == staged.used(far)[source] and staged.used(far).sum() == far
+
+
+def test_phases_change_exactly_where_they_are_said_to():
+    starts = [0, 5000, 5001, 12_000]
+    staged = StagedMixture([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 0, 0]], starts, 15_000)
+    sources = [staged[i][0] for i in range(15_000)]
+    assert sources == [0] * 5000 + [1] + [2] * 6999 + [0] * 3000
+    assert staged[12_000] == (0, 5000) and staged[5001] == (2, 0)

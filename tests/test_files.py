@@ -1,0 +1,98 @@
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tanuki_jax import files
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def names(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(KeyError), files.atomic_path(path) as temporary:
+        temporary.write_text("half")
+        raise KeyError
+    assert path.read_text() == "old" and names(tmp_path) == ["a.txt"]
+
+
+def test_an_error_leaves_the_old_directory_and_nothing_else(tmp_path):
+    path = tmp_path / "a"
+    path.mkdir()
+    (path / "old").touch()
+    with pytest.raises(KeyError), files.atomic_path(path) as temporary:
+        temporary.mkdir()
+        (temporary / "half").touch()
+        raise KeyError
+    assert names(path) == ["old"] and names(tmp_path) == ["a"]
+
+
+def test_a_directory_is_replaced_whole(tmp_path):
+    path = tmp_path / "deep" / "a"
+    for name in ("one", "two"):
+        with files.atomic_path(path) as temporary:
+            temporary.mkdir()
+            (temporary / name).touch()
+            assert not (path / name).exists()
+    assert names(path) == ["two"] and names(path.parent) == ["a"]
+
+
+def test_a_row_that_cannot_be_written_leaves_no_jsonl(tmp_path):
+    with pytest.raises(TypeError):
+        files.write_jsonl(tmp_path / "a.jsonl", [{"a": 1}, {"a": object()}])
+    assert names(tmp_path) == []
+
+
+@settings(max_examples=25, deadline=None)
+@given(rows=st.lists(JSON, max_size=5))
+def test_jsonl_comes_back_line_by_line(tmp_path_factory, rows):
+    path = tmp_path_factory.mktemp("rows") / "a.jsonl"
+    assert files.write_jsonl(path, rows) == len(rows)
+    assert [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] == rows
+
+
+def test_json_keeps_japanese_readable(tmp_path):
+    files.write_json(tmp_path / "a.json", {"名前": "狸"})
+    assert "狸" in (tmp_path / "a.json").read_text(encoding="utf-8")
+
+
+def test_a_directory_that_is_there_is_not_copied_over(tmp_path):
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    (source / "a").write_text("new")
+    files.copy_directory(source, target)
+    (target / "a").write_text("kept")
+    files.copy_directory(source, target)
+    assert (target / "a").read_text() == "kept" and names(tmp_path) == ["source", "target"]
+
+
+@settings(max_examples=50, deadline=None)
+@given(a=st.lists(JSON, max_size=3), b=st.lists(JSON, max_size=3))
+def test_fingerprints_are_equal_exactly_where_the_values_are(a, b):
+    same = json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True)
+    assert (files.fingerprint(*a) == files.fingerprint(*b)) == same
+    assert files.fingerprint(*a) == files.fingerprint(*json.loads(json.dumps(a)))
+
+
+def test_a_fingerprint_knows_no_order_of_keys_but_that_of_values():
+    assert files.fingerprint({"a": 1, "b": 2}) == files.fingerprint({"b": 2, "a": 1})
+    assert files.fingerprint("a", "b") != files.fingerprint("b", "a") != files.fingerprint("ba")
+
+
+def test_a_file_counts_by_its_content_alone(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.write_bytes(b"x" * (1 << 21))
+    two.write_bytes(one.read_bytes())
+    assert files.fingerprint(one) == files.fingerprint(two)
+    two.write_bytes(b"x" * (1 << 21) + b"y")
+    assert files.fingerprint(one) != files.fingerprint(two)
