@@ -7,10 +7,10 @@ asynchronous and atomic (Orbax writes to a temporary name and renames); a checkp
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tanuki_jax import config, model, parallel
 from tanuki_jax.errors import UserError
-from tanuki_jax.train.step import State
 
 EVERY = 1_000_000  # keep all checkpoints: for opening without deleting
 
@@ -42,9 +41,11 @@ class Checkpoints:
         """The newest whole checkpoint's step."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: State, meta: dict[str, Any]) -> None:
-        """Starts writing; the arrays are copied before this returns, so the state may be donated.  Errors of the save
-        before come up here or in `close`."""
+    def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
+        """Starts writing a train state (train/step.py); its arrays are copied before this returns, so it may be donated.
+
+        Errors of the save before come up here or in `close`.
+        """
         optimizer = {"opt_state": state.opt_state, "step": state.step, "key": jax.random.key_data(state.key)}
         self.save_items(step, {"params": state.params, "optimizer": optimizer}, meta)
 
@@ -54,7 +55,7 @@ class Checkpoints:
         with _disk_errors(self.directory):
             self._manager.save(step, args=ocp.args.Composite(**items, meta=ocp.args.JsonSave({"step": step, **meta})))
 
-    def restore(self, step: int, like: State) -> State:
+    def restore(self, step: int, like: Any) -> Any:
         """The state of a step, with the shardings of `like` (a tree of ShapeDtypeStructs)."""
         key = jax.eval_shape(jax.random.key_data, like.key)
         key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=like.step.sharding)
@@ -62,7 +63,10 @@ class Checkpoints:
             step, {"params": like.params, "optimizer": {"opt_state": like.opt_state, "step": like.step, "key": key}}
         )
         optimizer = saved["optimizer"]
-        return State(optimizer["step"], saved["params"], optimizer["opt_state"], jax.random.wrap_key_data(optimizer["key"]))
+        key = jax.random.wrap_key_data(optimizer["key"])
+        return dataclasses.replace(
+            like, step=optimizer["step"], params=saved["params"], opt_state=optimizer["opt_state"], key=key
+        )
 
     def restore_items(self, step: int, like: dict[str, Any]) -> dict[str, Any]:
         """Some of the named trees of a step."""
@@ -82,7 +86,7 @@ class Checkpoints:
             self._manager.close()
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Loaded:
     """Parameters from a directory, and what belongs to them."""
 

@@ -261,6 +261,13 @@ def test_flags_override_keys_and_the_argument_reaches_the_file(file):
     assert (made.stages["one"].steps, made.model.n_layers, made.stages["one"].mixture) == (7, 5, {"ja": (0.25,)})
 
 
+def test_a_file_without_get_config_does_not_get_that_of_the_file_read_before(file, tmp_path):
+    config.load([f"--config={file}"])
+    (tmp_path / "empty.py").write_text("a = 1")
+    with pytest.raises(UserError, match="empty.py.*get_config"):
+        config.load([f"--config={tmp_path / 'empty.py'}"])
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

@@ -18,7 +18,7 @@ class Segmenter:
         self._tagger = MeCab.Tagger(f"{ipadic.MECAB_ARGS} {MORPHEME_LINE}")
 
     def units(self, line: str) -> list[str]:
-        """The morphemes of one line; joined they give the line without its trailing white space."""
+        """The morphemes of one line; joined they give the line without white space before a tab or its end."""
         # MeCab skips control characters like white space; each is a unit of its own here.
         result: list[str] = []
         for i, cell in enumerate(line.split("\t")):

@@ -87,8 +87,19 @@ def train(texts: Iterable[str], output: Path, vocab_size: int, character_coverag
                 f"tokenizer: SentencePiece could not train {vocab_size} pieces: {str(error).splitlines()[-1]}"
             ) from error
     (output / "tokenizer.vocab").unlink()
+    _forget_paths(output / "tokenizer.model")
     pieces = export(output / "tokenizer.model", output)
     return Trained(pieces, sum(counts.values()), len(counts))
+
+
+def _forget_paths(path: Path) -> None:
+    """Takes the names of scratch files out of a model, so that two trainings on one text give one file."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())  # type: ignore[attr-defined]
+    for field in ("input", "model_prefix", "seed_sentencepieces_file"):
+        model.trainer_spec.ClearField(field)
+    path.write_bytes(model.SerializeToString())
 
 
 def seed_pieces(counts: Mapping[str, int]) -> list[tuple[str, int]]:

@@ -104,7 +104,11 @@ def encode_pair(tokenizer: Tokenizer, row: Mapping[str, Any]) -> list[tuple[list
 
 def as_messages(value: Any, role: str) -> list[Mapping[str, Any]]:
     """A plain string is one message of `role`."""
-    return [{"role": role, "content": value}] if isinstance(value, str) else list(value)
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    if not isinstance(value, list):
+        raise UserError(f"prompt, chosen and rejected must be text or a list of messages, not {type(value).__name__}")
+    return value
 
 
 def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:

@@ -52,12 +52,17 @@ class StagedMixture(grain.transforms.DatasetSelectionMap):
 
 
 def _pattern(weights: np.ndarray) -> np.ndarray:
-    """int64 [BLOCK] of source numbers with exact shares (largest remainder), each row given to the source most behind."""
+    """int64 [BLOCK] of source numbers with exact shares (largest remainder), nowhere more than a row off them.
+
+    Balinski and Young's quota method: of the sources that may have one more row by now, the one that is due first.
+    """
     exact = weights / weights.sum() * BLOCK
     counts = np.floor(exact).astype(np.int64)
     for k in np.argsort(counts - exact, kind="stable")[: BLOCK - counts.sum()]:
         counts[k] += 1
-    # Source k's j-th row is due at (j + 1/2) / counts[k]; sorting the due times spreads every source evenly.
-    due = np.concatenate([(np.arange(c) + 0.5) / c for c in counts if c])
-    owner = np.concatenate([np.full(c, k, np.int64) for k, c in enumerate(counts) if c])
-    return owner[np.argsort(due, kind="stable")]
+    owner, taken = np.empty(BLOCK, np.int64), np.zeros(len(counts), np.int64)
+    for row in range(BLOCK):
+        due = np.where(taken * BLOCK < counts * (row + 1), (taken + 1) / np.maximum(counts, 1), np.inf)
+        owner[row] = due.argmin()
+        taken[owner[row]] += 1
+    return owner

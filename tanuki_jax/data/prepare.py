@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -68,6 +69,8 @@ def prepare(patterns: str, tokenizer: Tokenizer, output: Path) -> Manifest:
                 if mask is not None:
                     mask.add(weights)
             progress.show(chunk[-1].bytes_read, f"{count:,} rows")
+        if not characters:
+            raise UserError(f"data: {patterns} holds no text; the corpus is empty")
         for writer in filter(None, (tokens, mask)):
             writer.close()
         manifest = Manifest(
@@ -90,13 +93,21 @@ def _encode(kind: str, chunk: list[sources.Row], tokenizer: Tokenizer) -> Iterat
             yield [*ids, tokenizer.eos], []
         return
     for row in chunk:
-        try:
+        with _naming(row):
             if kind == "pair":
-                yield from chat.encode_pair(tokenizer, row.fields)
+                encoded = chat.encode_pair(tokenizer, row.fields)
             else:
-                yield chat.encode_dialogue(tokenizer, row.fields["messages"])
-        except UserError as error:
-            raise UserError(f"data: {row.where}: {error}") from error
+                encoded = [chat.encode_dialogue(tokenizer, row.fields["messages"])]
+        yield from encoded
+
+
+@contextmanager
+def _naming(row: sources.Row) -> Iterator[None]:
+    """Says in an error where the row stands."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"data: {row.where}: {error}") from error
 
 
 def text_of(row: sources.Row) -> str:
@@ -104,12 +115,12 @@ def text_of(row: sources.Row) -> str:
     kind = sources.kind_of(row)
     if kind == "text":
         return row.fields["text"]
-    if kind == "dialogue":
-        return chat.render(row.fields["messages"])
-    prompt = chat.as_messages(row.fields["prompt"], "user")
-    return "\n".join(
-        chat.render([*prompt, *chat.as_messages(row.fields[side], "assistant")]) for side in ("chosen", "rejected")
-    )
+    with _naming(row):
+        if kind == "dialogue":
+            return chat.render(row.fields["messages"])
+        prompt = chat.as_messages(row.fields["prompt"], "user")
+        sides = [[*prompt, *chat.as_messages(row.fields[side], "assistant")] for side in ("chosen", "rejected")]
+        return "\n".join(chat.render(messages) for messages in sides)
 
 
 def read_manifest(directory: Path) -> Manifest:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,7 +66,7 @@ def read_rows(patterns: str) -> Iterator[Row]:
                     if line.strip():
                         where = f"{path}:{number}"
                         yield Row(where, _parse(line, where), before + raw.tell())
-            except (EOFError, gzip.BadGzipFile) as error:
+            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
                 raise UserError(f"data: {path} is not a whole gzip file ({error}); fetch it again") from error
         before += size
 
@@ -94,10 +95,20 @@ def _decode(data: bytes, where: str) -> str:
 
 
 def _parse(line: bytes, where: str) -> dict[str, Any]:
+    text = _decode(line, where)
     try:
-        fields = json.loads(_decode(line, where))
+        fields = json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"data: {where} is not JSON: {error.msg} at column {error.colno}") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        raise UserError(f"data: {where} is not JSON that can be read: {error}") from error
+    if "\\ud" in text.lower():
+        try:
+            json.dumps(fields, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"data: {where} has half a surrogate pair (\\ud800 to \\udfff), which is no Unicode text"
+            ) from error
     if not isinstance(fields, dict):
         raise UserError(f'data: {where} must be a JSON object such as {{"text": "..."}}, not {type(fields).__name__}')
     return fields

@@ -38,7 +38,15 @@ class Tokenizer:
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[int]]:
         """Ids, and for each the character of `text` at which it starts."""
         encoding = self._tokenizer.encode(_encodable(text), add_special_tokens=False)
-        return encoding.ids, [start for start, _ in encoding.offsets]
+        # The library gives every byte of a run of unknown characters the start of the run; count its characters.
+        starts: list[int] = []
+        run = -1
+        for piece, (start, _) in zip(encoding.tokens, encoding.offsets, strict=True):
+            byte = int(piece[3:5], 16) if len(piece) == 6 and piece.startswith("<0x") else None
+            begins = byte is not None and byte & 0xC0 != 0x80  # the first byte of a character
+            starts.append(starts[-1] + begins if byte is not None and start == run else start)
+            run = start if byte is not None else -1
+        return encoding.ids, starts
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of many texts, on all cores."""

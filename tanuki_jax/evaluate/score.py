@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tanuki_jax import config, model, ops
+from tanuki_jax import config, model, ops, parallel
 from tanuki_jax.data import chat
 from tanuki_jax.data.tokenizer import Tokenizer
 from tanuki_jax.errors import UserError
@@ -53,7 +53,7 @@ def sequence_logprobs(
         for row, i in enumerate(batch):
             tokens[row, : len(sequences[i])] = sequences[i]
             weights[row, : len(masks[i])] = masks[i]
-        sums = np.asarray(_logprobs(cfg, params, tokens, weights))
+        sums = parallel.to_host(_logprobs(cfg, params, tokens, weights))
         for row, i in enumerate(batch):
             result[i] = float(sums[row])
     return result

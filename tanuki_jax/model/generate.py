@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tanuki_jax import config
+from tanuki_jax import config, parallel
 from tanuki_jax.errors import UserError
 from tanuki_jax.model.transformer import Params, decode, empty_cache
 
@@ -42,17 +42,18 @@ def generate(
     tokens = np.zeros((len(prompts), width), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
-    out = np.asarray(_generate(cfg, sampling, params, tokens, lengths, jax.random.key(seed)))
+    out = parallel.to_host(_generate(cfg, sampling, params, tokens, lengths, seed))
     stop = set(sampling.stop)
     return [[int(t) for t in row[: next((i for i, t in enumerate(row) if int(t) in stop), len(row))]] for row in out]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _generate(
-    cfg: config.Model, sampling: Sampling, params: Params, tokens_BP: jax.Array, lengths_B: jax.Array, key: jax.Array
+    cfg: config.Model, sampling: Sampling, params: Params, tokens_BP: jax.Array, lengths_B: jax.Array, seed: jax.Array
 ) -> jax.Array:
     """New tokens [B, max_new_tokens]; what follows a row's stop token is meaningless."""
     B, P = tokens_BP.shape
+    key = jax.random.key(seed)
     limit = sampling.max_new_tokens
     cache = empty_cache(cfg, B, P + limit)
     positions_BP = jnp.broadcast_to(jnp.arange(P), (B, P))

@@ -171,12 +171,22 @@ def with_template(tokenizer, tmp_path_factory):
     return make
 
 
+INDENTED = """\
+{% for m in messages %}
+  {% if m['content'] or true %}
+<CLS>{{ m['role'] }}
+{{ m['content'] }}<SEP>
+  {% endif %}
+{% endfor %}
+"""
+
+
 @quick
 @given(conversations())
 def test_another_template_without_generation_tags_is_masked_too(with_template, messages):
-    other = with_template("{% for m in messages %}<CLS>{{ m['role'] }}\n{{ m['content'] }}<SEP>\n{% endfor %}")
+    other = with_template(INDENTED)
     ids, mask = chat.encode_chat(other, messages)
-    assert other.decode(ids) == "".join(f"<CLS>{m['role']}\n{m['content']}<SEP>\n" for m in messages)
+    assert other.decode(ids) == "".join(f"<CLS>{m['role']}\n{m['content']}<SEP>\n" for m in messages) == plain(other, messages)
     assert said(other, ids, mask) == [m["content"] for m in messages if m["role"] == "assistant" and m["content"]]
 
 

@@ -1,4 +1,4 @@
-"""`python -m tests.golden` writes anew what test_config.py compares: the list of config keys and every shipped config, resolved.
+"""`python -m tests.golden` writes what test_config.py compares: the config keys, and every shipped config with its defaults.
 
 Look at the diff before committing it: it shows every consequence of a changed default.
 """

@@ -40,7 +40,7 @@ def _wrong(rng: Random, content: Content, lang: str) -> str:
 
 def _say(content: Content, lang: str) -> str:
     [subject] = _slots(content, lang)
-    return in_language(lang, f"{subject}を数えます。", f"What comes {subject}? ") + _answer(content, lang)
+    return in_language(lang, f"{subject}を数えます。", f"We count {subject}: ") + _answer(content, lang)
 
 
 CALENDAR = Family(

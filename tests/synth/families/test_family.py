@@ -39,15 +39,15 @@ def test_no_two_families_ask_the_same():
             assert asked.setdefault(prompt, name) == name
 
 
-@pytest.mark.parametrize("seed", range(200))
-def test_a_second_question_is_about_the_content_of_the_first(seed):
-    rng = Random(seed)
-    [first] = rules.conversation(rng, LANGUAGES[seed % 2], False, two_turns=False)
-    second = rules.follow_up(rng, first)
-    if second is None:
-        assert not any(first.family in f.after and f.asks != first.family for f in FOLLOW_UPS)
-        return
-    assert second.lang == first.lang and second.content[0] == first.content[0]
-    assert second.content == first.content or first.family == "facts"
-    assert (second.family, second.content) != (first.family, first.content)
-    assert second.answer == FAMILIES[second.family].answer(second.content, second.lang) != second.wrong
+def test_a_second_question_is_about_the_content_of_the_first():
+    for seed in range(200):
+        rng = Random(seed)
+        [first] = rules.conversation(rng, LANGUAGES[seed % 2], False, two_turns=False)
+        second = rules.follow_up(rng, first)
+        if second is None:
+            assert not any(first.family in f.after and f.asks != first.family for f in FOLLOW_UPS)
+            continue
+        assert second.lang == first.lang and second.content[0] == first.content[0]
+        assert second.content == first.content or first.family == "facts"
+        assert (second.family, second.content) != (first.family, first.content)
+        assert second.answer == FAMILIES[second.family].answer(second.content, second.lang) != second.wrong
