@@ -32,7 +32,7 @@ def get_config():
         dialogues="rules:dialogues",
         pairs="rules:pairs",
     )
-    c.rules.update(dict(documents=12_000, dialogues=30_000, pairs=2_000))
+    c.rules.update(dict(documents=12_000, dialogues=30_000, pairs=2_400))
     c.tokenizer.update(
         dict(
             vocab_size=1280,
@@ -72,9 +72,9 @@ def get_config():
         "dpo",
         init_from="sft",
         mixture=dict(pairs=(1.0,)),
-        steps=60,
+        steps=80,
         loss=dict(beta=0.1, router_aux_loss=0.0),
-        optimizer=adam(4e-5),
+        optimizer=adam(5e-5),
         **{**row, "seq_len": 256},
     )
     return c

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import platform
@@ -51,8 +52,9 @@ def run(recipe: Recipe, workdir: Path, only: str = "", allow_data_change: bool =
         assert ready is not None
         entry = stage.run(recipe, name, workdir, ready, mesh, allow_data_change)
         entry["scores"], samples = _scores(recipe, name, workdir, ready, mesh)
+        result = {"entry": entry, "samples": samples}
+        parallel.on_first(functools.partial(files.write_json, stage.directory(workdir, name) / "done.json", result))
         if first:
-            files.write_json(stage.directory(workdir, name) / "done.json", {"entry": entry, "samples": samples})
             print(_line(entry), file=sys.stderr, flush=True)
     entries = [done["entry"] for name in recipe.stages if (done := _done(workdir, name))]
     summary = {"stages": entries, "config": config.to_dict(recipe), "versions": versions()}

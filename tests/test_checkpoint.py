@@ -1,5 +1,9 @@
 import contextlib
+import os
 import resource
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -8,7 +12,7 @@ import pytest
 from tanuki_jax import checkpoint, config, parallel, stage
 from tanuki_jax.errors import UserError
 from tanuki_jax.train.optimizer import make_optimizer
-from tests.tiny import small
+from tests.tiny import init, small
 
 CFG = small(n_experts=4)
 OPTIMIZER = make_optimizer(config.Optimizer())
@@ -95,8 +99,7 @@ def test_load_needs_nothing_but_the_directory(saved, where):
     assert_same(loaded.params, state_on(mesh(1, 1))[0].params)
 
 
-def test_restoring_goes_on_as_if_never_saved(saved):
-    """The same next random numbers, and one more save from the new mesh restores on the old one."""
+def test_a_restored_key_gives_the_same_random_numbers(saved):
     _, abstract = state_on(mesh(2, 2))
     with opened(saved) as checkpoints:
         found = checkpoints.restore(1, abstract)
@@ -205,7 +208,21 @@ def test_a_full_disk_is_one_message_and_the_earlier_checkpoint_stays_good(size, 
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["2"]
 
 
-def test_a_place_that_cannot_be_written_is_one_message(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="checkpoint: .*file"):
-        checkpoint.Checkpoints(tmp_path / "file")
+def test_a_full_disk_under_the_command_line_is_one_line_and_leaves_nothing(tmp_path):
+    dense = small()
+    checkpoint.save_params(tmp_path / "dense", init(dense, jax.random.key(0)), {"model": config.to_dict(dense)})
+    code = """
+import resource, sys
+from tanuki_jax.cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+sys.exit(main())
+"""
+    env = {**os.environ, "TANUKI_HUGE_PAGES": "0", "PYTHONPATH": str(Path(__file__).parents[1])}
+    env.pop("JAX_COMPILATION_CACHE_DIR", None)
+    flags = ["upcycle", "--checkpoint=dense", "--output=mixture", "--n_experts=32"]
+    found = subprocess.run([sys.executable, "-c", code, *flags], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert found.returncode == 1 and found.stdout == ""
+    assert "Traceback" not in found.stderr
+    [line] = found.stderr.splitlines()
+    assert line.startswith("tanuki: ") and all(words in line for words in ON_DISK)
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]

@@ -2,7 +2,6 @@ import gzip
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -203,6 +202,10 @@ BAD = {
     "output of upcycling": (["upcycle", *FROM, "--output={empty}"], None, ["--output", "already"]),
     "upcycling a mixture": (["upcycle", "--checkpoint={run}/stages/sft", "--output={new}"], None, ["mixture already"]),
     "experts": (["upcycle", *FROM, "--output={new}", "--n_experts=2", "--top_k=3"], None, ["top_k 3", "n_experts 2"]),
+    "folder as a file": ([*PREPARE, "--input={folder}"], None, ["folder.txt"]),
+    "output under a file": (["data", "prepare", "--tokenizer={tokenizer}", "--input={file}", "--output={file}/a"], "", ["bad"]),
+    "damaged tokenizer": (["data", "prepare", "--tokenizer={damaged}", "--input={file}", "--output={new}"], "", ["damaged"]),
+    "damaged workdir": (["run", CONFIG, "--workdir={damaged}"], None, ["damaged", "recipe.json"]),
     "sampling": (["generate", *FROM, "--prompt=a", "--top_p=2"], None, ["--top_p"]),
     "another architecture": (
         [*READY, "--config.stages.pretrain.init_from={run}/stages/pretrain", "--config.model.d_ff=32"],
@@ -217,20 +220,26 @@ def test_bad_input_is_one_line_that_says_what_and_where(case, trained, tmp_path,
     flags, contents, words = BAD[case]
     suffix = ".py" if "config" in case else ".jsonl.gz" if isinstance(contents, bytes) and contents[:1] == b"\x1f" else ".jsonl"
     file = write(tmp_path / f"bad{suffix}", contents or "") if contents is not None else tmp_path / f"bad{suffix}"
-    (tmp_path / "empty").mkdir()
-    places = dict(file=file, new=tmp_path / "new", empty=tmp_path / "empty", run=trained)
+    places = {name: tmp_path / name for name in ("new", "empty", "damaged")} | dict(folder=tmp_path / "folder.txt")
+    for name in ("empty", "damaged", "folder"):
+        places[name].mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json", "recipe.json"):
+        write(places["damaged"] / name, "{")
+    given = set(tmp_path.rglob("*"))
     before = times(trained)
     capsys.readouterr()
-    code = cli.main([flag.format(**places, tokenizer=trained / "stages/pretrain/tokenizer") for flag in flags])
+    code = cli.main(
+        [flag.format(**places, file=file, run=trained, tokenizer=trained / "stages/pretrain/tokenizer") for flag in flags]
+    )
     found = capsys.readouterr()
     assert code == 1 and found.out == ""
     *progress, line = found.err.splitlines()
     assert line.startswith("tanuki: ") and all(word in line for word in words), line
     assert not any(p.startswith(("tanuki: ", "Traceback")) for p in progress)
     assert flags[0] in ("run", "train") or not progress
-    left = [path.relative_to(tmp_path) for path in tmp_path.rglob("*")]
-    assert not [path for path in left if "tmp" in path.name or path.name == "done.json"]
-    assert flags[0] in ("run", "train") or set(left) <= {Path(file.name), Path("empty")}  # --output was not made
+    made = set(tmp_path.rglob("*")) - given
+    assert not [path for path in made if "tmp" in path.name or path.name == "done.json"]
+    assert flags[0] in ("run", "train") or not made  # no --output
     assert times(trained) == before
 
 

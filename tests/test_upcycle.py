@@ -73,17 +73,21 @@ def test_the_key_is_the_only_randomness():
     assert all((a != b).any() for a, b in zip(same, other, strict=True))
 
 
-@pytest.mark.parametrize("shape", [(1, 8), (2, 4)])
-def test_a_mesh_changes_no_bit(shape):
-    cfg, mesh = mixture(), parallel.make_mesh(config.Mesh(*shape))
-    place = checkpoint.parameter_shardings(cfg, mesh)
+def upcycled_on(data, fsdp):
+    """As a stage does it: compiled, from parameters that are split over the mesh to such parameters."""
+    cfg, mesh = mixture(), parallel.make_mesh(config.Mesh(data, fsdp), jax.devices()[: data * fsdp])
     convert = jax.jit(
         lambda p, k: upcycle.upcycle(p, cfg, config.Upcycle("noise"), k),
-        in_shardings=(checkpoint.parameter_shardings(DENSE, mesh), None),
-        out_shardings=place,
+        out_shardings=checkpoint.parameter_shardings(cfg, mesh),
     )
-    for a, b in zip(*map(jax.tree.leaves, (convert(PARAMS, jax.random.key(0)), upcycled("noise"))), strict=True):
-        np.testing.assert_array_equal(a, b)
+    return convert(jax.device_put(PARAMS, checkpoint.parameter_shardings(DENSE, mesh)), jax.random.key(0))
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (2, 4)])
+def test_a_mesh_changes_no_bit(shape):
+    split, whole = upcycled_on(*shape), upcycled_on(1, 1)
+    assert len(split["layers"]["moe"]["gate"].sharding.device_set) == 8
+    jax.tree.map(np.testing.assert_array_equal, split, whole)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

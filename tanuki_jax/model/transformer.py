@@ -123,7 +123,10 @@ class Transformer(nn.Module):
         table_VD = Embedding(cfg, name="embed")()
         parameter(self, cfg, "head", "DV")
         norm_final_D = parameter(self, cfg, "norm_final", "D", "scale")
-        x_BSD = parallel.constrain(table_VD.astype(compute_dtype(cfg))[batch["tokens"]], "BSD")
+        table_VD = parallel.whole(
+            table_VD.astype(compute_dtype(cfg))
+        )  # else the gradient of the lookup is resharded row by row
+        x_BSD = parallel.constrain(table_VD[batch["tokens"]], "BSD")
         block = Block if cfg.remat == "none" else nn.remat(Block, policy=REMAT[cfg.remat], prevent_cse=False)
         layers = nn.scan(
             block,

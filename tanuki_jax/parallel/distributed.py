@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import jax
 import numpy as np
@@ -36,13 +36,28 @@ def initialize() -> None:
     jax.distributed.initialize(coordinator, int(processes or 0), int(process or 0))
 
 
-def once(work: Callable[[], T]) -> T:
-    """Runs idempotent work on the first process, then on the others, who find it done (on a shared file system)."""
+def on_first(work: Callable[[], T]) -> T | None:
+    """Runs work on the first process while the others wait; its result there, None elsewhere.  If it fails, all fail."""
     if jax.process_count() == 1:
         return work()
-    result = work() if jax.process_index() == 0 else None
-    multihost_utils.sync_global_devices("once")
-    return work() if result is None else result
+    result, error = None, None
+    if jax.process_index() == 0:
+        try:
+            result = work()
+        except Exception as raised:  # the others must hear of it before it goes on
+            error = raised
+    failed = multihost_utils.broadcast_one_to_all(np.int32(error is not None))
+    if error is not None:
+        raise error
+    if failed:
+        raise UserError("the first process could not go on; its message says why")
+    return result
+
+
+def once(work: Callable[[], T]) -> T:
+    """Runs idempotent work on the first process, then on the others, who find it done (on a shared file system)."""
+    result = on_first(work)
+    return cast(T, result) if jax.process_index() == 0 else work()
 
 
 def to_host(array: jax.Array) -> np.ndarray:

@@ -75,6 +75,13 @@ def constrain(x: jax.Array, axes: str) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, _spec(axes, ACTIVATION_RULES))
 
 
+def whole(x: jax.Array) -> jax.Array:
+    """Tells the compiler to have a parameter whole on every device while it is used; without a mesh it does nothing."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*[None] * x.ndim))
+
+
 def per_device_rows(mesh: Mesh, batch_size: int, microbatches: int = 1) -> int:
     """Rows of a microbatch on one device; a batch that does not divide is an error."""
     shards = math.prod(mesh.shape[a] for a in BATCH_AXES)
