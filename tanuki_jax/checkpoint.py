@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import shutil
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tanuki_jax import config, model, parallel
 from tanuki_jax.errors import UserError
 
+ORBAX_THREADS = ("async_save", "save_finalize", "write_metadata_after_commits")
 EVERY = 1_000_000  # keep all checkpoints: for opening without deleting
 
 
@@ -36,6 +39,7 @@ class Checkpoints:
         )
         with _disk_errors(self.directory):
             self._manager = ocp.CheckpointManager(self.directory, options=options)
+        self._given_up = False
 
     def latest(self) -> int | None:
         """The newest whole checkpoint's step."""
@@ -52,7 +56,7 @@ class Checkpoints:
     def save_items(self, step: int, trees: dict[str, Any], meta: dict[str, Any]) -> None:
         """The same for named trees of arrays."""
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
-        with _disk_errors(self.directory):
+        with self._saving():
             self._manager.save(step, args=ocp.args.Composite(**items, meta=ocp.args.JsonSave({"step": step, **meta})))
 
     def restore(self, step: int, like: Any) -> Any:
@@ -80,10 +84,29 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for the last save to be durable."""
-        with _disk_errors(self.directory):
+        if self._given_up:
+            return
+        with self._saving():
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
             self._manager.close()
+
+    @contextmanager
+    def _saving(self) -> Iterator[None]:
+        """A save that fails leaves nothing half-written behind, and no thread that still writes."""
+        try:
+            with _disk_errors(self.directory):
+                yield
+        except BaseException:
+            self._given_up = True
+            for thread in threading.enumerate():
+                if type(thread).__module__.startswith("orbax") or thread.name in ORBAX_THREADS:
+                    threading.Thread.join(thread, 30)  # Orbax's own join would raise the error once more
+            with suppress(Exception):
+                self._manager.close()
+            for unfinished in self.directory.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(unfinished, ignore_errors=True)
+            raise
 
 
 @dataclasses.dataclass(frozen=True)

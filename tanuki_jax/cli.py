@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -45,11 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.config_flags = config_flags
         if arguments is None:
             _use_huge_pages()
+        _hush()
         options.work(options)
         return 0
     except UserError as error:
-        print(f"tanuki: {error}", file=sys.stderr)
-    except ArithmeticError as error:  # a loss that is not finite
         print(f"tanuki: {error}", file=sys.stderr)
     except BrokenPipeError:
         return 0
@@ -161,6 +161,18 @@ def _use_huge_pages() -> None:
     if wanted and sys.platform == "linux":
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
         os.execv(sys.executable, [sys.executable, "-m", "tanuki_jax.cli", *sys.argv[1:]])
+
+
+def _hush() -> None:
+    """Keeps libraries' own reports of an error off the screen: what matters of it is raised, and becomes one message."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    sys.unraisablehook = _unraisable
+
+
+def _unraisable(found: Any) -> None:
+    if "Event loop is closed" not in str(found.exc_value):  # Orbax's threads, when a save or restore has failed
+        sys.__unraisablehook__(found)
 
 
 def _fresh(output: Path) -> Path:

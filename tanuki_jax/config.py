@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import sys
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -233,14 +234,15 @@ def load(arguments: Sequence[str]) -> Recipe:
     file = paths[-1].split(":", 1)[0]
     if not Path(file).is_file():
         raise UserError(f"--config: no such file {file!r}; the shipped ones are in configs/")
+    sys.modules.pop("config_config", None)  # ml_collections loads every config under this name, over the one before
     values = flags.FlagValues()
     holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=["tanuki", *arguments])
     try:
         values(["tanuki", *arguments])
     except UserError:
         raise
-    except (AttributeError, KeyError, TypeError, ValueError, flags.Error) as error:
-        raise UserError(f"config {file}: {' '.join(str(error).split())}") from error
+    except Exception as error:  # the file is the user's program: it can fail in any way
+        raise UserError(f"config {file}: {type(error).__name__}: {' '.join(str(error).split())}") from error
     return resolve(holder.value)
 
 
@@ -356,6 +358,9 @@ def _validate(recipe: Recipe) -> None:
         raise UserError(f"config: model.top_k {model.top_k} must lie between 1 and model.n_experts {model.n_experts}")
     if not recipe.stages:
         raise UserError("config: the recipe has no stages; add one, for example c.stages.pretrain = config.stage('pretrain')")
+    for field, least in (("prompts", 0), ("pairs", 0), ("max_new_tokens", 1), ("batch_size", 1)):
+        if getattr(recipe.scoring, field) < least:
+            raise UserError(f"config: scoring.{field} is {getattr(recipe.scoring, field)}; it must be at least {least}")
     for name in recipe.tokenizer.sources:
         if name not in recipe.data:
             raise UserError(f"config: tokenizer.sources names {name!r}, which is not in data ({', '.join(recipe.data)})")
@@ -385,6 +390,9 @@ def _validate_stage(recipe: Recipe, name: str, this: Stage) -> None:
         raise UserError(
             f"{where}: set exactly one of steps, tokens and epochs (now {this.steps}, {this.tokens}, {this.epochs})"
         )
+    for field in ("steps", "tokens", "epochs"):
+        if getattr(this, field) < 0:
+            raise UserError(f"{where}.{field} is {getattr(this, field)}; it must not be negative")
     for field in ("seq_len", "batch_size", "microbatches", "save_every", "keep", "log_every"):
         if getattr(this, field) < 1:
             raise UserError(f"{where}.{field} is {getattr(this, field)}; it must be at least 1")

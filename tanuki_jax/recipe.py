@@ -77,14 +77,14 @@ def versions() -> dict[str, str]:
 
 def _done(workdir: Path, name: str) -> dict[str, Any] | None:
     path = stage.directory(workdir, name) / "done.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return files.read_json(path) if path.is_file() else None
 
 
 def _claim(recipe: Recipe, workdir: Path) -> bool:
     """Makes the workdir this recipe's, or refuses one that is another's."""
     path, mine = workdir / "recipe.json", config.to_dict(recipe)
     if path.is_file():
-        theirs = config.from_dict(Recipe, json.loads(path.read_text(encoding="utf-8")))  # keys added since have their defaults
+        theirs = config.from_dict(Recipe, files.read_json(path))  # keys added since have their defaults
         differing = _differences(config.to_dict(theirs), mine)
         if differing:
             named = "; ".join(differing[:4]) + (" ..." if len(differing) > 4 else "")
@@ -93,6 +93,7 @@ def _claim(recipe: Recipe, workdir: Path) -> bool:
                 "Use another --workdir, or the settings it was started with"
             )
     try:
+        workdir.mkdir(parents=True, exist_ok=True)
         files.write_json(path, mine)
     except OSError as error:
         raise UserError(f"--workdir: cannot write to {workdir}: {error.strerror}") from error

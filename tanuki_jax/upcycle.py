@@ -26,6 +26,9 @@ def upcycle(params: Any, cfg: config.Model, options: config.Upcycle, key: jax.Ar
       The tree with `layers/moe/{router [L,D,E], gate, up [L,E,D,F], down [L,E,F,D]}` in place of `mlp`.  With `copy` and a
       softmax over the chosen experts alone, the function computed is that of the dense model, whatever the router says.
     """
+    for name in ("noise_std", "router_std"):
+        if getattr(options, name) < 0:
+            raise UserError(f"upcycle: {name} is {getattr(options, name)}; a standard deviation is not negative")
     layers = dict(params["layers"])
     if "mlp" not in layers:
         raise UserError("upcycle: the checkpoint is a mixture already; give a dense one")

@@ -32,6 +32,8 @@ def matching_files(patterns: str) -> list[Path]:
         if not matches:
             raise UserError(f"data: no such file: {pattern!r}")
         for path in matches:
+            if not path.is_file():
+                raise UserError(f"data: {path} is a directory, not a file; name the files in it, {path}/*.jsonl for example")
             if not path.name.endswith(SUFFIXES):
                 raise UserError(f"data: {path} is none of {', '.join(SUFFIXES)}; convert it or narrow the pattern")
         found += matches

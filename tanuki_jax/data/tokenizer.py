@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,9 +20,12 @@ class Tokenizer:
             if not (directory / name).is_file():
                 raise UserError(f"tokenizer: {directory} has no {name}; make one with `tanuki tokenizer train`")
         self.directory = directory
-        self._tokenizer = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+        except Exception as error:  # the library raises nothing narrower
+            raise UserError(f"tokenizer: {directory / 'tokenizer.json'} cannot be read: {error}") from error
         self._tokenizer.encode_special_tokens = True  # their spelling in text is text
-        config = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+        config = files.read_json(directory / "tokenizer_config.json")
         self.special = {a.content: i for i, a in self._tokenizer.get_added_tokens_decoder().items() if a.special}
         self.bos_token, self.eos_token = config["bos_token"], config["eos_token"]
         self.bos, self.eos, self.pad = (self.special[config[name]] for name in ("bos_token", "eos_token", "pad_token"))

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from tanuki_jax.checkpoint import Checkpoints
+from tanuki_jax.errors import UserError
 from tanuki_jax.progress import Progress
 from tanuki_jax.train.metrics import MetricsWriter, mfu, plain, read_metrics
 from tanuki_jax.train.step import State
@@ -33,7 +34,7 @@ class Job:
     meta: dict[str, Any]  # saved in every checkpoint
 
 
-class NotFinite(ArithmeticError):
+class NotFinite(UserError):
     """The loss or its gradient became NaN or Inf; the step before is the last good one."""
 
 

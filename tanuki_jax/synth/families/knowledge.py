@@ -42,6 +42,7 @@ FACTS = Family(
     _fact,
     lambda rng, content, lang: _fact(content, lang, rng.randint(1, 7)),
     _fact,
+    weight=1.4,
 )  # fmt: skip
 
 
