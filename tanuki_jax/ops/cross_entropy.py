@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-CHUNK = 512  # positions of a row whose logits exist at one time
+CHUNK = 512  # most positions of a row whose logits exist at one time
 
 
 class TokenScores(NamedTuple):
@@ -23,12 +23,12 @@ def token_logprobs(x_BSD: jax.Array, head_DV: jax.Array, targets_BS: jax.Array, 
     row in chunks and recomputes their logits in the backward pass; "reference" holds all logits.
     """
     S = x_BSD.shape[1]
-    if impl == "reference" or S <= CHUNK or S % CHUNK:
+    chunk = next(size for size in range(min(S, CHUNK), 0, -1) if S % size == 0)
+    if impl == "reference" or chunk == S or chunk < CHUNK // 8:  # a prime length is not worth so many small products
         return _scores(x_BSD, head_DV, targets_BS)
-    chunks = S // CHUNK
 
     def split(a: jax.Array) -> jax.Array:
-        return a.reshape(a.shape[0], chunks, CHUNK, *a.shape[2:]).swapaxes(0, 1)
+        return a.reshape(a.shape[0], S // chunk, chunk, *a.shape[2:]).swapaxes(0, 1)
 
     body = jax.checkpoint(lambda xs: _scores(xs[0], head_DV, xs[1]))
     scores = jax.lax.map(body, (split(x_BSD), split(targets_BS)))

@@ -7,7 +7,7 @@ from tanuki_jax import ops
 from tanuki_jax.ops import cross_entropy
 
 
-@pytest.mark.parametrize("S", [6, 16, 24])
+@pytest.mark.parametrize("S", [6, 16, 18, 23])
 def test_chunks_equal_whole_logits_in_value_and_gradient(monkeypatch, S):
     monkeypatch.setattr(cross_entropy, "CHUNK", 8)
     key = jax.random.key(0)
@@ -26,6 +26,14 @@ def test_chunks_equal_whole_logits_in_value_and_gradient(monkeypatch, S):
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     for a, b in zip((*scores, *grads), (*reference, *expected_grads), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("S", [16, 18, 27])
+def test_logits_of_a_whole_row_never_exist(monkeypatch, S):
+    monkeypatch.setattr(cross_entropy, "CHUNK", 10)
+    x, head, targets = jnp.ones((3, S, 16)), jnp.ones((16, 50)), jnp.ones((3, S), jnp.int32)
+    program = str(jax.make_jaxpr(jax.grad(lambda x: ops.token_logprobs(x, head, targets).logprob.sum()))(x))
+    assert f"[3,{S},50]" not in program and f"[3,{max(d for d in range(1, 11) if S % d == 0)},50]" in program
 
 
 def test_against_numpy():
