@@ -137,7 +137,9 @@ class Stage:
     kind: str = key("pretrain", "pretrain, upcycle, sft or dpo")
     init_from: str = key("", "an earlier stage, a checkpoint directory, or empty: random weights")
     carry: str = key("params", "what is taken from init_from: params, or all (Adam's moments too)")
-    mixture_of_experts: bool = key(False, "a stage that starts from random weights: as a mixture from scratch")
+    mixture_of_experts: bool = key(
+        False, "a stage that starts from random weights or from a checkpoint directory: whether that is a mixture"
+    )
     mixture: dict[str, tuple[float, ...]] = key(dict, "name in `data` -> its weight in each phase of the stage")
     mixture_starts: tuple[int, ...] = key((0,), "tokens after which each phase of the mixture begins")
     seq_len: int = key(2048, "S: tokens of a row")
@@ -380,10 +382,8 @@ def _validate_stage(recipe: Recipe, name: str, this: Stage) -> None:
         if not this.init_from or (parent and is_mixture(recipe, this.init_from)):
             raise UserError(f"{where}.init_from must name a dense stage or checkpoint to upcycle")
         return
-    if this.mixture_of_experts and this.init_from:
-        raise UserError(
-            f"{where}.mixture_of_experts is for stages from random weights; this one starts from {this.init_from!r}"
-        )
+    if this.mixture_of_experts and parent:
+        raise UserError(f"{where}.mixture_of_experts follows from stage {this.init_from!r} that it starts from; leave it out")
     if this.kind in ("sft", "dpo") and not this.init_from:
         raise UserError(f"{where}.init_from is empty; a {this.kind} stage must start from a trained model")
     if sum(bool(b) for b in (this.steps, this.tokens, this.epochs)) != 1:

@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from tanuki_jax import config
 from tanuki_jax.train import losses
@@ -13,6 +14,13 @@ from tests.tiny import init, packed_batch, small
 def rates(total, **options):
     rate = learning_rate(config.Optimizer(**options), total)
     return np.array([float(rate(jnp.int32(s))) for s in range(total)])
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd", "constant"])
+def test_a_schedule_in_two_parts_is_the_schedule(schedule):
+    options = dict(schedule=schedule, learning_rate=1e-3, learning_rate_floor=1e-4, warmup_steps=10, decay_steps=40)
+    whole = rates(100, **options)
+    np.testing.assert_allclose(rates(30, schedule_start=70, **options), whole[70:], rtol=1e-6)
 
 
 def test_cosine_has_warmup_peak_and_floor():
