@@ -3,8 +3,8 @@
 tanuki run --config=configs/local_text.py --workdir=runs/mine --config.data.ja='ja/*.jsonl.gz' --config.data.en='en/*.txt'
 
 Sources are .txt, .jsonl or .jsonl.gz files with a field `text`; both languages count the same.  To train on one language, set
-the other's weight to 0: --config.stages.pretrain.mixture.en='(0.0,)'.  About 5 million parameters and 2.5 million tokens: a
-few minutes on a laptop.  Expected on 36 MB of novels: the loss falls from ln 16384 = 9.7 to about 6.5
+the other's weight to 0: --config.stages.pretrain.mixture.en='(0.0,)'.  About 5 million parameters and 1.2 million tokens: a
+few minutes on a laptop.  Expected on 36 MB of novels: the loss falls from ln 16384 = 9.7 to 5.2
 (benchmarks/results/ has the run).  Continue by raising --config.stages.pretrain.steps in a new --workdir.
 """
 
@@ -21,7 +21,7 @@ def get_config():
     c.stages.pretrain = config.stage(
         "pretrain",
         mixture=dict(ja=(0.5,), en=(0.5,)),
-        seq_len=512,
+        seq_len=256,
         batch_size=16,
         steps=300,
         optimizer=dict(learning_rate=2e-3, learning_rate_floor=2e-4, warmup_steps=30, clip_norm=1.0),

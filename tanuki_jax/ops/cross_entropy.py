@@ -36,8 +36,10 @@ def token_logprobs(x_BSD: jax.Array, head_DV: jax.Array, targets_BS: jax.Array, 
 
 
 def _scores(x_BSD: jax.Array, head_DV: jax.Array, targets_BS: jax.Array) -> TokenScores:
-    logits_BSV = jnp.einsum("BSD,DV->BSV", x_BSD, head_DV.astype(x_BSD.dtype), preferred_element_type=jnp.float32)
-    log_z = jax.nn.logsumexp(logits_BSV, axis=-1)
-    target = jnp.take_along_axis(logits_BSV, targets_BS[..., None], axis=-1)[..., 0]
-    correct = (target >= logits_BSV.max(axis=-1)).astype(jnp.float32)
-    return TokenScores(target - log_z, log_z, correct)
+    # As one matrix of tokens: with two batch axes XLA's CPU backend transposes all logits for the gradient of the head.
+    x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
+    logits_TV = jnp.einsum("TD,DV->TV", x_TD, head_DV.astype(x_TD.dtype), preferred_element_type=jnp.float32)
+    log_z = jax.nn.logsumexp(logits_TV, axis=-1)
+    target = jnp.take_along_axis(logits_TV, targets_BS.reshape(-1, 1), axis=-1)[:, 0]
+    correct = (target >= logits_TV.max(axis=-1)).astype(jnp.float32)
+    return TokenScores(*(a.reshape(targets_BS.shape) for a in (target - log_z, log_z, correct)))
