@@ -1,0 +1,67 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from tanuki_jax import config, model, parallel
+from tanuki_jax.errors import UserError
+from tests.tiny import small
+
+
+@pytest.mark.parametrize(
+    ("data", "fsdp", "shape"), [(1, -1, (1, 8)), (-1, 2, (4, 2)), (2, 4, (2, 4)), (-1, 1, (8, 1)), (8, -1, (8, 1))]
+)
+def test_minus_one_stands_for_the_devices_that_are_left(data, fsdp, shape):
+    mesh = parallel.make_mesh(config.Mesh(data=data, fsdp=fsdp))
+    assert mesh.devices.shape == shape and mesh.axis_names == ("data", "fsdp")
+    assert {d.id for d in mesh.devices.flat} == {d.id for d in jax.devices()}
+
+
+@pytest.mark.parametrize(
+    ("data", "fsdp", "words"),
+    [
+        (3, -1, "6 places for 8 devices"),
+        (2, 2, "4 places for 8 devices"),
+        (-1, -1, "one of them may be -1"),
+        (0, -1, "positive"),
+        (16, -1, "for 8 devices"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_the_devices_is_an_error(data, fsdp, words):
+    with pytest.raises(UserError, match=words):
+        parallel.make_mesh(config.Mesh(data=data, fsdp=fsdp))
+
+
+def test_parameters_are_split_over_fsdp_along_the_model_axis_where_it_divides():
+    mesh = parallel.make_mesh(config.Mesh(data=2, fsdp=4))
+    for cfg, splits in ((small(d_model=32), True), (small(d_model=30), False)):
+        axes, shapes = model.logical_axes(cfg), model.parameter_shapes(cfg)
+        shardings = jax.tree.leaves(parallel.tree_shardings(mesh, axes, shapes))
+        letters = jax.tree.leaves(axes, is_leaf=lambda a: isinstance(a, tuple))
+        for names, sharding in zip(letters, shardings, strict=True):
+            assert [n for n, over in zip(names, sharding.spec, strict=True) if over] == (["D"] if splits else [])
+
+
+@pytest.mark.parametrize(("rows", "microbatches", "each"), [(8, 1, 1), (32, 1, 4), (32, 2, 2)])
+def test_rows_of_a_device(rows, microbatches, each):
+    assert parallel.per_device_rows(parallel.make_mesh(config.Mesh()), rows, microbatches) == each
+
+
+def test_a_batch_that_does_not_divide_names_the_next_size_that_does():
+    with pytest.raises(UserError, match="batch_size 24 .* use a multiple of 16"):
+        parallel.per_device_rows(parallel.make_mesh(config.Mesh()), 24, 2)
+
+
+def test_constraints_split_the_batch_over_all_devices_and_do_nothing_without_a_mesh():
+    x = jnp.arange(8.0 * 6).reshape(8, 2, 3)
+    np.testing.assert_array_equal(parallel.constrain(x, "BSD"), x)
+    mesh = parallel.make_mesh(config.Mesh(data=2, fsdp=4))
+    with jax.set_mesh(mesh):
+        split = jax.jit(lambda x: parallel.constrain(x, "BSD"))(x)
+        assert split.sharding.is_equivalent_to(jax.NamedSharding(mesh, PartitionSpec(("data", "fsdp"))), 3)
+        odd = jax.jit(lambda x: parallel.constrain(x, "BSD"))(x[:3])  # a few rows while decoding
+        whole = jax.jit(parallel.whole)(split)
+    np.testing.assert_array_equal(split, x)
+    np.testing.assert_array_equal(odd, x[:3])
+    assert whole.sharding.is_fully_replicated
