@@ -135,6 +135,7 @@ def test_two_processes_of_two_devices_run_the_recipe_like_one(uninterrupted, tmp
         finish(process)
     for stage in STAGES:
         found, wanted = ([r["loss"] for r in metrics(w, stage)] for w in (workdir, uninterrupted))
-        np.testing.assert_allclose(found, wanted, rtol=1e-4)
+        # A router's choice is a step: a difference in the last bit may send a token to another expert, and grows from there.
+        np.testing.assert_allclose(found, wanted, rtol=1e-5 if stage == "pretrain" else 2e-3, err_msg=stage)
     ours, theirs = (json.loads((w / "summary.json").read_text())["stages"] for w in (workdir, uninterrupted))
     assert [s["name"] for s in ours] == [s["name"] for s in theirs]
