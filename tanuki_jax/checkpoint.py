@@ -24,6 +24,11 @@ from tanuki_jax import config, model, parallel
 from tanuki_jax.errors import UserError
 
 ORBAX_THREADS = ("async_save", "save_finalize", "write_metadata_after_commits")
+# Keys of a model that do not change its tree of parameters.
+COMPUTED = (
+    *("dtype", "remat", "unroll", "logits_chunk", "attention", "experts", "capacity_factor"),
+    *("rope_theta", "init_std"),
+)
 EVERY = 1_000_000  # keep all checkpoints: for opening without deleting
 
 
@@ -190,12 +195,11 @@ def single_device(shapes: Any) -> Any:
 
 def check_architecture(where: str, saved: dict[str, Any], cfg: config.Model) -> None:
     """An error that names what differs between a checkpoint's model and the one asked for."""
-    computed = ("dtype", "remat", "rope_theta", "init_std")  # may differ: they do not change the tree
     wanted = config.to_dict(cfg)
     differing = [
         f"{name} {saved.get(name)} (here {value})"
         for name, value in wanted.items()
-        if name not in computed and saved.get(name) != value
+        if name not in COMPUTED and saved.get(name) != value
     ]
     if differing:
         raise UserError(

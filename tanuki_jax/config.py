@@ -47,17 +47,26 @@ class Model:
     normalized_gate: bool = key(True, "router logits are z-scored over experts (Tanuki, Skywork-MoE) or plain (Mixtral)")
     param_dtype: str = key("float32", "dtype of the stored parameters")
     dtype: str = key("auto", "dtype of matrix products: float32, bfloat16, or auto (bfloat16 except on CPU)")
+    capacity_factor: float = key(0.0, "room of an expert relative to an even load, tokens beyond it are dropped; 0 = dropless")
+    attention: str = key("auto", "auto (by platform), splash (TPU), cudnn (GPU), xla or reference")
+    experts: str = key("auto", "auto (by platform), pallas (TPU), megablox (TPU), ragged, padded or reference")
     remat: str = key(
-        "none", "activations kept for the backward pass: none = keep all, dots = matrix products, full = recompute"
+        "none", "kept for the backward pass: none = everything, dots = matrix products, attention, ffn, full = nothing, offload"
     )
+    unroll: int = key(1, "blocks that one pass of the compiled loop over layers holds")
+    logits_chunk: int = key(512, "most positions of a row whose float32 logits exist at one time")
 
 
 @dataclass(frozen=True)
 class Mesh:
     """Sizes of the device mesh; their product is the number of devices."""
 
-    data: int = key(1, "replicas of the model")
+    slices: int = key(1, "TPU slices joined by the data-centre network; each holds whole replicas")
+    data: int = key(1, "replicas of the model in a slice")
     fsdp: int = key(-1, "devices that share one replica's parameters; -1 = all that are left")
+    expert: int = key(1, "devices that share the experts; tokens travel to them by all-to-all")
+    context: int = key(1, "devices that share the tokens of a row")
+    tensor: int = key(1, "devices that share heads, F and vocabulary")
 
 
 @dataclass(frozen=True)
@@ -106,6 +115,7 @@ class Optimizer:
     beta1: float = key(0.9, "decay of Adam's first moment")
     beta2: float = key(0.95, "decay of Adam's second moment")
     eps: float = key(1e-8, "Adam's epsilon")
+    moment_dtype: str = key("float32", "dtype in which both moments are stored; they are computed in float32")
     weight_decay: float = key(0.1, "decoupled decay, multiplied by the learning rate")
     clip_norm: float = key(1.0, "largest global gradient norm; 0 = no clipping")
 
@@ -181,10 +191,25 @@ CHOICES = {
     "strategy": ("copy", "noise"),
     "dtype": ("auto", "float32", "bfloat16"),
     "param_dtype": ("float32", "bfloat16"),
-    "remat": ("none", "dots", "full"),
+    "remat": ("none", "dots", "attention", "ffn", "full", "offload"),
+    "attention": ("auto", "splash", "cudnn", "xla", "reference"),
+    "experts": ("auto", "pallas", "megablox", "ragged", "padded", "reference"),
+    "moment_dtype": ("float32", "bfloat16"),
 }
 # Keys that may differ between two runs of one workdir: they change neither the data nor the weights.
-RESUMABLE = ("mesh", "tensorboard", "save_every", "keep", "log_every", "remat", "microbatches")
+RESUMABLE = (
+    "mesh",
+    "tensorboard",
+    "save_every",
+    "keep",
+    "log_every",
+    "remat",
+    "unroll",
+    "logits_chunk",
+    "attention",
+    "experts",
+    "microbatches",
+)
 
 
 # --- making a config ------------------------------------------------------------------------------------------------

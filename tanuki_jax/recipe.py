@@ -35,9 +35,8 @@ def run(recipe: Recipe, workdir: Path, only: str = "", allow_data_change: bool =
     mesh = parallel.make_mesh(recipe.mesh)
     wanted = [only] if only else list(recipe.stages)
     for name in wanted:  # what cannot work is said before anything long begins
-        this = recipe.stages[name]
-        if this.kind != "upcycle":
-            parallel.per_device_rows(mesh, this.batch_size, this.microbatches)
+        if recipe.stages[name].kind != "upcycle":
+            stage.check_mesh(recipe, name, mesh)
     if first:
         _announce(recipe, mesh, wanted)
     sources = {source for name in wanted for source, weights in recipe.stages[name].mixture.items() if any(weights)}

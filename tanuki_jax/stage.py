@@ -23,7 +23,7 @@ from tanuki_jax.inputs import Inputs
 from tanuki_jax.progress import Progress
 from tanuki_jax.train import loop, losses
 from tanuki_jax.train.optimizer import learning_rate, make_optimizer
-from tanuki_jax.train.step import State, init_state, make_train_step
+from tanuki_jax.train.step import State, init_state, make_train_step, make_update
 
 NEEDS = {"pretrain": ("text", "dialogue"), "sft": ("dialogue",), "dpo": ("pair",)}
 
@@ -172,6 +172,57 @@ def state_shardings(cfg: config.Model, optimizer: optax.GradientTransformation, 
     return checkpoint.sharded_like(shapes, shardings), shardings
 
 
+def check_mesh(recipe: Recipe, name: str, mesh: jax.sharding.Mesh) -> None:
+    """An error that names the key to change where a stage's sizes do not divide over the mesh."""
+    this, cfg = recipe.stages[name], config.model_of(recipe, name)
+    parallel.per_device_rows(mesh, this.batch_size, this.microbatches)
+    tensor, expert, context = (mesh.shape[axis] for axis in ("tensor", "expert", "context"))
+    sizes = {"n_kv_heads": cfg.n_kv_heads, "d_ff": cfg.d_ff, "vocab_size": cfg.vocab_size}
+    for key, size in sizes.items():
+        if size % tensor:
+            raise UserError(f"config: mesh.tensor {tensor} does not divide model.{key} {size}; use a divisor of it")
+    if cfg.n_experts % expert:
+        raise UserError(f"config: mesh.expert {expert} does not divide model.n_experts {cfg.n_experts}; use a divisor of it")
+    if context > 1 and this.seq_len % (2 * context):
+        raise UserError(
+            f"config: stages.{name}.seq_len {this.seq_len} is not a multiple of {2 * context}, two parts for each device of "
+            f"mesh.context {context}"
+        )
+
+
+def program(recipe: Recipe, name: str, steps: int, mesh: jax.sharding.Mesh) -> tuple[Any, State, State]:
+    """What a stage runs: the jitted train step, and the shapes and shardings of its state; nothing is allocated."""
+    this, cfg = recipe.stages[name], config.model_of(recipe, name)
+    optimizer = make_optimizer(this.optimizer)
+    abstract, shardings = state_shardings(cfg, optimizer, mesh)
+    train_step = make_train_step(
+        losses.make_loss(this.kind, cfg, this.loss),
+        optimizer,
+        learning_rate(this.optimizer, steps),
+        this.optimizer.clip_norm,
+        this.microbatches,
+        shardings,
+        parallel.compiler_options(mesh),
+    )
+    return train_step, abstract, shardings
+
+
+def update(recipe: Recipe, name: str, mesh: jax.sharding.Mesh) -> tuple[Any, State, tuple[Any, Any]]:
+    """The part of a stage's step after its gradients, jitted, and the shapes of the state and of (gradients, loss)."""
+    this, cfg = recipe.stages[name], config.model_of(recipe, name)
+    optimizer = make_optimizer(this.optimizer)
+    abstract, shardings = state_shardings(cfg, optimizer, mesh)
+    part = make_update(optimizer, learning_rate(this.optimizer, 1000), this.optimizer.clip_norm)
+    jitted = jax.jit(
+        lambda state, grads, loss: part(state, grads, {"loss": loss}),
+        donate_argnums=(0, 1),
+        out_shardings=(shardings, None),
+        compiler_options=parallel.compiler_options(mesh),
+    )
+    grads = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, np.float32, sharding=s.sharding), abstract.params)
+    return jitted, abstract, (grads, jax.ShapeDtypeStruct((), np.float32))
+
+
 # --- running --------------------------------------------------------------------------------------------------------
 
 
@@ -184,19 +235,11 @@ def run(
     if this.kind == "upcycle":
         return _upcycle(recipe, name, workdir, mesh)
     cfg = config.model_of(recipe, name)
-    parallel.per_device_rows(mesh, this.batch_size, this.microbatches)
+    check_mesh(recipe, name, mesh)
     reference = _reference(recipe, name, workdir, inputs, mesh) if this.kind == "dpo" else None
     data = parallel.once(lambda: stage_data(recipe, name, inputs, workdir / "data", reference))
+    train_step, abstract, shardings = program(recipe, name, data.steps, mesh)
     optimizer = make_optimizer(this.optimizer)
-    abstract, shardings = state_shardings(cfg, optimizer, mesh)
-    train_step = make_train_step(
-        losses.make_loss(this.kind, cfg, this.loss),
-        optimizer,
-        learning_rate(this.optimizer, data.steps),
-        this.optimizer.clip_norm,
-        this.microbatches,
-        shardings,
-    )
     meta = {
         "stage": name,
         "model": config.to_dict(cfg),

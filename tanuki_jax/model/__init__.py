@@ -11,6 +11,7 @@ from tanuki_jax.model.transformer import (
     init,
     logical_axes,
     parameter_shapes,
+    token_scores,
 )
 
 __all__ = [
@@ -25,4 +26,5 @@ __all__ = [
     "init",
     "logical_axes",
     "parameter_shapes",
+    "token_scores",
 ]

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from tanuki_jax import config
+from tanuki_jax import config, ops, parallel
 
 
 def parameter(module: nn.Module, cfg: config.Model, name: str, axes: str, kind: str = "inner") -> jax.Array:
@@ -32,10 +32,15 @@ def parameter(module: nn.Module, cfg: config.Model, name: str, axes: str, kind: 
     return cast(jax.Array, module.param(name, split, tuple(sizes[a] for a in axes), jnp.dtype(cfg.param_dtype)))
 
 
+def used(module: nn.Module, cfg: config.Model, name: str, axes: str, kind: str = "inner") -> jax.Array:
+    """A parameter in the compute dtype, gathered from the devices that store its parts."""
+    return parallel.gathered(parameter(module, cfg, name, axes, kind).astype(compute_dtype(cfg)), axes)
+
+
 def compute_dtype(cfg: config.Model) -> jnp.dtype:
     """The dtype of matrix products; `auto` is bfloat16 on accelerators and float32 on CPU."""
     if cfg.dtype == "auto":
-        return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
+        return jnp.dtype("float32" if ops.platform() == "cpu" else "bfloat16")
     return jnp.dtype(cfg.dtype)
 
 

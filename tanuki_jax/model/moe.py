@@ -5,10 +5,12 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 from tanuki_jax import config, ops, parallel
 from tanuki_jax.model.layers import parameter
+
+# Name, axis letters and kind of the experts' parameters.
+MATRICES = (("gate", "EDF", "inner"), ("up", "EDF", "inner"), ("down", "EFD", "outer"))
 
 
 class RouterStats(NamedTuple):
@@ -16,7 +18,8 @@ class RouterStats(NamedTuple):
 
     aux_B: jax.Array  # Switch load-balancing loss of each row, 1 at perfect balance
     z_B: jax.Array  # mean over the row of logsumexp(logits)^2
-    load_E: jax.Array  # assignments that each expert received, summed over the batch
+    load_E: jax.Array  # assignments to each expert, summed over the batch
+    dropped: jax.Array  # assignments that found no room (capacity mode), summed over the batch
 
 
 def route(logits_BSE: jax.Array, top_k: int, normalized: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -39,7 +42,9 @@ def route(logits_BSE: jax.Array, top_k: int, normalized: bool) -> tuple[jax.Arra
     return jax.nn.softmax(top_BSk, axis=-1), experts_BSk, jax.nn.softmax(logits_BSE, axis=-1)
 
 
-def router_stats(logits_BSE: jax.Array, probs_BSE: jax.Array, experts_BSk: jax.Array, valid_BS: jax.Array) -> RouterStats:
+def router_stats(
+    logits_BSE: jax.Array, probs_BSE: jax.Array, experts_BSk: jax.Array, kept_BSk: jax.Array, valid_BS: jax.Array
+) -> RouterStats:
     """Balance of one layer, per row, so that neither accumulation nor the number of devices changes it.
 
     The Switch loss (Fedus et al. 2021, eq. 4-6; top-k as in Megatron-LM) is E * sum_e P_e * f_e with P_e the mean
@@ -56,6 +61,7 @@ def router_stats(logits_BSE: jax.Array, probs_BSE: jax.Array, experts_BSk: jax.A
         aux_B=E * (jax.lax.stop_gradient(share_BE) * mean_probs_BE).sum(axis=-1),
         z_B=(z_BS * valid_BS).sum(axis=1) / tokens_B,
         load_E=jax.lax.stop_gradient(counts_BE.sum(axis=0)),
+        dropped=jax.lax.stop_gradient((~kept_BSk * valid_BS[..., None]).sum()),
     )
 
 
@@ -67,24 +73,44 @@ class MoE(nn.Module):
     @nn.compact
     def __call__(self, x_BSD: jax.Array, valid_BS: jax.Array) -> tuple[jax.Array, RouterStats]:
         cfg = self.cfg
-        router_DE = parameter(self, cfg, "router", "DE")
-        gate_EDF, up_EDF = parameter(self, cfg, "gate", "EDF"), parameter(self, cfg, "up", "EDF")
-        down_EFD = parameter(self, cfg, "down", "EFD", "outer")
-        logits_BSE = jnp.einsum("BSD,DE->BSE", x_BSD.astype(jnp.float32), router_DE.astype(jnp.float32))
+        router_DE = parallel.gathered(parameter(self, cfg, "router", "DE").astype(jnp.float32), "DE", whole=True)
+        matrices = [parameter(self, cfg, name, axes, kind).astype(x_BSD.dtype) for name, axes, kind in MATRICES]
+        # Else TPUs would round both sides to bfloat16.
+        logits_BSE = jnp.einsum("BSD,DE->BSE", x_BSD.astype(jnp.float32), router_DE, precision=jax.lax.Precision.HIGHEST)
         weights_BSk, experts_BSk, probs_BSE = route(logits_BSE, cfg.top_k, cfg.normalized_gate)
-        experts = (w.astype(x_BSD.dtype) for w in (gate_EDF, up_EDF, down_EFD))
-        y_BSD = _local_ffn(x_BSD, weights_BSk, experts_BSk, *experts)
-        return y_BSD, router_stats(logits_BSE, probs_BSE, experts_BSk, valid_BS)
+        y_BSD, kept_BSk = _experts(cfg, x_BSD, weights_BSk, experts_BSk, *matrices)
+        return y_BSD, router_stats(logits_BSE, probs_BSE, experts_BSk, kept_BSk, valid_BS)
 
 
-def _local_ffn(*arguments: jax.Array) -> jax.Array:
-    """Each device dispatches its own tokens; the experts' weights come to it whole."""
+def _experts(cfg: config.Model, *arguments: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Each device dispatches its own tokens, to experts that come to it whole or, over `expert`, to where the experts are.
 
-    def ffn(x_BSD: jax.Array, weights_BSk: jax.Array, experts_BSk: jax.Array, *matrices: jax.Array) -> jax.Array:
-        x_TD, weights_Tk, experts_Tk = (a.reshape(-1, a.shape[-1]) for a in (x_BSD, weights_BSk, experts_BSk))
-        return ops.expert_ffn(x_TD, weights_Tk, experts_Tk, *matrices).reshape(x_BSD.shape)
+    Weights are gathered over the axes that only their storage is split over, and their gradients scattered back; with F
+    split over `tensor` the devices' partial sums are added up.
+    """
+
+    def ffn(
+        x_BSD: jax.Array, weights_BSk: jax.Array, experts_BSk: jax.Array, *matrices: jax.Array, axis: str = ""
+    ) -> tuple[jax.Array, jax.Array]:
+        flat = (a.reshape(-1, a.shape[-1]) for a in (x_BSD, weights_BSk, experts_BSk))
+        y_TD, kept_Tk = ops.expert_ffn(*flat, *matrices, impl=cfg.experts, capacity=cfg.capacity_factor, axis=axis)
+        return y_TD.reshape(x_BSD.shape), kept_Tk.reshape(experts_BSk.shape)
 
     if not parallel.splits_batch(arguments[0].shape[0]):
         return ffn(*arguments)
-    rows, whole = PartitionSpec(parallel.BATCH_AXES), PartitionSpec()
-    return jax.shard_map(ffn, in_specs=(rows, rows, rows, whole, whole, whole), out_specs=rows)(*arguments)
+    mesh = jax.sharding.get_abstract_mesh()
+    stored = [parallel.spec(axes, "stored", mesh, w.shape) for (_, axes, _), w in zip(MATRICES, arguments[3:], strict=True)]
+    tokens = parallel.activation_spec("BS")
+
+    def local(
+        x_BSD: jax.Array, weights_BSk: jax.Array, experts_BSk: jax.Array, *matrices: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        whole = []
+        for w, (_, axes, _), where in zip(matrices, MATRICES, stored, strict=True):
+            over = where[axes.index("D")]
+            whole.append(jax.lax.all_gather(w, over, axis=axes.index("D"), tiled=True) if over else w)
+        y_BSD, kept_BSk = ffn(x_BSD, weights_BSk, experts_BSk, *whole, axis="expert" if mesh.shape["expert"] > 1 else "")
+        return (jax.lax.psum(y_BSD, "tensor") if stored[0][2] else y_BSD), kept_BSk
+
+    specs = (tokens, tokens, tokens, *stored)
+    return jax.shard_map(local, in_specs=specs, out_specs=(tokens, tokens), check_vma=False)(*arguments)

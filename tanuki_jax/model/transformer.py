@@ -15,18 +15,28 @@ from typing import Any, NamedTuple, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from tanuki_jax import config, ops, parallel
-from tanuki_jax.model.layers import compute_dtype, parameter, rms_norm, rotate
+from tanuki_jax.model.attention import Attention, Batch, Cache
+from tanuki_jax.model.layers import compute_dtype, parameter, rms_norm, used
 from tanuki_jax.model.moe import MoE, RouterStats
 
 Params = Any
-Cache = Any
-Batch = dict[str, jax.Array]
-# What a block keeps for its backward pass, by name of the remat option.
+# What a block keeps for its backward pass, by name of the remat option; what is not kept is computed again.
+ATTENTION, FFN = ("q", "k", "v", "attention"), ("gate", "up")
+_save, _offload = jax.checkpoint_policies.save_only_these_names, jax.checkpoint_policies.save_and_offload_only_these_names
 REMAT = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
+    "attention": _save(*ATTENTION),
+    "ffn": _save(*FFN, "attention"),
+    "dots": _save(*ATTENTION, *FFN, "middle"),
+    "offload": _offload(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[*ATTENTION, "middle"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 
@@ -37,37 +47,6 @@ class Outputs(NamedTuple):
     router: RouterStats | None
 
 
-class Attention(nn.Module):
-    """Grouped-query attention; with a cache, the new keys and values are written to the slots of their positions."""
-
-    cfg: config.Model
-
-    @nn.compact
-    def __call__(self, x_BSD: jax.Array, batch: Batch, cache: Cache) -> tuple[jax.Array, Cache]:
-        cfg = self.cfg
-        q_DNH, k_DKH, v_DKH = (
-            parameter(self, cfg, "q", "DNH"),
-            parameter(self, cfg, "k", "DKH"),
-            parameter(self, cfg, "v", "DKH"),
-        )
-        o_NHD = parameter(self, cfg, "o", "NHD", "outer")
-        q_BSNH = jnp.einsum("BSD,DNH->BSNH", x_BSD, q_DNH.astype(x_BSD.dtype))
-        k_BSKH = jnp.einsum("BSD,DKH->BSKH", x_BSD, k_DKH.astype(x_BSD.dtype))
-        v_BSKH = jnp.einsum("BSD,DKH->BSKH", x_BSD, v_DKH.astype(x_BSD.dtype))
-        positions_BS = batch["positions"]
-        q_BSNH, k_BSKH = rotate(q_BSNH, positions_BS, cfg.rope_theta), rotate(k_BSKH, positions_BS, cfg.rope_theta)
-        if cache is None:
-            y_BSNH = ops.attention(q_BSNH, k_BSKH, v_BSKH, batch["segment_ids"])
-        else:
-            rows_B1 = jnp.arange(q_BSNH.shape[0])[:, None]
-            cache = {
-                "k": cache["k"].at[rows_B1, positions_BS].set(k_BSKH),
-                "v": cache["v"].at[rows_B1, positions_BS].set(v_BSKH),
-            }
-            y_BSNH = ops.cached_attention(q_BSNH, cache["k"], cache["v"], positions_BS)
-        return jnp.einsum("BSNH,NHD->BSD", y_BSNH, o_NHD.astype(x_BSD.dtype)), cache
-
-
 class MLP(nn.Module):
     """SwiGLU (Shazeer 2020), no bias."""
 
@@ -75,10 +54,10 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x_BSD: jax.Array) -> jax.Array:
-        gate_DF, up_DF = parameter(self, self.cfg, "gate", "DF"), parameter(self, self.cfg, "up", "DF")
-        down_FD = parameter(self, self.cfg, "down", "FD", "outer")
-        h_BSF = jax.nn.silu(x_BSD @ gate_DF.astype(x_BSD.dtype)) * (x_BSD @ up_DF.astype(x_BSD.dtype))
-        return h_BSF @ down_FD.astype(x_BSD.dtype)
+        gate_DF, up_DF = used(self, self.cfg, "gate", "DF"), used(self, self.cfg, "up", "DF")
+        down_FD = used(self, self.cfg, "down", "FD", "outer")
+        gate_BSF, up_BSF = checkpoint_name(x_BSD @ gate_DF, "gate"), checkpoint_name(x_BSD @ up_DF, "up")
+        return (jax.nn.silu(gate_BSF) * up_BSF) @ down_FD
 
 
 class Block(nn.Module):
@@ -92,7 +71,7 @@ class Block(nn.Module):
         norm_attn_D = parameter(self, cfg, "norm_attn", "D", "scale")
         norm_mlp_D = parameter(self, cfg, "norm_mlp", "D", "scale")
         y_BSD, cache = Attention(cfg, name="attn")(rms_norm(x_BSD, norm_attn_D, cfg.norm_eps), batch, cache)
-        x_BSD = parallel.constrain(x_BSD + y_BSD, "BSD")
+        x_BSD = checkpoint_name(parallel.constrain(x_BSD + y_BSD, "BSD"), "middle")
         h_BSD = rms_norm(x_BSD, norm_mlp_D, cfg.norm_eps)
         stats = None
         if cfg.n_experts:
@@ -123,17 +102,17 @@ class Transformer(nn.Module):
         table_VD = Embedding(cfg, name="embed")()
         parameter(self, cfg, "head", "DV")
         norm_final_D = parameter(self, cfg, "norm_final", "D", "scale")
-        table_VD = parallel.whole(
-            table_VD.astype(compute_dtype(cfg))
-        )  # else the gradient of the lookup is resharded row by row
+        table_VD = parallel.gathered(table_VD.astype(compute_dtype(cfg)), "VD")
         x_BSD = parallel.constrain(table_VD[batch["tokens"]], "BSD")
-        block = Block if cfg.remat == "none" else nn.remat(Block, policy=REMAT[cfg.remat], prevent_cse=False)
+        # Inside a loop XLA can't merge what is computed twice; several blocks in one pass of it can be.
+        block = Block if cfg.remat == "none" else nn.remat(Block, policy=REMAT[cfg.remat], prevent_cse=cfg.unroll > 1)
         layers = nn.scan(
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(nn.broadcast, 0),
             length=cfg.n_layers,
+            unroll=cfg.unroll,
             metadata_params={nn.PARTITION_NAME: "L"},
         )
         x_BSD, (cache, stats) = layers(cfg, name="layers")(x_BSD, batch, cache)
@@ -172,6 +151,13 @@ def apply(cfg: config.Model, params: Params, batch: Batch) -> Outputs:
     """
     hidden_BSD, _, stats = cast(Any, Transformer(cfg).apply({"params": params}, batch))
     return Outputs(hidden_BSD, stats)
+
+
+def token_scores(cfg: config.Model, params: Params, outputs: Outputs, targets_BS: jax.Array) -> ops.TokenScores:
+    """Log-probabilities of the targets, [B, S] each; see `ops.token_logprobs`."""
+    head_DV = parallel.gathered(params["head"].astype(compute_dtype(cfg)), "DV")
+    parts = parallel.size("context")
+    return ops.token_logprobs(outputs.hidden, head_DV, targets_BS, parts=parts, chunk=cfg.logits_chunk)
 
 
 def empty_cache(cfg: config.Model, batch_size: int, length: int) -> Cache:

@@ -1,8 +1,18 @@
-"""The expensive operations, one call each; `impl=` chooses a reference, an XLA or (later) a Pallas version."""
+"""The expensive operations, one call each; `impl=` chooses a reference, an XLA or a Pallas version."""
 
-from tanuki_jax.ops.attention import attention, cached_attention
-from tanuki_jax.ops.cross_entropy import token_logprobs
+from tanuki_jax.ops.attention import attention, cached_attention, splash_kernel
+from tanuki_jax.ops.cross_entropy import TokenScores, token_logprobs
+from tanuki_jax.ops.device import platform
 from tanuki_jax.ops.expert_ffn import expert_ffn
 from tanuki_jax.ops.grouped_matmul import grouped_matmul
 
-__all__ = ["attention", "cached_attention", "expert_ffn", "grouped_matmul", "token_logprobs"]
+__all__ = [
+    "TokenScores",
+    "attention",
+    "cached_attention",
+    "expert_ffn",
+    "grouped_matmul",
+    "platform",
+    "splash_kernel",
+    "token_logprobs",
+]

@@ -1,28 +1,67 @@
 """Causal grouped-query attention with segment ids (Ainslie et al. 2023 for GQA); K and V are never repeated."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from tanuki_jax.ops import splash
+from tanuki_jax.ops.device import platform
+
+DEFAULT = {"tpu": "splash", "gpu": "cudnn", "cpu": "xla"}
 
 
 def attention(
-    q_BSNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segment_ids_BS: jax.Array, *, impl: str = "xla"
+    q_BSNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    segment_ids_BS: jax.Array,
+    *,
+    impl: str = "auto",
+    key_segment_ids_BT: jax.Array | None = None,
+    places_S: jax.Array | None = None,
+    kernel: Any = None,
 ) -> jax.Array:
     """Causal self-attention inside segments.
 
     Args:
-      q_BSNH, k_BSKH, v_BSKH: queries and G = N/K times fewer keys and values, any float dtype.
+      q_BSNH, k_BTKH, v_BTKH: queries and G = N/K times fewer keys and values, any float dtype.
       segment_ids_BS: int32; a token sees the tokens of its own segment up to itself.  0 is padding.
-      impl: "xla", or "reference" (a plain loop over heads in float32, for tests).
+      impl: "splash" (Pallas, TPU; interpreted elsewhere), "cudnn" (GPU, bfloat16 or float16), "xla", "reference" (a plain
+        loop over heads in float32, for tests), or "auto": by platform.
+      key_segment_ids_BT, places_S: where the queries are only some of the row's tokens (context parallelism): the segment
+        ids of all T keys, and the place in the row of each query.
+      kernel: for splash with `places_S`: what `splash_kernel` made for all the queries of the row, this device's part of it.
 
     Returns:
       [B, S, N, H] in the dtype of q; softmax and its sum in float32.
     """
-    S = q_BSNH.shape[1]
-    causal_SS = jnp.tril(jnp.ones((S, S), bool))
-    mask_BST = causal_SS & (segment_ids_BS[:, :, None] == segment_ids_BS[:, None, :])
+    impl = DEFAULT.get(platform(), "xla") if impl == "auto" else impl
+    keys_BT = segment_ids_BS if key_segment_ids_BT is None else key_segment_ids_BT
+    if impl == "splash":
+        return splash.attention(q_BSNH, k_BTKH, v_BTKH, segment_ids_BS, keys_BT, kernel)
+    S, T = q_BSNH.shape[1], k_BTKH.shape[1]
+    places_S = jnp.arange(S) if places_S is None else places_S
+    mask_BST = (places_S[:, None] >= jnp.arange(T)) & (segment_ids_BS[:, :, None] == keys_BT[:, None, :])
     if impl == "reference":
-        return _reference(q_BSNH, k_BSKH, v_BSKH, mask_BST)
-    return _xla(q_BSNH, k_BSKH, v_BSKH, mask_BST)
+        return _reference(q_BSNH, k_BTKH, v_BTKH, mask_BST)
+    if impl == "cudnn":
+        y_BSNH = jax.nn.dot_product_attention(q_BSNH, k_BTKH, v_BTKH, mask=mask_BST[:, None], implementation="cudnn")
+    elif impl == "xla":
+        y_BSNH = _xla(q_BSNH, k_BTKH, v_BTKH, mask_BST)
+    else:
+        raise ValueError(f"attention: unknown impl {impl!r}")
+    return checkpoint_name(y_BSNH, "attention")
+
+
+def splash_kernel(impl: str, places: Sequence[int] | None, length: int, heads: int, parts: int) -> Any:
+    """The kernel for `parts` devices that hold a row's queries in the order `places`; None where `impl` is not splash."""
+    impl = DEFAULT.get(platform(), "xla") if impl == "auto" else impl
+    return splash.make_kernel(length, heads, places, parts) if impl == "splash" and parts > 1 else None
 
 
 def cached_attention(q_BSNH: jax.Array, k_BMKH: jax.Array, v_BMKH: jax.Array, positions_BS: jax.Array) -> jax.Array:

@@ -1,11 +1,12 @@
 """Log-probabilities of given tokens under a vocabulary softmax, without float32 [B, S, V] for long rows."""
 
+from __future__ import annotations
+
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-
-CHUNK = 512  # most positions of a row whose logits exist at one time
 
 
 class TokenScores(NamedTuple):
@@ -16,30 +17,105 @@ class TokenScores(NamedTuple):
     correct: jax.Array  # 1 where the target is the likeliest token
 
 
-def token_logprobs(x_BSD: jax.Array, head_DV: jax.Array, targets_BS: jax.Array, *, impl: str = "xla") -> TokenScores:
+def token_logprobs(
+    x_BSD: jax.Array, head_DV: jax.Array, targets_BS: jax.Array, *, impl: str = "xla", parts: int = 1, chunk: int = 512
+) -> TokenScores:
     """Scores of `targets` under softmax(x @ head).
 
-    Products run in the dtype of x and accumulate in float32; everything after them is float32.  "xla" walks over the
-    row in chunks and recomputes their logits in the backward pass; "reference" holds all logits.
+    Products run in the dtype of x and accumulate in float32; everything after them is float32.  "xla" walks over the row in
+    chunks; for the backward pass it keeps the probabilities in the dtype of x where that is a 16-bit one or there is only one
+    chunk, and else computes them again.  "reference" is the plain formula.
+
+    Args:
+      chunk: most positions of a row whose float32 logits exist at one time.
+      parts: into how many equal parts the row is split over devices, so that every chunk takes some of each part.
     """
-    S = x_BSD.shape[1]
-    chunk = next(size for size in range(min(S, CHUNK), 0, -1) if S % size == 0)
-    if impl == "reference" or chunk == S or chunk < CHUNK // 8:  # a prime length is not worth so many small products
-        return _scores(x_BSD, head_DV, targets_BS)
+    if impl == "reference":
+        return _reference(x_BSD, head_DV, targets_BS)
+    (B, S), here = targets_BS.shape, targets_BS.shape[1] // parts
+    most, chunk = chunk, next(size for size in range(min(here, chunk), 0, -1) if here % size == 0)
+    if chunk < most // 8:  # a prime length is not worth so many small products
+        chunk = here
+    keep = chunk == here or x_BSD.dtype.itemsize == 2
 
     def split(a: jax.Array) -> jax.Array:
-        return a.reshape(a.shape[0], S // chunk, chunk, *a.shape[2:]).swapaxes(0, 1)
+        """[B, S, ...] -> [chunks, rows, ...]; one axis of rows where the devices do not split S.
 
-    body = jax.checkpoint(lambda xs: _scores(xs[0], head_DV, xs[1]))
-    scores = jax.lax.map(body, (split(x_BSD), split(targets_BS)))
-    return TokenScores(*(a.swapaxes(0, 1).reshape(targets_BS.shape) for a in scores))
+        With two batch axes XLA's CPU backend transposes all logits for the gradient of the head.
+        """
+        a = a.reshape(B, parts, here // chunk, chunk, *a.shape[2:])
+        a = a.transpose(2, 0, 1, 3, *range(4, a.ndim))
+        return a.reshape(a.shape[0], B * chunk, *a.shape[4:]) if parts == 1 else a
+
+    def join(a: jax.Array) -> jax.Array:
+        return a.reshape(-1, B, parts, chunk).transpose(1, 2, 0, 3).reshape(B, S)
+
+    scores = _scores(split(x_BSD), head_DV.astype(x_BSD.dtype), split(targets_BS), keep)
+    return TokenScores(*(join(a) for a in scores))
 
 
-def _scores(x_BSD: jax.Array, head_DV: jax.Array, targets_BS: jax.Array) -> TokenScores:
-    # As one matrix of tokens: with two batch axes XLA's CPU backend transposes all logits for the gradient of the head.
-    x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
-    logits_TV = jnp.einsum("TD,DV->TV", x_TD, head_DV.astype(x_TD.dtype), preferred_element_type=jnp.float32)
+def _reference(x_BSD, head_DV, targets_BS):
+    logits_BSV = (x_BSD @ head_DV.astype(x_BSD.dtype)).astype(jnp.float32)
+    log_z = jax.nn.logsumexp(logits_BSV, axis=-1)
+    target = jnp.take_along_axis(logits_BSV, targets_BS[..., None], axis=-1)[..., 0]
+    return TokenScores(target - log_z, log_z, (target >= logits_BSV.max(axis=-1)).astype(jnp.float32))
+
+
+# n counts chunks, T stands for the one or more axes of rows.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _scores(x_nTD: jax.Array, head_DV: jax.Array, targets_nT: jax.Array, keep: bool) -> TokenScores:
+    return _forward(x_nTD, head_DV, targets_nT, keep)[0]
+
+
+def _forward(x_nTD, head_DV, targets_nT, keep):
+    def one(part):
+        scores, logits_TV = _of_chunk(part[0], head_DV, part[1])
+        kept = jnp.exp(logits_TV - scores.log_z[..., None]).astype(x_nTD.dtype) if keep else None
+        return scores, kept
+
+    if len(x_nTD) == 1:
+        scores, probs_nTV = jax.tree.map(lambda a: a[None], one((x_nTD[0], targets_nT[0])))
+    else:
+        scores, probs_nTV = jax.lax.map(one, (x_nTD, targets_nT))
+    return scores, (x_nTD, head_DV, targets_nT, probs_nTV)
+
+
+def _backward(keep, kept, gradients):
+    x_nTD, head_DV, targets_nT, probs_nTV = kept
+    by_target, by_log_z = gradients.logprob, gradients.log_z - gradients.logprob
+
+    def products(x_TD, probs_TV, targets_T, by_target_T, by_log_z_T):
+        vocabulary = jax.lax.broadcasted_iota(jnp.int32, probs_TV.shape, probs_TV.ndim - 1)
+        logits_TV = probs_TV.astype(jnp.float32) * by_log_z_T[..., None]
+        logits_TV += jnp.where(vocabulary == targets_T[..., None], by_target_T[..., None], 0)
+        logits_TV = logits_TV.astype(x_TD.dtype)
+        x_gradient = jnp.einsum("...V,DV->...D", logits_TV, head_DV)
+        return x_gradient, jnp.einsum("...D,...V->DV", x_TD, logits_TV, preferred_element_type=jnp.float32)
+
+    if keep:
+        x_gradient, head_gradient = products(x_nTD, probs_nTV, targets_nT, by_target, by_log_z)
+        return x_gradient, head_gradient.astype(head_DV.dtype), None
+
+    def one(total_DV, part):
+        x_TD, targets_T, by_target_T, by_log_z_T = part
+        scores, logits_TV = _of_chunk(x_TD, head_DV, targets_T)
+        probs_TV = jnp.exp(logits_TV - scores.log_z[..., None])
+        x_gradient, head_gradient = products(x_TD, probs_TV, targets_T, by_target_T, by_log_z_T)
+        return total_DV + head_gradient, x_gradient
+
+    zero_DV = jnp.zeros(head_DV.shape, jnp.float32)
+    head_gradient, x_gradient = jax.lax.scan(one, zero_DV, (x_nTD, targets_nT, by_target, by_log_z))
+    return x_gradient, head_gradient.astype(head_DV.dtype), None
+
+
+def _of_chunk(x_TD, head_DV, targets_T):
+    logits_TV = jnp.einsum("...D,DV->...V", x_TD, head_DV, preferred_element_type=jnp.float32)
     log_z = jax.nn.logsumexp(logits_TV, axis=-1)
-    target = jnp.take_along_axis(logits_TV, targets_BS.reshape(-1, 1), axis=-1)[:, 0]
+    target = jnp.take_along_axis(logits_TV, targets_T[..., None], axis=-1)[..., 0]
     correct = (target >= logits_TV.max(axis=-1)).astype(jnp.float32)
-    return TokenScores(*(a.reshape(targets_BS.shape) for a in (target - log_z, log_z, correct)))
+    return TokenScores(target - log_z, log_z, correct), logits_TV
+
+
+_scores.defvjp(_forward, _backward)

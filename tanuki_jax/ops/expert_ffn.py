@@ -1,4 +1,4 @@
-"""Dropless dispatch of tokens to SwiGLU experts and back."""
+"""Dispatch of tokens to SwiGLU experts and back: dropless, or with a fixed room for each expert."""
 
 import functools
 from collections.abc import Callable
@@ -6,12 +6,16 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
+from tanuki_jax.ops import expert_kernels
+from tanuki_jax.ops.device import platform
 from tanuki_jax.ops.grouped_matmul import grouped_matmul
 
 # Room per expert, relative to a perfectly even load, that the padded layout tries in turn; the last resort is T rows.
-CAPACITIES = (1.25, 2.0)
+ROOMS = (1.25, 2.0)
 FEW = 256  # tokens up to which T rows per expert cost too little to choose
+DEFAULT = {"cpu": "padded", "gpu": "ragged", "tpu": "pallas"}
 
 
 def expert_ffn(
@@ -23,61 +27,145 @@ def expert_ffn(
     down_EFD: jax.Array,
     *,
     impl: str = "auto",
-) -> jax.Array:
-    """Sum over a token's experts of weight * down(silu(gate x) * up x); no token is ever dropped.
+    capacity: float = 0.0,
+    axis: str = "",
+) -> tuple[jax.Array, jax.Array]:
+    """Sum over a token's experts of weight * down(silu(gate x) * up x).
 
     Args:
       x_TD: tokens, in the compute dtype.
       weights_Tk, experts_Tk: gate weights (float32) and expert numbers (int32, distinct within a token).
       gate_EDF, up_EDF, down_EFD: the experts, in the compute dtype.
-      impl: "ragged" sorts tokens by expert and uses a ragged product (accelerators); "padded" gives each expert
-        equal room and takes the smallest room that holds the fullest expert (CPU, where a ragged product costs E times
-        the work); "reference" computes every expert for every token; "auto" chooses by backend.
+      impl: how products over groups of rows are made:
+        "pallas": our fused TPU kernels (interpreted elsewhere);
+        "ragged", "megablox": tokens sorted by expert, one grouped product after another (`grouped_matmul`);
+        "padded": each expert gets equal room, the smallest that holds the fullest one (on CPU a ragged product costs E
+          times the work);
+        "reference": every expert for every token;
+        "auto": by platform.
+      capacity: 0 is dropless.  Else an expert takes the first ceil(capacity * T*k / E) assignments of these T tokens and
+        drops the others, which then count 0 (Switch Transformer, Fedus et al. 2021); the layout is "padded".
+      axis: inside shard_map, the mesh axis over which the experts are split: each device holds E / (its size) of them, and
+        tokens travel there and back by all-to-all; the layout is "padded".
 
     Returns:
-      [T, D] in the dtype of x; the weighted sum over experts is float32.
+      [T, D] in the dtype of x, the sum over experts in float32; and bool [T, k], the assignments that were not dropped.
     """
-    E, T, k = gate_EDF.shape[0], *experts_Tk.shape
-    if impl == "auto":
-        impl = "padded" if jax.default_backend() == "cpu" else "ragged"
+    T, k = experts_Tk.shape
+    shards = jax.lax.axis_size(axis) if axis else 1
+    E = gate_EDF.shape[0] * shards
+    impl = DEFAULT.get(platform(), "ragged") if impl == "auto" else impl
+    everything = jnp.ones((T, k), bool)
     if impl == "reference":
-        h_TEF = jax.nn.silu(jnp.einsum("TD,EDF->TEF", x_TD, gate_EDF)) * jnp.einsum("TD,EDF->TEF", x_TD, up_EDF)
-        y_TED = jnp.einsum("TEF,EFD->TED", h_TEF, down_EFD)
-        chosen_TkE = jax.nn.one_hot(experts_Tk, E) * weights_Tk[..., None]
-        return jnp.einsum("TED,TkE->TD", y_TED, chosen_TkE).astype(x_TD.dtype)
+        return _reference(x_TD, weights_Tk, experts_Tk, gate_EDF, up_EDF, down_EFD), everything
 
     # rank: how many earlier assignments went to the same expert
     onehot_AE = jax.nn.one_hot(experts_Tk.reshape(-1), E, dtype=jnp.int32)
     sizes_E = onehot_AE.sum(axis=0)
     rank_Tk = ((jnp.cumsum(onehot_AE, axis=0) - 1) * onehot_AE).sum(axis=1).reshape(T, k)
+    matrices = (gate_EDF, up_EDF, down_EFD)
 
-    def run(starts_E: jax.Array, rows: int, layout: str) -> jax.Array:
-        slot_Tk = starts_E[experts_Tk] + rank_Tk
-        assignment_R = jnp.full((rows,), T * k, jnp.int32).at[slot_Tk.reshape(-1)].set(jnp.arange(T * k, dtype=jnp.int32))
-        filled_R1 = (assignment_R < T * k)[:, None]
-        x_RD = _take(x_TD, jnp.minimum(assignment_R // k, T - 1), slot_Tk, jnp.ones((T, k), bool))
-        matmul = functools.partial(grouped_matmul, group_sizes_E=sizes_E, impl=layout)
-        h_RF = jax.nn.silu(matmul(x_RD, gate_EDF)) * matmul(x_RD, up_EDF)
-        y_RD = matmul(h_RF, down_EFD)
-        back_R1 = jnp.minimum(assignment_R, T * k - 1)[:, None]
-        y_TkD = _take(y_RD, slot_Tk.reshape(-1), back_R1, filled_R1).reshape(T, k, -1)
-        return jnp.einsum("TkD,Tk->TD", y_TkD, weights_Tk, preferred_element_type=jnp.float32).astype(x_TD.dtype)
+    if capacity:
+        room = min(T, int(np.ceil(capacity * T * k / E)))
+        kept_Tk = rank_Tk < room
+        return _padded(x_TD, weights_Tk, experts_Tk, rank_Tk, matrices, axis, shards, room), kept_Tk
+    if impl == "padded" or axis:
+        return _fitting(x_TD, weights_Tk, experts_Tk, rank_Tk, sizes_E, matrices, axis, shards), everything
+    if impl == "pallas":
+        return _pallas(x_TD, weights_Tk, experts_Tk, rank_Tk, sizes_E, matrices), everything
+    slot_Tk = (jnp.cumsum(sizes_E) - sizes_E)[experts_Tk] + rank_Tk
+    x_RD, back = _dispatch(x_TD, slot_Tk, everything, T * k)
+    matmul = functools.partial(grouped_matmul, group_sizes_E=sizes_E, impl=impl)
+    return _combine(_swiglu(x_RD, *matrices, matmul), weights_Tk, slot_Tk, back), everything
 
-    if impl == "ragged":
-        return run(jnp.cumsum(sizes_E) - sizes_E, T * k, "ragged")
-    if impl != "padded":
-        raise ValueError(f"expert_ffn: unknown impl {impl!r}")
-    rooms = sorted({min(T, int(np.ceil(c * T * k / E / 8)) * 8) for c in CAPACITIES} | {T}) if T > FEW else [T]
+
+def _reference(x_TD, weights_Tk, experts_Tk, gate_EDF, up_EDF, down_EFD):
+    h_TEF = jax.nn.silu(jnp.einsum("TD,EDF->TEF", x_TD, gate_EDF)) * jnp.einsum("TD,EDF->TEF", x_TD, up_EDF)
+    y_TED = jnp.einsum("TEF,EFD->TED", h_TEF, down_EFD)
+    chosen_TkE = jax.nn.one_hot(experts_Tk, gate_EDF.shape[0]) * weights_Tk[..., None]
+    return jnp.einsum("TED,TkE->TD", y_TED, chosen_TkE).astype(x_TD.dtype)
+
+
+def _swiglu(x_RD, gate_EDF, up_EDF, down_EFD, matmul):
+    gate_RF, up_RF = checkpoint_name(matmul(x_RD, gate_EDF), "gate"), checkpoint_name(matmul(x_RD, up_EDF), "up")
+    return matmul(jax.nn.silu(gate_RF) * up_RF, down_EFD)
+
+
+def _pallas(x_TD, weights_Tk, experts_Tk, rank_Tk, sizes_E, matrices):
+    T, k = experts_Tk.shape
+    tiles, starts_E = expert_kernels.layout(sizes_E, T * k)
+    slot_Tk = starts_E[experts_Tk] + rank_Tk
+    x_RD, back = _dispatch(x_TD, slot_Tk, jnp.ones((T, k), bool), tiles.expert.shape[0] * expert_kernels.TILE)
+    assignment_R, filled_R1 = back
+    weight_R = _take(weights_Tk.reshape(-1, 1), jnp.minimum(assignment_R, T * k - 1), slot_Tk.reshape(-1, 1), None)
+    weight_R = jnp.where(filled_R1, weight_R, 0)[:, 0]
+    y_RD = expert_kernels.swiglu(x_RD, weight_R, *matrices, tiles)
+    y_TkD = _take(y_RD, slot_Tk.reshape(-1), jnp.minimum(assignment_R, T * k - 1)[:, None], filled_R1).reshape(T, k, -1)
+    return y_TkD.astype(jnp.float32).sum(axis=1).astype(x_TD.dtype)
+
+
+def _fitting(x_TD, weights_Tk, experts_Tk, rank_Tk, sizes_E, matrices, axis, shards):
+    """The padded layout with the smallest room that drops nothing on any device."""
+    (T, k), E = experts_Tk.shape, sizes_E.shape[0]
+    rooms = sorted({min(T, int(np.ceil(r * T * k / E / 8)) * 8) for r in ROOMS} | {T}) if T > FEW else [T]
+    fullest = sizes_E.max()
+    if axis:  # all must take the same branch, for there are collectives in it
+        fullest = jax.lax.pmax(fullest, jax.sharding.get_abstract_mesh().manual_axes)
     # The usual case keeps its activations; the rare ones recompute theirs, or every case would store for all others.
     branches: list[Callable[[], jax.Array]] = [
-        functools.partial(run, jnp.arange(E) * room, E * room, "padded") for room in rooms
+        functools.partial(_padded, x_TD, weights_Tk, experts_Tk, rank_Tk, matrices, axis, shards, room) for room in rooms
     ]
     branches[1:] = [jax.checkpoint(branch) for branch in branches[1:]]
-    return jax.lax.switch(jnp.searchsorted(jnp.array(rooms), sizes_E.max()), branches)
+    return jax.lax.switch(jnp.searchsorted(jnp.array(rooms), fullest), branches)
+
+
+def _padded(x_TD, weights_Tk, experts_Tk, rank_Tk, matrices, axis, shards, room):
+    """Every expert takes up to `room` of these tokens, at rows e*room and on; those beyond are dropped."""
+    E = matrices[0].shape[0] * shards
+    kept_Tk = rank_Tk < room
+    slot_Tk = jnp.where(kept_Tk, experts_Tk * room + rank_Tk, E * room)
+    x_RD, back = _dispatch(x_TD, slot_Tk, kept_Tk, E * room)
+    if axis:
+        x_RD = _to_experts(x_RD, axis, shards, E // shards, room)
+    none_E = jnp.zeros((E // shards,), jnp.int32)  # the padded product does not look at sizes
+    y_RD = _swiglu(x_RD, *matrices, functools.partial(grouped_matmul, group_sizes_E=none_E, impl="padded"))
+    if axis:
+        y_RD = _to_tokens(y_RD, axis, shards, E // shards, room)
+    return _combine(y_RD, jnp.where(kept_Tk, weights_Tk, 0), jnp.minimum(slot_Tk, E * room - 1), back)
+
+
+def _to_experts(x_RD: jax.Array, axis: str, shards: int, mine: int, room: int) -> jax.Array:
+    """Rows [shard, expert of the shard, room] of all experts -> rows [my expert, shard they come from, room]."""
+    received = jax.lax.all_to_all(x_RD.reshape(shards, mine * room, -1), axis, 0, 0)
+    return received.reshape(shards, mine, room, -1).swapaxes(0, 1).reshape(mine * shards * room, -1)
+
+
+def _to_tokens(y_RD: jax.Array, axis: str, shards: int, mine: int, room: int) -> jax.Array:
+    """The way back."""
+    mine_first = y_RD.reshape(mine, shards, room, -1).swapaxes(0, 1).reshape(shards, mine * room, -1)
+    return jax.lax.all_to_all(mine_first, axis, 0, 0).reshape(shards * mine * room, -1)
+
+
+# --- rows of tokens -> rows of assignments, and back ----------------------------------------------------------------
+
+
+def _dispatch(x_TD, slot_Tk, kept_Tk, rows):
+    """x of the assignment in each of `rows` rows, and what `_combine` needs to go back: (assignment [R], filled [R, 1])."""
+    T, k = slot_Tk.shape
+    numbers = jnp.arange(T * k, dtype=jnp.int32)
+    assignment_R = jnp.full((rows,), T * k, jnp.int32).at[slot_Tk.reshape(-1)].set(numbers, mode="drop")
+    x_RD = _take(x_TD, jnp.minimum(assignment_R // k, T - 1), jnp.minimum(slot_Tk, rows - 1), kept_Tk)
+    return x_RD, (assignment_R, (assignment_R < T * k)[:, None])
+
+
+def _combine(y_RD, weights_Tk, slot_Tk, back):
+    (T, k), (assignment_R, filled_R1) = slot_Tk.shape, back
+    y_TkD = _take(y_RD, slot_Tk.reshape(-1), jnp.minimum(assignment_R, T * k - 1)[:, None], filled_R1).reshape(T, k, -1)
+    return jnp.einsum("TkD,Tk->TD", y_TkD, weights_Tk, preferred_element_type=jnp.float32).astype(y_RD.dtype)
 
 
 @jax.custom_vjp
-def _take(x_MD: jax.Array, index_R: jax.Array, back_Mj: jax.Array, valid_Mj: jax.Array) -> jax.Array:
+def _take(x_MD: jax.Array, index_R: jax.Array, back_Mj: jax.Array, valid_Mj: jax.Array | None) -> jax.Array:
     """x[index], whose gradient gathers too: row m of x was used by the rows back[m, j] of the result where valid."""
     return x_MD[index_R]
 
@@ -88,7 +176,9 @@ def _take_forward(x_MD, index_R, back_Mj, valid_Mj):
 
 def _take_backward(residuals, g_RD):
     back_Mj, valid_Mj = residuals
-    g_MjD = jnp.where(valid_Mj[..., None], g_RD[back_Mj], 0)
+    g_MjD = g_RD[back_Mj]
+    if valid_Mj is not None:
+        g_MjD = jnp.where(valid_Mj[..., None], g_MjD, 0)
     return g_MjD.astype(jnp.float32).sum(axis=1).astype(g_RD.dtype), None, None, None
 
 

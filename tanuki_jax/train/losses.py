@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tanuki_jax import config, model, ops
+from tanuki_jax import config, model, parallel
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
@@ -20,7 +20,8 @@ LossFn = Callable[[Any, Batch], tuple[jax.Array, jax.Array, Metrics]]
 
 def make_loss(kind: str, cfg: config.Model, options: config.Loss) -> LossFn:
     """The loss of a stage kind: next-token prediction for pretrain and sft, preference for dpo."""
-    return preference(cfg, options) if kind == "dpo" else next_token(cfg, options)
+    loss = preference(cfg, options) if kind == "dpo" else next_token(cfg, options)
+    return lambda params, batch: loss(params, parallel.balanced(batch))
 
 
 def next_token(cfg: config.Model, options: config.Loss) -> LossFn:
@@ -31,7 +32,7 @@ def next_token(cfg: config.Model, options: config.Loss) -> LossFn:
 
     def loss(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array, Metrics]:
         outputs = model.apply(cfg, params, batch)
-        scores = ops.token_logprobs(outputs.hidden, params["head"], batch["targets"])
+        scores = model.token_scores(cfg, params, outputs, batch["targets"])
         weights_BS = batch["loss_weights"].astype(jnp.float32)
         weight = weights_BS.sum()
         nll, z = -(scores.logprob * weights_BS).sum(), (scores.log_z**2 * weights_BS).sum()
@@ -52,7 +53,7 @@ def pair_logprobs(cfg: config.Model, params: Any, batch: Batch) -> tuple[jax.Arr
     `pair_segments` [B, P, 2] names the segment of each answer in its row, so pairs are packed like any other text.
     """
     outputs = model.apply(cfg, params, batch)
-    scores = ops.token_logprobs(outputs.hidden, params["head"], batch["targets"])
+    scores = model.token_scores(cfg, params, outputs, batch["targets"])
     weighted_BS = scores.logprob * batch["loss_weights"].astype(jnp.float32)
     segments = 2 * batch["pair_segments"].shape[1] + 1
     per_segment_BM = jax.vmap(lambda v, s: jax.ops.segment_sum(v, s, num_segments=segments))(weighted_BS, batch["segment_ids"])
@@ -106,12 +107,13 @@ def _router_loss(outputs: model.Outputs, options: config.Loss, weights_B: jax.Ar
     """The router's losses, summed over layers; each row counts as much as its labelled tokens (or pairs) do."""
     if outputs.router is None:
         return jnp.float32(0), {}
-    aux_LB, z_LB, load_LE = outputs.router
+    aux_LB, z_LB, load_LE, dropped_L = outputs.router
     L, weight = aux_LB.shape[0], weights_B.sum()
     aux, z = (aux_LB * weights_B).sum(), (z_LB * weights_B).sum()
     metrics = {
         "moe/aux_loss": (aux / L, weight),
         "moe/z_loss": (z / L, weight),
         "moe/load": (load_LE, load_LE.sum(axis=1, keepdims=True)),
+        "moe/dropped": (dropped_L.sum(), load_LE.sum()),
     }
     return options.router_aux_loss * aux + options.router_z_loss * z, metrics

@@ -15,12 +15,26 @@ from tanuki_jax import config
 def make_optimizer(options: config.Optimizer) -> optax.GradientTransformation:
     """Adam direction plus weight decay on matrices; the step multiplies it by minus the learning rate.
 
-    Moments are float32.  Norm scales do not decay; embedding, head and router do, as in Megatron-LM.
+    Moments are computed in float32 and stored in `moment_dtype`.  Norm scales do not decay; embedding, head and router do,
+    as in Megatron-LM.
     """
-    return optax.chain(
-        optax.scale_by_adam(b1=options.beta1, b2=options.beta2, eps=options.eps, mu_dtype=jnp.float32),
-        optax.add_decayed_weights(options.weight_decay, mask=decays),
-    )
+    adam = optax.scale_by_adam(b1=options.beta1, b2=options.beta2, eps=options.eps, mu_dtype=jnp.float32)
+    return optax.chain(_stored_as(adam, options.moment_dtype), optax.add_decayed_weights(options.weight_decay, mask=decays))
+
+
+def _stored_as(adam: optax.GradientTransformation, dtype: str) -> optax.GradientTransformation:
+    """Adam whose moments lie in `dtype` between steps."""
+    if dtype == "float32":
+        return adam
+
+    def moments(state: Any, dtype: Any) -> Any:
+        return state._replace(mu=optax.tree.cast(state.mu, dtype), nu=optax.tree.cast(state.nu, dtype))
+
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        directions, state = adam.update(grads, moments(state, jnp.float32), params)
+        return directions, moments(state, dtype)
+
+    return optax.GradientTransformation(lambda params: moments(adam.init(params), dtype), update)
 
 
 def decays(params: Any) -> Any:

@@ -1,6 +1,6 @@
 """The train step: the whole of pretraining, upcycled continuation, SFT and DPO is this function with another loss.
 
-How a 47B mixture trains on 256 chips: the state is sharded over the mesh by parallel/mesh.py, the batch over its rows;
+How a 47B mixture trains on 256 chips: the state is sharded over the mesh by parallel/rules.py, the batch over its rows;
 the loss is a sum over rows and a weight; XLA inserts the collectives.  Nothing here knows of devices.
 """
 
@@ -64,21 +64,15 @@ def gradients(loss_fn: LossFn, params: Any, batch: Batch, microbatches: int = 1)
     return grads, means | {"weight": weight}
 
 
-def make_train_step(
-    loss_fn: LossFn,
-    optimizer: optax.GradientTransformation,
-    learning_rate: Callable[[jax.Array], jax.Array],
-    clip_norm: float = 0.0,
-    microbatches: int = 1,
-    state_shardings: Any = None,
-) -> Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]:
-    """`train_step(state, batch) -> (state, metrics)`, jitted, the state donated.
+def make_update(
+    optimizer: optax.GradientTransformation, learning_rate: Callable[[jax.Array], jax.Array], clip_norm: float = 0.0
+) -> Callable[[State, Any, dict[str, jax.Array]], tuple[State, dict[str, jax.Array]]]:
+    """`update(state, gradients, metrics) -> (state, metrics)`: what a step does once it has its gradients.
 
-    A step whose gradient is not finite changes nothing but the step number; its metrics show it and the loop stops.
+    Gradients that are not finite change nothing but the step number; the metrics show it and the loop stops.
     """
 
-    def train_step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
-        grads, metrics = gradients(loss_fn, state.params, batch, microbatches)
+    def update(state: State, grads: Any, metrics: dict[str, jax.Array]) -> tuple[State, dict[str, jax.Array]]:
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
         if clip_norm:
@@ -90,7 +84,25 @@ def make_train_step(
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
         )
-        metrics |= {"grad_norm": norm, "learning_rate": rate}
-        return State(state.step + 1, params, opt_state, state.key), metrics
+        return State(state.step + 1, params, opt_state, state.key), metrics | {"grad_norm": norm, "learning_rate": rate}
 
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(state_shardings, None))
+    return update
+
+
+def make_train_step(
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    learning_rate: Callable[[jax.Array], jax.Array],
+    clip_norm: float = 0.0,
+    microbatches: int = 1,
+    state_shardings: Any = None,
+    compiler_options: dict[str, Any] | None = None,
+) -> Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]:
+    """`train_step(state, batch) -> (state, metrics)`, jitted, the state donated; gradients, then `make_update`."""
+
+    update = make_update(optimizer, learning_rate, clip_norm)
+
+    def train_step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
+        return update(state, *gradients(loss_fn, state.params, batch, microbatches))
+
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(state_shardings, None), compiler_options=compiler_options)

@@ -1,0 +1,89 @@
+"""Grouped-query attention over the mesh: rows over devices, heads over `tensor`, tokens over `context`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import NamedSharding, PartitionSpec
+
+from tanuki_jax import config, ops, parallel
+from tanuki_jax.model.layers import rotate, used
+
+Cache = Any
+Batch = dict[str, jax.Array]
+
+
+class Attention(nn.Module):
+    """Grouped-query attention; with a cache, the new keys and values are written to the slots of their positions."""
+
+    cfg: config.Model
+
+    @nn.compact
+    def __call__(self, x_BSD: jax.Array, batch: Batch, cache: Cache) -> tuple[jax.Array, Cache]:
+        cfg = self.cfg
+        q_DNH, k_DKH, v_DKH = (used(self, cfg, name, axes) for name, axes in (("q", "DNH"), ("k", "DKH"), ("v", "DKH")))
+        o_NHD = used(self, cfg, "o", "NHD", "outer")
+        q_BSNH = jnp.einsum("BSD,DNH->BSNH", x_BSD, q_DNH)
+        k_BSKH = jnp.einsum("BSD,DKH->BSKH", x_BSD, k_DKH)
+        v_BSKH = checkpoint_name(jnp.einsum("BSD,DKH->BSKH", x_BSD, v_DKH), "v")
+        positions_BS = batch["positions"]
+        q_BSNH = checkpoint_name(rotate(q_BSNH, positions_BS, cfg.rope_theta), "q")
+        k_BSKH = checkpoint_name(rotate(k_BSKH, positions_BS, cfg.rope_theta), "k")
+        if cache is None:
+            y_BSNH = attend(q_BSNH, k_BSKH, v_BSKH, batch["segment_ids"], cfg.attention, "balanced" in batch)
+        else:
+            rows_B1 = jnp.arange(q_BSNH.shape[0])[:, None]
+            cache = {
+                "k": cache["k"].at[rows_B1, positions_BS].set(k_BSKH),
+                "v": cache["v"].at[rows_B1, positions_BS].set(v_BSKH),
+            }
+            y_BSNH = ops.cached_attention(q_BSNH, cache["k"], cache["v"], positions_BS)
+        return jnp.einsum("BSNH,NHD->BSD", y_BSNH, o_NHD), cache
+
+
+def attend(
+    q_BSNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segment_ids_BS: jax.Array, impl: str, balanced: bool
+) -> jax.Array:
+    """Attention of each device's rows and heads.
+
+    Where the tokens of a row are split over `context`, a device gathers the keys and values of the whole row, which are
+    small beside the queries' work: all-gather context parallelism as in Llama 3 (Grattafiori et al. 2024, section 3.3.2).
+    With `balanced` the tokens lie in the order of `parallel.balanced_order`.
+    """
+    B, S, N, _ = q_BSNH.shape
+    if not parallel.splits_batch(B):
+        return ops.attention(q_BSNH, k_BSKH, v_BSKH, segment_ids_BS, impl=impl)
+    parts = parallel.size("context")
+    order_S = parallel.balanced_order(S, parts) if balanced else np.arange(S)
+    kernel = ops.splash_kernel(impl, order_S, S, N // parallel.size("tensor"), parts)
+    spec, mesh = parallel.activation_spec, jax.sharding.get_abstract_mesh()
+    queries, keys, tokens = spec("BSNH"), spec("BSKH"), spec("BS")
+    along_context = NamedSharding(mesh, PartitionSpec(None, "context"))
+    kernel_spec = kernel.manual_sharding_spec(along_context) if kernel is not None else None
+
+    def local(q_BSNH, k_BSKH, v_BSKH, segment_ids_BS, places_S, kernel):
+        if parts == 1:
+            return ops.attention(q_BSNH, k_BSKH, v_BSKH, segment_ids_BS, impl=impl)
+        back = np.argsort(order_S)
+        k_BTKH, v_BTKH, segment_ids_BT = (
+            jax.lax.all_gather(a, "context", axis=1, tiled=True)[:, back] for a in (k_BSKH, v_BSKH, segment_ids_BS)
+        )
+        return ops.attention(
+            q_BSNH,
+            k_BTKH,
+            v_BTKH,
+            segment_ids_BS,
+            impl=impl,
+            key_segment_ids_BT=segment_ids_BT,
+            places_S=places_S,
+            kernel=kernel,
+        )
+
+    arguments = (q_BSNH, k_BSKH, v_BSKH, segment_ids_BS, jnp.asarray(order_S), kernel)
+    specs = (queries, keys, keys, tokens, spec("S"), kernel_spec)
+    return jax.shard_map(local, in_specs=specs, out_specs=queries, check_vma=False)(*arguments)

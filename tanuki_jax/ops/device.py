@@ -1,0 +1,20 @@
+"""What the traced program will run on: the devices of the mesh in context, which need not be in this machine."""
+
+import jax
+from jax.experimental.pallas import tpu as pltpu
+
+
+def platform() -> str:
+    """cpu, gpu or tpu."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return device.platform if device is not None else jax.default_backend()
+
+
+def on_tpu() -> bool:
+    """Whether Pallas kernels for TPU run as they are; elsewhere they are interpreted."""
+    return platform() == "tpu"
+
+
+def vmem_bytes() -> int:
+    """Vector memory of one TPU core that a kernel may use; on other platforms a small number, so that tests see many tiles."""
+    return int(pltpu.get_tpu_info().vmem_capacity_bytes) * 3 // 4 if on_tpu() else 2**20

@@ -1,0 +1,294 @@
+"""Pallas TPU kernels of the SwiGLU experts: three grouped products forward, six backward, what lies between them fused in.
+
+Rows are sorted by expert and each expert's rows begin at a whole tile, so a tile has one expert and needs no mask; the rest
+of its last tile is filled with zeros.  An expert without rows keeps one empty tile, so that its gradient is written too.
+A weight block stays in fast memory while the tiles of its expert pass.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from tanuki_jax.ops.device import on_tpu, vmem_bytes
+
+TILE = 256  # rows of a tile
+PART = 128  # rows that are computed or skipped together in a tile that is not full
+LANES = 128
+F32 = jnp.float32
+
+
+class Tiles(NamedTuple):
+    """The tiles of a group-aligned layout; int32 [M], M = rows / TILE."""
+
+    expert: jax.Array  # whose rows they are; tiles past the last repeat its expert
+    filled: jax.Array  # rows in use
+    block: jax.Array  # the tile itself; those past the last point to it, so that they move no data
+
+
+def count_tiles(assignments: int, experts: int) -> int:
+    """Tiles that hold any distribution of the assignments over the experts."""
+    return assignments // TILE + experts
+
+
+def layout(sizes_E: jax.Array, assignments: int) -> tuple[Tiles, jax.Array]:
+    """The tiles for experts with these numbers of rows, and the row at which each expert begins [E]."""
+    E, M = sizes_E.shape[0], count_tiles(assignments, sizes_E.shape[0])
+    tiles_E = jnp.maximum(1, -(-sizes_E // TILE))
+    ends_E = jnp.cumsum(tiles_E)
+    block_M = jnp.minimum(jnp.arange(M), ends_E[-1] - 1)
+    expert_M = jnp.minimum(jnp.searchsorted(ends_E, block_M, side="right"), E - 1)
+    before_M = (block_M - (ends_E - tiles_E)[expert_M]) * TILE
+    filled_M = jnp.where(jnp.arange(M) < ends_E[-1], jnp.clip(sizes_E[expert_M] - before_M, 0, TILE), 0)
+    tiles = Tiles(*(a.astype(jnp.int32) for a in (expert_M, filled_M, block_M)))
+    return tiles, ((ends_E - tiles_E) * TILE).astype(jnp.int32)
+
+
+# --- the layer's three products and their gradients -----------------------------------------------------------------
+
+
+@jax.custom_vjp
+def swiglu(
+    x_RD: jax.Array, weight_R: jax.Array, gate_EDF: jax.Array, up_EDF: jax.Array, down_EFD: jax.Array, tiles: Tiles
+) -> jax.Array:
+    """Row r of expert e: weight[r] * down[e](silu(gate[e] x) * up[e] x), [R, D]; rows out of use are undefined.
+
+    Products accumulate in float32, the activation between them is float32, and results have the dtype of x.  Unused
+    rows must have weight 0 and finite x.  For the backward pass x and the products "gate" and "up" are kept.
+    """
+    return _forward(x_RD, weight_R, gate_EDF, up_EDF, down_EFD, tiles)[0]
+
+
+def _forward(x_RD, weight_R, gate_EDF, up_EDF, down_EFD, tiles):
+    g_RF, u_RF, h_RF = _gate_up(x_RD, weight_R, gate_EDF, up_EDF, tiles)
+    g_RF, u_RF = checkpoint_name(g_RF, "gate"), checkpoint_name(u_RF, "up")
+    y_RD = _product(h_RF, down_EFD, tiles, transposed=False)
+    return y_RD, (x_RD, weight_R, g_RF, u_RF, gate_EDF, up_EDF, down_EFD, tiles)
+
+
+def _backward(kept, dy_RD):
+    x_RD, weight_R, g_RF, u_RF, gate_EDF, up_EDF, down_EFD, tiles = kept
+    dg_RF, du_RF, h_RF, dweight_R = _gate_up_gradient(dy_RD, weight_R, g_RF, u_RF, down_EFD, tiles)
+    E = gate_EDF.shape[0]
+    dgate, dup = _outer(x_RD, dg_RF, E, tiles), _outer(x_RD, du_RF, E, tiles)
+    ddown = _outer(h_RF, dy_RD, E, tiles)
+    dx_RD = _product(dg_RF, gate_EDF, tiles, transposed=True) + _product(du_RF, up_EDF, tiles, transposed=True)
+    return dx_RD, dweight_R, dgate, dup, ddown, None
+
+
+swiglu.defvjp(_forward, _backward)
+
+
+def _gate_up(x_RD, weight_R, gate_EDF, up_EDF, tiles):
+    """Gate product, up product, and weight * silu(gate) * up."""
+    (R, D), (_, _, F) = x_RD.shape, gate_EDF.shape
+    dtype, bytes_ = x_RD.dtype, x_RD.dtype.itemsize
+    width = _width(F, 4 * D * bytes_ + 3 * TILE * (2 * bytes_ + 4), 2 * TILE * D * bytes_)
+
+    def body(part, x, weight, gate, up, g_out, u_out, h_out):
+        rows = x[part]
+        g, u = _dot(rows, gate[0]), _dot(rows, up[0])
+        g_out[part], u_out[part] = g.astype(dtype), u.astype(dtype)
+        h_out[part] = (weight[part] * (g * jax.nn.sigmoid(g)) * u).astype(dtype)
+
+    wide = pl.BlockSpec((TILE, width), lambda n, t, e, f, b: (b[t], n))
+    matrix = pl.BlockSpec((1, D, width), lambda n, t, e, f, b: (e[t], 0, n))
+    return _call(
+        "expert_gate_up",
+        body,
+        tiles,
+        grid=(F // width, R // TILE),
+        inputs=[(x_RD, _rows(D)), (weight_R[:, None], _rows(1)), (gate_EDF, matrix), (up_EDF, matrix)],
+        outputs=[(jax.ShapeDtypeStruct((R, F), dtype), wide)] * 3,
+        cost=(4 * D * F, x_RD.nbytes * (F // width) + 2 * gate_EDF.nbytes + 3 * R * F * bytes_),
+    )
+
+
+def _gate_up_gradient(dy_RD, weight_R, g_RF, u_RF, down_EFD, tiles):
+    """Gradients of the gate and up products and of the weights, and the down product's input once more."""
+    (R, D), F = dy_RD.shape, g_RF.shape[1]
+    dtype, bytes_ = dy_RD.dtype, dy_RD.dtype.itemsize
+    width = _width(F, 2 * D * bytes_ + TILE * (10 * bytes_ + 24), 2 * TILE * D * bytes_ + 4 * TILE * LANES * 4)
+
+    def body(part, dy, weight, g_in, u_in, down, dg_out, du_out, h_out, dweight_out):
+        dh = _dot_transposed(dy[part], down[0])
+        g, u, w = g_in[part].astype(F32), u_in[part].astype(F32), weight[part]
+        sigmoid = jax.nn.sigmoid(g)
+        silu = g * sigmoid
+        dweight_out[0, part] = (dh * silu * u).sum(axis=1, keepdims=True)
+        dh *= w
+        h_out[part] = (w * silu * u).astype(dtype)
+        du_out[part] = (dh * silu).astype(dtype)
+        dg_out[part] = (dh * u * (sigmoid + silu * (1 - sigmoid))).astype(dtype)
+
+    wide = pl.BlockSpec((TILE, width), lambda n, t, e, f, b: (b[t], n))
+    matrix = pl.BlockSpec((1, width, D), lambda n, t, e, f, b: (e[t], n, 0))
+    sums = pl.BlockSpec((1, TILE, 1), lambda n, t, e, f, b: (n, b[t], 0))
+    blocks = F // width
+    dg_RF, du_RF, h_RF, dweight_nR1 = _call(
+        "expert_gate_up_gradient",
+        body,
+        tiles,
+        grid=(blocks, R // TILE),
+        inputs=[(dy_RD, _rows(D)), (weight_R[:, None], _rows(1)), (g_RF, wide), (u_RF, wide), (down_EFD, matrix)],
+        outputs=[(jax.ShapeDtypeStruct((R, F), dtype), wide)] * 3 + [(jax.ShapeDtypeStruct((blocks, R, 1), F32), sums)],
+        cost=(2 * D * F, dy_RD.nbytes * blocks + down_EFD.nbytes + 5 * R * F * bytes_),
+    )
+    return dg_RF, du_RF, h_RF, dweight_nR1.sum(axis=(0, 2))
+
+
+def _product(x_RA, w, tiles, transposed):
+    """Rows times their expert's matrix, [E, A, B] or, transposed, [E, B, A]; [R, B]."""
+    R, A = x_RA.shape
+    B = w.shape[1] if transposed else w.shape[2]
+    bytes_ = x_RA.dtype.itemsize
+    width = _width(B, 2 * A * bytes_ + TILE * (2 * bytes_ + 4), 2 * TILE * A * bytes_)
+    block = (1, width, A) if transposed else (1, A, width)
+
+    def body(part, x, matrix, out):
+        out[part] = (_dot_transposed if transposed else _dot)(x[part], matrix[0]).astype(x_RA.dtype)
+
+    def where(n, t, e, f, b):
+        return (e[t], n, 0) if transposed else (e[t], 0, n)
+
+    [y_RB] = _call(
+        "expert_product",
+        body,
+        tiles,
+        grid=(B // width, R // TILE),
+        inputs=[(x_RA, _rows(A)), (w, pl.BlockSpec(block, where))],
+        outputs=[(jax.ShapeDtypeStruct((R, B), x_RA.dtype), pl.BlockSpec((TILE, width), lambda n, t, e, f, b: (b[t], n)))],
+        cost=(2 * A * B, x_RA.nbytes * (B // width) + w.nbytes + R * B * bytes_),
+    )
+    return y_RB
+
+
+def _outer(x_RA, y_RB, experts, tiles):
+    """Sum over each expert's rows of the outer product of x and y, [E, A, B]."""
+    (R, A), B = x_RA.shape, y_RB.shape[1]
+    dtype, bytes_ = x_RA.dtype, x_RA.dtype.itemsize
+    high = _width(A, 2 * TILE * bytes_, 0, limit=2048)
+    wide = _width(B, high * (2 * bytes_ + 4) + 2 * TILE * bytes_, 2 * TILE * high * bytes_)
+    M = R // TILE
+
+    def kernel(expert, filled, block, x, y, out, total):
+        t = pl.program_id(2)
+        first = (t == 0) | (expert[jnp.maximum(t - 1, 0)] != expert[t])
+        last = (t == M - 1) | (expert[jnp.minimum(t + 1, M - 1)] != expert[t])
+
+        @pl.when(first)
+        def _():
+            total[...] = jnp.zeros_like(total)
+
+        @pl.when(filled[t] > 0)
+        def _():
+            total[...] += jax.lax.dot_general(x[...], y[...], (((0,), (0,)), ((), ())), preferred_element_type=F32)
+
+        @pl.when(last)
+        def _():
+            out[0] = total[...].astype(dtype)
+
+    return pl.pallas_call(
+        kernel,
+        name="expert_outer",
+        out_shape=jax.ShapeDtypeStruct((experts, A, B), dtype),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=3,
+            grid=(A // high, B // wide, M),
+            in_specs=[
+                pl.BlockSpec((TILE, high), lambda a, b, t, e, f, o: (o[t], a)),
+                pl.BlockSpec((TILE, wide), lambda a, b, t, e, f, o: (o[t], b)),
+            ],
+            out_specs=pl.BlockSpec((1, high, wide), lambda a, b, t, e, f, o: (e[t], a, b)),
+            scratch_shapes=[pltpu.VMEM((high, wide), F32)],
+        ),
+        cost_estimate=_cost(
+            M, experts, 2 * A * B, x_RA.nbytes * (B // wide) + y_RB.nbytes * (A // high) + experts * A * B * bytes_
+        ),
+        **_options(("parallel", "parallel", "arbitrary")),
+    )(*tiles, x_RA, y_RB)
+
+
+# --- how a kernel is called -----------------------------------------------------------------------------------------
+
+
+def _call(
+    name: str,
+    body: Callable[..., None],
+    tiles: Tiles,
+    grid: tuple[int, int],
+    inputs: Sequence[tuple[jax.Array, Any]],
+    outputs: Sequence[tuple[jax.ShapeDtypeStruct, Any]],
+    cost: tuple[int, int],
+) -> list[jax.Array]:
+    """Runs body(rows of the tile, *references) over a grid (column blocks, tiles) for the rows in use; others give 0."""
+
+    def kernel(expert, filled, block, *references):
+        rows = filled[pl.program_id(1)]
+        out = references[len(inputs) :]
+
+        @pl.when(rows == TILE)
+        def _():
+            body(slice(0, TILE), *references)
+
+        for start in range(0, TILE, PART):
+            part = slice(start, start + PART)
+
+            @pl.when((rows < TILE) & (rows > start))
+            def _(part=part):
+                body(part, *references)
+
+            @pl.when((rows > 0) & (rows <= start))
+            def _(part=part):
+                for reference in out:
+                    index = (0, part) if len(reference.shape) == 3 else part
+                    reference[index] = jnp.zeros((PART, reference.shape[-1]), reference.dtype)
+
+    experts = inputs[-1][0].shape[0]
+    flops_per_row, bytes_accessed = cost
+    return pl.pallas_call(
+        kernel,
+        name=name,
+        out_shape=[shape for shape, _ in outputs],
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=3, grid=grid, in_specs=[s for _, s in inputs], out_specs=[s for _, s in outputs]
+        ),
+        cost_estimate=_cost(grid[1], experts, flops_per_row, bytes_accessed),
+        **_options(("parallel", "arbitrary")),
+    )(*tiles, *(array for array, _ in inputs))
+
+
+def _cost(tiles: int, experts: int, flops_per_row: int, bytes_accessed: int) -> pl.CostEstimate:
+    """What the compiler is told: the rows in use, and half a part of each expert's last tile; data as often as it moves."""
+    rows = (tiles - experts) * TILE + experts * PART // 2
+    return pl.CostEstimate(flops=rows * flops_per_row, bytes_accessed=int(bytes_accessed), transcendentals=0)
+
+
+def _options(semantics: tuple[Any, ...]) -> dict[str, Any]:
+    if not on_tpu():
+        return {"interpret": True}
+    parameters = pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=vmem_bytes())
+    return {"compiler_params": parameters}
+
+
+def _rows(columns: int) -> pl.BlockSpec:
+    return pl.BlockSpec((TILE, columns), lambda n, t, e, f, b: (b[t], 0))
+
+
+def _width(length: int, bytes_per_column: int, fixed: int, limit: int = 4096) -> int:
+    """The widest block of columns that divides and fits in fast memory; a length that 128 does not divide stays whole."""
+    if length % LANES:
+        return length
+    room = max(LANES, (vmem_bytes() - fixed) // bytes_per_column)
+    return max(w for w in range(LANES, length + 1, LANES) if length % w == 0 and w <= max(LANES, min(room, limit)))
+
+
+_dot = functools.partial(jax.lax.dot_general, dimension_numbers=(((1,), (0,)), ((), ())), preferred_element_type=F32)
+_dot_transposed = functools.partial(jax.lax.dot_general, dimension_numbers=(((1,), (1,)), ((), ())), preferred_element_type=F32)

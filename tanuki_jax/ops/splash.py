@@ -1,0 +1,78 @@
+"""Splash attention: JAX's Pallas TPU kernel that skips the blocks above the diagonal, for whole rows or parts of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+from tanuki_jax.ops.device import on_tpu
+
+LANES = 128
+BLOCK = 1024  # most queries, and keys, of a block
+
+
+class _CausalFrom(masks._ComputableMask):
+    """Causal for queries that lie in another order: query i is the row's token places[i]."""
+
+    def __init__(self, length: int, places: Sequence[int], parts: int) -> None:
+        super().__init__((length, length), lambda q, kv: q >= kv)
+        self.q_sequence = np.asarray(places, np.int32)
+        self._identity = (length, parts)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _CausalFrom) and self._identity == other._identity
+
+    def __hash__(self) -> int:
+        return hash(self._identity)
+
+
+def make_kernel(length: int, heads: int, places: Sequence[int] | None = None, parts: int = 1) -> Any:
+    """The kernel for rows of `length` tokens whose queries lie in the order `places` on `parts` devices."""
+    block_q, block_kv = _block(length // (parts if parts == 1 else 2 * parts)), _block(length)
+    if block_q % LANES:
+        raise ValueError(f"splash attention: {length} tokens over {parts} devices; each needs a multiple of {2 * LANES}")
+    sizes = splash.BlockSizes(
+        block_q=block_q,
+        block_kv=block_kv,
+        block_kv_compute=block_kv,
+        block_q_dkv=block_q,
+        block_kv_dkv=block_kv,
+        block_kv_dkv_compute=block_kv,
+        block_q_dq=block_q,  # the fused backward kernel would save two products, and write q's gradient once per block
+        block_kv_dq=block_kv,
+    )
+    mask = masks.CausalMask((length, length)) if places is None else _CausalFrom(length, places, parts)
+    return splash.make_splash_mha(
+        masks.MultiHeadMask([mask] * heads),
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=parts,
+        residual_checkpoint_name="attention",
+        interpret=not on_tpu(),
+    )
+
+
+def attention(
+    q_BSNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, q_segments_BS: jax.Array, kv_segments_BT: jax.Array, kernel: Any
+) -> jax.Array:
+    """Causal attention inside segments; without a kernel the queries are the whole row, of any length."""
+    S, N, H = q_BSNH.shape[1:]
+    rest = -S % LANES if kernel is None else 0
+    if rest:  # rows are padded with tokens of segment 0 after all others
+        q_BSNH, k_BTKH, v_BTKH = (jnp.pad(a, ((0, 0), (0, rest), (0, 0), (0, 0))) for a in (q_BSNH, k_BTKH, v_BTKH))
+        q_segments_BS, kv_segments_BT = (jnp.pad(a, ((0, 0), (0, rest))) for a in (q_segments_BS, kv_segments_BT))
+    kernel = make_kernel(S + rest, N) if kernel is None else kernel
+    q_BNSH, k_BKTH, v_BKTH = (a.swapaxes(1, 2) for a in (q_BSNH * H**-0.5, k_BTKH, v_BTKH))
+    segments = splash.SegmentIds(q_segments_BS, kv_segments_BT)
+    y_BNSH = jax.vmap(kernel)(q_BNSH, k_BKTH, v_BKTH, segment_ids=segments)
+    return y_BNSH.swapaxes(1, 2)[:, :S].astype(q_BSNH.dtype)
+
+
+def _block(length: int) -> int:
+    return max((b for b in (128, 256, 512, BLOCK) if length % b == 0), default=length)

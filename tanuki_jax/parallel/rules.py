@@ -1,0 +1,196 @@
+"""The one table that says which mesh axes an array axis is split over, and the few calls that apply it."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
+BATCH_AXES = ("data", "fsdp", "expert")
+
+
+class Rule(NamedTuple):
+    """Mesh axes of one array axis: of a parameter between steps, of a parameter in use, and of an activation."""
+
+    stored: tuple[str, ...] = ()
+    used: tuple[str, ...] = ()
+    activation: tuple[str, ...] = ()
+
+
+TENSOR = Rule(("tensor",), ("tensor",), ("tensor",))
+# The letters are those of every docstring; one that is missing is never split.  Each axis of the mesh serves one letter of
+# an array, the upper row first; D takes what is left, so that everything is stored in as many parts as there are devices
+# in a replica, and is gathered over D where it is used (fully sharded data parallelism).
+RULES = {
+    "B": Rule(activation=BATCH_AXES),
+    "S": Rule(activation=("context",)),
+    "E": Rule(("expert",), ("expert",)),
+    "N": TENSOR,
+    "K": TENSOR,
+    "F": TENSOR,
+    "V": TENSOR,
+    "D": Rule(stored=("fsdp", "context", "expert")),
+}
+
+
+def spec(axes: Sequence[str], column: str, mesh: Mesh | AbstractMesh, shape: Sequence[int] | None = None) -> PartitionSpec:
+    """How an array with these axis letters is split; `column` of RULES is stored, used or activation.
+
+    An axis whose length (of `shape`) does not divide stays whole on the mesh axes that do not fit.
+    """
+    taken: dict[int, tuple[str, ...]] = {}
+    left = set(mesh.shape)
+    for letter, rule in RULES.items():
+        for position, axis in enumerate(axes):
+            if axis != letter:
+                continue
+            over: tuple[str, ...] = ()
+            for name in getattr(rule, column):
+                parts = math.prod(mesh.shape[n] for n in (*over, name))
+                if name in left and (shape is None or shape[position] % parts == 0):
+                    over += (name,)
+            left -= set(over)
+            taken[position] = over
+    return PartitionSpec(*(_short(taken.get(position, ()), mesh) for position in range(len(axes))))
+
+
+def _short(over: tuple[str, ...], mesh: Mesh | AbstractMesh) -> str | tuple[str, ...] | None:
+    kept = tuple(name for name in over if mesh.shape[name] > 1)
+    return kept[0] if len(kept) == 1 else kept or None
+
+
+def tree_shardings(mesh: Mesh, logical_axes: Any, shapes: Any) -> Any:
+    """NamedShardings of stored parameters from their tree of axis letters."""
+
+    def one(axes: tuple[str, ...], shape: Any) -> NamedSharding:
+        return NamedSharding(mesh, spec(axes, "stored", mesh, shape.shape))
+
+    return jax.tree.map(one, logical_axes, shapes, is_leaf=lambda a: isinstance(a, tuple))
+
+
+def sharding(mesh: Mesh, axes: str) -> NamedSharding:
+    """The sharding of a batch or activation whose axes are the letters of `axes`, "BS" say."""
+    return NamedSharding(mesh, spec(axes, "activation", mesh))
+
+
+# --- inside a traced function: the mesh is the one in context -------------------------------------------------------
+
+
+def size(*names: str) -> int:
+    """Product of the sizes of these axes of the mesh in context; 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else math.prod(mesh.shape[name] for name in names)
+
+
+def splits_batch(rows: int) -> bool:
+    """Whether there is a mesh in context over whose batch axes this many rows divide."""
+    return not jax.sharding.get_abstract_mesh().empty and rows % size(*BATCH_AXES) == 0
+
+
+def activation_spec(axes: str) -> PartitionSpec:
+    """How an activation with these axis letters is split over the mesh in context."""
+    return spec(axes, "activation", jax.sharding.get_abstract_mesh())
+
+
+def constrain(x: jax.Array, axes: str) -> jax.Array:
+    """Tells the compiler how an activation with these axis letters is split.
+
+    Without a mesh, or where the batch does not divide (a few rows while decoding), it does nothing.
+    """
+    if not splits_batch(x.shape[axes.index("B")]):
+        return x
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.lax.with_sharding_constraint(x, spec(axes, "activation", mesh, x.shape))
+
+
+def gathered(w: jax.Array, axes: str, whole: bool = False) -> jax.Array:
+    """A parameter as it is used: gathered over the axes that only its storage is split over (or `whole`, over all of them).
+
+    Its gradient is scattered back.  Cast it to the compute dtype before, so that half the bytes travel.  Without a mesh
+    it does nothing.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return w
+    used = PartitionSpec() if whole else spec(axes, "used", mesh, w.shape)
+    return _reshard(w, used, spec(axes, "stored", mesh, w.shape))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _reshard(w: jax.Array, used: PartitionSpec, stored: PartitionSpec) -> jax.Array:
+    return jax.lax.with_sharding_constraint(w, used)
+
+
+def _reshard_forward(w, used, stored):
+    return _reshard(w, used, stored), None
+
+
+def _reshard_backward(used, stored, _, gradient):
+    return (jax.lax.with_sharding_constraint(gradient, stored),)
+
+
+_reshard.defvjp(_reshard_forward, _reshard_backward)
+
+
+# --- context parallelism --------------------------------------------------------------------------------------------
+
+
+def balanced_order(length: int, parts: int) -> np.ndarray:
+    """The order in which `parts` devices hold a row of `length` tokens, so that causal attention costs each the same.
+
+    The row is cut into 2 x parts chunks, and device i gets the i-th from the front and the i-th from the back.
+    """
+    chunks = np.arange(length).reshape(2 * parts, -1)
+    pairs = [np.concatenate([chunks[i], chunks[-1 - i]]) for i in range(parts)]
+    return np.concatenate(pairs)
+
+
+def balanced(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The batch with its tokens in the order of `balanced_order` where the mesh in context has a context axis.
+
+    A loss is a sum over tokens, so nothing but attention needs to know; the key "balanced" tells it.
+    """
+    parts = size("context")
+    if parts == 1:
+        return batch
+    length = batch["tokens"].shape[1]
+    order = balanced_order(length, parts)
+    mine = {name for name, value in batch.items() if value.ndim == 2 and value.shape[1] == length}
+    moved = {name: constrain(value[:, order], "BS") if name in mine else value for name, value in batch.items()}
+    return moved | {"balanced": jnp.asarray(order)}
+
+
+# --- for people -----------------------------------------------------------------------------------------------------
+
+
+def explain(mesh: Mesh, parameters: Iterator[tuple[str, str, tuple[int, ...]]]) -> list[str]:
+    """Lines that say how each parameter (name, letters, shape) and each kind of activation lies on the mesh."""
+
+    def said(axes: str, where: PartitionSpec) -> str:
+        split = [f"{a} over {'+'.join((o,) if isinstance(o, str) else o)}" for a, o in zip(axes, where, strict=True) if o]
+        return ", ".join(split) or "whole"
+
+    sizes = ", ".join(f"{name} {count}" for name, count in mesh.shape.items())
+    lines = [f"mesh: {sizes}", f"{'parameter':22s} {'axes':6s} {'shape':26s} {'stored':40s} in use"]
+    for name, axes, shape in parameters:
+        stored, used = (said(axes, spec(axes, column, mesh, shape)) for column in ("stored", "used"))
+        lines.append(f"{name:22s} {axes:6s} {str(shape):26s} {stored:40s} {used}")
+    lines.append(f"{'activation':22s} {'axes':6s} {'':26s} split")
+    activations = {
+        "batch": "BS",
+        "residual stream": "BSD",
+        "queries": "BSNH",
+        "keys, values": "BSKH",
+        "FFN": "BSF",
+        "logits": "BSV",
+    }
+    for name, axes in activations.items():
+        lines.append(f"{name:22s} {axes:6s} {'':26s} {said(axes, spec(axes, 'activation', mesh))}")
+    return lines

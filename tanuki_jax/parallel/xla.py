@@ -1,0 +1,37 @@
+"""XLA options per TPU generation: one table, used by the train step and by the planner alike.
+
+They are passed to `jax.jit`, so no environment variable changes what is compiled.
+"""
+
+from __future__ import annotations
+
+from jax.sharding import Mesh
+
+Options = dict[str, str | bool | int]
+
+# Collectives run beside the arithmetic: fused with it where it hides them (FSDP's gathers and scatters), the rest asynchronously.
+OVERLAP: Options = {
+    "xla_tpu_enable_async_collective_fusion": True,
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
+    "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
+    "xla_tpu_overlap_compute_collective_tc": True,
+    "xla_enable_async_all_gather": True,
+}
+# Between slices: all-reduces of one layer's gradients run while the next layer's are made.
+BETWEEN_SLICES: Options = {
+    "xla_tpu_enable_data_parallel_all_reduce_opt": True,
+    "xla_tpu_data_parallel_opt_different_sized_ops": True,
+}
+TPU_OPTIONS: dict[str, Options] = {
+    "TPU v5 lite": OVERLAP,
+    "TPU v5": {},
+    "TPU v6 lite": {},
+}
+
+
+def compiler_options(mesh: Mesh) -> Options:
+    """The options for the devices of a mesh; none off TPU or for a generation that the table does not know."""
+    device = mesh.devices.flat[0]
+    options = TPU_OPTIONS.get(device.device_kind, {}) if device.platform == "tpu" else {}
+    slices = {getattr(d, "slice_index", 0) for d in mesh.devices.flat}
+    return options | BETWEEN_SLICES if options and len(slices) > 1 else options

@@ -1,0 +1,117 @@
+"""The real train step of a stage, compiled for a slice that need not be here, and what the compiler says of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tanuki_jax import parallel, stage
+from tanuki_jax.config import Recipe
+
+PAIRS = 4  # pairs of a packed row; what a real store has depends on its lengths and hardly matters here
+COSTS = ("flops", "bytes", "seconds")
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the TPU compiler says of one program, on one chip; bytes, FLOPs, seconds."""
+
+    cost: dict[str, float]  # flops, bytes accessed, and seconds by its own model; a loop's body counts once
+    arguments: int
+    temporaries: int
+    text: str  # the compiled module
+    seconds: float  # spent in the compiler
+    needed: int = 0  # where it did not fit: bytes it would have used, and no costs
+
+
+def batch_shapes(recipe: Recipe, name: str, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """The batch of a stage: shapes, and shardings as the loader makes them."""
+    this = recipe.stages[name]
+    B, S = this.batch_size, this.seq_len
+    kinds = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), jnp.int32) | {"loss_weights": jnp.float32}
+    shapes: dict[str, tuple[tuple[int, ...], Any]] = {n: ((B, S), dtype) for n, dtype in kinds.items()}
+    if this.kind == "dpo":
+        shapes |= {"pair_segments": ((B, PAIRS, 2), jnp.int32), "ref_logprobs": ((B, PAIRS, 2), jnp.float32)}
+    rows = parallel.sharding(mesh, "B")
+    return {n: jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for n, (shape, dtype) in shapes.items()}
+
+
+def compile_step(recipe: Recipe, name: str, mesh: jax.sharding.Mesh) -> Compiled:
+    """Compiles the train step that `stage.run` would run."""
+    train_step, state, _ = stage.program(recipe, name, 1000, mesh)
+    return _compile(train_step, mesh, state, batch_shapes(recipe, name, mesh))
+
+
+def compile_update(recipe: Recipe, name: str, mesh: jax.sharding.Mesh) -> Compiled:
+    """Compiles what a step does once, however many microbatches it has: norm, clipping and the optimizer."""
+    update, state, gradients = stage.update(recipe, name, mesh)
+    return _compile(update, mesh, state, *gradients)
+
+
+def _compile(function: Any, mesh: jax.sharding.Mesh, *arguments: Any) -> Compiled:
+    began = time.perf_counter()
+    with jax.set_mesh(mesh):
+        lowered = function.lower(*arguments)
+        try:
+            program = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            found = re.search(r"Used ([.\d]+)([GM]) of [.\d]+[GM] hbm", str(error))
+            if not found:
+                raise
+            needed = int(float(found[1]) * 2 ** (30 if found[2] == "G" else 20))
+            return Compiled({}, 0, 0, "", time.perf_counter() - began, needed)
+    seconds = time.perf_counter() - began
+    raw, memory = program.cost_analysis(), program.memory_analysis()
+    cost = {"flops": raw["flops"], "bytes": raw["bytes accessed"], "seconds": raw["optimal_seconds"]}
+    temporaries = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return Compiled(cost, memory.argument_size_in_bytes, temporaries, program.as_text(), seconds)
+
+
+def with_layers(recipe: Recipe, name: str, layers: int, rows: int) -> Recipe:
+    """The recipe with so few layers, unrolled, one microbatch of `rows`, and logits in one piece: no loop is left in it."""
+    this = recipe.stages[name]
+    short = dataclasses.replace(recipe.model, n_layers=layers, unroll=layers, logits_chunk=this.seq_len)
+    stages = recipe.stages | {name: dataclasses.replace(this, batch_size=rows, microbatches=1)}
+    return dataclasses.replace(recipe, model=short, stages=stages)
+
+
+# --- reading a compiled module --------------------------------------------------------------------------------------
+
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8}
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+def sizes(shape: str) -> Iterator[int]:
+    """Bytes of each array in an HLO shape, "(bf16[8,128]{1,0}, f32[])" say."""
+    for dtype, dimensions in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shape):
+        count = 1
+        for n in filter(None, dimensions.split(",")):
+            count *= int(n)
+        yield count * BYTES.get(dtype, 4)
+
+
+def collectives(text: str) -> dict[str, int]:
+    """Bytes that one chip receives or adds up, by kind of collective: the results of each (for reduce-scatter, its input)."""
+    total: dict[str, int] = {}
+    for shape, kind, operands in re.findall(rf" = (\S+|\([^=]*?\)) ({'|'.join(COLLECTIVES)})(?:-start)?\(([^)]*)\)", text):
+        arrays = list(sizes(operands if kind == "reduce-scatter" and "[" in operands else shape))
+        total[kind] = total.get(kind, 0) + (sum(arrays) if kind == "all-to-all" else max(arrays, default=0))
+    return total
+
+
+def kernels(text: str) -> dict[str, int]:
+    """Pallas kernels in a module, and how often each is called."""
+    found: dict[str, int] = {}
+    for line in text.splitlines():
+        if 'custom_call_target="tpu_custom_call"' in line:
+            name = re.search(r"kernel_name\W+(\w+)", line) or re.search(r'op_name="[^"]*?/([\w.]+)"', line)
+            label = name[1] if name else "unnamed"
+            found[label] = found.get(label, 0) + 1
+    return found
