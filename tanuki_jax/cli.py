@@ -18,6 +18,7 @@ A trainer in which the whole Tanuki paper is one recipe.
 
   tanuki run --config=configs/nano.py --workdir=runs/nano        every stage, resumable; report.html at the end
   tanuki chat --checkpoint=runs/nano/stages/dpo                  talk to the result
+  tanuki plan --config=configs/tanuki_8x8b.py --topology=v5p-256 --stage=moe_01      what fits, how fast, for how many days
   tanuki run --config=configs/local_text.py --workdir=runs/mine --config.data.ja='ja/*.jsonl.gz' --config.data.en='en/*.txt'
 
 Any key of a config can be set as --config.a.b=value.  `tanuki <verb> --help` says more.
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not hasattr(options, "work"):
             parser.print_help()
             return 0
-        if config_flags and options.verb not in ("run", "train"):
+        if config_flags and options.verb not in ("run", "train", "plan"):
             raise UserError(f"tanuki {options.verb}: takes no --config")
         options.config_flags = config_flags
         if arguments is None:
@@ -75,6 +76,18 @@ def _parser() -> Parser:
         made.epilog = "--config=FILE.py[:argument] names the recipe; --config.a.b=value sets one of its keys."
         if name == "train":
             made.add_argument("--stage", required=True, help="name of the stage")
+
+    made = verb(
+        verbs, "plan", _plan, "compile a recipe's train steps for a TPU slice that need not be here: memory, speed, days"
+    )
+    made.add_argument("--topology", required=True, help="v5p-256, v6e-256, v5e-256, 2xv5p-256 for two slices, ...")
+    made.add_argument("--stage", default="", help="one stage; without it every stage of the recipe")
+    made.add_argument("--search", action="store_true", help="try microbatches x remat x mesh, and rank what fits")
+    made.add_argument(
+        "--explain_sharding", action="store_true", help="how every parameter and activation is split; no compilation"
+    )
+    made.epilog = "--config=FILE.py[:argument] names the recipe; --config.a.b=value sets one of its keys."
+    _add(made, "json")
 
     made = verb(verbs, "upcycle", _upcycle, "turn a dense checkpoint into a mixture of experts")
     _add(made, "checkpoint", "output")
@@ -189,6 +202,23 @@ def _run(options: argparse.Namespace) -> None:
     print(f"report: {options.workdir / 'report.html'}")
     last = options.workdir / "stages" / (getattr(options, "stage", "") or list(loaded.stages)[-1])
     print(f"chat:   tanuki chat --checkpoint={last}")
+
+
+def _plan(options: argparse.Namespace) -> None:
+    os.environ["JAX_PLATFORMS"] = "cpu"  # compiling for a slice must not wait for the devices of this machine
+    from tanuki_jax import config, plan
+
+    recipe, topology = config.load(options.config_flags), plan.parse(options.topology)
+    if options.stage and options.stage not in recipe.stages:
+        raise UserError(f"--stage: the recipe has no stage {options.stage!r}; it has {', '.join(recipe.stages)}")
+    if options.explain_sharding:
+        print(plan.explain(recipe, options.stage, topology))
+        return
+    found = (plan.search if options.search else plan.plan)(recipe, options.stage, topology)
+    _print(options, found, plan.table(found))
+    problems = plan.problems(found)
+    if problems:
+        raise UserError("\n".join(problems))
 
 
 def _upcycle(options: argparse.Namespace) -> None:

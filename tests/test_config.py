@@ -108,7 +108,7 @@ def test_a_misspelt_key_is_answered_with_the_right_one(name):
 
 def test_a_key_like_no_other_is_answered_with_what_there_is():
     found = message(with_changes(mesh__zzzz=1))
-    assert "mesh.zzzz" in found and "data, fsdp" in found
+    assert "mesh.zzzz" in found and "context, data, expert, fsdp, slices, tensor" in found
 
 
 def test_a_misspelt_key_is_an_error_where_the_config_is_made():

@@ -14,7 +14,7 @@ from tests import tiny_recipe
 from tests.tiny_recipe import CONFIG, STAGES, times
 
 COMMON = {"step", "tokens", "loss", "grad_norm", "learning_rate", "tokens_per_second", "mfu"}
-MIXTURE = {"moe/aux_loss", "moe/z_loss", "moe/load"}
+MIXTURE = {"moe/aux_loss", "moe/z_loss", "moe/load", "moe/dropped"}
 PREFERENCE = {f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")}
 METRICS = {"pretrain": set(), "continued": MIXTURE, "sft": MIXTURE, "dpo": MIXTURE | PREFERENCE}
 

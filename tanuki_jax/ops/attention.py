@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from tanuki_jax.ops import splash
@@ -58,7 +58,7 @@ def attention(
     return checkpoint_name(y_BSNH, "attention")
 
 
-def splash_kernel(impl: str, places: Sequence[int] | None, length: int, heads: int, parts: int) -> Any:
+def splash_kernel(impl: str, places: np.ndarray | None, length: int, heads: int, parts: int) -> Any:
     """The kernel for `parts` devices that hold a row's queries in the order `places`; None where `impl` is not splash."""
     impl = DEFAULT.get(platform(), "xla") if impl == "auto" else impl
     return splash.make_kernel(length, heads, places, parts) if impl == "splash" and parts > 1 else None

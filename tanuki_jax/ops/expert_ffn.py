@@ -76,7 +76,7 @@ def expert_ffn(
     slot_Tk = (jnp.cumsum(sizes_E) - sizes_E)[experts_Tk] + rank_Tk
     x_RD, back = _dispatch(x_TD, slot_Tk, everything, T * k)
     matmul = functools.partial(grouped_matmul, group_sizes_E=sizes_E, impl=impl)
-    return _combine(_swiglu(x_RD, *matrices, matmul), weights_Tk, slot_Tk, back), everything
+    return _combine(_swiglu(x_RD, matrices, matmul), weights_Tk, slot_Tk, back), everything
 
 
 def _reference(x_TD, weights_Tk, experts_Tk, gate_EDF, up_EDF, down_EFD):
@@ -86,7 +86,8 @@ def _reference(x_TD, weights_Tk, experts_Tk, gate_EDF, up_EDF, down_EFD):
     return jnp.einsum("TED,TkE->TD", y_TED, chosen_TkE).astype(x_TD.dtype)
 
 
-def _swiglu(x_RD, gate_EDF, up_EDF, down_EFD, matmul):
+def _swiglu(x_RD: jax.Array, matrices: tuple[jax.Array, ...], matmul: Callable[..., jax.Array]) -> jax.Array:
+    gate_EDF, up_EDF, down_EFD = matrices
     gate_RF, up_RF = checkpoint_name(matmul(x_RD, gate_EDF), "gate"), checkpoint_name(matmul(x_RD, up_EDF), "up")
     return matmul(jax.nn.silu(gate_RF) * up_RF, down_EFD)
 
@@ -128,7 +129,7 @@ def _padded(x_TD, weights_Tk, experts_Tk, rank_Tk, matrices, axis, shards, room)
     if axis:
         x_RD = _to_experts(x_RD, axis, shards, E // shards, room)
     none_E = jnp.zeros((E // shards,), jnp.int32)  # the padded product does not look at sizes
-    y_RD = _swiglu(x_RD, *matrices, functools.partial(grouped_matmul, group_sizes_E=none_E, impl="padded"))
+    y_RD = _swiglu(x_RD, matrices, functools.partial(grouped_matmul, group_sizes_E=none_E, impl="padded"))
     if axis:
         y_RD = _to_tokens(y_RD, axis, shards, E // shards, room)
     return _combine(y_RD, jnp.where(kept_Tk, weights_Tk, 0), jnp.minimum(slot_Tk, E * room - 1), back)

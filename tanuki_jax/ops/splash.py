@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,10 +19,10 @@ BLOCK = 1024  # most queries, and keys, of a block
 class _CausalFrom(masks._ComputableMask):
     """Causal for queries that lie in another order: query i is the row's token places[i]."""
 
-    def __init__(self, length: int, places: Sequence[int], parts: int) -> None:
+    def __init__(self, length: int, places: np.ndarray, parts: int) -> None:
         super().__init__((length, length), lambda q, kv: q >= kv)
         self.q_sequence = np.asarray(places, np.int32)
-        self._identity = (length, parts)
+        self._identity = (length, parts, self.q_sequence.tobytes())
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _CausalFrom) and self._identity == other._identity
@@ -32,7 +31,7 @@ class _CausalFrom(masks._ComputableMask):
         return hash(self._identity)
 
 
-def make_kernel(length: int, heads: int, places: Sequence[int] | None = None, parts: int = 1) -> Any:
+def make_kernel(length: int, heads: int, places: np.ndarray | None = None, parts: int = 1) -> Any:
     """The kernel for rows of `length` tokens whose queries lie in the order `places` on `parts` devices."""
     block_q, block_kv = _block(length // (parts if parts == 1 else 2 * parts)), _block(length)
     if block_q % LANES:

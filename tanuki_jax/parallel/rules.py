@@ -157,10 +157,9 @@ def balanced(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
     A loss is a sum over tokens, so nothing but attention needs to know; the key "balanced" tells it.
     """
-    parts = size("context")
-    if parts == 1:
+    parts, (rows, length) = size("context"), batch["tokens"].shape
+    if parts == 1 or not splits_batch(rows):  # else attention is not split over context
         return batch
-    length = batch["tokens"].shape[1]
     order = balanced_order(length, parts)
     mine = {name for name, value in batch.items() if value.ndim == 2 and value.shape[1] == length}
     moved = {name: constrain(value[:, order], "BS") if name in mine else value for name, value in batch.items()}

@@ -9,8 +9,9 @@ from jax.sharding import Mesh
 
 Options = dict[str, str | bool | int]
 
-# Collectives run beside the arithmetic: fused with it where it hides them (FSDP's gathers and scatters), the rest asynchronously.
-OVERLAP: Options = {
+# All-gathers run inside the arithmetic that hides them, reduce-scatters too.  The compiler refuses this fusion off v5e, where it
+# may give wrong results; on v5p and v6e its own scheduler hides latency and no option is needed.
+CONTINUATION_FUSION: Options = {
     "xla_tpu_enable_async_collective_fusion": True,
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
     "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
@@ -22,8 +23,9 @@ BETWEEN_SLICES: Options = {
     "xla_tpu_enable_data_parallel_all_reduce_opt": True,
     "xla_tpu_data_parallel_opt_different_sized_ops": True,
 }
+# By device kind: v5e, v5p, v6e.
 TPU_OPTIONS: dict[str, Options] = {
-    "TPU v5 lite": OVERLAP,
+    "TPU v5 lite": CONTINUATION_FUSION,
     "TPU v5": {},
     "TPU v6 lite": {},
 }
@@ -32,6 +34,7 @@ TPU_OPTIONS: dict[str, Options] = {
 def compiler_options(mesh: Mesh) -> Options:
     """The options for the devices of a mesh; none off TPU or for a generation that the table does not know."""
     device = mesh.devices.flat[0]
-    options = TPU_OPTIONS.get(device.device_kind, {}) if device.platform == "tpu" else {}
+    if device.platform != "tpu" or device.device_kind not in TPU_OPTIONS:
+        return {}
     slices = {getattr(d, "slice_index", 0) for d in mesh.devices.flat}
-    return options | BETWEEN_SLICES if options and len(slices) > 1 else options
+    return TPU_OPTIONS[device.device_kind] | (BETWEEN_SLICES if len(slices) > 1 else {})

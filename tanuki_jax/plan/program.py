@@ -115,3 +115,21 @@ def kernels(text: str) -> dict[str, int]:
             label = name[1] if name else "unnamed"
             found[label] = found.get(label, 0) + 1
     return found
+
+
+def largest(text: str, count: int = 6) -> list[dict[str, Any]]:
+    """The largest arrays that instructions outside fusions make: where they come from, shape, bytes."""
+    fused = set(re.findall(r" fusion\(.*?calls=%?([\w.-]+)", text))
+    found: dict[tuple[str, str], int] = {}
+    inside = False
+    for line in text.splitlines():
+        if not line.startswith(" "):
+            inside = bool(line) and line.split(" ")[0].lstrip("%") in fused
+        match = re.match(r"\s+(?:ROOT )?%?\S+ = ([a-z]+\d*\[[\d,]*\])\S* ([\w-]+)\(", line)
+        if not match or inside or match[2] in ("bitcast", "get-tuple-element", "parameter", "constant"):
+            continue
+        where = re.search(r'op_name="([^"]*)"', line)
+        name = where[1].removeprefix("jit(train_step)/") if where else match[2]
+        found[(name, match[1])] = next(sizes(match[1]))
+    ordered = sorted(found.items(), key=lambda item: -item[1])[:count]
+    return [{"name": name, "shape": shape, "bytes": size} for (name, shape), size in ordered]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 from collections.abc import Sequence
@@ -79,8 +80,7 @@ def _devices(shape: str, slices: int) -> Sequence[jax.Device]:
     from jax.experimental import topologies
 
     try:
-        import libtpu  # noqa: F401  # the compiler itself; jax finds it by this name
-
+        importlib.import_module("libtpu")  # the compiler itself; jax finds it by this name
         more: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
         return topologies.get_topology_desc(platform="tpu", topology_name=shape, **more).devices
     except ImportError as error:

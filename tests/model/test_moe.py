@@ -49,7 +49,8 @@ def test_statistics_against_numpy():
     valid = rng.random((B, S)) < 0.7
     valid[2] = False
     _, experts, probs = route(jnp.float32(logits), k, False)
-    stats = router_stats(jnp.float32(logits), probs, experts, jnp.asarray(valid))
+    kept = rng.random((B, S, k)) < 0.8
+    stats = router_stats(jnp.float32(logits), probs, experts, jnp.asarray(kept), jnp.asarray(valid))
     load = np.zeros(E)
     for b in range(B):
         tokens = np.flatnonzero(valid[b])
@@ -64,9 +65,12 @@ def test_statistics_against_numpy():
         z = np.log(np.exp(logits[b, tokens]).sum(-1)) ** 2
         np.testing.assert_allclose(stats.z_B[b], z.sum() / n, rtol=1e-5)
     np.testing.assert_allclose(stats.load_E, load)
+    assert stats.dropped == (~kept & valid[..., None]).sum()
 
 
 def test_perfect_balance_costs_one():
     experts = jnp.array([[[0, 1], [2, 3], [1, 2], [3, 0]]])
-    stats = router_stats(jnp.zeros((1, 4, 4)), jnp.full((1, 4, 4), 0.25), experts, jnp.ones((1, 4)))
+    kept = jnp.ones(experts.shape, bool)
+    stats = router_stats(jnp.zeros((1, 4, 4)), jnp.full((1, 4, 4), 0.25), experts, kept, jnp.ones((1, 4)))
     np.testing.assert_allclose(stats.aux_B, 1.0, rtol=1e-6)
+    assert stats.dropped == 0

@@ -1,3 +1,6 @@
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -102,17 +105,50 @@ def test_cached_decoding_equals_the_forward_pass_token_by_token(name):
     np.testing.assert_allclose(jnp.concatenate(found, axis=1), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
-def test_remat_changes_no_gradient(remat):
-    batch = as_arrays(packed_batch(np.random.default_rng(0), small(), rows=2))
-    params = init(small(n_experts=4), jax.random.key(0))
+@functools.cache
+def gradient(name, **options):
+    cfg = dataclasses.replace(MODELS[name], **options)
+    batch = as_arrays(packed_batch(np.random.default_rng(0), cfg, rows=2))
+    grad = jax.jit(jax.grad(lambda p: (model.apply(cfg, p, batch).hidden ** 2).sum()))
+    return grad(init(MODELS[name], jax.random.key(0)))
 
-    def gradient(remat):
-        cfg = small(n_experts=4, remat=remat)
-        return jax.jit(jax.grad(lambda p: (model.apply(cfg, p, batch).hidden ** 2).sum()))(params)
 
-    for a, b in zip(jax.tree.leaves(gradient("none")), jax.tree.leaves(gradient(remat)), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "options",
+    [*(dict(remat=remat) for remat in config.CHOICES["remat"][1:]), dict(unroll=2), dict(unroll=2, remat="attention")],
+    ids=lambda options: " ".join(map(str, options.values())),
+)
+def test_what_is_kept_for_the_backward_pass_changes_no_gradient(name, options):
+    for a, b in zip(jax.tree.leaves(gradient(name)), jax.tree.leaves(gradient(name, **options)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5 * np.abs(a).max())
+
+
+@pytest.mark.parametrize("impl", ["splash", "reference"])
+def test_the_model_computes_attention_as_it_is_told(impl):
+    cfg = small(head_dim=128)
+    params = init(cfg, jax.random.key(0))
+    batch = as_arrays(packed_batch(np.random.default_rng(0), cfg, rows=2))
+    valid = batch["segment_ids"] > 0
+    found, expected = (apply(c, params, batch).hidden[valid] for c in (dataclasses.replace(cfg, attention=impl), cfg))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", ["pallas", "ragged", "reference"])
+def test_the_model_computes_experts_as_it_is_told(impl):
+    params = init(MODELS["mixture"], jax.random.key(0))
+    batch = as_arrays(packed_batch(np.random.default_rng(0), MODELS["mixture"], rows=2))
+    found, expected = (apply(c, params, batch).hidden for c in (small(n_experts=4, experts=impl), MODELS["mixture"]))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_experts_with_little_room_drop_tokens_and_say_how_many():
+    cfg = small(n_experts=4, capacity_factor=0.5)
+    batch = as_arrays(packed_batch(np.random.default_rng(0), cfg, rows=2))
+    stats = apply(cfg, init(cfg, jax.random.key(0)), batch).router
+    total = (batch["segment_ids"] > 0).sum() * cfg.top_k
+    np.testing.assert_array_equal(stats.load_E.sum(axis=1), total)
+    assert stats.dropped.shape == (cfg.n_layers,) and (stats.dropped > total // 3).all() and (stats.dropped < total).all()
 
 
 def test_bfloat16_compute_keeps_float32_parameters():

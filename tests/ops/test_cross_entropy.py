@@ -6,19 +6,17 @@ import numpy as np
 import pytest
 
 from tanuki_jax import ops
-from tanuki_jax.ops import cross_entropy
 
 
 @pytest.mark.parametrize("S", [6, 16, 18, 23])
-def test_chunks_equal_whole_logits_in_value_and_gradient(monkeypatch, S):
-    monkeypatch.setattr(cross_entropy, "CHUNK", 8)
+def test_chunks_equal_whole_logits_in_value_and_gradient(S):
     key = jax.random.key(0)
     x, head = jax.random.normal(key, (3, S, 16)), jax.random.normal(key, (16, 50))
     targets = jax.random.randint(key, (3, S), 0, 50)
 
     def total(impl):
         def f(x, head):
-            scores = ops.token_logprobs(x, head, targets, impl=impl)
+            scores = ops.token_logprobs(x, head, targets, impl=impl, chunk=8)
             return (scores.logprob * 2 + 0.1 * scores.log_z**2).sum(), scores
 
         return jax.jit(jax.value_and_grad(f, (0, 1), has_aux=True))(x, head)
@@ -31,10 +29,9 @@ def test_chunks_equal_whole_logits_in_value_and_gradient(monkeypatch, S):
 
 
 @pytest.mark.parametrize("S", [16, 18, 27])
-def test_logits_of_a_whole_row_never_exist(monkeypatch, S):
-    monkeypatch.setattr(cross_entropy, "CHUNK", 10)
+def test_logits_of_a_whole_row_never_exist(S):
     x, head, targets = jnp.ones((3, S, 16)), jnp.ones((16, 50)), jnp.ones((3, S), jnp.int32)
-    program = str(jax.make_jaxpr(jax.grad(lambda x: ops.token_logprobs(x, head, targets).logprob.sum()))(x))
+    program = str(jax.make_jaxpr(jax.grad(lambda x: ops.token_logprobs(x, head, targets, chunk=10).logprob.sum()))(x))
     chunk = max(d for d in range(1, 11) if S % d == 0)
     assert f"[{3 * chunk},50]" in program  # as one matrix of 3 * chunk tokens
     sizes = [np.prod([int(n) for n in shape.split(",")]) for shape in re.findall(r"f32\[([0-9,]+)\]", program)]

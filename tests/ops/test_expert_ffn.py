@@ -1,43 +1,60 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
-from tanuki_jax import ops
+from tanuki_jax import config, ops, parallel
 
 CASES = {
     "even": lambda rng, T, k, E: np.stack([rng.permutation(E)[:k] for _ in range(T)]),
     "one expert takes all": lambda rng, T, k, E: np.stack([[0, *(1 + rng.permutation(E - 1)[: k - 1])] for _ in range(T)]),
     "empty experts": lambda rng, T, k, E: np.stack([rng.permutation(k + 1)[:k] for _ in range(T)]),
 }
+IMPLS = ("padded", "ragged", "megablox", "pallas")
+SMALL, FEW, WIDE = (300, 2, 8, 12, 20), (5, 1, 4, 12, 20), (600, 2, 3, 128, 256)  # T, k, E, D, F
+SIZES = [*((impl, sizes) for impl in IMPLS for sizes in (SMALL, FEW)), ("megablox", WIDE), ("pallas", WIDE)]
 
 
 def problem(case, T, k, E, D=12, F=20):
     rng = np.random.default_rng(0)
     experts = jnp.int32(CASES[case](rng, T, k, E))
     weights = jax.nn.softmax(jnp.float32(rng.normal(size=(T, k))))
-    x, gate, up, down = (jnp.float32(rng.normal(size=s)) for s in ((T, D), (E, D, F), (E, D, F), (E, F, D)))
+    x = jnp.float32(rng.normal(size=(T, D)))
+    gate, up, down = (jnp.float32(rng.normal(size=s) * s[1] ** -0.5) for s in ((E, D, F), (E, D, F), (E, F, D)))
     return x, weights, experts, gate, up, down
 
 
-@pytest.mark.parametrize("impl", ["padded", "ragged"])
+def value_and_gradients(ffn, x, weights, experts, *matrices):
+    """What ffn gives for the tokens, and the gradients of a weighted sum of it; `experts` has none."""
+
+    def total(x, weights, *matrices):
+        y, kept = ffn(x, weights, experts, *matrices)
+        return (y * jnp.cos(jnp.arange(y.size)).reshape(y.shape)).sum(), (y, kept)
+
+    (_, (y, kept)), grads = jax.jit(jax.value_and_grad(total, (0, 1, 2, 3, 4), has_aux=True))(x, weights, *matrices)
+    return (y, *grads), kept
+
+
+def close(found, expected):
+    for a, b in zip(found, expected, strict=True):
+        assert a.shape == b.shape
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * max(np.abs(b).max(), 1e-3))
+
+
+@functools.cache
+def reference(case, *sizes):
+    return value_and_gradients(functools.partial(ops.expert_ffn, impl="reference"), *problem(case, *sizes))[0]
+
+
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize(("T", "k", "E"), [(300, 2, 8), (5, 1, 4)])
-def test_equals_computing_every_expert(impl, case, T, k, E):
-    x, weights, experts, *matrices = problem(case, T, k, E)
-
-    def total(impl):
-        def f(x, weights, *matrices):
-            y = ops.expert_ffn(x, weights, experts, *matrices, impl=impl)
-            return (y * jnp.arange(y.size).reshape(y.shape) / y.size).sum(), y
-
-        return jax.jit(jax.value_and_grad(f, (0, 1, 2, 3, 4), has_aux=True))(x, weights, *matrices)
-
-    (_, y), grads = total(impl)
-    (_, expected), expected_grads = total("reference")
-    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
-    for a, b in zip(grads, expected_grads, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
+@pytest.mark.parametrize(("impl", "sizes"), SIZES)
+def test_equals_computing_every_expert(impl, case, sizes):
+    found, kept = value_and_gradients(functools.partial(ops.expert_ffn, impl=impl), *problem(case, *sizes))
+    assert kept.all() and kept.shape == (sizes[0], sizes[1])
+    close(found, reference(case, *sizes))
 
 
 def test_against_a_loop_over_tokens():
@@ -47,13 +64,95 @@ def test_against_a_loop_over_tokens():
         for w, e in zip(weights[t], experts[t], strict=True):
             a = np.asarray(x[t] @ gate[e], np.float64)
             expected[t] += w * ((a / (1 + np.exp(-a)) * (x[t] @ up[e])) @ down[e])
-    np.testing.assert_allclose(ops.expert_ffn(x, weights, experts, gate, up, down), expected, rtol=1e-4, atol=1e-4)
+    found, _ = ops.expert_ffn(x, weights, experts, gate, up, down)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_grouped_matmul_gives_zero_past_the_last_group():
-    x, w = jnp.ones((10, 3)), jnp.ones((4, 3, 5))
-    sizes = jnp.array([2, 0, 3, 1])
-    for impl in ("ragged", "reference"):
-        y = ops.grouped_matmul(x, w, sizes, impl=impl)
-        np.testing.assert_array_equal(y[:6], 3.0)
-        np.testing.assert_array_equal(y[6:], 0.0)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_low_precision_is_close(impl):
+    x, weights, experts, *matrices = problem("even", 300, 2, 4, 128, 128)
+    low = (a.astype(jnp.bfloat16) for a in matrices)
+    found, _ = ops.expert_ffn(x.astype(jnp.bfloat16), weights, experts, *low, impl=impl)
+    assert found.dtype == jnp.bfloat16
+    expected = reference("even", 300, 2, 4, 128, 128)[0]
+    np.testing.assert_allclose(found.astype(jnp.float32), expected, atol=0.05 * np.abs(expected).max())
+
+
+# --- capacity -------------------------------------------------------------------------------------------------------
+
+
+def first_come(experts, room, E):
+    """The assignments that find room, one after another."""
+    taken, kept = np.zeros(E, int), np.zeros(experts.shape, bool)
+    for index in np.ndindex(experts.shape):
+        kept[index] = taken[experts[index]] < room
+        taken[experts[index]] += 1
+    return kept
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("capacity", [0.5, 1.0])
+def test_an_expert_takes_what_comes_first_and_the_rest_counts_nothing(case, capacity):
+    T, k, E = 45, 2, 4
+    x, weights, experts, *matrices = problem(case, T, k, E)
+    found, kept = value_and_gradients(functools.partial(ops.expert_ffn, capacity=capacity), x, weights, experts, *matrices)
+    expected_kept = first_come(np.asarray(experts), int(np.ceil(capacity * T * k / E)), E)
+    np.testing.assert_array_equal(kept, expected_kept)
+    assert not kept.all()
+
+    def reference(x, weights, experts, *matrices):
+        return ops.expert_ffn(x, jnp.where(expected_kept, weights, 0), experts, *matrices, impl="reference")
+
+    expected, _ = value_and_gradients(reference, x, weights, experts, *matrices)
+    close(found, expected)
+    assert (np.asarray(found[2])[~expected_kept] == 0).all()
+
+
+def test_room_for_everything_drops_nothing():
+    found, kept = value_and_gradients(
+        functools.partial(ops.expert_ffn, capacity=4.0), *problem("one expert takes all", 45, 2, 4)
+    )
+    assert kept.all()
+    close(found, reference("one expert takes all", 45, 2, 4))
+
+
+# --- experts on several devices -------------------------------------------------------------------------------------
+
+
+def over_devices(shards, capacity=0.0):
+    """expert_ffn with tokens and experts split over `shards` devices."""
+    tokens = PartitionSpec("expert")
+    local = functools.partial(ops.expert_ffn, capacity=capacity, axis="expert")
+    return jax.shard_map(local, in_specs=(tokens,) * 6, out_specs=(tokens, tokens), check_vma=False)
+
+
+@pytest.fixture
+def mesh(request):
+    mesh = parallel.make_mesh(config.Mesh(fsdp=1, expert=request.param), jax.devices()[: request.param])
+    with jax.set_mesh(mesh):
+        yield request.param
+
+
+@pytest.mark.parametrize(("mesh", "T"), [(2, 600), (4, 24)], indirect=["mesh"])  # many tokens choose the room of an expert
+@pytest.mark.parametrize("case", CASES)
+def test_tokens_that_travel_to_experts_come_back_the_same(mesh, case, T):
+    found, kept = value_and_gradients(over_devices(mesh), *problem(case, T, 2, 4))
+    assert kept.all()
+    close(found, reference(case, T, 2, 4))
+
+
+@pytest.mark.parametrize("mesh", [2], indirect=True)
+@pytest.mark.parametrize("case", CASES)
+def test_each_device_has_its_own_room_for_each_expert(mesh, case):
+    x, weights, experts, *matrices = problem(case, 48, 2, 4)
+    found, kept = value_and_gradients(over_devices(mesh, capacity=1.0), x, weights, experts, *matrices)
+
+    def apart(*arguments):
+        halves = [
+            ops.expert_ffn(*(a[s] for a in arguments[:3]), *arguments[3:], capacity=1.0) for s in (slice(24), slice(24, 48))
+        ]
+        return tuple(jnp.concatenate(parts) for parts in zip(*halves, strict=True))
+
+    expected, expected_kept = value_and_gradients(apart, x, weights, experts, *matrices)
+    np.testing.assert_array_equal(kept, expected_kept)
+    close(found, expected)

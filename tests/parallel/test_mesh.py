@@ -8,29 +8,49 @@ from tanuki_jax import config, model, parallel
 from tanuki_jax.errors import UserError
 from tests.tiny import small
 
+SIZES = {  # sizes that are set -> the shape over 8 devices: data, fsdp, expert, context, tensor
+    "rest to fsdp": (dict(), (1, 8, 1, 1, 1)),
+    "rest to data": (dict(data=-1, fsdp=2), (4, 2, 1, 1, 1)),
+    "all given": (dict(data=2, fsdp=4), (2, 4, 1, 1, 1)),
+    "nothing left": (dict(data=8), (8, 1, 1, 1, 1)),
+    "three axes": (dict(expert=2, context=2), (1, 2, 2, 2, 1)),
+    "rest to tensor": (dict(fsdp=1, expert=2, tensor=-1), (1, 1, 2, 1, 4)),
+    "slices": (dict(slices=2, data=2), (4, 2, 1, 1, 1)),
+    "rest of a slice": (dict(slices=2, data=-1, fsdp=2), (4, 2, 1, 1, 1)),
+}
 
-@pytest.mark.parametrize(
-    ("data", "fsdp", "shape"), [(1, -1, (1, 8)), (-1, 2, (4, 2)), (2, 4, (2, 4)), (-1, 1, (8, 1)), (8, -1, (8, 1))]
-)
-def test_minus_one_stands_for_the_devices_that_are_left(data, fsdp, shape):
-    mesh = parallel.make_mesh(config.Mesh(data=data, fsdp=fsdp))
-    assert mesh.devices.shape == shape and mesh.axis_names == ("data", "fsdp")
+
+@pytest.mark.parametrize("case", SIZES)
+def test_minus_one_stands_for_the_devices_that_are_left(case):
+    sizes, shape = SIZES[case]
+    mesh = parallel.make_mesh(config.Mesh(**sizes))
+    assert mesh.devices.shape == shape and mesh.axis_names == ("data", "fsdp", "expert", "context", "tensor")
     assert {d.id for d in mesh.devices.flat} == {d.id for d in jax.devices()}
 
 
+def test_only_data_crosses_slices():
+    mesh = parallel.make_mesh(config.Mesh(slices=2, data=2, fsdp=1, tensor=2))
+    slices = np.array([d.id // 4 for d in mesh.devices.flat]).reshape(mesh.devices.shape)
+    assert (slices[:2] == 0).all() and (slices[2:] == 1).all()
+
+
 @pytest.mark.parametrize(
-    ("data", "fsdp", "words"),
+    ("sizes", "words"),
     [
-        (3, -1, "6 places for 8 devices"),
-        (2, 2, "4 places for 8 devices"),
-        (-1, -1, "one of them may be -1"),
-        (0, -1, "positive"),
-        (16, -1, "for 8 devices"),
+        (dict(data=3), "6 places for 8 devices"),
+        (dict(data=2, fsdp=2), "4 places for 8 devices"),
+        (dict(data=-1), "one of the axes may be -1"),
+        (dict(data=0), "positive"),
+        (dict(tensor=-2), "positive"),
+        (dict(data=16), "for 8 devices"),
+        (dict(slices=3), "'slices': 3.* for 8 devices"),
+        (dict(slices=-1), "positive"),
+        (dict(slices=0), "positive"),
     ],
 )
-def test_a_mesh_that_does_not_fit_the_devices_is_an_error(data, fsdp, words):
+def test_a_mesh_that_does_not_fit_the_devices_is_an_error(sizes, words):
     with pytest.raises(UserError, match=words):
-        parallel.make_mesh(config.Mesh(data=data, fsdp=fsdp))
+        parallel.make_mesh(config.Mesh(**sizes))
 
 
 def test_parameters_are_split_over_fsdp_along_the_model_axis_where_it_divides():
@@ -61,7 +81,7 @@ def test_constraints_split_the_batch_over_all_devices_and_do_nothing_without_a_m
         split = jax.jit(lambda x: parallel.constrain(x, "BSD"))(x)
         assert split.sharding.is_equivalent_to(jax.NamedSharding(mesh, PartitionSpec(("data", "fsdp"))), 3)
         odd = jax.jit(lambda x: parallel.constrain(x, "BSD"))(x[:3])  # a few rows while decoding
-        whole = jax.jit(parallel.whole)(split)
+        whole = jax.jit(lambda w: parallel.gathered(w, "VDH", whole=True))(split)
     np.testing.assert_array_equal(split, x)
     np.testing.assert_array_equal(odd, x[:3])
     assert whole.sharding.is_fully_replicated

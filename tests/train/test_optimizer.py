@@ -47,6 +47,26 @@ def test_norms_do_not_decay():
     assert marked["head"] and marked["embed"]["table"] and marked["layers"]["moe"]["router"]
 
 
+def test_low_precision_moments_change_a_step_little():
+    params = init(small(), jax.random.key(0))
+    keys = jax.random.split(jax.random.key(1), 3)
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        optimizer = make_optimizer(config.Optimizer(moment_dtype=dtype))
+        state, found[dtype] = optimizer.init(params), []
+        update = jax.jit(optimizer.update)
+        for key in keys:
+            grads = jax.tree.map(lambda p, key=key: jax.random.normal(key, p.shape), params)
+            directions, state = update(grads, state, params)
+            found[dtype].append(directions)
+            assert {a.dtype for a in jax.tree.leaves((state[0].mu, state[0].nu))} == {jnp.dtype(dtype)}
+        assert state[0].count == 3
+    jax.tree.map(np.testing.assert_array_equal, found["bfloat16"][0], found["float32"][0])  # from moments of zero
+    for low, high in zip(jax.tree.leaves(found["bfloat16"]), jax.tree.leaves(found["float32"]), strict=True):
+        assert low.dtype == jnp.float32
+        np.testing.assert_allclose(low, high, rtol=0.02, atol=0.02)
+
+
 def test_steps_equal_optax_adamw():
     """Our step against optax's own adamw with clipping, ten steps."""
     cfg = small()

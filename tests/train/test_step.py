@@ -1,6 +1,7 @@
 """The step gives the same loss and gradients on any mesh and with any accumulation."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -44,14 +45,36 @@ def close(found, wanted):
         )
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    ("data", "fsdp", "microbatches"), [(1, 2, 1), (2, 2, 1), (1, 1, 4)], ids=["fsdp 2", "data 2 x fsdp 2", "accumulation 4"]
-)
-def test_loss_and_gradients_are_those_of_one_device(kind, name, data, fsdp, microbatches):
-    cfg = MODELS[name]
-    mesh = parallel.make_mesh(config.Mesh(data=data, fsdp=fsdp), jax.devices()[: data * fsdp])
+MESHES = {
+    "fsdp 2": dict(fsdp=2),
+    "data 2": dict(data=2),
+    "expert 2": dict(expert=2),
+    "context 2": dict(context=2),
+    "tensor 2": dict(tensor=2),
+    "data 2 x fsdp 2": dict(data=2, fsdp=2),
+    "slices 2 x context 2": dict(slices=2, context=2),
+    "data 2 x fsdp 2 x tensor 2": dict(data=2, fsdp=2, tensor=2),
+    "fsdp 4 x expert 2": dict(fsdp=4, expert=2),
+    "fsdp 2 x expert 4": dict(fsdp=2, expert=4),
+    "fsdp 2 x context 4": dict(fsdp=2, context=4),
+    "data 2 x expert 2 x tensor 2": dict(data=2, expert=2, tensor=2),
+    "expert 2 x context 2 x tensor 2": dict(expert=2, context=2, tensor=2),
+}
+ALL = [(kind, name) for name in MODELS for kind in KINDS]
+CASES = [
+    *(("one device", 4, *case) for case in ALL),
+    *(("fsdp 2", 1, *case) for case in ALL),
+    *((mesh, 1, *case) for mesh in list(MESHES)[1:5] for case in (("pretrain", "dense"), ("dpo", "mixture"))),
+    *((mesh, 1, *case) for mesh in list(MESHES)[5:] for case in (("dpo", "dense"), ("pretrain", "mixture"))),
+    ("fsdp 2 x context 4", 2, "pretrain", "mixture"),
+    ("data 2 x expert 2 x tensor 2", 2, "dpo", "mixture"),
+]
+
+
+@pytest.mark.parametrize(("mesh", "microbatches", "kind", "name"), CASES)
+def test_loss_and_gradients_are_those_of_one_device(mesh, microbatches, kind, name):
+    cfg, sizes = MODELS[name], MESHES.get(mesh, {})
+    mesh = parallel.make_mesh(config.Mesh(**{"fsdp": 1, **sizes}), jax.devices()[: math.prod(sizes.values())])
     params = jax.device_put(init(cfg, jax.random.key(0)), checkpoint.parameter_shardings(cfg, mesh))
     with jax.set_mesh(mesh):
         batch = loader.on_devices(problem(kind, cfg), mesh, 8)

@@ -1,4 +1,4 @@
-"""Run by test_multiprocess.py in two processes: loss and gradients of a batch that both share, on 2 x 2 devices."""
+"""Run by test_multiprocess.py in two processes: loss and gradients of a batch that both share, on 2 x 4 devices."""
 
 import json
 import sys
@@ -16,13 +16,13 @@ from tests.tiny import problem, small
 def main(output: str) -> None:
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     parallel.initialize()
-    assert jax.process_count() == 2 and jax.device_count() == 4
-    mesh = parallel.make_mesh(config.Mesh(data=2, fsdp=2))
+    assert jax.process_count() == 2 and jax.device_count() == 8
+    mesh = parallel.make_mesh(config.Mesh(fsdp=2, expert=2, tensor=2))
     result = {}
-    for name, cfg in (("dense", small()), ("mixture", small(n_experts=4))):
+    for name, cfg, kinds in (("dense", small(), ["pretrain"]), ("mixture", small(n_experts=4), ["pretrain", "sft", "dpo"])):
         shardings = checkpoint.parameter_shardings(cfg, mesh)
         params = jax.jit(model.init, static_argnums=0, out_shardings=shardings)(cfg, jax.random.key(0))
-        for kind in ("pretrain", "sft", "dpo"):
+        for kind in kinds:
             whole = problem(kind, cfg)
             rows = slice(4 * jax.process_index(), 4 * jax.process_index() + 4)
             with jax.set_mesh(mesh):

@@ -1,0 +1,8 @@
+"""What a recipe needs of a TPU slice, found out on any machine: `tanuki plan`."""
+
+from tanuki_jax.plan.estimate import plan_stage
+from tanuki_jax.plan.recipe import explain, plan, problems, search
+from tanuki_jax.plan.table import table
+from tanuki_jax.plan.topology import Topology, parse
+
+__all__ = ["Topology", "explain", "parse", "plan", "plan_stage", "problems", "search", "table"]

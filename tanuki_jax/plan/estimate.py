@@ -1,0 +1,147 @@
+"""From compiled programs to a plan: what fits, how long a step takes, how many days a stage does.
+
+The compiler's cost model prices arithmetic and memory traffic.  It counts the body of a loop once, so a layer's cost is half
+the difference between unrolled models of four layers and two, and a step is the two-layer model plus the other layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from tanuki_jax import config, model, parallel, stage
+from tanuki_jax.config import Recipe
+from tanuki_jax.errors import UserError
+from tanuki_jax.plan import program
+from tanuki_jax.plan.topology import GIB, Topology
+from tanuki_jax.train.metrics import PEAK_FLOPS
+
+SHORT, LONG = 2, 4  # layers of the unrolled models
+NOTE = (
+    "An estimate by the TPU compiler's cost model, not a measurement: base + L x layer from unrolled 2- and 4-layer models. "
+    "It prices arithmetic and memory traffic, neither exposed communication nor the attention kernel, which declares no cost."
+)
+
+
+def plan_stage(recipe: Recipe, name: str, topology: Topology, costs: bool = True) -> dict[str, Any]:
+    """Compiles a stage's train step for the slice; see docs/scaling.md for the meaning of every key.
+
+    costs: without it only memory is looked at, by one compilation instead of three.
+    """
+    this, cfg = recipe.stages[name], config.model_of(recipe, name)
+    if this.kind == "upcycle":
+        raise UserError(f"plan: stage {name} converts parameters and trains nothing; plan another stage")
+    mesh = parallel.make_mesh(dataclasses.replace(recipe.mesh, slices=topology.slices), topology.devices())
+    stage.check_mesh(recipe, name, mesh)
+    total, active = model.count_parameters(cfg)
+    whole = program.compile_step(recipe, name, mesh)
+    tokens = this.batch_size * this.seq_len
+    limit = topology.generation.hbm_limit
+    needed = whole.needed or whole.arguments + whole.temporaries
+    plan: dict[str, Any] = {
+        "stage": name,
+        "kind": this.kind,
+        "topology": topology.name,
+        "chips": topology.chips,
+        "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
+        "remat": cfg.remat,
+        "microbatches": this.microbatches,
+        "params_total": total,
+        "params_active": active,
+        "tokens_per_step": tokens,
+        "hbm_bytes_per_chip": {"arguments": whole.arguments, "temporaries": whole.temporaries, "total": needed},
+        "hbm_limit": limit,
+        "fits": not whole.needed and needed <= limit,
+        "largest_buffers": program.largest(whole.text),
+        "kernels": program.kernels(whole.text),
+        "compile_seconds": round(whole.seconds, 1),
+        "note": NOTE,
+    }
+    if plan["fits"] and costs:
+        plan |= _costs(recipe, name, topology, mesh)
+        plan["compile_seconds"] = round(plan["compile_seconds"] + plan.pop("_seconds"), 1)
+    return plan
+
+
+def _costs(recipe: Recipe, name: str, topology: Topology, mesh: Any) -> dict[str, Any]:
+    this, cfg = recipe.stages[name], config.model_of(recipe, name)
+    rows, microbatches = this.batch_size // this.microbatches, this.microbatches
+    short, long = (
+        program.compile_step(program.with_layers(recipe, name, layers, rows), name, mesh) for layers in (SHORT, LONG)
+    )
+    if short.needed or long.needed:
+        raise UserError(
+            "plan: the unrolled models of 2 and 4 layers do not fit, so costs cannot be told; use more microbatches"
+        )
+    seconds = short.seconds + long.seconds
+    layer = _line(short.cost, long.cost)
+    step = {key: short.cost[key] + (cfg.n_layers - SHORT) * layer[key] for key in layer}
+    if microbatches > 1:  # the optimizer's part comes once
+        update = program.compile_update(recipe, name, mesh)
+        seconds += update.seconds
+        step = {key: microbatches * step[key] - (microbatches - 1) * update.cost[key] for key in step}
+    moved_short, moved_long = (program.collectives(c.text) for c in (short, long))
+    kinds = sorted({*moved_short, *moved_long})
+    per_layer = {k: (moved_long.get(k, 0) - moved_short.get(k, 0)) / (LONG - SHORT) for k in kinds}
+    moved = {k: round(microbatches * (moved_short.get(k, 0) + (cfg.n_layers - SHORT) * per_layer[k])) for k in kinds}
+    tokens = this.batch_size * this.seq_len
+    model_flops = model.flops_per_token(cfg, this.seq_len) * tokens
+    peak = PEAK_FLOPS[topology.generation.device_kind]
+    attention = 6 * cfg.n_layers * cfg.n_heads * cfg.head_dim * this.seq_len * tokens
+    return {
+        "flops_per_step_per_chip": step["flops"],
+        "bytes_accessed_per_step_per_chip": step["bytes"],
+        "model_flops_per_step": model_flops,
+        "step_seconds_estimate": step["seconds"],
+        "tokens_per_second_per_chip": tokens / step["seconds"] / topology.chips,
+        "mfu_estimate": model_flops / (step["seconds"] * peak * topology.chips),
+        "attention_seconds_at_peak": attention / (peak * topology.chips),
+        "layer": {**layer, "flops_over_least": layer["flops"] / least_flops(cfg, this.seq_len * rows / topology.chips)},
+        "collective_bytes": moved,
+        "_seconds": seconds,
+    }
+
+
+def spent(recipe: Recipe, name: str, plan: dict[str, Any]) -> dict[str, Any]:
+    """Steps, days and chip-hours of a stage; None where they depend on how much data there is (epochs)."""
+    this = recipe.stages[name]
+    steps = this.steps or this.tokens // plan["tokens_per_step"]
+    days = steps * plan["step_seconds_estimate"] / 86400
+    known = {"steps": steps, "days": days, "chip_hours": days * 24 * plan["chips"]}
+    return known if steps else dict.fromkeys(known)
+
+
+def _line(short: dict[str, float], long: dict[str, float]) -> dict[str, float]:
+    return {key: (long[key] - short[key]) / (LONG - SHORT) for key in short}
+
+
+def least_flops(cfg: config.Model, tokens: float) -> float:
+    """FLOPs that a layer's matrix products need for these tokens, what `remat` computes again included; attention is not."""
+    projections = cfg.d_model * cfg.head_dim * (2 * cfg.n_heads + 2 * cfg.n_kv_heads)
+    ffn = 3 * cfg.d_model * cfg.d_ff * (cfg.top_k if cfg.n_experts else 1)
+    qkv, o = cfg.d_model * cfg.head_dim * (cfg.n_heads + 2 * cfg.n_kv_heads), cfg.d_model * cfg.head_dim * cfg.n_heads
+    # The last product of a block is never needed again.
+    again = {
+        "none": 0.0,
+        "dots": 0.0,
+        "ffn": qkv + o,
+        "attention": o + ffn * 2 / 3,
+        "offload": ffn * 2 / 3,
+        "full": qkv + o + ffn * 2 / 3,
+    }[cfg.remat]
+    return 2 * tokens * (3 * (projections + ffn) + again)
+
+
+def advice(plan: dict[str, Any]) -> str:
+    """What to change where a plan does not fit."""
+    needed, limit = plan["hbm_bytes_per_chip"]["total"] / GIB, plan["hbm_limit"] / GIB
+    stage_key, factor = f"--config.stages.{plan['stage']}", max(2, math.ceil(needed / limit))
+    hints = [f"{stage_key}.microbatches={plan['microbatches'] * factor}"]
+    if plan["remat"] != "full":
+        hints.insert(0, "--config.model.remat=full")
+    hints += ["--config.mesh.tensor=2 or --config.mesh.context=2", "a larger slice"]
+    return (
+        f"plan: stage {plan['stage']} needs {needed:.1f} GiB of {limit:.1f} GiB on each chip of {plan['topology']}; "
+        f"try {', '.join(hints)}, or --search"
+    )
