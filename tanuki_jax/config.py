@@ -374,9 +374,14 @@ def model_of(recipe: Recipe, name: str) -> Model:
 
 def _validate(recipe: Recipe) -> None:
     model = recipe.model
-    for name in ("vocab_size", "n_layers", "d_model", "d_ff", "n_heads", "n_kv_heads", "head_dim"):
+    for name in (
+        *("vocab_size", "n_layers", "d_model", "d_ff", "n_heads", "n_kv_heads", "head_dim"),
+        *("unroll", "logits_chunk"),
+    ):
         if getattr(model, name) < 1:
             raise UserError(f"config: model.{name} is {getattr(model, name)}; it must be at least 1")
+    if model.capacity_factor < 0:
+        raise UserError(f"config: model.capacity_factor is {model.capacity_factor}; it must be 0 (dropless) or more")
     if model.n_heads % model.n_kv_heads:
         raise UserError(f"config: model.n_heads {model.n_heads} is not a multiple of model.n_kv_heads {model.n_kv_heads}")
     if model.head_dim % 2:

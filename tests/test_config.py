@@ -180,9 +180,10 @@ def test_stages_after_upcycling_are_mixtures_and_keep_their_rope_base():
 # --- validation: what is put in, and the words that the message must have -----------------------------------------------
 
 INVALID = {
+    "a negative capacity": ({"model__capacity_factor": -1.0}, ["model.capacity_factor is -1", "dropless"]),
     **{
         f"model.{name} of zero": ({f"model__{name}": 0}, [f"model.{name} is 0", "at least 1"])
-        for name in ("vocab_size", "n_layers", "d_model", "d_ff", "n_heads", "n_kv_heads", "head_dim")
+        for name in ("vocab_size", "n_layers", "d_model", "d_ff", "n_heads", "n_kv_heads", "head_dim", "unroll", "logits_chunk")
     },
     **{
         f"{name} of zero": ({f"stages__pretrain__{name}": 0}, [f"stages.pretrain.{name} is 0", "at least 1"])

@@ -90,14 +90,20 @@ def _experts(cfg: config.Model, *arguments: jax.Array) -> tuple[jax.Array, jax.A
     """
 
     def ffn(
-        x_BSD: jax.Array, weights_BSk: jax.Array, experts_BSk: jax.Array, *matrices: jax.Array, axis: str = ""
+        x_BSD: jax.Array,
+        weights_BSk: jax.Array,
+        experts_BSk: jax.Array,
+        *matrices: jax.Array,
+        axis: str = "",
+        impl: str = cfg.experts,
     ) -> tuple[jax.Array, jax.Array]:
         flat = (a.reshape(-1, a.shape[-1]) for a in (x_BSD, weights_BSk, experts_BSk))
-        y_TD, kept_Tk = ops.expert_ffn(*flat, *matrices, impl=cfg.experts, capacity=cfg.capacity_factor, axis=axis)
+        y_TD, kept_Tk = ops.expert_ffn(*flat, *matrices, impl=impl, capacity=cfg.capacity_factor, axis=axis)
         return y_TD.reshape(x_BSD.shape), kept_Tk.reshape(experts_BSk.shape)
 
     if not parallel.splits_batch(arguments[0].shape[0]):
-        return ffn(*arguments)
+        # Rows that do not divide over the mesh (a few prompts): XLA can split the padded products itself, but no kernel.
+        return ffn(*arguments, impl="padded" if parallel.size(*parallel.MESH_AXES) > 1 else cfg.experts)
     mesh = jax.sharding.get_abstract_mesh()
     stored = [parallel.spec(axes, "stored", mesh, w.shape) for (_, axes, _), w in zip(MATRICES, arguments[3:], strict=True)]
     tokens = parallel.activation_spec("BS")

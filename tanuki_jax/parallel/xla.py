@@ -9,8 +9,8 @@ from jax.sharding import Mesh
 
 Options = dict[str, str | bool | int]
 
-# All-gathers run inside the arithmetic that hides them, reduce-scatters too.  The compiler refuses this fusion off v5e, where it
-# may give wrong results; on v5p and v6e its own scheduler hides latency and no option is needed.
+# All-gathers run inside the arithmetic that hides them.  The compiler refuses this on other chips than v5e, where it may give
+# wrong results; on v5p and v6e its own scheduler hides latency and no option is needed.
 CONTINUATION_FUSION: Options = {
     "xla_tpu_enable_async_collective_fusion": True,
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,

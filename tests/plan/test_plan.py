@@ -1,0 +1,101 @@
+"""A tiny recipe compiled for real TPU slices, on this machine; needs the TPU compiler, which the dev extra brings."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tanuki_jax import config, model, plan
+from tanuki_jax.plan import estimate, program
+from tests.tiny import small
+
+HLO = """
+%fused_computation.1 (p: f32[8,8]) -> f32[8,8] {
+  %inner = f32[999999,8]{1,0} broadcast(%p)
+}
+
+ENTRY %main (a: bf16[4,8]) -> f32[8,8] {
+  %a = bf16[4,8]{1,0} parameter(0)
+  %g = bf16[64,8]{1,0:T(8,128)(2,1)} all-gather(%a), op_name="jit(train_step)/gather"
+  %s = (bf16[4,8]{1,0}, bf16[32,8]{1,0}) all-gather-start(%a)
+  %r = f32[2,8]{1,0} reduce-scatter(f32[16,8]{1,0} %x), dimensions={0}
+  %k = f32[8,8]{1,0} custom-call(%a), custom_call_target="tpu_custom_call", op_name="jit(train_step)/pallas/expert_outer"
+  ROOT %f = f32[8,8]{1,0} fusion(%k), kind=kLoop, calls=%fused_computation.1
+}
+"""
+
+
+def test_reading_a_compiled_module():
+    assert program.collectives(HLO) == {"all-gather": 64 * 8 * 2 + 32 * 8 * 2, "reduce-scatter": 16 * 8 * 4}
+    assert program.kernels(HLO) == {"expert_outer": 1}
+    first = program.largest(HLO)[0]
+    assert (first["name"], first["bytes"]) == ("gather", 1024)  # what a fusion holds inside is no buffer
+
+
+@pytest.mark.parametrize("experts", [0, 4])
+def test_the_least_flops_of_a_layer_against_the_parameters(experts):
+    cfg = small(n_experts=experts, remat="none")
+    _, active = model.count_parameters(cfg)
+    weights = active - 2 * cfg.vocab_size * cfg.d_model - cfg.d_model - cfg.n_layers * (2 + experts) * cfg.d_model
+    np.testing.assert_allclose(estimate.least_flops(cfg, 10) * cfg.n_layers, 6 * 10 * weights)
+
+
+def recipe(steps="tokens", **sizes):
+    made = config.recipe(name="tiny")
+    made.model.update(
+        dict(
+            vocab_size=512, n_layers=6, d_model=256, d_ff=512, n_heads=2, n_kv_heads=2, head_dim=128, n_experts=4, remat="full"
+        )
+    )
+    made.model.update(sizes)
+    made.data = dict(text="text/*.txt")
+    common = dict(seq_len=256, batch_size=8, mixture=dict(text=(1.0,)))
+    made.stages.first = config.stage("pretrain", tokens=256 * 8 * 100, **common)
+    made.stages.upcycle = config.stage("upcycle", init_from="first")
+    made.stages.second = config.stage("pretrain", init_from="upcycle", tokens=256 * 8 * 50, **common)
+    made.stages.third = config.stage("pretrain", init_from="second", tokens=256 * 8 * 50, **common)
+    made.stages.dpo = config.stage("dpo", init_from="third", epochs=1.0, **common)
+    return config.resolve(made)
+
+
+needs_compiler = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is not installed")
+
+
+@needs_compiler
+def test_a_mixture_stage_on_a_slice():
+    found = plan.plan(recipe(), "second", plan.parse("v5p-8"))
+    [stage] = found["stages"]
+    json.dumps(found)
+    assert stage["fits"] and stage["chips"] == 4 and stage["mesh"] == {"fsdp": 4}
+    assert 1.0 <= stage["layer"]["flops_over_least"] < 2.5  # tiles that are not full cost much at this size
+    assert any(name.startswith("expert_") for name in stage["kernels"]), stage["kernels"]
+    assert any("splash" in name for name in stage["kernels"]), stage["kernels"]
+    assert stage["steps"] == 50 and stage["days"] > 0 and found["chip_hours"] == pytest.approx(stage["days"] * 96)
+    assert sum(stage["collective_bytes"].values()) > 0
+    assert "second" in plan.table(found)
+
+
+@needs_compiler
+def test_what_does_not_fit_says_what_to_change():
+    found = plan.plan(recipe(d_model=16_384, d_ff=65_536, n_layers=64, n_experts=8), "first", plan.parse("v5e-4"))
+    assert not found["stages"][0]["fits"]
+    [line] = plan.problems(found)
+    assert "needs" in line and "microbatches=" in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--topology=v7-3"], "v5p-256"),
+        (["--topology=v5p-8", "--stage=nothing"], "it has pretrain"),
+        (["--topology=v5p-8", "--search"], "name it with --stage"),
+    ],
+)
+def test_bad_input_is_one_line(flags, words):
+    command = [sys.executable, "-m", "tanuki_jax.cli", "plan", "--config=configs/nano.py", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TANUKI_HUGE_PAGES": "0"})
+    assert done.returncode == 1 and words in done.stderr and done.stderr.count("\n") == 1 and not done.stdout
