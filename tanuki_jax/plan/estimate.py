@@ -75,12 +75,13 @@ def _costs(recipe: Recipe, name: str, topology: Topology, mesh: Any) -> dict[str
             "plan: the unrolled models of 2 and 4 layers do not fit, so costs cannot be told; use more microbatches"
         )
     seconds = short.seconds + long.seconds
-    layer = _line(short.cost, long.cost)
-    step = {key: short.cost[key] + (cfg.n_layers - SHORT) * layer[key] for key in layer}
+    layer, rest = split(short.cost, long.cost)
+    step = {key: rest[key] + cfg.n_layers * layer[key] for key in layer}
     if microbatches > 1:  # the optimizer's part comes once
         update = program.compile_update(recipe, name, mesh)
         seconds += update.seconds
-        step = {key: microbatches * step[key] - (microbatches - 1) * update.cost[key] for key in step}
+        once = update.cost | {"seconds": max(0.0, update.cost["seconds"])}
+        step = {key: microbatches * step[key] - (microbatches - 1) * once[key] for key in step}
     moved_short, moved_long = (program.collectives(c.text) for c in (short, long))
     kinds = sorted({*moved_short, *moved_long})
     per_layer = {k: (moved_long.get(k, 0) - moved_short.get(k, 0)) / (LONG - SHORT) for k in kinds}
@@ -112,8 +113,17 @@ def spent(recipe: Recipe, name: str, plan: dict[str, Any]) -> dict[str, Any]:
     return known if steps else dict.fromkeys(known)
 
 
-def _line(short: dict[str, float], long: dict[str, float]) -> dict[str, float]:
-    return {key: (long[key] - short[key]) / (LONG - SHORT) for key in short}
+def split(short: dict[str, float], long: dict[str, float]) -> tuple[dict[str, float], dict[str, float]]:
+    """Costs of one layer, and of everything outside the layers, from those of the two unrolled models.
+
+    The compiler says -1 second for an instruction that it cannot price (a sort in the mixture, with some versions); such
+    instructions, of which there is a whole number, count 0.  No layer takes a second.
+    """
+    layer = {key: (long[key] - short[key]) / (LONG - SHORT) for key in short}
+    rest = {key: short[key] - SHORT * layer[key] for key in short}
+    for part in (layer, rest):
+        part["seconds"] -= min(0, math.floor(part["seconds"]))
+    return layer, rest
 
 
 def least_flops(cfg: config.Model, tokens: float) -> float:

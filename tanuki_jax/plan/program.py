@@ -62,10 +62,11 @@ def _compile(function: Any, mesh: jax.sharding.Mesh, *arguments: Any) -> Compile
         try:
             program = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
-            found = re.search(r"Used ([.\d]+)([GM]) of [.\d]+[GM] hbm", str(error))
+            found = re.search(r"Used ([.\d]+)([GM]) of|HLO temporaries \(([.\d]+)([GM])\)", str(error))
             if not found:
                 raise
-            needed = int(float(found[1]) * 2 ** (30 if found[2] == "G" else 20))
+            size, unit = found[1] or found[3], found[2] or found[4]
+            needed = int(float(size) * 2 ** (30 if unit == "G" else 20))
             return Compiled({}, 0, 0, "", time.perf_counter() - began, needed)
     seconds = time.perf_counter() - began
     raw, memory = program.cost_analysis(), program.memory_analysis()
@@ -100,20 +101,26 @@ def sizes(shape: str) -> Iterator[int]:
 def collectives(text: str) -> dict[str, int]:
     """Bytes that one chip receives or adds up, by kind of collective: the results of each (for reduce-scatter, its input)."""
     total: dict[str, int] = {}
-    for shape, kind, operands in re.findall(rf" = (\S+|\([^=]*?\)) ({'|'.join(COLLECTIVES)})(?:-start)?\(([^)]*)\)", text):
+    scatter = False
+    for line in text.splitlines():
+        if not line.startswith(" "):  # the TPU compiler writes a reduce-scatter as a computation of this name
+            scatter = line.startswith(("%all-reduce-scatter", "all-reduce-scatter"))
+        match = re.search(rf" = (\S+|\([^=]*?\)) ({'|'.join(COLLECTIVES)})(?:-start)?\(([^)]*)\)", line)
+        if not match:
+            continue
+        shape, kind, operands = match.groups()
         arrays = list(sizes(operands if kind == "reduce-scatter" and "[" in operands else shape))
-        total[kind] = total.get(kind, 0) + (sum(arrays) if kind == "all-to-all" else max(arrays, default=0))
+        kind = "reduce-scatter" if scatter else kind
+        total[kind] = total.get(kind, 0) + (max(arrays, default=0) if kind == "all-gather" else sum(arrays))
     return total
 
 
 def kernels(text: str) -> dict[str, int]:
     """Pallas kernels in a module, and how often each is called."""
     found: dict[str, int] = {}
-    for line in text.splitlines():
-        if 'custom_call_target="tpu_custom_call"' in line:
-            name = re.search(r"kernel_name\W+(\w+)", line) or re.search(r'op_name="[^"]*?/([\w.]+)"', line)
-            label = name[1] if name else "unnamed"
-            found[label] = found.get(label, 0) + 1
+    for name in re.findall(r'%(\S+) = .*custom_call_target="tpu_custom_call"', text):
+        label = re.sub(r"\.\d+$", "", name)
+        found[label] = found.get(label, 0) + 1
     return found
 
 

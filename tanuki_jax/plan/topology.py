@@ -62,7 +62,7 @@ def parse(name: str) -> Topology:
         raise UserError(f"--topology: {name!r} is not a slice; give v5p-256, v6e-256, v5e-256 or 2xv5p-256 for two slices")
     generation, slices = GENERATIONS[kind], int(match[1] or 1)
     chips = int(match[3]) // generation.cores_in_name
-    power = chips.bit_length() - 1
+    power = max(0, chips.bit_length() - 1)
     largest = 256 if generation.dimensions == 2 else 8192
     if chips != 1 << power or int(match[3]) % generation.cores_in_name or chips > largest or not slices:
         sizes = ", ".join(f"{kind}-{generation.cores_in_name << p}" for p in (2, 3, 4, 5, 6, 7, 8))

@@ -14,6 +14,10 @@ from tanuki_jax.plan import estimate, program
 from tests.tiny import small
 
 HLO = """
+%all-reduce-scatter.3 (p: f32[16,8]) -> f32[2,8] {
+  %r0 = f32[16,8]{1,0} all-reduce(%p), to_apply=%add
+}
+
 %fused_computation.1 (p: f32[8,8]) -> f32[8,8] {
   %inner = f32[999999,8]{1,0} broadcast(%p)
 }
@@ -23,14 +27,14 @@ ENTRY %main (a: bf16[4,8]) -> f32[8,8] {
   %g = bf16[64,8]{1,0:T(8,128)(2,1)} all-gather(%a), op_name="jit(train_step)/gather"
   %s = (bf16[4,8]{1,0}, bf16[32,8]{1,0}) all-gather-start(%a)
   %r = f32[2,8]{1,0} reduce-scatter(f32[16,8]{1,0} %x), dimensions={0}
-  %k = f32[8,8]{1,0} custom-call(%a), custom_call_target="tpu_custom_call", op_name="jit(train_step)/pallas/expert_outer"
-  ROOT %f = f32[8,8]{1,0} fusion(%k), kind=kLoop, calls=%fused_computation.1
+  %expert_outer.4 = f32[8,8]{1,0} custom-call(%a), custom_call_target="tpu_custom_call"
+  ROOT %f = f32[8,8]{1,0} fusion(%expert_outer.4), kind=kLoop, calls=%fused_computation.1
 }
 """
 
 
 def test_reading_a_compiled_module():
-    assert program.collectives(HLO) == {"all-gather": 64 * 8 * 2 + 32 * 8 * 2, "reduce-scatter": 16 * 8 * 4}
+    assert program.collectives(HLO) == {"all-gather": 64 * 8 * 2 + 32 * 8 * 2, "reduce-scatter": 2 * 16 * 8 * 4}
     assert program.kernels(HLO) == {"expert_outer": 1}
     first = program.largest(HLO)[0]
     assert (first["name"], first["bytes"]) == ("gather", 1024)  # what a fusion holds inside is no buffer
@@ -44,7 +48,14 @@ def test_the_least_flops_of_a_layer_against_the_parameters(experts):
     np.testing.assert_allclose(estimate.least_flops(cfg, 10) * cfg.n_layers, 6 * 10 * weights)
 
 
-def recipe(steps="tokens", **sizes):
+def test_instructions_that_the_compiler_cannot_price_count_nothing():
+    layer, rest = estimate.split({"seconds": 0.3 + 2 * 0.1 - 4}, {"seconds": 0.3 + 4 * 0.1 - 8})
+    assert (round(layer["seconds"], 6), round(rest["seconds"], 6)) == (0.1, 0.3)
+    layer, rest = estimate.split({"seconds": 1.5, "flops": 7.0}, {"seconds": 2.1, "flops": 11.0})
+    assert layer == pytest.approx({"seconds": 0.3, "flops": 2.0}) and rest == pytest.approx({"seconds": 0.9, "flops": 3.0})
+
+
+def recipe(**sizes):
     made = config.recipe(name="tiny")
     made.model.update(
         dict(
