@@ -197,19 +197,8 @@ CHOICES = {
     "moment_dtype": ("float32", "bfloat16"),
 }
 # Keys that may differ between two runs of one workdir: they change neither the data nor the weights.
-RESUMABLE = (
-    "mesh",
-    "tensorboard",
-    "save_every",
-    "keep",
-    "log_every",
-    "remat",
-    "unroll",
-    "logits_chunk",
-    "attention",
-    "experts",
-    "microbatches",
-)
+COMPUTED = ("mesh", "remat", "unroll", "logits_chunk", "attention", "experts", "microbatches")
+RESUMABLE = (*COMPUTED, "tensorboard", "save_every", "keep", "log_every")
 
 
 # --- making a config ------------------------------------------------------------------------------------------------
@@ -374,10 +363,8 @@ def model_of(recipe: Recipe, name: str) -> Model:
 
 def _validate(recipe: Recipe) -> None:
     model = recipe.model
-    for name in (
-        *("vocab_size", "n_layers", "d_model", "d_ff", "n_heads", "n_kv_heads", "head_dim"),
-        *("unroll", "logits_chunk"),
-    ):
+    sizes = ("vocab_size", "n_layers", "d_model", "d_ff", "n_heads", "n_kv_heads", "head_dim", "unroll", "logits_chunk")
+    for name in sizes:
         if getattr(model, name) < 1:
             raise UserError(f"config: model.{name} is {getattr(model, name)}; it must be at least 1")
     if model.capacity_factor < 0:
