@@ -374,13 +374,10 @@ def _save_array(path: Path, array: np.ndarray) -> bool:
 
 def describe(cfg: config.Model, mesh: jax.sharding.Mesh) -> str:
     """A table of the parameters: name, axes, shape, which axis is split over what, number."""
-    shapes = jax.tree_util.tree_flatten_with_path(model.parameter_shapes(cfg))[0]
-    letters = jax.tree.leaves(model.logical_axes(cfg), is_leaf=lambda a: isinstance(a, tuple))
-    shardings = jax.tree.leaves(checkpoint.parameter_shardings(cfg, mesh))
     lines = []
-    for (path, shape), axes, sharding in zip(shapes, letters, shardings, strict=True):
-        split = ", ".join(f"{axis} over {over}" for axis, over in zip(axes, sharding.spec, strict=True) if over)
-        name = "/".join(str(k.key) for k in path)
-        lines.append(f"  {name:20s} {''.join(axes):6s} {str(shape.shape):26s} {split:14s} {int(np.prod(shape.shape)):>15,}")
+    for name, axes, shape in model.named_parameters(cfg):
+        where = parallel.spec(axes, "stored", mesh, shape)
+        split = ", ".join(f"{axis} over {over}" for axis, over in zip(axes, where, strict=True) if over)
+        lines.append(f"  {name:20s} {axes:6s} {str(shape):26s} {split:14s} {int(np.prod(shape)):>15,}")
     total, active = model.count_parameters(cfg)
     return "\n".join([*lines, f"  {'total':20s} {'':6s} {'':26s} {'':14s} {total:>15,}  ({active:,} active)"])

@@ -10,6 +10,7 @@ from tanuki_jax.model.transformer import (
     flops_per_token,
     init,
     logical_axes,
+    named_parameters,
     parameter_shapes,
     token_scores,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "generate",
     "init",
     "logical_axes",
+    "named_parameters",
     "parameter_shapes",
     "token_scores",
 ]

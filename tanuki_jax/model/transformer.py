@@ -10,6 +10,7 @@ The parameter tree is stacked over layers, leading axis L:
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
@@ -141,6 +142,14 @@ def logical_axes(cfg: config.Model) -> Any:
     """The tree of axis letters of the parameters, ("L", "D", "N", "H") say."""
     boxed = jax.eval_shape(lambda: _boxed_init(cfg, jax.random.key(0)))
     return jax.tree.map(lambda b: b.names, boxed, is_leaf=lambda b: isinstance(b, nn.Partitioned))
+
+
+def named_parameters(cfg: config.Model) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """Name, axis letters and shape of every parameter: ("layers/attn/q", "LDNH", (32, 4096, 32, 128)) say."""
+    shapes = jax.tree_util.tree_flatten_with_path(parameter_shapes(cfg))[0]
+    letters = jax.tree.leaves(logical_axes(cfg), is_leaf=lambda a: isinstance(a, tuple))
+    for (path, shape), axes in zip(shapes, letters, strict=True):
+        yield "/".join(str(k.key) for k in path), "".join(axes), shape.shape
 
 
 def apply(cfg: config.Model, params: Params, batch: Batch) -> Outputs:

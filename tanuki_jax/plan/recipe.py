@@ -7,8 +7,6 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-import jax
-
 from tanuki_jax import config, model, parallel
 from tanuki_jax.config import Recipe
 from tanuki_jax.errors import UserError
@@ -61,15 +59,7 @@ def explain(recipe: Recipe, only: str, topology: Topology) -> str:
     """How every parameter and activation of a stage (the last one if none is named) lies on the slice."""
     name = only or list(recipe.stages)[-1]
     mesh = parallel.make_mesh(dataclasses.replace(recipe.mesh, slices=topology.slices), topology.devices())
-    return "\n".join(parallel.explain(mesh, parameters(config.model_of(recipe, name))))
-
-
-def parameters(cfg: config.Model) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """Name, axis letters and shape of every parameter."""
-    shapes = jax.tree_util.tree_flatten_with_path(model.parameter_shapes(cfg))[0]
-    letters = jax.tree.leaves(model.logical_axes(cfg), is_leaf=lambda a: isinstance(a, tuple))
-    for (path, shape), axes in zip(shapes, letters, strict=True):
-        yield "/".join(str(k.key) for k in path), "".join(axes), shape.shape
+    return "\n".join(parallel.explain(mesh, model.named_parameters(config.model_of(recipe, name))))
 
 
 # --- search ---------------------------------------------------------------------------------------------------------
