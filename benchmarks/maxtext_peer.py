@@ -168,7 +168,8 @@ def compile_once(python: Path, flags: Options, cache: Path) -> dict:
     command = [str(python), "-P", "-m", MODULE, *arguments, f"base_output_directory={cache / 'output'}"]
     began = time.perf_counter()
     # No device is opened, so another process that compiles for a TPU is no reason to stop.
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1"}
+    quiet = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "none"}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"} | quiet
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     result = {"flags": arguments, "compile_seconds": time.perf_counter() - began} | parse(done.stdout + done.stderr)
     if "error" in result and "used_gib" not in result:

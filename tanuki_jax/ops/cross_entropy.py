@@ -8,6 +8,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from tanuki_jax.ops.device import on_tpu
+
 
 class TokenScores(NamedTuple):
     """What a loss needs of the logits; all [B, S] float32."""
@@ -87,9 +89,8 @@ def _backward(keep, kept, gradients):
     by_target, by_log_z = gradients.logprob, gradients.log_z - gradients.logprob
 
     def products(x_TD, probs_TV, targets_T, by_target_T, by_log_z_T):
-        vocabulary = jax.lax.broadcasted_iota(jnp.int32, probs_TV.shape, probs_TV.ndim - 1)
         logits_TV = probs_TV.astype(jnp.float32) * by_log_z_T[..., None]
-        logits_TV += jnp.where(vocabulary == targets_T[..., None], by_target_T[..., None], 0)
+        logits_TV += jnp.where(_vocabulary(probs_TV) == targets_T[..., None], by_target_T[..., None], 0)
         logits_TV = logits_TV.astype(x_TD.dtype)
         x_gradient = jnp.einsum("...V,DV->...D", logits_TV, head_DV)
         return x_gradient, jnp.einsum("...D,...V->DV", x_TD, logits_TV, preferred_element_type=jnp.float32)
@@ -113,9 +114,16 @@ def _backward(keep, kept, gradients):
 def _of_chunk(x_TD, head_DV, targets_T):
     logits_TV = jnp.einsum("...D,DV->...V", x_TD, head_DV, preferred_element_type=jnp.float32)
     log_z = jax.nn.logsumexp(logits_TV, axis=-1)
-    target = jnp.take_along_axis(logits_TV, targets_T[..., None], axis=-1)[..., 0]
+    if on_tpu():  # a sum in the pass that is made anyway; a gather would be one more over all logits
+        target = jnp.where(_vocabulary(logits_TV) == targets_T[..., None], logits_TV, 0).sum(axis=-1)
+    else:
+        target = jnp.take_along_axis(logits_TV, targets_T[..., None], axis=-1)[..., 0]
     correct = (target >= logits_TV.max(axis=-1)).astype(jnp.float32)
     return TokenScores(target - log_z, log_z, correct), logits_TV
+
+
+def _vocabulary(logits_TV):
+    return jax.lax.broadcasted_iota(jnp.int32, logits_TV.shape, logits_TV.ndim - 1)
 
 
 _scores.defvjp(_forward, _backward)

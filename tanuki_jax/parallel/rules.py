@@ -125,7 +125,8 @@ def gathered(w: jax.Array, axes: str, whole: bool = False) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _reshard(w: jax.Array, used: PartitionSpec, stored: PartitionSpec) -> jax.Array:
-    return jax.lax.with_sharding_constraint(w, used)
+    # The barrier keeps the compiler from gathering first and casting to the compute dtype after.
+    return jax.lax.with_sharding_constraint(jax.lax.optimization_barrier(w), used)
 
 
 def _reshard_forward(w, used, stored):

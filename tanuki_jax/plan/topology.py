@@ -49,9 +49,21 @@ class Topology:
         """Chips of all slices."""
         return self.slices * self.chips_per_slice
 
+    @property
+    def wrap(self) -> tuple[bool, ...]:
+        """Which of a slice's three dimensions close into rings.
+
+        v5p: all, where all are multiples of 4 (a cube of 4x4x4 chips is wired inside, larger ones by optical switches);
+        v5e and v6e: those that span the pod, 16 chips.
+        """
+        sides = [int(n) for n in self.shape.split(":")[1].split("x")]
+        if self.generation.dimensions == 3:
+            return (all(n % 4 == 0 for n in sides),) * 3
+        return (*(n == 16 for n in sides), False)
+
     def devices(self) -> Sequence[jax.Device]:
         """The devices, as the TPU compiler describes them; one for each chip."""
-        return _devices(self.shape, self.slices)
+        return _devices(self)
 
 
 def parse(name: str) -> Topology:
@@ -73,15 +85,18 @@ def parse(name: str) -> Topology:
     return Topology(name, generation, chips, slices, f"{kind}:{shape}")
 
 
-def _devices(shape: str, slices: int) -> Sequence[jax.Device]:
+def _devices(topology: Topology) -> Sequence[jax.Device]:
     """The compiler comes as a Python package; no device is opened, so another process that compiles is no hindrance."""
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    # Else the compiler asks the network who it is, and complains that nobody answers.
+    quiet = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": topology.name.split("x", 1)[-1]}
+    for name, value in (quiet | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}).items():
+        os.environ.setdefault(name, value)
     from jax.experimental import topologies
 
     try:
         importlib.import_module("libtpu")  # the compiler itself; jax finds it by this name
-        more: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
-        return topologies.get_topology_desc(platform="tpu", topology_name=shape, **more).devices
+        return topologies.get_topology_desc(
+            platform="tpu", topology_name=topology.shape, num_slices=topology.slices, wrap=topology.wrap
+        ).devices
     except ImportError as error:
         raise UserError("plan: the TPU compiler is not installed; pip install 'tanuki-jax[plan]'") from error
