@@ -57,5 +57,7 @@ def rotate(x_BSNH: jax.Array, positions_BS: jax.Array, theta: float) -> jax.Arra
     frequencies = theta ** (-jnp.arange(0, H, 2, dtype=jnp.float32) / H)
     angles = positions_BS[:, :, None, None].astype(jnp.float32) * frequencies
     sin, cos = jnp.sin(angles), jnp.cos(angles)
-    first, second = jnp.split(x_BSNH.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BSNH.dtype)
+    # Split, then cast: the compiler would write the float32 of what it splits.
+    first, second = (half.astype(jnp.float32) for half in jnp.split(x_BSNH, 2, axis=-1))
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    return jnp.concatenate([half.astype(x_BSNH.dtype) for half in turned], axis=-1)

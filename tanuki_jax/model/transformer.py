@@ -103,8 +103,7 @@ class Transformer(nn.Module):
         table_VD = Embedding(cfg, name="embed")()
         parameter(self, cfg, "head", "DV")
         norm_final_D = parameter(self, cfg, "norm_final", "D", "scale")
-        table_VD = parallel.gathered(table_VD.astype(compute_dtype(cfg)), "VD")
-        x_BSD = parallel.constrain(table_VD[batch["tokens"]], "BSD")
+        x_BSD = parallel.rows_of(table_VD.astype(compute_dtype(cfg)), batch["tokens"])
         # Inside a loop XLA can't merge what is computed twice; several blocks in one pass of it can be.
         block = Block if cfg.remat == "none" else nn.remat(Block, policy=REMAT[cfg.remat], prevent_cse=cfg.unroll > 1)
         layers = nn.scan(
@@ -164,9 +163,10 @@ def apply(cfg: config.Model, params: Params, batch: Batch) -> Outputs:
 
 def token_scores(cfg: config.Model, params: Params, outputs: Outputs, targets_BS: jax.Array) -> ops.TokenScores:
     """Log-probabilities of the targets, [B, S] each; see `ops.token_logprobs`."""
-    head_DV = parallel.gathered(params["head"].astype(compute_dtype(cfg)), "DV")
-    parts = parallel.size("context")
-    return ops.token_logprobs(outputs.hidden, head_DV, targets_BS, parts=parts, chunk=cfg.logits_chunk)
+    # Backwards, the barrier has the head's gradient made before those of the blocks, which need the room of the logits.
+    hidden_BSD, head_DV = jax.lax.optimization_barrier((outputs.hidden, params["head"].astype(compute_dtype(cfg))))
+    head_DV, parts = parallel.gathered(head_DV, "DV"), parallel.size("context")
+    return ops.token_logprobs(hidden_BSD, head_DV, targets_BS, parts=parts, chunk=cfg.logits_chunk)
 
 
 def empty_cache(cfg: config.Model, batch_size: int, length: int) -> Cache:

@@ -88,16 +88,15 @@ def _backward(keep, kept, gradients):
     x_nTD, head_DV, targets_nT, probs_nTV = kept
     by_target, by_log_z = gradients.logprob, gradients.log_z - gradients.logprob
 
-    def products(x_TD, probs_TV, targets_T, by_target_T, by_log_z_T):
+    def products(x_TD, probs_TV, targets_T, by_target_T, by_log_z_T, dtype=jnp.float32):
         logits_TV = probs_TV.astype(jnp.float32) * by_log_z_T[..., None]
         logits_TV += jnp.where(_vocabulary(probs_TV) == targets_T[..., None], by_target_T[..., None], 0)
         logits_TV = logits_TV.astype(x_TD.dtype)
         x_gradient = jnp.einsum("...V,DV->...D", logits_TV, head_DV)
-        return x_gradient, jnp.einsum("...D,...V->DV", x_TD, logits_TV, preferred_element_type=jnp.float32)
+        return x_gradient, jnp.einsum("...D,...V->DV", x_TD, logits_TV, preferred_element_type=dtype)
 
     if keep:
-        x_gradient, head_gradient = products(x_nTD, probs_nTV, targets_nT, by_target, by_log_z)
-        return x_gradient, head_gradient.astype(head_DV.dtype), None
+        return *products(x_nTD, probs_nTV, targets_nT, by_target, by_log_z, head_DV.dtype), None
 
     def one(total_DV, part):
         x_TD, targets_T, by_target_T, by_log_z_T = part

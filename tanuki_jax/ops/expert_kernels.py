@@ -140,6 +140,7 @@ def _gate_up_gradient(dy_RD, weight_R, g_RF, u_RF, down_EFD, tiles):
         inputs=[(dy_RD, _rows(D)), (weight_R[:, None], _rows(1)), (g_RF, wide), (u_RF, wide), (down_EFD, matrix)],
         outputs=[(jax.ShapeDtypeStruct((R, F), dtype), wide)] * 3 + [(jax.ShapeDtypeStruct((blocks, R, 1), F32), sums)],
         cost=(2 * D * F, dy_RD.nbytes * blocks + down_EFD.nbytes + 5 * R * F * bytes_),
+        reused={2: 0, 3: 1},
     )
     return dg_RF, du_RF, h_RF, dweight_nR1.sum(axis=(0, 2))
 
@@ -227,8 +228,12 @@ def _call(
     inputs: Sequence[tuple[jax.Array, Any]],
     outputs: Sequence[tuple[jax.ShapeDtypeStruct, Any]],
     cost: tuple[int, int],
+    reused: dict[int, int] | None = None,
 ) -> list[jax.Array]:
-    """Runs body(rows of the tile, *references) over a grid (column blocks, tiles) for the rows in use; others give 0."""
+    """Runs body(rows of the tile, *references) over a grid (column blocks, tiles) for the rows in use; others give 0.
+
+    reused: inputs whose memory becomes that of an output; their blocks must be the same.
+    """
 
     def kernel(expert, filled, block, *references):
         rows = filled[pl.program_id(1)]
@@ -261,6 +266,7 @@ def _call(
             num_scalar_prefetch=3, grid=grid, in_specs=[s for _, s in inputs], out_specs=[s for _, s in outputs]
         ),
         cost_estimate=_cost(grid[1], experts, flops_per_row, bytes_accessed),
+        input_output_aliases={len(tiles) + i: o for i, o in (reused or {}).items()},
         **_options(("parallel", "arbitrary")),
     )(*tiles, *(array for array, _ in inputs))
 
@@ -274,7 +280,8 @@ def _cost(tiles: int, experts: int, flops_per_row: int, bytes_accessed: int) -> 
 def _options(semantics: tuple[Any, ...]) -> dict[str, Any]:
     if not on_tpu():
         return {"interpret": True}
-    parameters = pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=vmem_bytes())
+    # The compiler takes some for itself, more or less of it by version.
+    parameters = pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=vmem_bytes() * 7 // 6)
     return {"compiler_params": parameters}
 
 

@@ -123,6 +123,19 @@ def gathered(w: jax.Array, axes: str, whole: bool = False) -> jax.Array:
     return _reshard(w, used, spec(axes, "stored", mesh, w.shape))
 
 
+def rows_of(w_VD: jax.Array, index_BS: jax.Array) -> jax.Array:
+    """w[index], [B, S, D]: every device looks up its part of D for the tokens of all, and sends each its own.
+
+    The vectors of a batch are fewer than those of the table, which stays where it is stored.
+    """
+    if not splits_batch(index_BS.shape[0]):
+        return gathered(w_VD, "VD")[index_BS]
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = spec("VD", "stored", mesh, w_VD.shape)[1]
+    rows = PartitionSpec(_short(("data",), mesh), None, parts)
+    return constrain(jax.lax.with_sharding_constraint(w_VD[index_BS], rows), "BSD")
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _reshard(w: jax.Array, used: PartitionSpec, stored: PartitionSpec) -> jax.Array:
     # The barrier keeps the compiler from gathering first and casting to the compute dtype after.
