@@ -32,7 +32,7 @@ class Attention(nn.Module):
         k_BSKH = jnp.einsum("BSD,DKH->BSKH", x_BSD, k_DKH)
         v_BSKH = checkpoint_name(jnp.einsum("BSD,DKH->BSKH", x_BSD, v_DKH), "v")
         positions_BS = batch["positions"]
-        q_BSNH = checkpoint_name(rotate(q_BSNH, positions_BS, cfg.rope_theta), "q")
+        q_BSNH = rotate(q_BSNH, positions_BS, cfg.rope_theta, scale=cfg.head_dim**-0.5)
         k_BSKH = checkpoint_name(rotate(k_BSKH, positions_BS, cfg.rope_theta), "k")
         if cache is None:
             y_BSNH = attend(q_BSNH, k_BSKH, v_BSKH, batch["segment_ids"], cfg.attention, "balanced" in batch)

@@ -7,6 +7,7 @@ from typing import cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from tanuki_jax import config, ops, parallel
 
@@ -47,16 +48,16 @@ def compute_dtype(cfg: config.Model) -> jnp.dtype:
 def rms_norm(x: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
     """Root-mean-square norm over the last axis (Zhang & Sennrich 2019); statistics in float32, result in x's dtype."""
     x32 = x.astype(jnp.float32)
-    inverse = jax.lax.rsqrt((x32**2).mean(axis=-1, keepdims=True) + eps)
+    inverse = checkpoint_name(jax.lax.rsqrt((x32**2).mean(axis=-1, keepdims=True) + eps), "norm")
     return (x32 * inverse * scale_D.astype(jnp.float32)).astype(x.dtype)
 
 
-def rotate(x_BSNH: jax.Array, positions_BS: jax.Array, theta: float) -> jax.Array:
-    """Rotary position encoding (Su et al. 2021) in the half-split layout of Llama; angles in float32."""
+def rotate(x_BSNH: jax.Array, positions_BS: jax.Array, theta: float, scale: float = 1.0) -> jax.Array:
+    """Rotary position encoding (Su et al. 2021) in the half-split layout of Llama, times `scale`; in float32."""
     H = x_BSNH.shape[-1]
     frequencies = theta ** (-jnp.arange(0, H, 2, dtype=jnp.float32) / H)
     angles = positions_BS[:, :, None, None].astype(jnp.float32) * frequencies
-    sin, cos = jnp.sin(angles), jnp.cos(angles)
+    sin, cos = scale * jnp.sin(angles), scale * jnp.cos(angles)
     # Split, then cast: the compiler would write the float32 of what it splits.
     first, second = (half.astype(jnp.float32) for half in jnp.split(x_BSNH, 2, axis=-1))
     turned = (first * cos - second * sin, second * cos + first * sin)

@@ -105,18 +105,27 @@ def _experts(cfg: config.Model, *arguments: jax.Array) -> tuple[jax.Array, jax.A
         # Rows that do not divide over the mesh (a few prompts): XLA can split the padded products itself, but no kernel.
         return ffn(*arguments, impl="padded" if parallel.size(*parallel.MESH_AXES) > 1 else cfg.experts)
     mesh = jax.sharding.get_abstract_mesh()
-    stored = [parallel.spec(axes, "stored", mesh, w.shape) for (_, axes, _), w in zip(MATRICES, arguments[3:], strict=True)]
+    stored, used = (
+        [parallel.spec(axes, column, mesh, w.shape) for (_, axes, _), w in zip(MATRICES, arguments[3:], strict=True)]
+        for column in ("stored", "used")
+    )
     tokens = parallel.activation_spec("BS")
 
     def local(
         x_BSD: jax.Array, weights_BSk: jax.Array, experts_BSk: jax.Array, *matrices: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         whole = []
-        for w, (_, axes, _), where in zip(matrices, MATRICES, stored, strict=True):
-            over = where[axes.index("D")]
-            whole.append(jax.lax.all_gather(w, over, axis=axes.index("D"), tiled=True) if over else w)
+        for w, now, then in zip(matrices, stored, used, strict=True):
+            for axis, (over, kept) in enumerate(zip(now, then, strict=True)):
+                if rest := tuple(name for name in _names(over) if name not in _names(kept)):
+                    w = jax.lax.all_gather(w, rest, axis=axis, tiled=True)
+            whole.append(w)
         y_BSD, kept_BSk = ffn(x_BSD, weights_BSk, experts_BSk, *whole, axis="expert" if mesh.shape["expert"] > 1 else "")
-        return (jax.lax.psum(y_BSD, "tensor") if stored[0][2] else y_BSD), kept_BSk
+        return (jax.lax.psum(y_BSD, "tensor") if used[0][2] else y_BSD), kept_BSk
 
     specs = (tokens, tokens, tokens, *stored)
     return jax.shard_map(local, in_specs=specs, out_specs=(tokens, tokens), check_vma=False)(*arguments)
+
+
+def _names(over: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (over,) if isinstance(over, str) else over or ()

@@ -25,12 +25,12 @@ from tanuki_jax.model.moe import MoE, RouterStats
 
 Params = Any
 # What a block keeps for its backward pass, by name of the remat option; what is not kept is computed again.
-ATTENTION, FFN = ("q", "k", "v", "attention"), ("gate", "up")
+ATTENTION, FFN = ("q", "k", "v", "attention", "norm"), ("gate", "up")
 _save, _offload = jax.checkpoint_policies.save_only_these_names, jax.checkpoint_policies.save_and_offload_only_these_names
 REMAT = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "attention": _save(*ATTENTION),
-    "ffn": _save(*FFN, "attention"),
+    "ffn": _save(*FFN, "attention", "norm"),
     "dots": _save(*ATTENTION, *FFN, "middle"),
     "offload": _offload(
         names_which_can_be_saved=[],

@@ -29,7 +29,7 @@ def attention(
     """Causal self-attention inside segments.
 
     Args:
-      q_BSNH, k_BTKH, v_BTKH: queries and G = N/K times fewer keys and values, any float dtype.
+      q_BSNH, k_BTKH, v_BTKH: queries, divided by sqrt(H) already, and G = N/K times fewer keys and values, any float dtype.
       segment_ids_BS: int32; a token sees the tokens of its own segment up to itself.  0 is padding.
       impl: "splash" (Pallas, TPU; interpreted elsewhere), "cudnn" (GPU, bfloat16 or float16), "xla", "reference" (a plain
         loop over heads in float32, for tests), or "auto": by platform.
@@ -38,19 +38,21 @@ def attention(
       kernel: for splash with `places_S`: what `splash_kernel` made for all the queries of the row, this device's part of it.
 
     Returns:
-      [B, S, N, H] in the dtype of q; softmax and its sum in float32.
+      [B, S, N, H] in the dtype of q; softmax and its sum in float32.  For remat policies the queries are named "q", in the
+      layout that the kernel takes, and the result "attention".
     """
     impl = DEFAULT.get(platform(), "xla") if impl == "auto" else impl
     keys_BT = segment_ids_BS if key_segment_ids_BT is None else key_segment_ids_BT
     if impl == "splash":
         return splash.attention(q_BSNH, k_BTKH, v_BTKH, segment_ids_BS, keys_BT, kernel)
+    q_BSNH = checkpoint_name(q_BSNH, "q")
     S, T = q_BSNH.shape[1], k_BTKH.shape[1]
     places_S = jnp.arange(S) if places_S is None else places_S
     mask_BST = (places_S[:, None] >= jnp.arange(T)) & (segment_ids_BS[:, :, None] == keys_BT[:, None, :])
     if impl == "reference":
         return _reference(q_BSNH, k_BTKH, v_BTKH, mask_BST)
     if impl == "cudnn":
-        y_BSNH = jax.nn.dot_product_attention(q_BSNH, k_BTKH, v_BTKH, mask=mask_BST[:, None], implementation="cudnn")
+        y_BSNH = jax.nn.dot_product_attention(q_BSNH, k_BTKH, v_BTKH, mask=mask_BST[:, None], scale=1.0, implementation="cudnn")
     elif impl == "xla":
         y_BSNH = _xla(q_BSNH, k_BTKH, v_BTKH, mask_BST)
     else:
@@ -65,7 +67,7 @@ def splash_kernel(impl: str, places: np.ndarray | None, length: int, heads: int,
 
 
 def cached_attention(q_BSNH: jax.Array, k_BMKH: jax.Array, v_BMKH: jax.Array, positions_BS: jax.Array) -> jax.Array:
-    """Attention of new tokens to a cache whose slot m holds the key of position m.
+    """Attention of new tokens, their queries divided by sqrt(H) already, to a cache whose slot m holds the key of position m.
 
     A query at position p sees the slots 0..p, so slots that hold no token yet are never seen.  Returns [B, S, N, H].
     """
@@ -76,7 +78,7 @@ def cached_attention(q_BSNH: jax.Array, k_BMKH: jax.Array, v_BMKH: jax.Array, po
 def _xla(q_BSNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, mask_BST: jax.Array) -> jax.Array:
     B, S, N, H = q_BSNH.shape
     K = k_BTKH.shape[2]
-    q_BSKGH = (q_BSNH * H**-0.5).reshape(B, S, K, N // K, H)
+    q_BSKGH = q_BSNH.reshape(B, S, K, N // K, H)
     scores = jnp.einsum("BSKGH,BTKH->BKGST", q_BSKGH, k_BTKH, preferred_element_type=jnp.float32)
     scores = jnp.where(mask_BST[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v_BTKH.dtype)
@@ -84,11 +86,11 @@ def _xla(q_BSNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, mask_BST: jax.
 
 
 def _reference(q_BSNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, mask_BST: jax.Array) -> jax.Array:
-    N, H = q_BSNH.shape[2:]
+    N = q_BSNH.shape[2]
     G = N // k_BTKH.shape[2]
     heads = []
     for n in range(N):
         q, k, v = (a.astype(jnp.float32) for a in (q_BSNH[:, :, n], k_BTKH[:, :, n // G], v_BTKH[:, :, n // G]))
-        scores = jnp.where(mask_BST, q @ k.swapaxes(1, 2) / H**0.5, -jnp.inf)
+        scores = jnp.where(mask_BST, q @ k.swapaxes(1, 2), -jnp.inf)
         heads.append(jax.nn.softmax(scores, axis=-1) @ v)
     return jnp.stack(heads, axis=2).astype(q_BSNH.dtype)

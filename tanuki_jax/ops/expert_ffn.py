@@ -101,8 +101,7 @@ def _pallas(x_TD, weights_Tk, experts_Tk, rank_Tk, sizes_E, matrices):
     weight_R = _take(weights_Tk.reshape(-1, 1), jnp.minimum(assignment_R, T * k - 1), slot_Tk.reshape(-1, 1), None)
     weight_R = jnp.where(filled_R1, weight_R, 0)[:, 0]
     y_RD = expert_kernels.swiglu(x_RD, weight_R, *matrices, tiles)
-    y_TkD = _take(y_RD, slot_Tk.reshape(-1), jnp.minimum(assignment_R, T * k - 1)[:, None], filled_R1).reshape(T, k, -1)
-    return y_TkD.astype(jnp.float32).sum(axis=1).astype(x_TD.dtype)
+    return _collect(y_RD, slot_Tk, jnp.minimum(assignment_R // k, T - 1))
 
 
 def _fitting(x_TD, weights_Tk, experts_Tk, rank_Tk, sizes_E, matrices, axis, shards):
@@ -176,11 +175,33 @@ def _take_forward(x_MD, index_R, back_Mj, valid_Mj):
 
 
 def _take_backward(residuals, g_RD):
-    back_Mj, valid_Mj = residuals
-    g_MjD = g_RD[back_Mj]
-    if valid_Mj is not None:
-        g_MjD = jnp.where(valid_Mj[..., None], g_MjD, 0)
-    return g_MjD.astype(jnp.float32).sum(axis=1).astype(g_RD.dtype), None, None, None
+    return _sum_of_rows(g_RD, *residuals), None, None, None
 
 
 _take.defvjp(_take_forward, _take_backward)
+
+
+@jax.custom_vjp
+def _collect(y_RD: jax.Array, slot_Tk: jax.Array, token_R: jax.Array) -> jax.Array:
+    """Sum over a token's k rows.  Its gradient is that of the token in every row, those out of use included."""
+    return _sum_of_rows(y_RD, slot_Tk, None)
+
+
+def _collect_forward(y_RD, slot_Tk, token_R):
+    return _collect(y_RD, slot_Tk, token_R), token_R
+
+
+def _collect_backward(token_R, g_TD):
+    return g_TD[token_R], None, None
+
+
+_collect.defvjp(_collect_forward, _collect_backward)
+
+
+def _sum_of_rows(rows_RD, index_Tj, valid_Tj):
+    """Sum over j of rows[index[:, j]] where valid, in float32; one gather for each j, for TPUs lay [T, j, D] out badly."""
+    total_TD = jnp.float32(0)
+    for j in range(index_Tj.shape[1]):
+        part_TD = rows_RD[index_Tj[:, j]].astype(jnp.float32)
+        total_TD += part_TD if valid_Tj is None else jnp.where(valid_Tj[:, j, None], part_TD, 0)
+    return total_TD.astype(rows_RD.dtype)

@@ -79,7 +79,8 @@ def _backward(kept, dy_RD):
     E = gate_EDF.shape[0]
     dgate, dup = _outer(x_RD, dg_RF, E, tiles), _outer(x_RD, du_RF, E, tiles)
     ddown = _outer(h_RF, dy_RD, E, tiles)
-    dx_RD = _product(dg_RF, gate_EDF, tiles, transposed=True) + _product(du_RF, up_EDF, tiles, transposed=True)
+    dx_RD = _product(dg_RF, gate_EDF, tiles, transposed=True)
+    dx_RD = _product(du_RF, up_EDF, tiles, transposed=True, plus_RB=dx_RD)
     return dx_RD, dweight_R, dgate, dup, ddown, None
 
 
@@ -145,28 +146,33 @@ def _gate_up_gradient(dy_RD, weight_R, g_RF, u_RF, down_EFD, tiles):
     return dg_RF, du_RF, h_RF, dweight_nR1.sum(axis=(0, 2))
 
 
-def _product(x_RA, w, tiles, transposed):
-    """Rows times their expert's matrix, [E, A, B] or, transposed, [E, B, A]; [R, B]."""
+def _product(x_RA, w, tiles, transposed, plus_RB=None):
+    """Rows times their expert's matrix, [E, A, B] or, transposed, [E, B, A], and `plus` added; [R, B]."""
     R, A = x_RA.shape
     B = w.shape[1] if transposed else w.shape[2]
     bytes_ = x_RA.dtype.itemsize
-    width = _width(B, 2 * A * bytes_ + TILE * (2 * bytes_ + 4), 2 * TILE * A * bytes_)
+    width = _width(B, 2 * A * bytes_ + TILE * (4 * bytes_ + 4), 2 * TILE * A * bytes_)
     block = (1, width, A) if transposed else (1, A, width)
 
-    def body(part, x, matrix, out):
-        out[part] = (_dot_transposed if transposed else _dot)(x[part], matrix[0]).astype(x_RA.dtype)
+    def body(part, x, matrix, *plus_and_out):
+        y = (_dot_transposed if transposed else _dot)(x[part], matrix[0])
+        *plus, out = plus_and_out
+        out[part] = (y + plus[0][part].astype(F32) if plus else y).astype(x_RA.dtype)
 
     def where(n, t, e, f, b):
         return (e[t], n, 0) if transposed else (e[t], 0, n)
 
+    wide = pl.BlockSpec((TILE, width), lambda n, t, e, f, b: (b[t], n))
+    more = [] if plus_RB is None else [(plus_RB, wide)]
     [y_RB] = _call(
         "expert_product",
         body,
         tiles,
         grid=(B // width, R // TILE),
-        inputs=[(x_RA, _rows(A)), (w, pl.BlockSpec(block, where))],
-        outputs=[(jax.ShapeDtypeStruct((R, B), x_RA.dtype), pl.BlockSpec((TILE, width), lambda n, t, e, f, b: (b[t], n)))],
-        cost=(2 * A * B, x_RA.nbytes * (B // width) + w.nbytes + R * B * bytes_),
+        inputs=[(x_RA, _rows(A)), (w, pl.BlockSpec(block, where)), *more],
+        outputs=[(jax.ShapeDtypeStruct((R, B), x_RA.dtype), wide)],
+        cost=(2 * A * B, x_RA.nbytes * (B // width) + w.nbytes + (1 + len(more)) * R * B * bytes_),
+        reused={2: 0} if more else None,
     )
     return y_RB
 
@@ -256,7 +262,7 @@ def _call(
                     index = (0, part) if len(reference.shape) == 3 else part
                     reference[index] = jnp.zeros((PART, reference.shape[-1]), reference.dtype)
 
-    experts = inputs[-1][0].shape[0]
+    experts = next(array.shape[0] for array, _ in inputs if array.ndim == 3)
     flops_per_row, bytes_accessed = cost
     return pl.pallas_call(
         kernel,

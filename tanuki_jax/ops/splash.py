@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -61,13 +62,14 @@ def attention(
     q_BSNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, q_segments_BS: jax.Array, kv_segments_BT: jax.Array, kernel: Any
 ) -> jax.Array:
     """Causal attention inside segments; without a kernel the queries are the whole row, of any length."""
-    S, N, H = q_BSNH.shape[1:]
+    S, N, _ = q_BSNH.shape[1:]
     rest = -S % LANES if kernel is None else 0
     if rest:  # rows are padded with tokens of segment 0 after all others
         q_BSNH, k_BTKH, v_BTKH = (jnp.pad(a, ((0, 0), (0, rest), (0, 0), (0, 0))) for a in (q_BSNH, k_BTKH, v_BTKH))
         q_segments_BS, kv_segments_BT = (jnp.pad(a, ((0, 0), (0, rest))) for a in (q_segments_BS, kv_segments_BT))
     kernel = make_kernel(S + rest, N) if kernel is None else kernel
-    q_BNSH, k_BKTH, v_BKTH = (a.swapaxes(1, 2) for a in (q_BSNH * H**-0.5, k_BTKH, v_BTKH))
+    q_BNSH, k_BKTH, v_BKTH = (a.swapaxes(1, 2) for a in (q_BSNH, k_BTKH, v_BTKH))
+    q_BNSH = checkpoint_name(q_BNSH, "q")
     segments = splash.SegmentIds(q_segments_BS, kv_segments_BT)
     y_BNSH = jax.vmap(kernel)(q_BNSH, k_BKTH, v_BKTH, segment_ids=segments)
     return y_BNSH.swapaxes(1, 2)[:, :S].astype(q_BSNH.dtype)

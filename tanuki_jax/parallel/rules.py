@@ -25,18 +25,20 @@ class Rule(NamedTuple):
 
 
 TENSOR = Rule(("tensor",), ("tensor",), ("tensor",))
+REST = ("fsdp", "context", "expert")
 # The letters are those of every docstring; one that is missing is never split.  Each axis of the mesh serves one letter of
-# an array, the upper row first; D takes what is left, so that everything is stored in as many parts as there are devices
-# in a replica, and is gathered over D where it is used (fully sharded data parallelism).
+# an array, the first that asks for it: D, or F where it comes before D, takes what is left, so that everything is stored in
+# as many parts as there are devices in a replica, and is gathered where it is used (fully sharded data parallelism).  An
+# array gathered over its last axis would have to be copied into another layout.
 RULES = {
     "B": Rule(activation=BATCH_AXES),
     "S": Rule(activation=("context",)),
     "E": Rule(("expert",), ("expert",)),
     "N": TENSOR,
     "K": TENSOR,
-    "F": TENSOR,
+    "F": Rule(("tensor", *REST), ("tensor",), ("tensor",)),
     "V": TENSOR,
-    "D": Rule(stored=("fsdp", "context", "expert")),
+    "D": Rule(stored=REST),
 }
 
 
@@ -45,20 +47,17 @@ def spec(axes: Sequence[str], column: str, mesh: Mesh | AbstractMesh, shape: Seq
 
     An axis whose length (of `shape`) does not divide stays whole on the mesh axes that do not fit.
     """
-    taken: dict[int, tuple[str, ...]] = {}
+    taken: list[tuple[str, ...]] = []
     left = set(mesh.shape)
-    for letter, rule in RULES.items():
-        for position, axis in enumerate(axes):
-            if axis != letter:
-                continue
-            over: tuple[str, ...] = ()
-            for name in getattr(rule, column):
-                parts = math.prod(mesh.shape[n] for n in (*over, name))
-                if name in left and (shape is None or shape[position] % parts == 0):
-                    over += (name,)
-            left -= set(over)
-            taken[position] = over
-    return PartitionSpec(*(_short(taken.get(position, ()), mesh) for position in range(len(axes))))
+    for position, letter in enumerate(axes):
+        over: tuple[str, ...] = ()
+        for name in getattr(RULES.get(letter, Rule()), column):
+            parts = math.prod(mesh.shape[n] for n in (*over, name))
+            if name in left and (shape is None or shape[position] % parts == 0):
+                over += (name,)
+        left -= set(over)
+        taken.append(over)
+    return PartitionSpec(*(_short(over, mesh) for over in taken))
 
 
 def _short(over: tuple[str, ...], mesh: Mesh | AbstractMesh) -> str | tuple[str, ...] | None:

@@ -7,7 +7,6 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 
@@ -88,7 +87,11 @@ def parse(name: str) -> Topology:
 def _devices(topology: Topology) -> Sequence[jax.Device]:
     """The compiler comes as a Python package; no device is opened, so another process that compiles is no hindrance."""
     # Else the compiler asks the network who it is, and complains that nobody answers.
-    quiet = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": topology.name.split("x", 1)[-1]}
+    quiet = {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": topology.name.split("x", 1)[-1],
+    }
     for name, value in (quiet | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}).items():
         os.environ.setdefault(name, value)
     from jax.experimental import topologies

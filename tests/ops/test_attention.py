@@ -18,7 +18,7 @@ def value_and_gradients(impl, q, k, v, segments):
     valid = (segments > 0)[..., None, None]
 
     def total(q, k, v):
-        y = jnp.where(valid, ops.attention(q, k, v, segments, impl=impl), 0)
+        y = jnp.where(valid, ops.attention(q * q.shape[-1] ** -0.5, k, v, segments, impl=impl), 0)
         return (y.astype(jnp.float32) ** 2).sum(), y
 
     (_, y), grads = jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(q, k, v)

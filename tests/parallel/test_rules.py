@@ -20,9 +20,9 @@ REPLICAS = dict(data=2, fsdp=4)
 BOTH = ("fsdp", "expert")
 SPECS = [
     (EXPERTS, "stored", "EDF", ("expert", "fsdp", "tensor")),
-    (EXPERTS, "stored", "EFD", ("expert", "tensor", "fsdp")),
+    (EXPERTS, "stored", "EFD", ("expert", ("tensor", "fsdp"), None)),
     (EXPERTS, "stored", "LEDF", (None, "expert", "fsdp", "tensor")),
-    (EXPERTS, "stored", "DE", ("fsdp", "expert")),
+    (EXPERTS, "stored", "DE", (BOTH, None)),
     (EXPERTS, "stored", "DNH", (BOTH, "tensor", None)),
     (EXPERTS, "stored", "DKH", (BOTH, "tensor", None)),
     (EXPERTS, "stored", "NHD", ("tensor", None, BOTH)),
