@@ -14,6 +14,7 @@ four layers and one of two, a step is the two-layer model plus the other layers,
 import argparse
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -184,7 +185,7 @@ def parse(text: str) -> dict:
     cost = re.search(r"^Cost analysis: .*$", text, re.M)
     memory = re.search(r"^Memory analysis: .*$", text, re.M)
     if cost and memory:
-        found = {}
+        found: dict = {}
         for key, name in (("flops", "flops"), ("bytes", "bytes accessed"), ("seconds", "optimal_seconds")):
             match = re.search(rf"'{name}': ([-+.e\d]+)", cost[0])
             found[key] = float(match[1]) if match else float("nan")
@@ -241,6 +242,15 @@ def figures(model: Options, tokens: float, layer: dict[str, float], step: dict[s
 
 
 COSTS = ("seconds", "flops", "bytes")
+PEAK = {"v5p": 459e12, "v6e": 918e12, "v5e": 197e12}  # bfloat16 FLOP/s of a chip
+
+
+def priced(run: dict, topology: str) -> dict:
+    """Without the -1 second for each instruction that the compiler cannot price; see tanuki_jax/plan/estimate.py."""
+    if "error" in run:
+        return run
+    least = run["flops"] / PEAK[topology.split("-")[0]]
+    return run | {"seconds": run["seconds"] + max(0, math.ceil(least - run["seconds"]))}
 
 
 def compile_plan(
@@ -250,7 +260,8 @@ def compile_plan(
     flags = flags_of(model, topology, per_chip_batch, seq_len, options)
     layers = int(model["base_num_decoder_layers"])
     scanned = compile_once(python, flags | {"scan_layers": True}, cache)
-    short, long = (compile_once(python, flags | {"base_num_decoder_layers": n, "scan_layers": False}, cache) for n in (2, 4))
+    few = (flags | {"base_num_decoder_layers": n, "scan_layers": False} for n in (2, 4))
+    scanned, short, long = (priced(run, topology) for run in (scanned, *(compile_once(python, f, cache) for f in few)))
     runs = (scanned, short, long)
     plan = {"options": options, "batch": per_chip_batch, "command": [str(python), "-m", MODULE, *scanned["flags"]]}
     plan |= {"compile_seconds": sum(r["compile_seconds"] for r in runs)} | memory_of(scanned, topology)
@@ -270,6 +281,7 @@ def screen(
 ) -> dict:
     """The same from the scanned compilation alone: its layer costs what a known plan's does, plus what the two differ by."""
     scanned = compile_once(python, flags_of(model, topology, per_chip_batch, seq_len, options) | {"scan_layers": True}, cache)
+    scanned = priced(scanned, topology)
     plan = {"options": options, "batch": per_chip_batch, "compile_seconds": scanned["compile_seconds"], "screened": True}
     plan |= memory_of(scanned, topology)
     if "error" in scanned:

@@ -76,12 +76,13 @@ def _costs(recipe: Recipe, name: str, topology: Topology, mesh: Any) -> dict[str
             "plan: the unrolled models of 2 and 4 layers do not fit, so costs cannot be told; use more microbatches"
         )
     seconds = short.seconds + long.seconds
-    layer, rest = split(short.cost, long.cost)
+    peak = PEAK_FLOPS[topology.generation.device_kind]
+    layer, rest = split(priced(short.cost, peak), priced(long.cost, peak))
     step = {key: rest[key] + cfg.n_layers * layer[key] for key in layer}
     if microbatches > 1:  # the optimizer's part comes once
         update = program.compile_update(recipe, name, mesh)
         seconds += update.seconds
-        once = update.cost | {"seconds": max(0.0, update.cost["seconds"])}
+        once = priced(update.cost, peak)
         step = {key: microbatches * step[key] - (microbatches - 1) * once[key] for key in step}
     moved_short, moved_long = (program.collectives(c.text) for c in (short, long))
     kinds = sorted({*moved_short, *moved_long})
@@ -89,7 +90,6 @@ def _costs(recipe: Recipe, name: str, topology: Topology, mesh: Any) -> dict[str
     moved = {k: round(microbatches * (moved_short.get(k, 0) + (cfg.n_layers - SHORT) * per_layer[k])) for k in kinds}
     tokens = this.batch_size * this.seq_len
     model_flops = model.flops_per_token(cfg, this.seq_len) * tokens
-    peak = PEAK_FLOPS[topology.generation.device_kind]
     attention = 6 * cfg.n_layers * cfg.n_heads * cfg.head_dim * this.seq_len * tokens
     return {
         "flops_per_step_per_chip": step["flops"],
@@ -115,16 +115,17 @@ def spent(recipe: Recipe, name: str, plan: dict[str, Any]) -> dict[str, Any]:
 
 
 def split(short: dict[str, float], long: dict[str, float]) -> tuple[dict[str, float], dict[str, float]]:
-    """Costs of one layer, and of everything outside the layers, from those of the two unrolled models.
-
-    The compiler says -1 second for an instruction that it cannot price (a sort in the mixture, with some versions); such
-    instructions, of which there is a whole number, count 0.  No layer takes a second.
-    """
+    """Costs of one layer, and of everything outside the layers, from those of the two unrolled models."""
     layer = {key: (long[key] - short[key]) / (LONG - SHORT) for key in short}
-    rest = {key: short[key] - SHORT * layer[key] for key in short}
-    for part in (layer, rest):
-        part["seconds"] -= min(0, math.floor(part["seconds"]))
-    return layer, rest
+    return layer, {key: short[key] - SHORT * layer[key] for key in short}
+
+
+def priced(cost: dict[str, float], peak: float) -> dict[str, float]:
+    """The cost without the -1 second that the compiler says for each instruction it cannot price (a sort, collectives on v6e).
+
+    There is a whole number of them, and the others take at least what their FLOPs do at the chip's `peak`.
+    """
+    return cost | {"seconds": cost["seconds"] + max(0, math.ceil(cost["flops"] / peak - cost["seconds"]))}
 
 
 def least_flops(cfg: config.Model, tokens: float) -> float:
