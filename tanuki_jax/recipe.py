@@ -36,7 +36,7 @@ def run(recipe: Recipe, workdir: Path, only: str = "", allow_data_change: bool =
     wanted = [only] if only else list(recipe.stages)
     for name in wanted:  # what cannot work is said before anything long begins
         if recipe.stages[name].kind != "upcycle":
-            stage.check_mesh(recipe, name, mesh)
+            stage.check_mesh(recipe, name, stage.make_mesh(recipe, name))
     if first:
         _announce(recipe, mesh, wanted)
     sources = {source for name in wanted for source, weights in recipe.stages[name].mixture.items() if any(weights)}
@@ -49,7 +49,7 @@ def run(recipe: Recipe, workdir: Path, only: str = "", allow_data_change: bool =
         if parent in recipe.stages and not _done(workdir, parent):
             raise UserError(f"stage {name} starts from {parent}, which is not finished in {workdir}; run it first")
         assert ready is not None
-        entry = stage.run(recipe, name, workdir, ready, mesh, allow_data_change)
+        entry = stage.run(recipe, name, workdir, ready, stage.make_mesh(recipe, name), allow_data_change)
         entry["scores"], samples = _scores(recipe, name, workdir, ready, mesh)
         result = {"entry": entry, "samples": samples}
         parallel.on_first(functools.partial(files.write_json, stage.directory(workdir, name) / "done.json", result))
@@ -112,8 +112,10 @@ def _announce(recipe: Recipe, mesh: jax.sharding.Mesh, names: list[str]) -> None
     """The resolved config and the parameter tables, on stderr."""
     print("config, where it differs from the defaults (all of it is in recipe.json):", file=sys.stderr)
     print("\n".join(f"  {line}" for line in config.changed(recipe)), file=sys.stderr)
-    shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    print(f"{jax.device_count()} {jax.devices()[0].device_kind} device(s), mesh {shape}", file=sys.stderr)
+    print(f"{jax.device_count()} {jax.devices()[0].device_kind} device(s), mesh {_shape(mesh)}", file=sys.stderr)
+    for name in names:
+        if (own := stage.make_mesh(recipe, name)) != mesh:
+            print(f"stage {name}: mesh {_shape(own)}, for it has {recipe.stages[name].batch_size} rows", file=sys.stderr)
     for mixture in sorted({config.is_mixture(recipe, name) for name in names}):
         name = next(n for n in names if config.is_mixture(recipe, n) == mixture)
         print(
@@ -121,6 +123,10 @@ def _announce(recipe: Recipe, mesh: jax.sharding.Mesh, names: list[str]) -> None
             file=sys.stderr,
             flush=True,
         )
+
+
+def _shape(mesh: jax.sharding.Mesh) -> str:
+    return " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
 
 
 def _scores(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import sys
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -170,6 +173,23 @@ def state_shardings(cfg: config.Model, optimizer: optax.GradientTransformation, 
     )
     shardings: Any = State(whole, split, moments, whole)  # type: ignore[arg-type]  # a tree of shardings, not arrays
     return checkpoint.sharded_like(shapes, shardings), shardings
+
+
+def make_mesh(recipe: Recipe, name: str, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+    """The recipe's mesh, as this stage's rows divide over it.
+
+    Where `mesh.fsdp` is left open (-1) and makes more groups of devices than a microbatch has rows, or other than divide
+    them, the devices left over split the tokens of each row instead (`context`).
+    """
+    this, sizes = recipe.stages[name], recipe.mesh
+    mesh = parallel.make_mesh(sizes, devices)
+    rows, others, fsdp = this.batch_size // this.microbatches, mesh.shape["data"] * mesh.shape["expert"], mesh.shape["fsdp"]
+    if this.kind == "upcycle" or sizes.fsdp != -1 or sizes.context != 1 or rows % others or not rows % (others * fsdp):
+        return mesh
+    groups = math.gcd(rows // others, fsdp)
+    if this.seq_len % (2 * fsdp // groups):
+        return mesh
+    return parallel.make_mesh(dataclasses.replace(sizes, fsdp=groups, context=fsdp // groups), devices)
 
 
 def check_mesh(recipe: Recipe, name: str, mesh: jax.sharding.Mesh) -> None:

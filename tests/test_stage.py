@@ -117,3 +117,24 @@ def test_a_size_that_does_not_divide_over_the_mesh_is_named_with_its_key(case):
 @pytest.mark.parametrize("sizes", [dict(), dict(fsdp=2, expert=2, tensor=2), dict(fsdp=2, context=4), dict(data=2, expert=4)])
 def test_sizes_that_divide_over_the_mesh_are_accepted(sizes):
     divided(sizes, {})
+
+
+@pytest.mark.parametrize(
+    ("rows", "microbatches", "sizes", "expected"),
+    [
+        (16, 1, {}, (1, 8, 1)),
+        (16, 4, {}, (1, 4, 2)),  # 4 rows for 8 devices: two share a row
+        (12, 1, {}, (1, 4, 2)),
+        (4, 1, dict(data=2), (2, 2, 2)),
+        (4, 1, dict(fsdp=8), (1, 8, 1)),  # what is asked for stays, and is refused later
+        (3, 1, dict(data=2), (2, 4, 1)),
+    ],
+)
+def test_devices_that_rows_do_not_need_split_the_tokens(rows, microbatches, sizes, expected):
+    made = config.recipe(name="tiny", mesh=sizes)
+    made.data = dict(ja="x.jsonl")
+    made.stages.only = config.stage(
+        "pretrain", mixture=dict(ja=(1.0,)), steps=1, seq_len=32, batch_size=rows, microbatches=microbatches
+    )
+    mesh = stage.make_mesh(config.resolve(made), "only")
+    assert tuple(mesh.shape[axis] for axis in ("data", "fsdp", "context")) == expected

@@ -10,7 +10,7 @@ import dataclasses
 import math
 from typing import Any
 
-from tanuki_jax import config, model, parallel, stage
+from tanuki_jax import config, model, stage
 from tanuki_jax.config import Recipe
 from tanuki_jax.errors import UserError
 from tanuki_jax.plan import program
@@ -32,7 +32,8 @@ def plan_stage(recipe: Recipe, name: str, topology: Topology, costs: bool = True
     this, cfg = recipe.stages[name], config.model_of(recipe, name)
     if this.kind == "upcycle":
         raise UserError(f"plan: stage {name} converts parameters and trains nothing; plan another stage")
-    mesh = parallel.make_mesh(dataclasses.replace(recipe.mesh, slices=topology.slices), topology.devices())
+    recipe = dataclasses.replace(recipe, mesh=dataclasses.replace(recipe.mesh, slices=topology.slices))
+    mesh = stage.make_mesh(recipe, name, topology.devices())
     stage.check_mesh(recipe, name, mesh)
     total, active = model.count_parameters(cfg)
     whole = program.compile_step(recipe, name, mesh)
