@@ -127,7 +127,8 @@ REFERENCES = {
     "v6e": (("full", 1), ("full", 2)),
     "v5e": (("full", 1), ("full", 2)),
 }
-BATCHES = {"v5p": (2, 3, 4, 6, 8), "v6e": (1, 2, 4), "v5e": (1, 2)}
+# Tried from the largest; the first two that fit are enough.
+BATCHES = {"v5p": (8, 7, 6, 4, 3, 2), "v6e": (4, 3, 2, 1), "v5e": (2, 1)}
 
 
 def ensure_environment(directory: Path, libtpu: str = LIBTPU) -> Path:
@@ -302,8 +303,8 @@ def at_batch(batch: float, known: list[dict], key: str) -> dict[str, float]:
 def search(python: Path, name: str, topology: str, seq_len: int, cache: Path, minutes: float) -> list[dict]:
     """Configurations by estimated tokens a second a chip, those that fit first; the two best are compiled in full.
 
-    Policies are tried from the one that keeps most: at each the batch grows until it no longer fits.  Then, on top of the best,
-    the ways to compute the experts' products, and last everything else.
+    Policies are tried from the one that keeps most, each with the two largest batches that fit.  Then, on top of the best, the
+    ways to compute the experts' products, and last everything else.
     """
     model, batches = MODELS[name], BATCHES[topology.split("-")[0]]
     deadline = time.perf_counter() + 60 * minutes
@@ -325,9 +326,11 @@ def search(python: Path, name: str, topology: str, seq_len: int, cache: Path, mi
         return rank(found)[0]
 
     for policy, options in REMAT[name].items():
+        fitting = 0
         for batch in batches:
-            if time.perf_counter() > deadline or not attempt(policy, batch, base | options)["fits"]:
+            if fitting == 2 or time.perf_counter() > deadline:
                 break
+            fitting += attempt(policy, batch, base | options)["fits"]
     for table in (EXPERTS, EXTRAS) if name == "mixture" else (EXTRAS,):
         top = best()
         for label, options in list(table.items())[table is EXPERTS :]:

@@ -30,10 +30,10 @@ class Attention(nn.Module):
         o_NHD = used(self, cfg, "o", "NHD", "outer")
         q_BSNH = jnp.einsum("BSD,DNH->BSNH", x_BSD, q_DNH)
         k_BSKH = jnp.einsum("BSD,DKH->BSKH", x_BSD, k_DKH)
-        v_BSKH = checkpoint_name(jnp.einsum("BSD,DKH->BSKH", x_BSD, v_DKH), "v")
+        v_BSKH = jnp.einsum("BSD,DKH->BSKH", x_BSD, v_DKH)
         positions_BS = batch["positions"]
         q_BSNH = rotate(q_BSNH, positions_BS, cfg.rope_theta, scale=cfg.head_dim**-0.5)
-        k_BSKH = checkpoint_name(rotate(k_BSKH, positions_BS, cfg.rope_theta), "k")
+        k_BSKH = rotate(k_BSKH, positions_BS, cfg.rope_theta)
         if cache is None:
             y_BSNH = attend(q_BSNH, k_BSKH, v_BSKH, batch["segment_ids"], cfg.attention, "balanced" in batch)
         else:
@@ -69,6 +69,7 @@ def attend(
     def local(q_BSNH, k_BSKH, v_BSKH, segment_ids_BS, places_S, kernel):
         if parts == 1:
             return ops.attention(q_BSNH, k_BSKH, v_BSKH, segment_ids_BS, impl=impl)
+        k_BSKH, v_BSKH = checkpoint_name(k_BSKH, "k"), checkpoint_name(v_BSKH, "v")  # before they are gathered
         back = np.argsort(order_S)
         k_BTKH, v_BTKH, segment_ids_BT = (
             jax.lax.all_gather(a, "context", axis=1, tiled=True)[:, back] for a in (k_BSKH, v_BSKH, segment_ids_BS)

@@ -56,9 +56,32 @@ def rotate(x_BSNH: jax.Array, positions_BS: jax.Array, theta: float, scale: floa
     """Rotary position encoding (Su et al. 2021) in the half-split layout of Llama, times `scale`; in float32."""
     H = x_BSNH.shape[-1]
     frequencies = theta ** (-jnp.arange(0, H, 2, dtype=jnp.float32) / H)
-    angles = positions_BS[:, :, None, None].astype(jnp.float32) * frequencies
-    sin, cos = scale * jnp.sin(angles), scale * jnp.cos(angles)
-    # Split, then cast: the compiler would write the float32 of what it splits.
-    first, second = (half.astype(jnp.float32) for half in jnp.split(x_BSNH, 2, axis=-1))
-    turned = (first * cos - second * sin, second * cos + first * sin)
-    return jnp.concatenate([half.astype(x_BSNH.dtype) for half in turned], axis=-1)
+    angles = jnp.tile(positions_BS[:, :, None, None].astype(jnp.float32) * frequencies, 2)
+    return _turn(x_BSNH, scale * jnp.cos(angles), scale * jnp.sin(angles))
+
+
+@jax.custom_vjp
+def _turn(x_BSNH: jax.Array, cos_BS1H: jax.Array, sin_BS1H: jax.Array) -> jax.Array:
+    turned_BSNH = _quarter_turn(x_BSNH).astype(jnp.float32)
+    return (x_BSNH.astype(jnp.float32) * cos_BS1H + turned_BSNH * sin_BS1H).astype(x_BSNH.dtype)
+
+
+def _turn_forward(x_BSNH, cos_BS1H, sin_BS1H):
+    return _turn(x_BSNH, cos_BS1H, sin_BS1H), (cos_BS1H, sin_BS1H)
+
+
+def _turn_backward(kept, gradient_BSNH):
+    cos_BS1H, sin_BS1H = kept
+    return _turn(gradient_BSNH, cos_BS1H, -sin_BS1H), None, None  # back by the same angles
+
+
+_turn.defvjp(_turn_forward, _turn_backward)
+
+
+def _quarter_turn(x: jax.Array) -> jax.Array:
+    """The halves of the last axis (a, b) as (-b, a)."""
+    half = x.shape[-1] // 2
+    if ops.on_tpu():  # as a product, what follows is fused into it; lanes that change their place would be written out
+        matrix = jnp.roll(jnp.eye(2 * half, dtype=x.dtype), half, axis=1) * jnp.where(jnp.arange(2 * half) < half, -1, 1)
+        return jnp.matmul(x, matrix.astype(x.dtype), precision=jax.lax.Precision.HIGHEST)
+    return jnp.concatenate([-x[..., half:], x[..., :half]], axis=-1)

@@ -2,7 +2,7 @@
 
 from tanuki_jax.ops.attention import attention, cached_attention, splash_kernel
 from tanuki_jax.ops.cross_entropy import TokenScores, token_logprobs
-from tanuki_jax.ops.device import platform
+from tanuki_jax.ops.device import on_tpu, platform
 from tanuki_jax.ops.expert_ffn import expert_ffn
 from tanuki_jax.ops.grouped_matmul import grouped_matmul
 
@@ -12,6 +12,7 @@ __all__ = [
     "cached_attention",
     "expert_ffn",
     "grouped_matmul",
+    "on_tpu",
     "platform",
     "splash_kernel",
     "token_logprobs",

@@ -38,14 +38,16 @@ def attention(
       kernel: for splash with `places_S`: what `splash_kernel` made for all the queries of the row, this device's part of it.
 
     Returns:
-      [B, S, N, H] in the dtype of q; softmax and its sum in float32.  For remat policies the queries are named "q", in the
-      layout that the kernel takes, and the result "attention".
+      [B, S, N, H] in the dtype of q; softmax and its sum in float32.  For remat policies the queries are named "q", and,
+      where they are the whole row's, keys "k" and values "v", in the layout that the kernel takes; the result "attention".
     """
     impl = DEFAULT.get(platform(), "xla") if impl == "auto" else impl
     keys_BT = segment_ids_BS if key_segment_ids_BT is None else key_segment_ids_BT
     if impl == "splash":
         return splash.attention(q_BSNH, k_BTKH, v_BTKH, segment_ids_BS, keys_BT, kernel)
     q_BSNH = checkpoint_name(q_BSNH, "q")
+    if places_S is None:
+        k_BTKH, v_BTKH = checkpoint_name(k_BTKH, "k"), checkpoint_name(v_BTKH, "v")
     S, T = q_BSNH.shape[1], k_BTKH.shape[1]
     places_S = jnp.arange(S) if places_S is None else places_S
     mask_BST = (places_S[:, None] >= jnp.arange(T)) & (segment_ids_BS[:, :, None] == keys_BT[:, None, :])

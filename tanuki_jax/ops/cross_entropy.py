@@ -25,7 +25,7 @@ def token_logprobs(
     """Scores of `targets` under softmax(x @ head).
 
     Products run in the dtype of x and accumulate in float32; everything after them is float32.  "xla" walks over the row in
-    chunks; for the backward pass it keeps the probabilities in the dtype of x where that is a 16-bit one or there is only one
+    chunks; for the backward pass it keeps the exponentials in the dtype of x where that is a 16-bit one or there is only one
     chunk, and else computes them again.  "reference" is the plain formula.
 
     Args:
@@ -73,36 +73,35 @@ def _scores(x_nTD: jax.Array, head_DV: jax.Array, targets_nT: jax.Array, keep: b
 
 def _forward(x_nTD, head_DV, targets_nT, keep):
     def one(part):
-        scores, logits_TV = _of_chunk(part[0], head_DV, part[1])
-        kept = jnp.exp(logits_TV - scores.log_z[..., None]).astype(x_nTD.dtype) if keep else None
-        return scores, kept
+        scores, (exp_TV, inverse_T) = _of_chunk(part[0], head_DV, part[1])
+        return scores, (exp_TV.astype(x_nTD.dtype), inverse_T) if keep else None
 
     if len(x_nTD) == 1:
-        scores, probs_nTV = jax.tree.map(lambda a: a[None], one((x_nTD[0], targets_nT[0])))
+        scores, kept = jax.tree.map(lambda a: a[None], one((x_nTD[0], targets_nT[0])))
     else:
-        scores, probs_nTV = jax.lax.map(one, (x_nTD, targets_nT))
-    return scores, (x_nTD, head_DV, targets_nT, probs_nTV)
+        scores, kept = jax.lax.map(one, (x_nTD, targets_nT))
+    return scores, (x_nTD, head_DV, targets_nT, kept)
 
 
-def _backward(keep, kept, gradients):
-    x_nTD, head_DV, targets_nT, probs_nTV = kept
+def _backward(keep, residuals, gradients):
+    x_nTD, head_DV, targets_nT, kept = residuals
     by_target, by_log_z = gradients.logprob, gradients.log_z - gradients.logprob
 
-    def products(x_TD, probs_TV, targets_T, by_target_T, by_log_z_T, dtype=jnp.float32):
-        logits_TV = probs_TV.astype(jnp.float32) * by_log_z_T[..., None]
-        logits_TV += jnp.where(_vocabulary(probs_TV) == targets_T[..., None], by_target_T[..., None], 0)
+    def products(x_TD, exp_TV, inverse_T, targets_T, by_target_T, by_log_z_T, dtype=jnp.float32):
+        logits_TV = exp_TV.astype(jnp.float32) * (by_log_z_T * inverse_T)[..., None]
+        logits_TV += jnp.where(_vocabulary(exp_TV) == targets_T[..., None], by_target_T[..., None], 0)
         logits_TV = logits_TV.astype(x_TD.dtype)
         x_gradient = jnp.einsum("...V,DV->...D", logits_TV, head_DV)
         return x_gradient, jnp.einsum("...D,...V->DV", x_TD, logits_TV, preferred_element_type=dtype)
 
     if keep:
-        return *products(x_nTD, probs_nTV, targets_nT, by_target, by_log_z, head_DV.dtype), None
+        exp_nTV, inverse_nT = kept
+        return *products(x_nTD, exp_nTV, inverse_nT, targets_nT, by_target, by_log_z, head_DV.dtype), None
 
     def one(total_DV, part):
         x_TD, targets_T, by_target_T, by_log_z_T = part
-        scores, logits_TV = _of_chunk(x_TD, head_DV, targets_T)
-        probs_TV = jnp.exp(logits_TV - scores.log_z[..., None])
-        x_gradient, head_gradient = products(x_TD, probs_TV, targets_T, by_target_T, by_log_z_T)
+        _, (exp_TV, inverse_T) = _of_chunk(x_TD, head_DV, targets_T)
+        x_gradient, head_gradient = products(x_TD, exp_TV, inverse_T, targets_T, by_target_T, by_log_z_T)
         return total_DV + head_gradient, x_gradient
 
     zero_DV = jnp.zeros(head_DV.shape, jnp.float32)
@@ -111,14 +110,20 @@ def _backward(keep, kept, gradients):
 
 
 def _of_chunk(x_TD, head_DV, targets_T):
+    """The scores, and the softmax in two parts: exponentials of logits less the largest, and one over their sum.
+
+    So that the pass over all logits that sums the exponentials is also the one that writes them.
+    """
     logits_TV = jnp.einsum("...D,DV->...V", x_TD, head_DV, preferred_element_type=jnp.float32)
-    log_z = jax.nn.logsumexp(logits_TV, axis=-1)
+    most_T = logits_TV.max(axis=-1)
+    exp_TV = jnp.exp(logits_TV - most_T[..., None])
+    sum_T = exp_TV.sum(axis=-1)
+    log_z = most_T + jnp.log(sum_T)
     if on_tpu():  # a sum in the pass that is made anyway; a gather would be one more over all logits
         target = jnp.where(_vocabulary(logits_TV) == targets_T[..., None], logits_TV, 0).sum(axis=-1)
     else:
         target = jnp.take_along_axis(logits_TV, targets_T[..., None], axis=-1)[..., 0]
-    correct = (target >= logits_TV.max(axis=-1)).astype(jnp.float32)
-    return TokenScores(target - log_z, log_z, correct), logits_TV
+    return TokenScores(target - log_z, log_z, (target >= most_T).astype(jnp.float32)), (exp_TV, 1 / sum_T)
 
 
 def _vocabulary(logits_TV):

@@ -63,13 +63,16 @@ def attention(
 ) -> jax.Array:
     """Causal attention inside segments; without a kernel the queries are the whole row, of any length."""
     S, N, _ = q_BSNH.shape[1:]
-    rest = -S % LANES if kernel is None else 0
+    whole = kernel is None
+    rest = -S % LANES if whole else 0
     if rest:  # rows are padded with tokens of segment 0 after all others
         q_BSNH, k_BTKH, v_BTKH = (jnp.pad(a, ((0, 0), (0, rest), (0, 0), (0, 0))) for a in (q_BSNH, k_BTKH, v_BTKH))
         q_segments_BS, kv_segments_BT = (jnp.pad(a, ((0, 0), (0, rest))) for a in (q_segments_BS, kv_segments_BT))
-    kernel = make_kernel(S + rest, N) if kernel is None else kernel
+    kernel = make_kernel(S + rest, N) if whole else kernel
     q_BNSH, k_BKTH, v_BKTH = (a.swapaxes(1, 2) for a in (q_BSNH, k_BTKH, v_BTKH))
     q_BNSH = checkpoint_name(q_BNSH, "q")
+    if whole:
+        k_BKTH, v_BKTH = checkpoint_name(k_BKTH, "k"), checkpoint_name(v_BKTH, "v")
     segments = splash.SegmentIds(q_segments_BS, kv_segments_BT)
     y_BNSH = jax.vmap(kernel)(q_BNSH, k_BKTH, v_BKTH, segment_ids=segments)
     return y_BNSH.swapaxes(1, 2)[:, :S].astype(q_BSNH.dtype)

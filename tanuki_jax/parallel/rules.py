@@ -131,8 +131,11 @@ def rows_of(w_VD: jax.Array, index_BS: jax.Array) -> jax.Array:
         return gathered(w_VD, "VD")[index_BS]
     mesh = jax.sharding.get_abstract_mesh()
     parts = spec("VD", "stored", mesh, w_VD.shape)[1]
-    rows = PartitionSpec(_short(("data",), mesh), None, parts)
-    return constrain(jax.lax.with_sharding_constraint(w_VD[index_BS], rows), "BSD")
+    x_BSD = jax.lax.with_sharding_constraint(w_VD[index_BS], PartitionSpec(_short(("data",), mesh), None, parts))
+    if size("context") > 1:  # in two steps, or the compiler gathers everything
+        rows, tokens = _short(BATCH_AXES, mesh), _short(("context",), mesh)
+        x_BSD = jax.lax.with_sharding_constraint(x_BSD, PartitionSpec(rows, None, tokens))
+    return constrain(x_BSD, "BSD")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
