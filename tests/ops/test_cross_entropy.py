@@ -47,3 +47,15 @@ def test_against_numpy():
     expected = np.log(np.take_along_axis(probabilities, targets[..., None], -1)[..., 0])
     np.testing.assert_allclose(scores.logprob, expected, rtol=1e-5)
     np.testing.assert_array_equal(scores.correct, probabilities.argmax(-1) == targets)
+
+
+def test_the_masked_sum_of_tpus_equals_the_gather(monkeypatch):
+    from tanuki_jax.ops import cross_entropy
+
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, head = jax.random.normal(keys[0], (2, 6, 8)), jax.random.normal(keys[1], (8, 30))
+    targets = jax.random.randint(keys[2], (2, 6), 0, 30)
+    gathered = ops.token_logprobs(x, head, targets)
+    monkeypatch.setattr(cross_entropy, "on_tpu", lambda: True)
+    for a, b in zip(gathered, ops.token_logprobs(x, head, targets), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)

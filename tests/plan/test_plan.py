@@ -26,6 +26,9 @@ ENTRY %main (a: bf16[4,8]) -> f32[8,8] {
   %a = bf16[4,8]{1,0} parameter(0)
   %g = bf16[64,8]{1,0:T(8,128)(2,1)} all-gather(%a), op_name="jit(train_step)/gather"
   %s = (bf16[4,8]{1,0}, bf16[32,8]{1,0}) all-gather-start(%a)
+  %dynamic-update-slice.7 = bf16[128,8]{1,0} dynamic-update-slice(%zeros, %a, %i, %j)
+  %c = bf16[128,8]{1,0} copy(%dynamic-update-slice.7)
+  %t = (bf16[128,8]{1,0}, f32[4]{0}, /*index=5*/f32[4]{0}) all-reduce(%c, %loss, %norm), to_apply=%add
   %r = f32[2,8]{1,0} reduce-scatter(f32[16,8]{1,0} %x), dimensions={0}
   %expert_outer.4 = f32[8,8]{1,0} custom-call(%a), custom_call_target="tpu_custom_call"
   ROOT %f = f32[8,8]{1,0} fusion(%expert_outer.4), kind=kLoop, calls=%fused_computation.1
@@ -34,10 +37,11 @@ ENTRY %main (a: bf16[4,8]) -> f32[8,8] {
 
 
 def test_reading_a_compiled_module():
-    assert program.collectives(HLO) == {"all-gather": 64 * 8 * 2 + 32 * 8 * 2, "reduce-scatter": 2 * 16 * 8 * 4}
+    gathered = (64 + 32 + 128) * 8 * 2  # the last one by adding up arrays that are zero but for a slice
+    assert program.collectives(HLO) == {"all-gather": gathered, "reduce-scatter": 2 * 16 * 8 * 4, "all-reduce": 2 * 4 * 4}
     assert program.kernels(HLO) == {"expert_outer": 1}
     first = program.largest(HLO)[0]
-    assert (first["name"], first["bytes"]) == ("gather", 1024)  # what a fusion holds inside is no buffer
+    assert (first["name"], first["bytes"]) == ("dynamic-update-slice", 2048)  # what a fusion holds inside is no buffer
 
 
 @pytest.mark.parametrize("experts", [0, 4])

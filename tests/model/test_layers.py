@@ -1,0 +1,39 @@
+"""Rotary positions: against complex numbers, back and forth, and as the product that TPUs make of them."""
+
+import jax
+import jax.test_util
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tanuki_jax import ops
+from tanuki_jax.model import layers
+
+
+def inputs(dtype="float32"):
+    x = jax.random.normal(jax.random.key(0), (2, 7, 3, 16), dtype)
+    positions = jnp.array([[0, 1, 2, 3, 0, 1, 2], [5, 6, 7, 8, 900, 901, 902]])
+    return x, positions
+
+
+def test_a_pair_turns_by_its_position_times_its_frequency():
+    x, positions = inputs()
+    frequencies = 1e4 ** (-np.arange(8) / 8)
+    turn = np.exp(1j * np.asarray(positions)[:, :, None, None] * frequencies)
+    expected = (np.asarray(x[..., :8]) + 1j * np.asarray(x[..., 8:])) * turn
+    found = layers.rotate(x, positions, 1e4, scale=0.5)
+    np.testing.assert_allclose(found, 0.5 * np.concatenate([expected.real, expected.imag], -1), atol=2e-4)
+
+
+def test_its_gradient_against_finite_differences():
+    x, positions = inputs()
+    weights = jax.random.normal(jax.random.key(1), x.shape)
+    jax.test_util.check_grads(lambda x: (layers.rotate(x, positions, 1e4, 0.3) * weights).sum(), (x,), 1, ["rev"], rtol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_product_that_tpus_make_is_the_same_bit_for_bit(dtype, monkeypatch):
+    x, positions = inputs(dtype)
+    halves = layers.rotate(x, positions, 1e4)
+    monkeypatch.setattr(ops, "on_tpu", lambda: True)
+    np.testing.assert_array_equal(halves, layers.rotate(x, positions, 1e4))
