@@ -21,7 +21,7 @@ from tanuki_jax.ops.device import on_tpu, vmem_bytes
 
 TILE = 256  # rows of a tile
 PART = 128  # rows that are computed or skipped together in a tile that is not full
-LANES = 128
+SUBLANES, LANES = 8, 128
 F32 = jnp.float32
 
 
@@ -123,7 +123,9 @@ def _gate_up_gradient(dy_RD, weight_R, g_RF, u_RF, down_EFD, tiles):
         g, u, w = g_in[part].astype(F32), u_in[part].astype(F32), weight[part]
         sigmoid = jax.nn.sigmoid(g)
         silu = g * sigmoid
-        dweight_out[0, part] = (dh * silu * u).sum(axis=1, keepdims=True)
+        # Rows along lanes, by a product: one column would take as much memory as 128.
+        ones = jnp.ones((SUBLANES, width), F32)
+        dweight_out[0, :, part] = _dot_transposed(ones, dh * silu * u, precision=jax.lax.Precision.HIGHEST)
         dh *= w
         h_out[part] = (w * silu * u).astype(dtype)
         du_out[part] = (dh * silu).astype(dtype)
@@ -131,19 +133,19 @@ def _gate_up_gradient(dy_RD, weight_R, g_RF, u_RF, down_EFD, tiles):
 
     wide = pl.BlockSpec((TILE, width), lambda n, t, e, f, b: (b[t], n))
     matrix = pl.BlockSpec((1, width, D), lambda n, t, e, f, b: (e[t], n, 0))
-    sums = pl.BlockSpec((1, TILE, 1), lambda n, t, e, f, b: (n, b[t], 0))
+    sums = pl.BlockSpec((1, SUBLANES, TILE), lambda n, t, e, f, b: (n, 0, b[t]))
     blocks = F // width
-    dg_RF, du_RF, h_RF, dweight_nR1 = _call(
+    dg_RF, du_RF, h_RF, dweight_n8R = _call(
         "expert_gate_up_gradient",
         body,
         tiles,
         grid=(blocks, R // TILE),
         inputs=[(dy_RD, _rows(D)), (weight_R[:, None], _rows(1)), (g_RF, wide), (u_RF, wide), (down_EFD, matrix)],
-        outputs=[(jax.ShapeDtypeStruct((R, F), dtype), wide)] * 3 + [(jax.ShapeDtypeStruct((blocks, R, 1), F32), sums)],
+        outputs=[(jax.ShapeDtypeStruct((R, F), dtype), wide)] * 3 + [(jax.ShapeDtypeStruct((blocks, SUBLANES, R), F32), sums)],
         cost=(2 * D * F, dy_RD.nbytes * blocks + down_EFD.nbytes + 5 * R * F * bytes_),
         reused={2: 0, 3: 1},
     )
-    return dg_RF, du_RF, h_RF, dweight_nR1.sum(axis=(0, 2))
+    return dg_RF, du_RF, h_RF, dweight_n8R[:, 0].sum(axis=0)
 
 
 def _product(x_RA, w, tiles, transposed, plus_RB=None):
@@ -259,8 +261,10 @@ def _call(
             @pl.when((rows > 0) & (rows <= start))
             def _(part=part):
                 for reference in out:
-                    index = (0, part) if len(reference.shape) == 3 else part
-                    reference[index] = jnp.zeros((PART, reference.shape[-1]), reference.dtype)
+                    if len(reference.shape) == 3:
+                        reference[0, :, part] = jnp.zeros((SUBLANES, PART), reference.dtype)
+                    else:
+                        reference[part] = jnp.zeros((PART, reference.shape[-1]), reference.dtype)
 
     experts = next(array.shape[0] for array, _ in inputs if array.ndim == 3)
     flops_per_row, bytes_accessed = cost
