@@ -69,8 +69,7 @@ def _costs(recipe: Recipe, name: str, topology: Topology, mesh: Any) -> dict[str
     this, cfg = recipe.stages[name], config.model_of(recipe, name)
     rows, microbatches = this.batch_size // this.microbatches, this.microbatches
     short, long = (
-        program.compile_step(program.with_layers(recipe, name, layers, rows), name, mesh, quick=True)
-        for layers in (SHORT, LONG)
+        program.compile_step(program.with_layers(recipe, name, layers, rows), name, mesh) for layers in (SHORT, LONG)
     )
     if short.needed or long.needed:
         raise UserError(
