@@ -152,7 +152,11 @@ BAD = {
     "wrong type": ([*RUN, "--config.stages.pretrain.steps=many"], None, ["steps", "many"]),
     "unknown stage": (["train", CONFIG, "--workdir={new}", "--stage=rlhf"], None, ["--stage", "'rlhf'", "pretrain", "dpo"]),
     "no weight": ([*RUN, f"{WEIGHTS}ja=(0.0,)", f"{WEIGHTS}synthetic=(0.0,)"], None, ["stages.pretrain.mixture", "sum to 0"]),
-    "batch and mesh": ([*RUN, "--config.stages.pretrain.batch_size=12"], None, ["batch_size 12", "8 groups of devices"]),
+    "batch and mesh": (
+        [*RUN, "--config.stages.pretrain.batch_size=12", "--config.mesh.fsdp=8"],
+        None,
+        ["batch_size 12", "8 groups of devices"],
+    ),
     "mesh and devices": ([*RUN, "--config.mesh.data=3"], None, ["mesh", "8 devices"]),
     "vocabulary": ([*READY, "--config.model.vocab_size=128"], None, ["model.vocab_size 128", "720", "768"]),
     "unknown rules": ([*READY, "--config.data.ja=rules:poems"], None, ["data.ja", "rules:poems", "documents_ja"]),
