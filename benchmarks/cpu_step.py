@@ -15,13 +15,12 @@ import subprocess
 import sys
 import time
 
-TUNABLE = "glibc.malloc.hugetlb=1"
+from train_step import TUNABLE, random_batch
 
 
 def measure(stage: str, steps: int) -> dict[str, float]:
     """Tokens a second of a stage's train step after compilation, and the process's peak memory in GB."""
     import jax
-    import numpy as np
 
     from tanuki_jax import config, model
     from tanuki_jax.train import losses
@@ -30,16 +29,8 @@ def measure(stage: str, steps: int) -> dict[str, float]:
 
     recipe = config.load(["--config=configs/nano.py"])
     this, cfg = recipe.stages[stage], config.model_of(recipe, stage)
-    shape = (this.batch_size, this.seq_len)
-    tokens = np.random.default_rng(0).integers(1, cfg.vocab_size, shape).astype(np.int32)
-    batch = {
-        "tokens": tokens,
-        "targets": np.roll(tokens, -1, axis=1),
-        "loss_weights": np.ones(shape, np.float32),
-        "segment_ids": np.ones(shape, np.int32),
-        "positions": np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape),
-    }
-    batch = jax.device_put(batch)
+    batch = jax.device_put(random_batch(cfg.vocab_size, this.batch_size, this.seq_len))
+    tokens = batch["tokens"]
     optimizer = make_optimizer(this.optimizer)
     rate = learning_rate(this.optimizer, 1000)
     step = make_train_step(losses.make_loss(this.kind, cfg, this.loss), optimizer, rate, this.optimizer.clip_norm)

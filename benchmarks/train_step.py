@@ -57,10 +57,24 @@ EXPERTS, TOP_K = 8, 2
 # --- the sides; each returns seconds of the steps after the first ones ---------------------------------------------------
 
 
+def random_batch(vocab_size: int, rows: int, seq_len: int) -> dict:
+    """A pretraining batch of random tokens, one segment a row, all labelled: arrays [rows, seq_len]."""
+    import numpy as np
+
+    shape = (rows, seq_len)
+    tokens = np.random.default_rng(0).integers(1, vocab_size, shape).astype(np.int32)
+    return {
+        "tokens": tokens,
+        "targets": np.roll(tokens, -1, axis=1),
+        "loss_weights": np.ones(shape, np.float32),
+        "segment_ids": np.ones(shape, np.int32),
+        "positions": np.broadcast_to(np.arange(seq_len, dtype=np.int32), shape),
+    }
+
+
 def tanuki_jax(size: Preset, mixture: bool, steps: int) -> dict:
     """Ours, in this process."""
     import jax
-    import numpy as np
 
     from tanuki_jax import config, model, parallel
     from tanuki_jax.train import losses
@@ -71,15 +85,8 @@ def tanuki_jax(size: Preset, mixture: bool, steps: int) -> dict:
     sizes = {k: v for k, v in asdict(size).items() if k not in ("rows", "seq_len")}
     experts = dict(n_experts=EXPERTS, top_k=TOP_K, normalized_gate=False) if mixture else dict(n_experts=0)
     cfg = config.Model(**sizes, **experts, head_dim=size.d_model // size.n_heads)
-    shape = (size.rows, size.seq_len)
-    tokens = np.random.default_rng(0).integers(1, cfg.vocab_size, shape).astype(np.int32)
-    batch = {
-        "tokens": tokens,
-        "targets": np.roll(tokens, -1, axis=1),
-        "loss_weights": np.ones(shape, np.float32),
-        "segment_ids": np.ones(shape, np.int32),
-        "positions": np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape),
-    }
+    batch = random_batch(cfg.vocab_size, size.rows, size.seq_len)
+    tokens = batch["tokens"]
     optimizer = config.Optimizer(learning_rate=1e-4, clip_norm=1.0)
     made = make_optimizer(optimizer)
     loss = config.Loss(router_aux_loss=0.02) if mixture else config.Loss()
