@@ -28,9 +28,7 @@ class Attention(nn.Module):
         cfg = self.cfg
         q_DNH, k_DKH, v_DKH = (used(self, cfg, name, axes) for name, axes in (("q", "DNH"), ("k", "DKH"), ("v", "DKH")))
         o_NHD = used(self, cfg, "o", "NHD", "outer")
-        q_BSNH = jnp.einsum("BSD,DNH->BSNH", x_BSD, q_DNH)
-        k_BSKH = jnp.einsum("BSD,DKH->BSKH", x_BSD, k_DKH)
-        v_BSKH = jnp.einsum("BSD,DKH->BSKH", x_BSD, v_DKH)
+        q_BSNH, k_BSKH, v_BSKH = (ops.linear(x_BSD, w) for w in (q_DNH, k_DKH, v_DKH))
         positions_BS = batch["positions"]
         q_BSNH = rotate(q_BSNH, positions_BS, cfg.rope_theta, scale=cfg.head_dim**-0.5)
         k_BSKH = rotate(k_BSKH, positions_BS, cfg.rope_theta)
@@ -43,7 +41,7 @@ class Attention(nn.Module):
                 "v": cache["v"].at[rows_B1, positions_BS].set(v_BSKH),
             }
             y_BSNH = ops.cached_attention(q_BSNH, cache["k"], cache["v"], positions_BS)
-        return jnp.einsum("BSNH,NHD->BSD", y_BSNH, o_NHD), cache
+        return ops.linear(y_BSNH, o_NHD, axes=2), cache
 
 
 def attend(

@@ -57,8 +57,8 @@ class MLP(nn.Module):
     def __call__(self, x_BSD: jax.Array) -> jax.Array:
         gate_DF, up_DF = used(self, self.cfg, "gate", "DF"), used(self, self.cfg, "up", "DF")
         down_FD = used(self, self.cfg, "down", "FD", "outer")
-        gate_BSF, up_BSF = checkpoint_name(x_BSD @ gate_DF, "gate"), checkpoint_name(x_BSD @ up_DF, "up")
-        return (jax.nn.silu(gate_BSF) * up_BSF) @ down_FD
+        gate_BSF, up_BSF = checkpoint_name(ops.linear(x_BSD, gate_DF), "gate"), checkpoint_name(ops.linear(x_BSD, up_DF), "up")
+        return ops.linear(jax.nn.silu(gate_BSF) * up_BSF, down_FD)
 
 
 class Block(nn.Module):

@@ -5,6 +5,7 @@ from tanuki_jax.ops.cross_entropy import TokenScores, token_logprobs
 from tanuki_jax.ops.device import on_tpu, platform
 from tanuki_jax.ops.expert_ffn import expert_ffn
 from tanuki_jax.ops.grouped_matmul import grouped_matmul
+from tanuki_jax.ops.linear import linear
 
 __all__ = [
     "TokenScores",
@@ -12,6 +13,7 @@ __all__ = [
     "cached_attention",
     "expert_ffn",
     "grouped_matmul",
+    "linear",
     "on_tpu",
     "platform",
     "splash_kernel",

@@ -13,6 +13,8 @@ from tanuki_jax.ops import splash
 from tanuki_jax.ops.device import platform
 
 DEFAULT = {"tpu": "splash", "gpu": "cudnn", "cpu": "xla"}
+# How the xla path splits a row's queries.
+BLOCKS, LEAST_BLOCK = 8, 64
 
 
 def attention(
@@ -46,17 +48,18 @@ def attention(
     if impl == "splash":
         return splash.attention(q_BSNH, k_BTKH, v_BTKH, segment_ids_BS, keys_BT, kernel)
     q_BSNH = checkpoint_name(q_BSNH, "q")
-    if places_S is None:
+    whole = places_S is None
+    if whole:
         k_BTKH, v_BTKH = checkpoint_name(k_BTKH, "k"), checkpoint_name(v_BTKH, "v")
     S, T = q_BSNH.shape[1], k_BTKH.shape[1]
-    places_S = jnp.arange(S) if places_S is None else places_S
+    places_S = jnp.arange(S) if whole else places_S
     mask_BST = (places_S[:, None] >= jnp.arange(T)) & (segment_ids_BS[:, :, None] == keys_BT[:, None, :])
     if impl == "reference":
         return _reference(q_BSNH, k_BTKH, v_BTKH, mask_BST)
     if impl == "cudnn":
         y_BSNH = jax.nn.dot_product_attention(q_BSNH, k_BTKH, v_BTKH, mask=mask_BST[:, None], scale=1.0, implementation="cudnn")
     elif impl == "xla":
-        y_BSNH = _xla(q_BSNH, k_BTKH, v_BTKH, mask_BST)
+        y_BSNH = (_causal if whole else _xla)(q_BSNH, k_BTKH, v_BTKH, mask_BST)
     else:
         raise ValueError(f"attention: unknown impl {impl!r}")
     return checkpoint_name(y_BSNH, "attention")
@@ -77,14 +80,32 @@ def cached_attention(q_BSNH: jax.Array, k_BMKH: jax.Array, v_BMKH: jax.Array, po
     return _xla(q_BSNH, k_BMKH, v_BMKH, slots_M <= positions_BS[:, :, None])
 
 
+def _causal(q_BSNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BSS: jax.Array) -> jax.Array:
+    """The queries in blocks, each with the keys up to its end, which halves the work."""
+    S = q_BSNH.shape[1]
+    block = max(-(-S // BLOCKS), LEAST_BLOCK)
+    parts = []
+    for start in range(0, S, block):
+        end = min(start + block, S)
+        parts.append(_xla(q_BSNH[:, start:end], k_BSKH[:, :end], v_BSKH[:, :end], mask_BSS[:, start:end, :end]))
+    return jnp.concatenate(parts, axis=1)
+
+
 def _xla(q_BSNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, mask_BST: jax.Array) -> jax.Array:
-    B, S, N, H = q_BSNH.shape
-    K = k_BTKH.shape[2]
-    q_BSKGH = q_BSNH.reshape(B, S, K, N // K, H)
-    scores = jnp.einsum("BSKGH,BTKH->BKGST", q_BSKGH, k_BTKH, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask_BST[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_BTKH.dtype)
-    return jnp.einsum("BKGST,BTKH->BSKGH", weights, v_BTKH).reshape(B, S, N, H)
+    """Rows S x T of a head are one matrix product with those of its group: XLA's CPU backend is slow at any other order.
+
+    The softmax is divided by its sum after the product with the values, where its backward pass is the shortest.
+    """
+    (B, S, N, H), (T, K) = q_BSNH.shape, k_BTKH.shape[1:3]
+    q_BKRH = q_BSNH.reshape(B, S, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)  # R = G*S
+    k_BKTH, v_BKTH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
+    scores = jnp.einsum("BKRH,BKTH->BKRT", q_BKRH, k_BKTH, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask_BST[:, None, None], scores.reshape(B, K, -1, S, T), jnp.finfo(jnp.float32).min)
+    exp = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    weights_BKRT = exp.reshape(B, K, -1, T).astype(v_BTKH.dtype)
+    y_BKRH = jnp.einsum("BKRT,BKTH->BKRH", weights_BKRT, v_BKTH, preferred_element_type=jnp.float32)
+    y_BKGSH = y_BKRH.reshape(B, K, -1, S, H) / exp.sum(axis=-1, keepdims=True)
+    return y_BKGSH.astype(q_BSNH.dtype).transpose(0, 3, 1, 2, 4).reshape(B, S, N, H)
 
 
 def _reference(q_BSNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, mask_BST: jax.Array) -> jax.Array:

@@ -15,7 +15,7 @@ from tanuki_jax.ops.grouped_matmul import grouped_matmul
 # Room per expert, relative to a perfectly even load, that the padded layout tries in turn; the last resort is T rows.
 ROOMS = (1.25, 2.0)
 FEW = 256  # tokens up to which T rows per expert cost too little to choose
-DEFAULT = {"cpu": "padded", "gpu": "ragged", "tpu": "pallas"}
+DEFAULT = {"cpu": "blocked", "gpu": "ragged", "tpu": "pallas"}
 
 
 def expert_ffn(
@@ -38,9 +38,8 @@ def expert_ffn(
       gate_EDF, up_EDF, down_EFD: the experts, in the compute dtype.
       impl: how products over groups of rows are made:
         "pallas": our fused TPU kernels (interpreted elsewhere);
-        "ragged", "megablox": tokens sorted by expert, one grouped product after another (`grouped_matmul`);
-        "padded": each expert gets equal room, the smallest that holds the fullest one (on CPU a ragged product costs E
-          times the work);
+        "ragged", "blocked", "megablox": tokens sorted by expert, one grouped product after another (`grouped_matmul`);
+        "padded": each expert gets equal room, the smallest that holds the fullest one;
         "reference": every expert for every token;
         "auto": by platform.
       capacity: 0 is dropless.  Else an expert takes the first ceil(capacity * T*k / E) assignments of these T tokens and

@@ -13,7 +13,7 @@ CASES = {
     "one expert takes all": lambda rng, T, k, E: np.stack([[0, *(1 + rng.permutation(E - 1)[: k - 1])] for _ in range(T)]),
     "empty experts": lambda rng, T, k, E: np.stack([rng.permutation(k + 1)[:k] for _ in range(T)]),
 }
-IMPLS = ("padded", "ragged", "megablox", "pallas")
+IMPLS = ("padded", "ragged", "blocked", "megablox", "pallas")
 SMALL, FEW, WIDE = (300, 2, 8, 12, 20), (5, 1, 4, 12, 20), (600, 2, 3, 128, 256)  # T, k, E, D, F
 SIZES = [*((impl, sizes) for impl in IMPLS for sizes in (SMALL, FEW)), ("megablox", WIDE), ("pallas", WIDE)]
 

@@ -8,7 +8,7 @@ from tanuki_jax import ops
 SIZES = {"groups": (70, 0, 33, 1), "nothing": (0, 0, 0, 0), "one group": (0, 104, 0, 0), "all rows": (50, 50, 50, 50)}
 
 
-@pytest.mark.parametrize("impl", ["ragged", "megablox"])
+@pytest.mark.parametrize("impl", ["ragged", "blocked", "megablox"])
 @pytest.mark.parametrize("case", SIZES)
 @pytest.mark.parametrize(("D", "F"), [(128, 256), (12, 20)])
 def test_rows_past_the_last_group_are_zero_and_touch_nothing(impl, case, D, F):
@@ -30,7 +30,7 @@ def test_rows_past_the_last_group_are_zero_and_touch_nothing(impl, case, D, F):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("impl", ["ragged", "megablox", "reference"])
+@pytest.mark.parametrize("impl", ["ragged", "blocked", "megablox", "reference"])
 def test_a_few_rows(impl):
     y = ops.grouped_matmul(jnp.ones((10, 3)), jnp.ones((4, 3, 5)), jnp.array([2, 0, 3, 1]), impl=impl)
     np.testing.assert_array_equal(y, np.repeat([3.0, 0.0], [6, 4])[:, None] * np.ones(5))
