@@ -52,7 +52,7 @@ def attention(
     if whole:
         k_BTKH, v_BTKH = checkpoint_name(k_BTKH, "k"), checkpoint_name(v_BTKH, "v")
     S, T = q_BSNH.shape[1], k_BTKH.shape[1]
-    places_S = jnp.arange(S) if whole else places_S
+    places_S = jnp.arange(S) if places_S is None else places_S
     mask_BST = (places_S[:, None] >= jnp.arange(T)) & (segment_ids_BS[:, :, None] == keys_BT[:, None, :])
     if impl == "reference":
         return _reference(q_BSNH, k_BTKH, v_BTKH, mask_BST)

@@ -16,9 +16,9 @@ def grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array, 
     """Row r of group e times w[e].
 
     Args:
-      x_RD: rows.  "ragged", "blocked", "megablox" and "reference": the groups lie one after another, group e has group_sizes[e] rows,
-        and rows after the last group give 0.  "padded": R = E*C and group e starts at row e*C; rows past its size give
-        values that the caller must not use.
+      x_RD: rows.  For all but "padded" the groups lie one after another, group e has group_sizes[e] rows, and rows after the
+        last group give 0.  "padded": R = E*C and group e starts at row e*C; rows past its size give values that the caller
+        must not use.
       w_EDF: one matrix for each group, same dtype as x.
       group_sizes_E: int32.
       impl: "ragged" is `jax.lax.ragged_dot`, "megablox" JAX's Pallas kernel for TPU (interpreted elsewhere), "blocked" a
