@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from tanuki_jax import __version__, checkpoint, config, files, inputs, parallel, stage
+from tanuki_jax import __version__, checkpoint, config, files, inputs, parallel, placement, stage
 from tanuki_jax.config import Recipe
 from tanuki_jax.errors import UserError
 from tanuki_jax.evaluate import score
@@ -34,11 +34,12 @@ def run(recipe: Recipe, workdir: Path, only: str = "", allow_data_change: bool =
     parallel.once(lambda: _claim(recipe, workdir))
     mesh = parallel.make_mesh(recipe.mesh)
     wanted = [only] if only else list(recipe.stages)
-    for name in wanted:  # what cannot work is said before anything long begins
+    meshes = {name: placement.make_mesh(recipe, name) for name in wanted}
+    for name, own in meshes.items():  # what cannot work is said before anything long begins
         if recipe.stages[name].kind != "upcycle":
-            stage.check_mesh(recipe, name, stage.make_mesh(recipe, name))
+            placement.check_mesh(recipe, name, own)
     if first:
-        _announce(recipe, mesh, wanted)
+        _announce(recipe, mesh, meshes)
     sources = {source for name in wanted for source, weights in recipe.stages[name].mixture.items() if any(weights)}
     needed = any(not _done(workdir, name) for name in wanted)
     ready = parallel.once(lambda: inputs.prepare(recipe, workdir, sources)) if needed else None
@@ -49,7 +50,7 @@ def run(recipe: Recipe, workdir: Path, only: str = "", allow_data_change: bool =
         if parent in recipe.stages and not _done(workdir, parent):
             raise UserError(f"stage {name} starts from {parent}, which is not finished in {workdir}; run it first")
         assert ready is not None
-        entry = stage.run(recipe, name, workdir, ready, stage.make_mesh(recipe, name), allow_data_change)
+        entry = stage.run(recipe, name, workdir, ready, meshes[name], allow_data_change)
         entry["scores"], samples = _scores(recipe, name, workdir, ready, mesh)
         result = {"entry": entry, "samples": samples}
         parallel.on_first(functools.partial(files.write_json, stage.directory(workdir, name) / "done.json", result))
@@ -108,18 +109,18 @@ def _differences(old: Any, new: Any, path: str = "") -> list[str]:
     return [] if old == new else [f"{path} was {old}, is {new}"]
 
 
-def _announce(recipe: Recipe, mesh: jax.sharding.Mesh, names: list[str]) -> None:
+def _announce(recipe: Recipe, mesh: jax.sharding.Mesh, meshes: dict[str, jax.sharding.Mesh]) -> None:
     """The resolved config and the parameter tables, on stderr."""
     print("config, where it differs from the defaults (all of it is in recipe.json):", file=sys.stderr)
     print("\n".join(f"  {line}" for line in config.changed(recipe)), file=sys.stderr)
     print(f"{jax.device_count()} {jax.devices()[0].device_kind} device(s), mesh {_shape(mesh)}", file=sys.stderr)
-    for name in names:
-        if (own := stage.make_mesh(recipe, name)) != mesh:
+    for name, own in meshes.items():
+        if own != mesh:
             print(f"stage {name}: mesh {_shape(own)}, for it has {recipe.stages[name].batch_size} rows", file=sys.stderr)
-    for mixture in sorted({config.is_mixture(recipe, name) for name in names}):
-        name = next(n for n in names if config.is_mixture(recipe, n) == mixture)
+    for mixture in sorted({config.is_mixture(recipe, name) for name in meshes}):
+        name = next(n for n in meshes if config.is_mixture(recipe, n) == mixture)
         print(
-            f"parameters, {'mixture' if mixture else 'dense'}:\n{stage.describe(config.model_of(recipe, name), mesh)}",
+            f"parameters, {'mixture' if mixture else 'dense'}:\n{placement.describe(config.model_of(recipe, name), mesh)}",
             file=sys.stderr,
             flush=True,
         )

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import sys
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +11,8 @@ from typing import Any
 import grain
 import jax
 import numpy as np
-import optax
 
-from tanuki_jax import checkpoint, config, files, model, parallel, upcycle
+from tanuki_jax import checkpoint, config, files, model, parallel, placement, upcycle
 from tanuki_jax.config import Recipe
 from tanuki_jax.data import loader, packing
 from tanuki_jax.data.mixture import StagedMixture
@@ -164,57 +160,11 @@ def _starting_params(recipe: Recipe, name: str, workdir: Path, mesh: jax.shardin
     return loaded.params
 
 
-def state_shardings(cfg: config.Model, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> tuple[State, State]:
-    """Shapes of a state with their shardings, and the shardings alone: moments lie like their parameters."""
-    shapes = jax.eval_shape(lambda: init_state(model.init(cfg, jax.random.key(0)), optimizer, jax.random.key(0)))
-    split, whole = checkpoint.parameter_shardings(cfg, mesh), checkpoint.replicated(mesh)
-    moments = optax.tree_utils.tree_map_params(
-        optimizer, lambda _, s: s, shapes.opt_state, split, transform_non_params=lambda _: whole
-    )
-    shardings: Any = State(whole, split, moments, whole)  # type: ignore[arg-type]  # a tree of shardings, not arrays
-    return checkpoint.sharded_like(shapes, shardings), shardings
-
-
-def make_mesh(recipe: Recipe, name: str, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
-    """The recipe's mesh, as this stage's rows divide over it.
-
-    Where `mesh.fsdp` is left open (-1) and makes more groups of devices than a microbatch has rows, or other than divide
-    them, the devices left over split the tokens of each row instead (`context`).
-    """
-    this, sizes = recipe.stages[name], recipe.mesh
-    mesh = parallel.make_mesh(sizes, devices)
-    rows, others, fsdp = this.batch_size // this.microbatches, mesh.shape["data"] * mesh.shape["expert"], mesh.shape["fsdp"]
-    if this.kind == "upcycle" or sizes.fsdp != -1 or sizes.context != 1 or rows % others or not rows % (others * fsdp):
-        return mesh
-    groups = math.gcd(rows // others, fsdp)
-    if this.seq_len % (2 * fsdp // groups):
-        return mesh
-    return parallel.make_mesh(dataclasses.replace(sizes, fsdp=groups, context=fsdp // groups), devices)
-
-
-def check_mesh(recipe: Recipe, name: str, mesh: jax.sharding.Mesh) -> None:
-    """An error that names the key to change where a stage's sizes do not divide over the mesh."""
-    this, cfg = recipe.stages[name], config.model_of(recipe, name)
-    parallel.per_device_rows(mesh, this.batch_size, this.microbatches)
-    tensor, expert, context = (mesh.shape[axis] for axis in ("tensor", "expert", "context"))
-    sizes = {"n_kv_heads": cfg.n_kv_heads, "d_ff": cfg.d_ff, "vocab_size": cfg.vocab_size}
-    for key, size in sizes.items():
-        if size % tensor:
-            raise UserError(f"config: mesh.tensor {tensor} does not divide model.{key} {size}; use a divisor of it")
-    if cfg.n_experts % expert:
-        raise UserError(f"config: mesh.expert {expert} does not divide model.n_experts {cfg.n_experts}; use a divisor of it")
-    if context > 1 and this.seq_len % (2 * context):
-        raise UserError(
-            f"config: stages.{name}.seq_len {this.seq_len} is not a multiple of {2 * context}, two parts for each device of "
-            f"mesh.context {context}"
-        )
-
-
 def program(recipe: Recipe, name: str, steps: int, mesh: jax.sharding.Mesh) -> tuple[Any, State, State]:
     """What a stage runs: the jitted train step, and the shapes and shardings of its state; nothing is allocated."""
     this, cfg = recipe.stages[name], config.model_of(recipe, name)
     optimizer = make_optimizer(this.optimizer)
-    abstract, shardings = state_shardings(cfg, optimizer, mesh)
+    abstract, shardings = placement.state_shardings(cfg, optimizer, mesh)
     train_step = make_train_step(
         losses.make_loss(this.kind, cfg, this.loss),
         optimizer,
@@ -231,7 +181,7 @@ def update(recipe: Recipe, name: str, mesh: jax.sharding.Mesh) -> tuple[Any, Sta
     """The part of a stage's step after its gradients, jitted, and the shapes of the state and of (gradients, loss)."""
     this, cfg = recipe.stages[name], config.model_of(recipe, name)
     optimizer = make_optimizer(this.optimizer)
-    abstract, shardings = state_shardings(cfg, optimizer, mesh)
+    abstract, shardings = placement.state_shardings(cfg, optimizer, mesh)
     part = make_update(optimizer, learning_rate(this.optimizer, 1000), this.optimizer.clip_norm)
     jitted = jax.jit(
         lambda state, grads, loss: part(state, grads, {"loss": loss}),
@@ -255,7 +205,7 @@ def run(
     if this.kind == "upcycle":
         return _upcycle(recipe, name, workdir, mesh)
     cfg = config.model_of(recipe, name)
-    check_mesh(recipe, name, mesh)
+    placement.check_mesh(recipe, name, mesh)
     reference = _reference(recipe, name, workdir, inputs, mesh) if this.kind == "dpo" else None
     data = parallel.once(lambda: stage_data(recipe, name, inputs, workdir / "data", reference))
     train_step, abstract, shardings = program(recipe, name, data.steps, mesh)
@@ -390,14 +340,3 @@ def _save_array(path: Path, array: np.ndarray) -> bool:
     with files.atomic_path(path) as temporary, temporary.open("wb") as f:
         np.save(f, array)
     return True
-
-
-def describe(cfg: config.Model, mesh: jax.sharding.Mesh) -> str:
-    """A table of the parameters: name, axes, shape, which axis is split over what, number."""
-    lines = []
-    for name, axes, shape in model.named_parameters(cfg):
-        where = parallel.spec(axes, "stored", mesh, shape)
-        split = ", ".join(f"{axis} over {over}" for axis, over in zip(axes, where, strict=True) if over)
-        lines.append(f"  {name:20s} {axes:6s} {str(shape):26s} {split:14s} {int(np.prod(shape)):>15,}")
-    total, active = model.count_parameters(cfg)
-    return "\n".join([*lines, f"  {'total':20s} {'':6s} {'':26s} {'':14s} {total:>15,}  ({active:,} active)"])

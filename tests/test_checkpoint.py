@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from tanuki_jax import checkpoint, config, parallel, stage
+from tanuki_jax import checkpoint, config, parallel, placement
 from tanuki_jax.errors import UserError
 from tanuki_jax.train.optimizer import make_optimizer
 from tests.tiny import init, small
@@ -25,7 +25,7 @@ def mesh(data, fsdp):
 
 def state_on(where, seed=0):
     """A state of random numbers, moments included, and the shapes and shardings to restore it with."""
-    abstract, shardings = stage.state_shardings(CFG, OPTIMIZER, where)
+    abstract, shardings = placement.state_shardings(CFG, OPTIMIZER, where)
     rng = np.random.default_rng(seed)
 
     def drawn(leaf):

@@ -14,10 +14,10 @@ FILES = sorted(path for room in ("tanuki_jax", "tokenization") for path in (ROOT
 LAYERS = (
     ("cli",),
     ("recipe",),
-    ("stage", "inputs", "report", "train", "upcycle", "evaluate", "serve", "synth", "interop", "plan"),
+    ("stage", "placement", "inputs", "report", "train", "upcycle", "evaluate", "serve", "synth", "interop", "plan"),
     ("model", "data", "checkpoint", "parallel", "tokenization"),
     ("ops",),
-    ("config", "files", "progress", "errors", "tanuki_jax"),  # tanuki_jax: the package itself, for its version
+    ("config", "schema", "files", "progress", "errors", "tanuki_jax"),  # tanuki_jax: the package itself, for its version
 )
 LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
 # What the layers alone would allow.

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tanuki_jax import checkpoint, cli, config, parallel, stage
+from tanuki_jax import checkpoint, cli, config, parallel, placement
 from tanuki_jax.errors import UserError
 from tanuki_jax.train.optimizer import make_optimizer
 from tests import tiny_recipe
@@ -51,7 +51,7 @@ def adam_steps(home, name):
     loaded = checkpoint.load(home / "run" / "stages" / name)
     recipe = config.resolve(loaded.meta["recipe"])
     optimizer = make_optimizer(recipe.stages[name].optimizer)
-    abstract, _ = stage.state_shardings(loaded.cfg, optimizer, parallel.make_mesh(config.Mesh()))
+    abstract, _ = placement.state_shardings(loaded.cfg, optimizer, parallel.make_mesh(config.Mesh()))
     opened = checkpoint.Checkpoints(loaded.stage_directory, keep=checkpoint.EVERY)
     state = opened.restore(opened.latest(), abstract)
     opened.close()
@@ -103,7 +103,7 @@ def divided(sizes, changes):
     c.model.update(dict(n_heads=4, n_kv_heads=4))
     for key, value in changes.items():
         (c.model if key in c.model else c.stages.continued)[key] = value
-    stage.check_mesh(config.resolve(c), "continued", parallel.make_mesh(config.Mesh(**sizes)))
+    placement.check_mesh(config.resolve(c), "continued", parallel.make_mesh(config.Mesh(**sizes)))
 
 
 @pytest.mark.parametrize("case", UNEVEN)
@@ -136,5 +136,5 @@ def test_devices_that_rows_do_not_need_split_the_tokens(rows, microbatches, size
     made.stages.only = config.stage(
         "pretrain", mixture=dict(ja=(1.0,)), steps=1, seq_len=32, batch_size=rows, microbatches=microbatches
     )
-    mesh = stage.make_mesh(config.resolve(made), "only")
+    mesh = placement.make_mesh(config.resolve(made), "only")
     assert tuple(mesh.shape[axis] for axis in ("data", "fsdp", "context")) == expected

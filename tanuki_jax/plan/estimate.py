@@ -10,7 +10,7 @@ import dataclasses
 import math
 from typing import Any
 
-from tanuki_jax import config, model, stage
+from tanuki_jax import config, model, placement
 from tanuki_jax.config import Recipe
 from tanuki_jax.errors import UserError
 from tanuki_jax.plan import program
@@ -33,8 +33,8 @@ def plan_stage(recipe: Recipe, name: str, topology: Topology, costs: bool = True
     if this.kind == "upcycle":
         raise UserError(f"plan: stage {name} converts parameters and trains nothing; plan another stage")
     recipe = dataclasses.replace(recipe, mesh=dataclasses.replace(recipe.mesh, slices=topology.slices))
-    mesh = stage.make_mesh(recipe, name, topology.devices())
-    stage.check_mesh(recipe, name, mesh)
+    mesh = placement.make_mesh(recipe, name, topology.devices())
+    placement.check_mesh(recipe, name, mesh)
     total, active = model.count_parameters(cfg)
     whole = program.compile_step(recipe, name, mesh)
     tokens = this.batch_size * this.seq_len

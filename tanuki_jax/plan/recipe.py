@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from tanuki_jax import config, model, parallel, stage
+from tanuki_jax import config, model, parallel, placement
 from tanuki_jax.config import Recipe
 from tanuki_jax.errors import UserError
 from tanuki_jax.plan.estimate import advice, plan_stage, spent
@@ -59,7 +59,7 @@ def explain(recipe: Recipe, only: str, topology: Topology) -> str:
     """How every parameter and activation of a stage (the last one if none is named) lies on the slice."""
     name = only or list(recipe.stages)[-1]
     recipe = dataclasses.replace(recipe, mesh=dataclasses.replace(recipe.mesh, slices=topology.slices))
-    mesh = stage.make_mesh(recipe, name, topology.devices())
+    mesh = placement.make_mesh(recipe, name, topology.devices())
     return "\n".join(parallel.explain(mesh, model.named_parameters(config.model_of(recipe, name))))
 
 

@@ -1,0 +1,187 @@
+"""The schema of every config: typed defaults and one documentation line per key."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+
+def key(default: Any, doc: str) -> Any:
+    """A config key: its default (a dict or class means a fresh one each time) and its documentation."""
+    if callable(default):
+        return dataclasses.field(default_factory=default, metadata={"doc": doc})
+    return dataclasses.field(default=default, metadata={"doc": doc})
+
+
+@dataclass(frozen=True)
+class Model:
+    """Shape of the transformer and how it is computed.  Letters as in every docstring: V D L N K H F E."""
+
+    vocab_size: int = key(65_024, "V: rows of the embedding; the tokenizer's pieces padded to a multiple of 128")
+    n_layers: int = key(32, "L")
+    d_model: int = key(4096, "D: width of the residual stream")
+    d_ff: int = key(14_336, "F: inner width of the SwiGLU block, and of each expert")
+    n_heads: int = key(32, "N: query heads")
+    n_kv_heads: int = key(8, "K: key and value heads, shared by N/K query heads each")
+    head_dim: int = key(128, "H")
+    rope_theta: float = key(10_000.0, "base of the rotary position encoding; a stage may set its own")
+    norm_eps: float = key(1e-5, "epsilon of RMSNorm")
+    init_std: float = key(0.008, "standard deviation of the initial weights; residual outputs are divided by sqrt(2L)")
+    n_experts: int = key(0, "E: experts per block of the mixture; 0 where there is none (dense stages ignore it)")
+    top_k: int = key(2, "experts that a token visits")
+    normalized_gate: bool = key(True, "router logits are z-scored over experts (Tanuki, Skywork-MoE) or plain (Mixtral)")
+    param_dtype: str = key("float32", "dtype of the stored parameters")
+    dtype: str = key("auto", "dtype of matrix products: float32, bfloat16, or auto (bfloat16 except on CPU)")
+    capacity_factor: float = key(0.0, "room of an expert relative to an even load, tokens beyond it are dropped; 0 = dropless")
+    attention: str = key("auto", "auto (by platform), splash (TPU), cudnn (GPU), xla or reference")
+    experts: str = key("auto", "auto (by platform), pallas (TPU), megablox (TPU), ragged, blocked, padded or reference")
+    remat: str = key(
+        "none", "kept for the backward pass: none = everything, dots = matrix products, attention, ffn, full = nothing, offload"
+    )
+    unroll: int = key(1, "blocks that one pass of the compiled loop over layers holds")
+    logits_chunk: int = key(512, "most positions of a row whose float32 logits exist at one time")
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Sizes of the device mesh; their product is the number of devices."""
+
+    slices: int = key(1, "TPU slices joined by the data-centre network; each holds whole replicas")
+    data: int = key(1, "replicas of the model in a slice")
+    fsdp: int = key(-1, "devices that share one replica's parameters; -1 = all that are left")
+    expert: int = key(1, "devices that share the experts; tokens travel to them by all-to-all")
+    context: int = key(1, "devices that share the tokens of a row")
+    tensor: int = key(1, "devices that share heads, F and vocabulary")
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """An existing tokenizer, or how to train one."""
+
+    path: str = key("", "directory with tokenizer.json; empty = train one as below")
+    vocab_size: int = key(65_000, "pieces, special tokens and the 256 bytes included")
+    sources: tuple[str, ...] = key((), "names in `data` to train on; empty = all")
+    character_coverage: float = key(0.9995, "share of characters that get a piece; the rest is spelt in bytes")
+    max_bytes: int = key(1_000_000_000, "text read of each source, in UTF-8 bytes; what is left out is reported")
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How many rows of rule-made data to make for the `rules:` sources (synth/rules.py)."""
+
+    documents: int = key(40_000, "documents per language")
+    dialogues: int = key(60_000, "dialogues per language")
+    pairs: int = key(8_000, "preference pairs")
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """Held-out rule-made prompts answered after every stage."""
+
+    prompts: int = key(0, "held-out prompts per stage; 0 = no scoring")
+    pairs: int = key(0, "held-out preference pairs per stage")
+    max_new_tokens: int = key(48, "longest answer")
+    batch_size: int = key(256, "prompts decoded together")
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """AdamW with decoupled weight decay on matrices (not on norms), global-norm clipping and a schedule with a floor."""
+
+    learning_rate: float = key(1e-4, "peak")
+    learning_rate_floor: float = key(0.0, "final value of the schedule")
+    schedule: str = key("cosine", "cosine, wsd (warm-up, stable, linear decay) or constant")
+    warmup_steps: int = key(0, "steps of linear warm-up from 0")
+    warmup_ratio: float = key(0.0, "the same as a share of the stage's steps, where warmup_steps is 0")
+    decay_steps: int = key(
+        0, "cosine: step at which the floor is reached; wsd: length of the decay; 0 = stage's end; a tenth of it"
+    )
+    schedule_start: int = key(0, "step of the schedule at which the stage begins, where it goes on with an earlier stage's")
+    beta1: float = key(0.9, "decay of Adam's first moment")
+    beta2: float = key(0.95, "decay of Adam's second moment")
+    eps: float = key(1e-8, "Adam's epsilon")
+    moment_dtype: str = key("float32", "dtype in which both moments are stored; they are computed in float32")
+    weight_decay: float = key(0.1, "decoupled decay, multiplied by the learning rate")
+    clip_norm: float = key(1.0, "largest global gradient norm; 0 = no clipping")
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What is added to, or replaces, the token cross entropy."""
+
+    z_loss: float = key(0.0, "coefficient of (log Z)^2 of the output softmax")
+    router_aux_loss: float = key(0.02, "coefficient of the Switch load-balancing loss, mixture only")
+    router_z_loss: float = key(0.0, "coefficient of (logsumexp of the router logits)^2, mixture only")
+    beta: float = key(0.1, "DPO: strength of the tie to the reference model")
+    label_smoothing: float = key(0.0, "DPO: probability that a preference label is wrong (cDPO)")
+
+
+@dataclass(frozen=True)
+class Upcycle:
+    """How a dense model becomes a mixture."""
+
+    strategy: str = key("noise", "copy: experts equal the dense FFN; noise: plus N(0, noise_std) on its weights (Tanuki)")
+    noise_std: float = key(1e-3, "absolute standard deviation of the noise")
+    router_std: float = key(0.02, "standard deviation of the fresh router (Tanuki drew N(0, 1))")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a recipe.  Stages run in the order that `init_from` gives."""
+
+    kind: str = key("pretrain", "pretrain, upcycle, sft or dpo")
+    init_from: str = key("", "an earlier stage, a checkpoint directory, or empty: random weights")
+    carry: str = key("params", "what is taken from init_from: params, or all (Adam's moments too)")
+    mixture_of_experts: bool = key(
+        False, "a stage that starts from random weights or from a checkpoint directory: whether that is a mixture"
+    )
+    mixture: dict[str, tuple[float, ...]] = key(dict, "name in `data` -> its weight in each phase of the stage")
+    mixture_starts: tuple[int, ...] = key((0,), "tokens after which each phase of the mixture begins")
+    seq_len: int = key(2048, "S: tokens of a row")
+    batch_size: int = key(256, "B: rows of a global batch")
+    microbatches: int = key(1, "parts of the batch that are computed one after another (gradient accumulation)")
+    steps: int = key(0, "budget in optimizer steps; set exactly one of steps, tokens, epochs")
+    tokens: int = key(0, "budget in tokens, B*S per step")
+    epochs: float = key(0.0, "budget in passes over the packed rows (sft and dpo)")
+    reset_attention: bool = key(True, "attention and positions start anew at each document (Tanuki's pretraining: no)")
+    rope_theta: float = key(0.0, "RoPE base of this stage; 0 = the model's")
+    optimizer: Optimizer = key(Optimizer, "AdamW and its schedule")
+    loss: Loss = key(Loss, "loss options")
+    upcycle: Upcycle = key(Upcycle, "kind upcycle only")
+    save_every: int = key(500, "steps between checkpoints; the last step is always saved")
+    keep: int = key(1, "newest checkpoints kept")
+    log_every: int = key(10, "steps between lines of metrics.jsonl")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything: model, data and the stages of one run."""
+
+    name: str = key("", "title of the report")
+    seed: int = key(0, "root of every random choice")
+    model: Model = key(Model, "shape of the transformer")
+    mesh: Mesh = key(Mesh, "devices")
+    tokenizer: Tokenizer = key(Tokenizer, "text to ids")
+    data: dict[str, str] = key(dict, "source name -> comma-separated globs of .txt, .jsonl or .jsonl.gz files, or rules:NAME")
+    rules: Rules = key(Rules, "amount of rule-made data")
+    stages: dict[str, Stage] = key(dict, "stage name -> stage")
+    scoring: Scoring = key(Scoring, "held-out prompts answered after every stage")
+    tensorboard: bool = key(True, "write TensorBoard files beside metrics.jsonl")
+
+
+CHOICES = {
+    "kind": ("pretrain", "upcycle", "sft", "dpo"),
+    "carry": ("params", "all"),
+    "schedule": ("cosine", "wsd", "constant"),
+    "strategy": ("copy", "noise"),
+    "dtype": ("auto", "float32", "bfloat16"),
+    "param_dtype": ("float32", "bfloat16"),
+    "remat": ("none", "dots", "attention", "ffn", "full", "offload"),
+    "attention": ("auto", "splash", "cudnn", "xla", "reference"),
+    "experts": ("auto", "pallas", "megablox", "ragged", "blocked", "padded", "reference"),
+    "moment_dtype": ("float32", "bfloat16"),
+}
+# Keys that may differ between two runs of one workdir: they change neither the data nor the weights.
+COMPUTED = ("mesh", "remat", "unroll", "logits_chunk", "attention", "experts", "microbatches")
+RESUMABLE = (*COMPUTED, "tensorboard", "save_every", "keep", "log_every")
