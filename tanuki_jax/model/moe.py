@@ -114,18 +114,9 @@ def _experts(cfg: config.Model, *arguments: jax.Array) -> tuple[jax.Array, jax.A
     def local(
         x_BSD: jax.Array, weights_BSk: jax.Array, experts_BSk: jax.Array, *matrices: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        whole = []
-        for w, now, then in zip(matrices, stored, used, strict=True):
-            for axis, (over, kept) in enumerate(zip(now, then, strict=True)):
-                if rest := tuple(name for name in _names(over) if name not in _names(kept)):
-                    w = jax.lax.all_gather(w, rest, axis=axis, tiled=True)
-            whole.append(w)
+        whole = [parallel.gathered_within(w, *specs) for w, *specs in zip(matrices, stored, used, strict=True)]
         y_BSD, kept_BSk = ffn(x_BSD, weights_BSk, experts_BSk, *whole, axis="expert" if mesh.shape["expert"] > 1 else "")
         return (jax.lax.psum(y_BSD, "tensor") if used[0][2] else y_BSD), kept_BSk
 
     specs = (tokens, tokens, tokens, *stored)
     return jax.shard_map(local, in_specs=specs, out_specs=(tokens, tokens), check_vma=False)(*arguments)
-
-
-def _names(over: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    return (over,) if isinstance(over, str) else over or ()

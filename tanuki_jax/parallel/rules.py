@@ -138,6 +138,18 @@ def rows_of(w_VD: jax.Array, index_BS: jax.Array) -> jax.Array:
     return constrain(x_BSD, "BSD")
 
 
+def gathered_within(w: jax.Array, stored: PartitionSpec, used: PartitionSpec) -> jax.Array:
+    """`gathered` inside shard_map: the device's part of a parameter, gathered over what only `stored` is split over."""
+    for axis, (over, kept) in enumerate(zip(stored, used, strict=True)):
+        if rest := tuple(name for name in _names(over) if name not in _names(kept)):
+            w = jax.lax.all_gather(w, rest, axis=axis, tiled=True)
+    return w
+
+
+def _names(over: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (over,) if isinstance(over, str) else over or ()
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _reshard(w: jax.Array, used: PartitionSpec, stored: PartitionSpec) -> jax.Array:
     # The barrier keeps the compiler from gathering first and casting to the compute dtype after.
