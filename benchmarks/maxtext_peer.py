@@ -14,7 +14,6 @@ four layers and one of two, a step is the two-layer model plus the other layers,
 import argparse
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
@@ -22,14 +21,15 @@ import subprocess
 import time
 from pathlib import Path
 
+from tanuki_jax.plan import parse as parse_topology
+from tanuki_jax.plan.estimate import priced
+from tanuki_jax.train.metrics import PEAK_FLOPS
+
 Options = dict[str, str | int | float | bool]
 
 MAXTEXT, LIBTPU = "0.2.5", "0.0.52"
 MODULE = "maxtext.trainers.pre_train.train_compile"
-GIB, GB = 2**30, 1e9
-
-# What the TPU compiler leaves to a program, as it prints when one does not fit ("Used X of Y hbm").
-HBM_LIMIT_GIB = {"v5p": 95.74, "v6e": 31.25, "v5e": 15.75}
+GB = 1e9
 
 COMMON: Options = {
     "compile_topology_num_slices": 1,
@@ -220,7 +220,7 @@ def memory_of(scanned: dict, topology: str) -> dict:
     if "error" in scanned:
         return {"fits": False, "error": scanned["error"], "used_gib": scanned.get("used_gib")}
     arguments, temporaries = scanned["argument"], scanned["temp"] + scanned["output"] - scanned["alias"]
-    limit = HBM_LIMIT_GIB[topology.split("-")[0]] * GIB
+    limit = parse_topology(topology).generation.hbm_limit
     return {
         "arguments_gb": arguments / GB,
         "temporaries_gb": temporaries / GB,
@@ -243,15 +243,11 @@ def figures(model: Options, tokens: float, layer: dict[str, float], step: dict[s
 
 
 COSTS = ("seconds", "flops", "bytes")
-PEAK = {"v5p": 459e12, "v6e": 918e12, "v5e": 197e12}  # bfloat16 FLOP/s of a chip
 
 
-def priced(run: dict, topology: str) -> dict:
-    """Without the -1 second for each instruction that the compiler cannot price; see tanuki_jax/plan/estimate.py."""
-    if "error" in run:
-        return run
-    least = run["flops"] / PEAK[topology.split("-")[0]]
-    return run | {"seconds": run["seconds"] + max(0, math.ceil(least - run["seconds"]))}
+def peak(topology: str) -> float:
+    """bfloat16 FLOP/s of a chip."""
+    return PEAK_FLOPS[parse_topology(topology).generation.device_kind]
 
 
 def compile_plan(
@@ -262,8 +258,8 @@ def compile_plan(
     layers = int(model["base_num_decoder_layers"])
     scanned = compile_once(python, flags | {"scan_layers": True}, cache)
     few = (flags | {"base_num_decoder_layers": n, "scan_layers": False} for n in (2, 4))
-    scanned, short, long = (priced(run, topology) for run in (scanned, *(compile_once(python, f, cache) for f in few)))
-    runs = (scanned, short, long)
+    runs = (scanned, *(compile_once(python, f, cache) for f in few))
+    scanned, short, long = (run if "error" in run else priced(run, peak(topology)) for run in runs)
     plan = {"options": options, "batch": per_chip_batch, "command": [str(python), "-m", MODULE, *scanned["flags"]]}
     plan |= {"compile_seconds": sum(r["compile_seconds"] for r in runs)} | memory_of(scanned, topology)
     if "error" in short or "error" in long:
@@ -282,11 +278,11 @@ def screen(
 ) -> dict:
     """The same from the scanned compilation alone: its layer costs what a known plan's does, plus what the two differ by."""
     scanned = compile_once(python, flags_of(model, topology, per_chip_batch, seq_len, options) | {"scan_layers": True}, cache)
-    scanned = priced(scanned, topology)
     plan = {"options": options, "batch": per_chip_batch, "compile_seconds": scanned["compile_seconds"], "screened": True}
     plan |= memory_of(scanned, topology)
     if "error" in scanned:
         return plan
+    scanned = priced(scanned, peak(topology))
     rest, scanned_rest = at_batch(per_chip_batch, known, "rest"), at_batch(per_chip_batch, known, "scanned_rest")
     layer = {name: scanned[name] - scanned_rest[name] for name in COSTS}
     step = {name: rest[name] + int(model["base_num_decoder_layers"]) * layer[name] for name in COSTS}

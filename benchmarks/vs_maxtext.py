@@ -12,6 +12,7 @@ active parameters and causal attention a token.  Answers are kept in --cache, so
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import os
@@ -23,6 +24,10 @@ from pathlib import Path
 
 import maxtext_peer as peer
 
+from tanuki_jax import config
+from tanuki_jax.model import flops_per_token
+from tanuki_jax.plan import parse
+
 ROOT = Path(__file__).resolve().parent.parent
 SEQ_LEN = 4096
 RECIPES = {"dense": ("tanuki_8b", "run_01"), "mixture": ("tanuki_8x8b", "moe_01")}
@@ -30,14 +35,12 @@ REMAT = ("none", "dots", "attention")  # those that may be the fastest, from the
 EQUAL = {"v5p": 2, "v6e": 1, "v5e": 1}  # sequences a chip
 # Sequences a chip that are tried under each policy, the most first.
 BATCHES = {"v5p": (8, 7, 6, 5, 4, 3, 2), "v6e": (4, 3, 2, 1), "v5e": (2, 1)}
-ACTIVE = {"dense": 7_512_264_704, "mixture": 13_150_457_856}
-ATTENTION_FLOPS = 6 * 32 * 32 * 128 * SEQ_LEN  # of a token: layers x heads x head_dim, causal
 
 
 def ours(python: Path, model: str, topology: str, rows: int, remat: str, cache: Path) -> dict:
     """The plan of one configuration, from `tanuki plan` in the peer's environment; kept under a hash of it and of our code."""
     recipe, stage = RECIPES[model]
-    chips = int(topology.split("-")[1]) // (2 if topology.startswith("v5p") else 1)
+    chips = parse(topology).chips
     key = f"--config.stages.{stage}"
     flags = [
         f"--config=configs/{recipe}.py",
@@ -105,10 +108,18 @@ HEADER = (
 )
 
 
+@functools.cache
+def flops_of_a_token(model: str) -> float:
+    """6 x all active parameters, the embedding's too as MaxText counts, and causal attention."""
+    recipe, stage = RECIPES[model]
+    cfg = config.model_of(config.load([f"--config={ROOT}/configs/{recipe}.py"]), stage)
+    return flops_per_token(cfg, SEQ_LEN) + 6 * cfg.vocab_size * cfg.d_model
+
+
 def row(who: str, model: str, topology: str, plan: dict) -> str:
     """One line of the table."""
     rate = plan["tokens_per_second_per_chip"]
-    mfu = rate * (6 * ACTIVE[model] + ATTENTION_FLOPS) / peer.PEAK[topology.split("-")[0]]
+    mfu = rate * flops_of_a_token(model) / peer.peak(topology)
     least = f"{plan['over_least']:.3f}" if "over_least" in plan else ""
     return (
         f"| {who} | {plan['label']} | {plan['step_seconds_estimate']:.3f} | {rate:,.0f} | {mfu:.1%} | "

@@ -9,6 +9,7 @@ The parameter tree is stacked over layers, leading axis L:
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
@@ -183,6 +184,7 @@ def decode(
     Rows may be at different positions; a token sees the slots 0 to its position, so tokens written past a row's true
     end are never seen before they are overwritten.  Returns [B, S, D] in the compute dtype.
     """
+    cfg = dataclasses.replace(cfg, capacity_factor=0.0)  # else an answer would depend on the other rows
     batch = {"tokens": tokens_BS, "positions": positions_BS, "segment_ids": jnp.ones_like(tokens_BS)}
     hidden_BSD, cache, _ = cast(Any, Transformer(cfg).apply({"params": params}, batch, cache))
     return hidden_BSD, cache

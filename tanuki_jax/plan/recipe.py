@@ -103,6 +103,8 @@ def _candidates(recipe: Recipe, name: str, topology: Topology) -> Iterator[tuple
     """Meshes from the plainest on, each with the fewest microbatches first."""
     this, cfg = recipe.stages[name], config.model_of(recipe, name)
     for tensor, context in ((1, 1), (1, 2), (1, 8), (2, 1)):
+        if topology.chips_per_slice % (tensor * context):
+            continue
         groups = topology.chips // (tensor * context)
         rows = this.batch_size // groups
         if this.batch_size % groups or cfg.n_kv_heads % tensor:

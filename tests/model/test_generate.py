@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,6 +51,13 @@ def test_samples_follow_the_distribution():
     drawn = [ids[0] for ids in model.generate(CFG, PARAMS, [[5, 6, 7]] * 4000, Sampling(1, temperature=1.0), seed=0)]
     shares = np.bincount(drawn, minlength=CFG.vocab_size) / 4000
     assert np.abs(shares - probabilities).max() < 0.02
+
+
+def test_no_token_is_dropped_while_decoding():
+    """An expert's room is for training: an answer would depend on the other rows."""
+    tight = dataclasses.replace(CFG, capacity_factor=0.5)
+    options = Sampling(max_new_tokens=4)
+    assert model.generate(tight, PARAMS, PROMPTS, options) == model.generate(CFG, PARAMS, PROMPTS, options)
 
 
 def test_an_empty_prompt_is_an_error():
