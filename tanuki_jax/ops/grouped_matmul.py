@@ -37,6 +37,8 @@ def grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array, 
         group_R = jnp.searchsorted(ends_E, jnp.arange(x_RD.shape[0]), side="right")
         onehot_RE = jax.nn.one_hot(group_R, E, dtype=x_RD.dtype)
         return jnp.einsum("RD,EDF,RE->RF", x_RD, w_EDF, onehot_RE)
+    if impl == "blocked":
+        return _blocked(x_RD, w_EDF, group_sizes_E)
     # Kernels leave rows past the last group unwritten, forward and backward.
     x_RD = jnp.where(inside_R1, x_RD, 0)
     if impl == "megablox":
@@ -46,8 +48,6 @@ def grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array, 
         y_RF = gmm(padded, w_EDF, group_sizes_E, x_RD.dtype, tiles, interpret=not on_tpu())[: x_RD.shape[0]]
     elif impl == "ragged":
         y_RF = jax.lax.ragged_dot(x_RD, w_EDF, group_sizes_E)
-    elif impl == "blocked":
-        y_RF = _blocked(x_RD, w_EDF, group_sizes_E)
     else:
         raise ValueError(f"grouped_matmul: unknown impl {impl!r}")
     return jnp.where(inside_R1, y_RF, 0)
@@ -58,22 +58,22 @@ def grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array, 
 
 @jax.custom_vjp
 def _blocked(x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
-    """A group's last block runs into the next group, which then overwrites those rows."""
-    R, (E, _, F) = x_RD.shape[0], w_EDF.shape
+    """Rows of a block that are not the group's keep what they have."""
+    (R, _), (E, _, F) = x_RD.shape, w_EDF.shape
     C = _block(R, E)
-    x_RD = _with_room(x_RD, C)
 
     def one(y_RF, group):
         w_DF, start, size = group
 
         def product(i, y_RF):
-            at = start + i * C
-            y_CF = jax.lax.dynamic_slice_in_dim(x_RD, at, C) @ w_DF
+            at, mine_C1 = _place(start, size, i, C, R)
+            now_CF = jax.lax.dynamic_slice_in_dim(y_RF, at, C)
+            y_CF = jnp.where(mine_C1, jax.lax.dynamic_slice_in_dim(x_RD, at, C) @ w_DF, now_CF)
             return jax.lax.dynamic_update_slice_in_dim(y_RF, y_CF, at, 0)
 
         return jax.lax.fori_loop(0, (size + C - 1) // C, product, y_RF), None
 
-    return jax.lax.scan(one, jnp.zeros((R + C, F), x_RD.dtype), (w_EDF, jnp.cumsum(sizes_E) - sizes_E, sizes_E))[0][:R]
+    return jax.lax.scan(one, jnp.zeros((R, F), x_RD.dtype), (w_EDF, jnp.cumsum(sizes_E) - sizes_E, sizes_E))[0]
 
 
 def _forward(x_RD, w_EDF, sizes_E):
@@ -82,16 +82,16 @@ def _forward(x_RD, w_EDF, sizes_E):
 
 def _backward(kept, gradient_RF):
     x_RD, w_EDF, sizes_E = kept
-    R, (E, D, F) = x_RD.shape[0], w_EDF.shape
+    (R, _), (E, D, F) = x_RD.shape, w_EDF.shape
     C = _block(R, E)
-    x_with_room_RD, gradient_with_room_RF = _with_room(x_RD, C), _with_room(gradient_RF, C)
 
     def one(_, group):
         start, size = group
 
         def product(i, total_DF):
-            x_CD, y_CF = (jax.lax.dynamic_slice_in_dim(a, start + i * C, C) for a in (x_with_room_RD, gradient_with_room_RF))
-            x_CD = jnp.where(jnp.arange(C)[:, None] < size - i * C, x_CD, 0)
+            at, mine_C1 = _place(start, size, i, C, R)
+            x_CD = jnp.where(mine_C1, jax.lax.dynamic_slice_in_dim(x_RD, at, C), 0)
+            y_CF = jax.lax.dynamic_slice_in_dim(gradient_RF, at, C)
             return total_DF + jnp.einsum("CD,CF->DF", x_CD, y_CF, preferred_element_type=jnp.float32)
 
         total_DF = jax.lax.fori_loop(0, (size + C - 1) // C, product, jnp.zeros((D, F), jnp.float32))
@@ -109,5 +109,9 @@ def _block(R: int, E: int) -> int:
     return max(1, min(BLOCK, math.ceil(R / E / 4 / 8) * 8, R))
 
 
-def _with_room(a_RD, C):
-    return jnp.pad(a_RD, ((0, C), (0, 0)))
+def _place(start: jax.Array, size: jax.Array, i: jax.Array, C: int, R: int) -> tuple[jax.Array, jax.Array]:
+    """Where block i of a group lies, moved up where it would run out of the rows, and [C, 1] which rows are its own."""
+    wanted = start + i * C
+    at = jnp.minimum(wanted, R - C)
+    rows_C1 = at + jnp.arange(C)[:, None]
+    return at, (rows_C1 >= wanted) & (rows_C1 < start + size)
