@@ -25,8 +25,6 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import maxtext_peer as peer
-
 ROOT = Path(__file__).resolve().parent.parent
 TUNABLE = "glibc.malloc.hugetlb=1"  # as `tanuki` starts itself
 
@@ -265,6 +263,8 @@ def main() -> None:
         return
     sides = [(side, "") for side in options.sides.split(",")]
     if ("maxtext", "") in sides:
+        import maxtext_peer as peer  # torch's worker, which runs this file too, has no need of it
+
         peer.ensure_environment(options.maxtext)
         if options.model == "mixture":
             where = sides.index(("maxtext", ""))
