@@ -15,7 +15,7 @@ from tanuki_jax.plan.topology import Topology
 
 
 def plan(recipe: Recipe, only: str, topology: Topology) -> dict[str, Any]:
-    """Plans of the stages (or the one named): {"topology", "chips", "stages": [...], "days", "chip_hours"}."""
+    """Plans of the stages: {"topology", "chips", "stages": [...], "days", "chip_hours"}; of one stage, with its keys beside them."""
     names = [only] if only else [n for n, this in recipe.stages.items() if this.kind != "upcycle"]
     done: dict[str, dict[str, Any]] = {}
     stages = []
@@ -26,7 +26,7 @@ def plan(recipe: Recipe, only: str, topology: Topology) -> dict[str, Any]:
             done[key] = plan_stage(recipe, name, topology)
         this = done[key] | {"stage": name, "kind": recipe.stages[name].kind}
         stages.append(this | spent(recipe, name, this) if "step_seconds_estimate" in this else this)
-    return _summed(topology, stages)
+    return _summed(topology, stages) | (stages[0] if only else {})
 
 
 def _summed(topology: Topology, stages: list[dict[str, Any]]) -> dict[str, Any]:

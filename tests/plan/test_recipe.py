@@ -42,6 +42,12 @@ def test_a_recipe_compiles_each_program_once_and_adds_up_its_days(compiled):
     assert plan.problems(found) == []
 
 
+def test_the_plan_of_one_stage_is_the_document(compiled):
+    found = plan.plan(recipe(remat="full"), "second", SLICE)
+    [stage] = found["stages"]
+    assert stage.items() <= found.items() and (found["stage"], found["chips"], found["fits"]) == ("second", 4, True)
+
+
 def test_each_stage_that_does_not_fit_says_what_to_change(compiled):
     found = plan.plan(recipe(remat="none"), "", SLICE)
     lines = plan.problems(found)
