@@ -15,7 +15,10 @@ from tanuki_jax.plan.topology import Topology
 
 
 def plan(recipe: Recipe, only: str, topology: Topology) -> dict[str, Any]:
-    """Plans of the stages: {"topology", "chips", "stages": [...], "days", "chip_hours"}; of one stage, with its keys beside them."""
+    """Plans of the stages: {"topology", "chips", "stages": [...], "days", "chip_hours"}.
+
+    Where one stage is named, its plan's keys stand beside these.
+    """
     names = [only] if only else [n for n, this in recipe.stages.items() if this.kind != "upcycle"]
     done: dict[str, dict[str, Any]] = {}
     stages = []
