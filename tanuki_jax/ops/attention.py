@@ -92,7 +92,7 @@ def _causal(q_BSNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BSS: j
 
 
 def _xla(q_BSNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, mask_BST: jax.Array) -> jax.Array:
-    """Rows S x T of a head are one matrix product with those of its group: XLA's CPU backend is slow at any other order.
+    """The queries of the heads that share keys are the rows of one matrix product: XLA's CPU backend is slow at other orders.
 
     The softmax is divided by its sum after the product with the values, where its backward pass is the shortest.
     """

@@ -58,14 +58,16 @@ def grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array, 
 
 @jax.custom_vjp
 def _blocked(x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
-    return _products(x_RD, w_EDF, sizes_E, "CD,DF->CF")
+    return _products(x_RD, w_EDF, sizes_E, over=0)
 
 
-def _products(x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, letters: str) -> jax.Array:
-    """Each group's rows times its matrix, as `letters` say; rows of a block that are not the group's keep what they have."""
+def _products(x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, over: int) -> jax.Array:
+    """Each group's rows times its matrix, summed over the matrix's axis 0 or (the transposed product) 1.
+
+    Rows of a block that are not the group's keep what they have.
+    """
     R, E = x_RD.shape[0], w_EDF.shape[0]
     C = _block(R, E)
-    width = w_EDF.shape[1 + letters[3:5].index(letters[-1])]
 
     def one(y_RF, group):
         w_DF, start, size = group
@@ -73,13 +75,14 @@ def _products(x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, letters: st
         def product(i, y_RF):
             at, mine_C1 = _place(start, size, i, C, R)
             now_CF = jax.lax.dynamic_slice_in_dim(y_RF, at, C)
-            y_CF = jnp.einsum(letters, jax.lax.dynamic_slice_in_dim(x_RD, at, C), w_DF)
+            y_CF = jnp.tensordot(jax.lax.dynamic_slice_in_dim(x_RD, at, C), w_DF, (1, over))
             y_CF = jnp.where(mine_C1, y_CF, now_CF)
             return jax.lax.dynamic_update_slice_in_dim(y_RF, y_CF, at, 0)
 
         return jax.lax.fori_loop(0, (size + C - 1) // C, product, y_RF), None
 
-    return jax.lax.scan(one, jnp.zeros((R, width), x_RD.dtype), (w_EDF, jnp.cumsum(sizes_E) - sizes_E, sizes_E))[0]
+    zero_RF = jnp.zeros((R, w_EDF.shape[2 - over]), x_RD.dtype)
+    return jax.lax.scan(one, zero_RF, (w_EDF, jnp.cumsum(sizes_E) - sizes_E, sizes_E))[0]
 
 
 def _forward(x_RD, w_EDF, sizes_E):
@@ -104,7 +107,7 @@ def _backward(kept, gradient_RF):
         return None, total_DF.astype(w_EDF.dtype)
 
     of_w_EDF = jax.lax.scan(one, None, (jnp.cumsum(sizes_E) - sizes_E, sizes_E))[1]
-    return _products(gradient_RF, w_EDF, sizes_E, "CF,DF->CD"), of_w_EDF, None
+    return _products(gradient_RF, w_EDF, sizes_E, over=1), of_w_EDF, None
 
 
 _blocked.defvjp(_forward, _backward)
