@@ -149,6 +149,11 @@ def ensure_environment(directory: Path, libtpu: str = LIBTPU) -> Path:
     return python
 
 
+def its_environment() -> dict[str, str]:
+    """Variables for a process that shall find its own libtpu: importing jax here has set the path of ours."""
+    return {name: value for name, value in os.environ.items() if name != "TPU_LIBRARY_PATH"} | {"JAX_PLATFORMS": "cpu"}
+
+
 def works(python: str) -> bool:
     """Whether this Python starts: a version manager's shim may stand for nothing."""
     return subprocess.run([python, "--version"], capture_output=True).returncode == 0
@@ -171,7 +176,7 @@ def compile_once(python: Path, flags: Options, cache: Path) -> dict:
     began = time.perf_counter()
     # No device is opened, so another process that compiles for a TPU is no reason to stop.
     quiet = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "none"}
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"} | quiet
+    environment = its_environment() | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"} | quiet
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     result = {"flags": arguments, "compile_seconds": time.perf_counter() - began} | parse(done.stdout + done.stderr)
     if "error" in result and "used_gib" not in result:

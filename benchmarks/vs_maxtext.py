@@ -15,7 +15,6 @@ import argparse
 import functools
 import hashlib
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -56,7 +55,7 @@ def ours(python: Path, model: str, topology: str, rows: int, remat: str, cache: 
     if not path.exists():
         cache.mkdir(parents=True, exist_ok=True)
         command = [python, "-c", "import sys; from tanuki_jax.cli import main; sys.exit(main())", "plan", *flags]
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+        environment = peer.its_environment() | {"PYTHONPATH": str(ROOT)}
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
         if not done.stdout.startswith("{"):
             raise SystemExit(f"{' '.join(map(str, command))}\n{done.stderr}")
