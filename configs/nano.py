@@ -37,6 +37,7 @@ def get_config():
         dict(
             vocab_size=1280,
             character_coverage=1.0,
+            level="morpheme",  # the paper's rule; so small a vocabulary has no room for longer units
             sources=("ja", "en", "synthetic_ja", "synthetic_en", "dialogues"),
             max_bytes=2_000_000,
         )

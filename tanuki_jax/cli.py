@@ -112,7 +112,7 @@ def _parser() -> Parser:
         dest="what", required=True, metavar="train|report"
     )
     made = verb(tokenizer, "train", _tokenizer_train, "MeCab-bounded SentencePiece from text to tokenizer.json")
-    _add(made, "input", "output")
+    _add(made, "input", "output", "fields")
     made.add_argument("--vocab_size", type=int, default=65_000, help="pieces (default %(default)s)")
     made.add_argument(
         "--character_coverage",
@@ -120,14 +120,37 @@ def _parser() -> Parser:
         default=0.9995,
         help="share of characters with a piece of their own (default %(default)s)",
     )
-    made = verb(tokenizer, "report", _tokenizer_report, "compression, round trip and vocabulary use of a tokenizer")
-    _add(made, "tokenizer", "input", "json")
+    made.add_argument(
+        "--level",
+        choices=("morpheme", "predicate", "bunsetsu", "none"),
+        default="bunsetsu",
+        help="what no piece may cross (default %(default)s; the paper: morpheme)",
+    )
+    made.add_argument("--dictionary", choices=("ipadic", "unidic"), default="ipadic", help="of MeCab (default %(default)s)")
+    made.add_argument("--shares", default="", help="share of the vocabulary of each language: ja=0.65,en=0.35")
+    made = verb(tokenizer, "report", _tokenizer_report, "compression, round trip, boundaries and vocabulary use of tokenizers")
+    _add(made, "tokenizer", "input", "fields", "json")
+    made.add_argument("--against", default="", help="other tokenizers, comma-separated: directories, tokenizer.json, .model")
+    made.add_argument(
+        "--level", choices=("morpheme", "predicate", "bunsetsu"), default="bunsetsu", help="units whose boundaries are watched"
+    )
+    made.add_argument("--picture", type=Path, help="draw compression and byte fallback there (.svg, .png)")
 
     data = verbs.add_parser("data", help="make a token store, or look into one").add_subparsers(
         dest="what", required=True, metavar="prepare|inspect"
     )
-    made = verb(data, "prepare", _data_prepare, "from text, dialogues or pairs to a token store")
-    _add(made, "input", "tokenizer", "output")
+    made = verb(data, "prepare", _data_prepare, "from text, dialogues, pairs or tokens to a token store; resumable")
+    _add(made, "input", "tokenizer", "output", "fields")
+    made.add_argument("--skip_bad", action="store_true", help="leave out bad rows, and count and list them")
+    made.add_argument("--workers", type=int, default=0, help="processes; 0 = as many as are of use (default)")
+    made.add_argument(
+        "--shard_characters", type=int, default=100_000_000, help="text of a shard, what a kill loses (default %(default)s)"
+    )
+    made.add_argument(
+        "--executor", choices=("local", "ray", "slurm"), default="local", help="where workers run; ray and slurm: docs/data.md"
+    )
+    made.add_argument("--slurm", default="", help="options of the jobs, comma-separated: partition=cpu,time=24:00:00,...")
+    made.epilog = "Killed, the same command goes on from the last finished shard; the result has the same bytes."
     made = verb(data, "inspect", _data_inspect, "what a token store holds")
     made.add_argument("--data", type=Path, required=True, help="directory of the token store")
     _add(made, "tokenizer", "json")
@@ -147,7 +170,12 @@ def _add(parser: argparse.ArgumentParser, *names: str) -> None:
     """Flags that mean the same everywhere."""
     for name in names:
         if name == "input":
-            parser.add_argument("--input", required=True, help="comma-separated globs of .txt, .jsonl or .jsonl.gz files")
+            parser.add_argument(
+                "--input", required=True, help="comma-separated globs of .txt, .jsonl[.gz|.zst], .parquet, ... (docs/data.md)"
+            )
+        elif name == "fields":
+            parser.add_argument("--text_field", default="text", help="field with the text, a.b if nested (default %(default)s)")
+            parser.add_argument("--language_field", default="", help="field with the language tag, meta.lang for example")
         elif name == "output":
             parser.add_argument("--output", type=Path, required=True, help="directory to write; it must not be there yet")
         elif name == "checkpoint":
@@ -242,34 +270,66 @@ def _upcycle(options: argparse.Namespace) -> None:
     )
 
 
+def _fields(options: argparse.Namespace) -> Any:
+    from tanuki_jax.data.sources import Fields
+
+    return Fields(options.text_field, options.language_field)
+
+
 def _tokenizer_train(options: argparse.Namespace) -> None:
     from tanuki_jax import files
     from tanuki_jax.data import prepare, sources
     from tokenization.train import train
 
+    shares = _shares(options.shares)
     with files.atomic_path(_fresh(options.output)) as temporary:
-        rows = sources.read_rows(options.input)
-        trained = train((prepare.text_of(row) for row in rows), temporary, options.vocab_size, options.character_coverage)
+        rows = sources.read_rows(options.input, _fields(options))
+        texts = ((row.language, prepare.text_of(row)) for row in rows)
+        trained = train(
+            texts, temporary, options.vocab_size, options.character_coverage, options.level, options.dictionary, shares
+        )
     print(f"{options.output}: {trained}")
     if trained.pieces < options.vocab_size:
         print(f"the text has too few distinct units for {options.vocab_size:,} pieces", file=sys.stderr)
 
 
+def _shares(text: str) -> dict[str, float]:
+    try:
+        return {name: float(share) for name, share in (part.split("=") for part in filter(None, text.split(",")))}
+    except ValueError as error:
+        raise UserError(f"--shares: {text!r} must be like ja=0.65,en=0.35") from error
+
+
 def _tokenizer_report(options: argparse.Namespace) -> None:
     from tanuki_jax.data import prepare, sources
-    from tanuki_jax.data.tokenizer import Tokenizer
-    from tokenization.report import report
+    from tokenization import report
 
-    found = report(Tokenizer(options.tokenizer), (prepare.text_of(row) for row in sources.read_rows(options.input)))
-    _print(options, found, "\n".join(f"{name:22s} {value}" for name, value in found.items()))
+    paths = [options.tokenizer, *map(Path, filter(None, options.against.split(",")))]
+    domains = {
+        pattern: (prepare.text_of(row) for row in sources.read_rows(pattern, _fields(options)))
+        for pattern in filter(None, options.input.split(","))
+    }
+    found = report.report([report.open_encoder(path) for path in paths], domains, options.level)
+    if options.picture:
+        report.picture(found, options.picture)
+    _print(options, found, report.table(found))
 
 
 def _data_prepare(options: argparse.Namespace) -> None:
-    from tanuki_jax.data.prepare import prepare
+    from tanuki_jax.data import prepare
     from tanuki_jax.data.tokenizer import Tokenizer
 
-    manifest = prepare(options.input, Tokenizer(options.tokenizer), _fresh(options.output))
-    print(f"{options.output}: {manifest}")
+    tokenizer, output = Tokenizer(options.tokenizer), _fresh(options.output)
+    how = prepare.Options(_fields(options), options.skip_bad, options.shard_characters)
+    manifest: prepare.Manifest | None
+    if options.executor == "local":
+        manifest = prepare.prepare(options.input, tokenizer, output, how, options.workers)
+    else:
+        from tanuki_jax.data import cluster
+
+        manifest = cluster.prepare(options.input, tokenizer, output, how, options.workers or 2, options.executor, options.slurm)
+    if manifest:
+        print(f"{options.output}: {manifest}")
 
 
 def _data_inspect(options: argparse.Namespace) -> None:

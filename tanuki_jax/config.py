@@ -29,9 +29,11 @@ from tanuki_jax.schema import (
     Recipe,
     Rules,
     Scoring,
+    Source,
     Stage,
     Tokenizer,
     Upcycle,
+    Validation,
 )
 
 __all__ = [
@@ -45,9 +47,11 @@ __all__ = [
     "Recipe",
     "Rules",
     "Scoring",
+    "Source",
     "Stage",
     "Tokenizer",
     "Upcycle",
+    "Validation",
     "changed",
     "defaults",
     "from_dict",
@@ -79,7 +83,7 @@ def stage(kind: str, **overrides: Any) -> ConfigDict:
 
 
 def _override(config: ConfigDict, values: Mapping[str, Any], path: str = "") -> ConfigDict:
-    free = path in ("mixture", "data", "stages")  # dictionaries of the user's own names
+    free = path in ("mixture", "data", "stages", "shares")  # dictionaries of the user's own names
     for name, value in values.items():
         if not free and name not in config:
             raise UserError(_unknown(f"{path}.{name}".lstrip("."), config.keys()))
@@ -162,6 +166,8 @@ def _typed(kind: Any, value: Any, path: str) -> Any:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     where = path or "config"
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        if kind is Source and isinstance(value, str):
+            value = {"files": value}
         if not isinstance(value, Mapping | ConfigDict):
             raise UserError(f"config: {where} must be a group of keys, not {value!r}")
         fields = {f.name: f for f in dataclasses.fields(kind)}
@@ -239,11 +245,24 @@ def _validate(recipe: Recipe) -> None:
     for field, least in (("prompts", 0), ("pairs", 0), ("max_new_tokens", 1), ("batch_size", 1)):
         if getattr(recipe.scoring, field) < least:
             raise UserError(f"config: scoring.{field} is {getattr(recipe.scoring, field)}; it must be at least {least}")
+    if recipe.validation.tokens < 0 or recipe.validation.every < 1:
+        raise UserError("config: validation.tokens must not be negative, validation.every must be at least 1")
+    _validate_shares(recipe)
     for name in recipe.tokenizer.sources:
         if name not in recipe.data:
             raise UserError(f"config: tokenizer.sources names {name!r}, which is not in data ({', '.join(recipe.data)})")
     for name, this in recipe.stages.items():
         _validate_stage(recipe, name, this)
+
+
+def _validate_shares(recipe: Recipe) -> None:
+    shares = recipe.tokenizer.shares
+    languages = {recipe.data[name].language for name in recipe.tokenizer.sources or recipe.data if name in recipe.data}
+    if shares and (set(shares) != languages or min(shares.values()) <= 0):
+        raise UserError(
+            f"config: tokenizer.shares {shares} must give a share above 0 to each language of its sources "
+            f"({', '.join(map(repr, sorted(languages)))}; set data.NAME.language)"
+        )
 
 
 def _validate_stage(recipe: Recipe, name: str, this: Stage) -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 from tanuki_jax import config, files
 from tanuki_jax.config import Recipe
 from tanuki_jax.data import sources
+from tanuki_jax.data.prepare import Options, read_manifest, text_of
 from tanuki_jax.data.prepare import prepare as prepare_store
-from tanuki_jax.data.prepare import read_manifest, text_of
 from tanuki_jax.data.tokenizer import Tokenizer
 from tanuki_jax.errors import UserError
 from tanuki_jax.synth import rules
@@ -42,9 +42,16 @@ def prepare(recipe: Recipe, workdir: Path, names: set[str]) -> Inputs:
     stores = {}
     for name in sorted(names):
         patterns, identity = located[name]
-        stores[name] = where / f"store-{name}-{files.fingerprint(identity, tokenizer.fingerprint)}"
+        if patterns.endswith(".bin") and "," not in patterns:  # tokens of Megatron-LM's, used where they lie
+            stores[name] = Path(patterns)
+            continue
+        source = recipe.data[name]
+        options = [source.text, source.skip_bad]
+        stores[name] = where / f"store-{name}-{files.fingerprint(identity, tokenizer.fingerprint, options)}"
         if not stores[name].is_dir():
-            print(f"data {name}: {prepare_store(patterns, tokenizer, stores[name])}", file=sys.stderr, flush=True)
+            how = Options(sources.Fields(source.text), source.skip_bad)
+            made = prepare_store(patterns, tokenizer, stores[name], how)
+            print(f"data {name}: {made}", file=sys.stderr, flush=True)
         elif read_manifest(stores[name]).tokenizer != tokenizer.fingerprint:
             raise UserError(f"data {name}: {stores[name]} was made with another tokenizer; remove it")
     return Inputs(tokenizer, stores)
@@ -52,7 +59,7 @@ def prepare(recipe: Recipe, workdir: Path, names: set[str]) -> Inputs:
 
 def _locate(recipe: Recipe, name: str, where: Path) -> tuple[str, str]:
     """The files of a source and their fingerprint; rule-made ones are written first."""
-    patterns = recipe.data[name]
+    patterns = recipe.data[name].files
     if not patterns.startswith(RULES):
         if not patterns:
             raise UserError(
@@ -83,23 +90,37 @@ def _tokenizer(recipe: Recipe, located: dict[str, tuple[str, str]], where: Path)
     if options.path:
         return Path(options.path)
     names = options.sources or tuple(recipe.data)  # in this order, so that the fingerprint does not depend on the stages run
-    output = where / f"tokenizer-{files.fingerprint(config.to_dict(options), [located[n][1] for n in names])}"
+    origins = [[located[n][1], recipe.data[n].text, recipe.data[n].language] for n in names]
+    output = where / f"tokenizer-{files.fingerprint(config.to_dict(options), origins)}"
     if not output.is_dir():
         from tokenization.train import train
 
-        texts = chain.from_iterable(_texts(located[n][0], options.max_bytes) for n in names)
+        texts = chain.from_iterable(_texts(recipe.data[n], located[n][0], options.max_bytes) for n in names)
         with files.atomic_path(output) as temporary:
-            trained = train(texts, temporary, options.vocab_size, options.character_coverage)
+            trained = train(
+                texts,
+                temporary,
+                options.vocab_size,
+                options.character_coverage,
+                options.level,
+                options.dictionary,
+                options.shares,
+            )
         print(f"tokenizer: {trained}", file=sys.stderr, flush=True)
     return output
 
 
-def _texts(patterns: str, max_bytes: int) -> Iterator[str]:
+def _texts(source: config.Source, patterns: str, max_bytes: int) -> Iterator[tuple[str, str]]:
+    """(language, text) of each row."""
     read = 0
-    for row in sources.read_rows(patterns):
+    for row in sources.read_rows(patterns, sources.Fields(source.text), _ignored if source.skip_bad else None):
         text = text_of(row)
         read += len(text.encode("utf-8", "surrogatepass"))
         if read > max_bytes:
             print(f"tokenizer: {patterns}: the first {max_bytes:,} bytes (tokenizer.max_bytes)", file=sys.stderr)
             return
-        yield text
+        yield source.language, text
+
+
+def _ignored(where: str, reason: str) -> None:
+    pass

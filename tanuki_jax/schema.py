@@ -63,7 +63,28 @@ class Tokenizer:
     vocab_size: int = key(65_000, "pieces, special tokens and the 256 bytes included")
     sources: tuple[str, ...] = key((), "names in `data` to train on; empty = all")
     character_coverage: float = key(0.9995, "share of characters that get a piece; the rest is spelt in bytes")
+    level: str = key("bunsetsu", "what no piece may cross: a MeCab morpheme (the paper), predicate, bunsetsu, or none")
+    dictionary: str = key("ipadic", "MeCab's dictionary: ipadic, or unidic (pip install unidic-lite)")
+    shares: dict[str, float] = key(dict, "language of a source -> its share of the vocabulary; empty = as the text has it")
     max_bytes: int = key(1_000_000_000, "text read of each source, in UTF-8 bytes; what is left out is reported")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where rows come from.  In a config, a string stands for `files` alone."""
+
+    files: str = key("", "comma-separated globs of files (docs/data.md has the formats), a Megatron-LM .bin, or rules:NAME")
+    text: str = key("text", "field that holds a document's text; meta.body for a nested one")
+    language: str = key("", "language tag, for the tokenizer's shares")
+    skip_bad: bool = key(False, "leave out bad rows, count and list them, instead of stopping at the first")
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The end of each source, held out of pretraining and scored as it goes on."""
+
+    tokens: int = key(0, "tokens of each source that are held out, in whole rows; 0 = no validation")
+    every: int = key(500, "steps between two scorings; the last step is always scored")
 
 
 @dataclass(frozen=True)
@@ -163,7 +184,8 @@ class Recipe:
     model: Model = key(Model, "shape of the transformer")
     mesh: Mesh = key(Mesh, "devices")
     tokenizer: Tokenizer = key(Tokenizer, "text to ids")
-    data: dict[str, str] = key(dict, "source name -> comma-separated globs of .txt, .jsonl or .jsonl.gz files, or rules:NAME")
+    data: dict[str, Source] = key(dict, "source name -> source")
+    validation: Validation = key(Validation, "loss of each source on text held out")
     rules: Rules = key(Rules, "amount of rule-made data")
     stages: dict[str, Stage] = key(dict, "stage name -> stage")
     scoring: Scoring = key(Scoring, "held-out prompts answered after every stage")
@@ -175,6 +197,8 @@ CHOICES = {
     "carry": ("params", "all"),
     "schedule": ("cosine", "wsd", "constant"),
     "strategy": ("copy", "noise"),
+    "level": ("morpheme", "predicate", "bunsetsu", "none"),
+    "dictionary": ("ipadic", "unidic"),
     "dtype": ("auto", "float32", "bfloat16"),
     "param_dtype": ("float32", "bfloat16"),
     "remat": ("none", "dots", "attention", "ffn", "full", "offload"),

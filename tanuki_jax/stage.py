@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import sys
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import grain
 import jax
 import numpy as np
 
 from tanuki_jax import checkpoint, config, files, model, parallel, placement, upcycle
 from tanuki_jax.config import Recipe
 from tanuki_jax.data import loader, packing
-from tanuki_jax.data.mixture import StagedMixture
-from tanuki_jax.data.prepare import open_store
 from tanuki_jax.errors import UserError
 from tanuki_jax.inputs import Inputs
 from tanuki_jax.progress import Progress
+from tanuki_jax.stage_data import stage_data
 from tanuki_jax.train import loop, losses
 from tanuki_jax.train.optimizer import learning_rate, make_optimizer
 from tanuki_jax.train.step import State, init_state, make_train_step, make_update
-
-NEEDS = {"pretrain": ("text", "dialogue"), "sft": ("dialogue",), "dpo": ("pair",)}
+from tanuki_jax.validation import make_validation
 
 
 def directory(workdir: Path, name: str) -> Path:
@@ -38,103 +33,6 @@ def named_key(seed: int, *names: str) -> jax.Array:
     for name in names:
         key = jax.random.fold_in(key, zlib.crc32(name.encode()))
     return key
-
-
-# --- data -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class StageData:
-    """The rows of a stage, how many steps they are for, and the fingerprint that a resumed run must match."""
-
-    names: tuple[str, ...]
-    sources: tuple[Any, ...]
-    mixture: StagedMixture
-    rows: grain.MapDataset
-    steps: int
-    fingerprint: str
-
-
-def stage_data(recipe: Recipe, name: str, inputs: Inputs, cache: Path, reference: np.ndarray | None = None) -> StageData:
-    """Opens the sources of a stage and mixes them.
-
-    reference: float32 [pairs, 2] log-probabilities of the reference model over all pair sources in order (dpo).
-    """
-    this = recipe.stages[name]
-    names = tuple(n for n, weights in this.mixture.items() if any(weights))
-    opened, contents, first_pair = [], [], 0
-    for source in names:
-        manifest, tokens, mask = open_store(inputs.stores[source])
-        if manifest.kind not in NEEDS[this.kind]:
-            raise UserError(
-                f"stage {name}: source {source!r} holds {manifest.kind} rows; "
-                f"a {this.kind} stage needs {' or '.join(NEEDS[this.kind])} rows"
-            )
-        contents.append(manifest.content)
-        if this.kind == "pretrain":
-            rows: Any = packing.Windows(tokens, this.seq_len, this.reset_attention)
-        else:
-            units = tokens.lengths if this.kind == "sft" else tokens.lengths[::2] + tokens.lengths[1::2]
-            packed = _packed(
-                np.minimum(units, this.seq_len) if this.kind == "sft" else units, this.seq_len, manifest.content, cache
-            )
-            if packed.dropped:
-                print(
-                    f"stage {name}: {packed.dropped} pairs of {source} are longer than {this.seq_len} tokens and left out",
-                    file=sys.stderr,
-                )
-            assert mask is not None
-            if this.kind == "sft":
-                rows = packing.PackedDialogues(tokens, mask, packed, this.seq_len)
-            else:
-                pairs = manifest.documents // 2
-                logprobs = np.zeros((pairs, 2), np.float32) if reference is None else reference[first_pair : first_pair + pairs]
-                first_pair += pairs
-                rows = packing.PackedPairs(
-                    tokens, mask, packed, this.seq_len, int(np.diff(packed.starts).max(initial=1)), logprobs
-                )
-        if not len(rows):
-            raise UserError(
-                f"stage {name}: source {source!r} has too little text for one row of {this.seq_len} tokens; "
-                "add data or lower seq_len"
-            )
-        opened.append(rows)
-    if this.kind == "dpo":
-        widest = max(rows.max_pairs for rows in opened)
-        opened = [packing.PackedPairs(r.tokens, r.mask, r.packing, r.seq_len, widest, r.ref_logprobs) for r in opened]
-
-    sizes = [len(rows) for rows in opened]
-    if this.epochs:
-        steps = max(1, round(this.epochs * sum(sizes) / this.batch_size))
-    else:
-        steps = this.steps or max(1, this.tokens // (this.seq_len * this.batch_size))
-    # In pretraining a weight is a share of tokens; dialogues and pairs are weighted by how many there are.
-    scale = [1.0] * len(names) if this.kind == "pretrain" else [float(size) for size in sizes]
-    weights = [
-        [this.mixture[n][phase] * s for n, s in zip(names, scale, strict=True)] for phase in range(len(this.mixture_starts))
-    ]
-    starts = [tokens // this.seq_len for tokens in this.mixture_starts]
-    mixture = StagedMixture(weights, starts, steps * this.batch_size)
-    seed = zlib.crc32(f"{recipe.seed} {name}".encode())
-    fingerprint = files.fingerprint(
-        contents,
-        inputs.tokenizer.fingerprint,
-        weights,
-        starts,
-        [this.seq_len, this.batch_size, this.reset_attention, seed, this.kind],
-    )
-    return StageData(names, tuple(opened), mixture, loader.mixed_rows(opened, mixture, seed), steps, fingerprint)
-
-
-def _packed(units: np.ndarray, seq_len: int, content: str, cache: Path) -> packing.Packing:
-    """The pack index, from the cache where it is there."""
-    path = cache / f"pack-{files.fingerprint(content, seq_len, len(units))}.npz"
-    if not path.is_file():
-        made = packing.best_fit(units, seq_len)
-        with files.atomic_path(path) as temporary, temporary.open("wb") as f:
-            np.savez(f, starts=made.starts, units=made.units, dropped=made.dropped)
-    with np.load(path) as saved:
-        return packing.Packing(saved["starts"], saved["units"], int(saved["dropped"]))
 
 
 # --- what a stage starts from ---------------------------------------------------------------------------------------
@@ -227,7 +125,11 @@ def run(
         keep=this.keep,
         tensorboard=recipe.tensorboard,
         meta=meta,
+        counters=data.counters,
+        validate_every=recipe.validation.every if data.held_out else 0,
     )
+    rows = this.batch_size // this.microbatches
+    validate = make_validation(cfg, data.held_out, inputs.tokenizer, mesh, rows) if data.held_out else None
 
     def fresh_state() -> State:
         params = _starting_params(recipe, name, workdir, mesh)
@@ -254,6 +156,7 @@ def run(
             train_step,
             lambda first: loader.batches(data.rows, mesh, this.batch_size, first, data.steps),
             check_meta,
+            validate,
         )
     return {"name": name, "kind": this.kind, **loop.summary(job)}
 

@@ -44,5 +44,5 @@ def tokenizer(tmp_path_factory):
     from tokenization.train import train
 
     directory = tmp_path_factory.mktemp("tokenizer")
-    train(TEXTS, directory, vocab_size=512, character_coverage=1.0)
+    train([("", text) for text in TEXTS], directory, vocab_size=512, character_coverage=1.0, level="morpheme")
     return Tokenizer(directory)

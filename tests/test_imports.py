@@ -14,7 +14,21 @@ FILES = sorted(path for room in ("tanuki_jax", "tokenization") for path in (ROOT
 LAYERS = (
     ("cli",),
     ("recipe",),
-    ("stage", "placement", "inputs", "report", "train", "upcycle", "evaluate", "serve", "synth", "interop", "plan"),
+    (
+        "stage",
+        "stage_data",
+        "validation",
+        "placement",
+        "inputs",
+        "report",
+        "train",
+        "upcycle",
+        "evaluate",
+        "serve",
+        "synth",
+        "interop",
+        "plan",
+    ),
     ("model", "data", "checkpoint", "parallel", "tokenization"),
     ("ops",),
     ("config", "schema", "files", "progress", "errors", "tanuki_jax"),  # tanuki_jax: the package itself, for its version

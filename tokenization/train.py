@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import collections
+import math
+import os
+import string
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tanuki_jax.errors import UserError
 from tokenization.export import export
-from tokenization.segment import count_units
+from tokenization.segment import LEVELS, count_units, lines
 
 # Ids 0 to 3 as in the original tokenizer; the others are control symbols too, which no text can produce.
 UNK, BOS, EOS, PAD = "<unk>", "<s>", "</s>", "<pad>"
@@ -18,49 +21,107 @@ CONTROLS = ("<CLS>", "<SEP>", "<EOD>", "<MASK>", "<llm-code>", "</llm-code>", "<
 # Every character of a special token or a byte piece has its own piece: their spelling in text then never is that token.
 SPELLING = "".join(sorted(set("".join((UNK, BOS, EOS, PAD, *CONTROLS)) + "0123456789ABCDEFx")))
 
+# Modern text needs these whatever the training text is, so a vocabulary that has room gives each a piece: ASCII, Latin-1,
+# punctuation, sub- and superscripts, arrows, operators, and JIS X 0208 (kana, Greek, symbols, 6,355 kanji).
+RANGES = ((0x21, 0x7F), (0xA1, 0x100), (0x2010, 0x2050), (0x2070, 0x20A0), (0x20AC, 0x20AD), (0x2190, 0x21D5), (0x2200, 0x2270))
+JIS = "".join(bytes((row, cell)).decode("euc_jp", "ignore") for row in range(0xA1, 0xF5) for cell in range(0xA1, 0xFF))
+OTHERS = "\uff5e\u27e8\u27e9\xad"  # full-width tilde, angle brackets
+_MODERN = {*SPELLING, *JIS, *OTHERS, *(chr(i) for first, last in RANGES for i in range(first, last))}
+MODERN = "".join(sorted(c for c in _MODERN if not c.isspace() and c.isprintable()))
+# Marks of Markdown, TeX, HTML and code, which books do not have, alone and after a space; each counts MARK times besides.
+MARKS = tuple(sorted(set((Path(__file__).parent / "marks.txt").read_text(encoding="utf-8").split()) | set(string.punctuation)))
+MARK = 20
+ROOM = 4 * len(MODERN)  # a smaller vocabulary has neither MODERN nor MARKS
+
 LONGEST_PIECE = 16
 SEEDS = 1_000_000
+SURPLUS = 1.1  # pieces trained for each language above its share, since some will be common to several
 
 
 class Trained(NamedTuple):
-    """What was learnt from."""
+    """What was learnt from, and what came of it."""
 
     pieces: int
     units: int
     distinct_units: int
+    forgotten: int  # occurrences of units that did not fit memory
+    by_language: dict[str, int]  # pieces that are likelier in a language's units than in the others'
 
     def __str__(self) -> str:
-        return f"{self.pieces:,} pieces from {self.units:,} MeCab units ({self.distinct_units:,} distinct)"
+        shares = ", ".join(f"{n:,} {language or 'of no named language'}" for language, n in self.by_language.items())
+        lost = f"; {self.forgotten:,} units too rare for memory were left out" if self.forgotten else ""
+        return f"{self.pieces:,} pieces ({shares}) from {self.units:,} units ({self.distinct_units:,} distinct){lost}"
 
 
-def train(texts: Iterable[str], output: Path, vocab_size: int, character_coverage: float = 0.9995) -> Trained:
+def train(
+    texts: Iterable[tuple[str, str]],
+    output: Path,
+    vocab_size: int,
+    character_coverage: float = 0.9995,
+    level: str = "bunsetsu",
+    dictionary: str = "ipadic",
+    shares: Mapping[str, float] | None = None,
+) -> Trained:
     """Writes tokenizer.json (canonical), tokenizer.model, tokenizer_config.json and special_tokens_map.json to `output`.
 
     Identity normalisation, no dummy prefix, byte fallback, single digits, the newline as a piece.  The vocabulary is
     smaller than asked for where the text has too few distinct units.
-    """
-    import sentencepiece
 
-    counts = count_units(texts)
-    if not counts:
+    Args:
+      texts: (language, text) pairs; the language is any name, or empty.
+      level: what no piece may cross: a MeCab morpheme (the paper's rule), a predicate, a bunsetsu, or none (white space).
+      shares: language -> its share of the vocabulary; each language is then trained alone, and the model is their mixture
+        by tokens.  Without, the shares are what comes of training on everything.
+    """
+    if level not in LEVELS:
+        raise UserError(f"tokenizer: level {level!r} is none of {', '.join(LEVELS)}")
+    if level == "none":
+        counts, forgotten = _count_lines(texts), 0
+    else:
+        counts, forgotten = count_units(texts, level, dictionary)
+    if not any(counts.values()):
         raise UserError("tokenizer: the corpus is empty; --input must match files with text")
     output.mkdir(parents=True, exist_ok=True)
+    if shares:
+        model = _mixture(counts, shares, vocab_size, character_coverage, level)
+    else:
+        together: collections.Counter[str] = collections.Counter()
+        for found in counts.values():
+            together.update(found)
+        model = _fit(together, vocab_size, character_coverage, level)
+    (output / "tokenizer.model").write_bytes(model.SerializeToString())
+    pieces = export(output / "tokenizer.model", output)
+    units = sum(found.total() for found in counts.values())
+    distinct = len(set().union(*counts.values()))
+    return Trained(pieces, units, distinct, forgotten, _by_language(model, counts))
+
+
+def _fit(counts: collections.Counter[str], vocab_size: int, character_coverage: float, level: str) -> Any:
+    """A SentencePiece model (protobuf) of counted units."""
+    import sentencepiece
+    from sentencepiece import sentencepiece_model_pb2
+
+    required, marks = SPELLING, collections.Counter[str]()
+    if vocab_size >= ROOM:
+        required, marks = MODERN, collections.Counter(dict.fromkeys([*MARKS, *(f" {mark}" for mark in MARKS)], MARK))
     with tempfile.TemporaryDirectory() as scratch:
-        table = Path(scratch) / "units.tsv"
+        table, seeds = Path(scratch) / "units.tsv", Path(scratch) / "seeds.tsv"
         with table.open("w", encoding="utf-8") as f:
             f.writelines(f"{unit}\t{n}\n" for unit, n in sorted(counts.items()) if "\t" not in unit)
+            f.writelines(f"{mark}\t{n}\n" for mark, n in marks.items())
             # A character that occurs in one word only would lose its own piece to that word, and the word then be pruned
             # for want of an alternative; seen once alone, each keeps a small probability.
-            f.writelines(f"{character}\t1\n" for character in sorted(set("".join(counts)) - {"\t"}))
-        seeds = Path(scratch) / "seeds.tsv"
-        with seeds.open("w", encoding="utf-8") as f:
-            f.writelines(f"{piece}\t{n}\n" for piece, n in seed_pieces(counts))
+            f.writelines(f"{character}\t1\n" for character in sorted({*"".join(counts), *required} - {"\t"}))
+        options: dict[str, Any] = {}
+        if level != "none":  # lines seldom repeat, and SentencePiece's own seeds are right for them
+            with seeds.open("w", encoding="utf-8") as f:
+                f.writelines(f"{piece}\t{n}\n" for piece, n in seed_pieces(counts + marks))
+            options["seed_sentencepieces_file"] = str(seeds)
         try:
             sentencepiece.SentencePieceTrainer.train(
                 input=str(table),
                 input_format="tsv",
-                seed_sentencepieces_file=str(seeds),
-                model_prefix=str(output / "tokenizer"),
+                model_prefix=str(Path(scratch) / "tokenizer"),
                 model_type="unigram",
                 vocab_size=vocab_size,
                 hard_vocab_limit=False,
@@ -71,35 +132,27 @@ def train(texts: Iterable[str], output: Path, vocab_size: int, character_coverag
                 remove_extra_whitespaces=False,
                 add_dummy_prefix=False,
                 normalization_rule_name="identity",
-                max_sentence_length=1 << 20,
-                required_chars=SPELLING,
+                max_sentence_length=1 << 30,  # longer lines would be dropped without a word
+                max_sentencepiece_length=LONGEST_PIECE,
+                required_chars=required,
                 unk_id=0,
                 bos_id=1,
                 eos_id=2,
                 pad_id=3,
                 control_symbols=list(CONTROLS),
                 user_defined_symbols=["\n"],
-                num_threads=2,
+                num_threads=os.cpu_count() or 1,
                 minloglevel=2,
+                **options,
             )
         except (RuntimeError, OSError) as error:
             raise UserError(
                 f"tokenizer: SentencePiece could not train {vocab_size} pieces: {str(error).splitlines()[-1]}"
             ) from error
-    (output / "tokenizer.vocab").unlink()
-    _forget_paths(output / "tokenizer.model")
-    pieces = export(output / "tokenizer.model", output)
-    return Trained(pieces, sum(counts.values()), len(counts))
-
-
-def _forget_paths(path: Path) -> None:
-    """Takes the names of scratch files out of a model, so that two trainings on one text give one file."""
-    from sentencepiece import sentencepiece_model_pb2
-
-    model = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())  # type: ignore[attr-defined]
-    for field in ("input", "model_prefix", "seed_sentencepieces_file"):
-        model.trainer_spec.ClearField(field)
-    path.write_bytes(model.SerializeToString())
+        model = sentencepiece_model_pb2.ModelProto.FromString((Path(scratch) / "tokenizer.model").read_bytes())  # type: ignore[attr-defined]
+    for field in ("input", "model_prefix", "seed_sentencepieces_file", "num_threads"):
+        model.trainer_spec.ClearField(field)  # so that two trainings on one text give one file
+    return model
 
 
 def seed_pieces(counts: Mapping[str, int]) -> list[tuple[str, int]]:
@@ -115,3 +168,90 @@ def seed_pieces(counts: Mapping[str, int]) -> list[tuple[str, int]]:
                 found[text[start:end]] += n
     best = sorted(((piece, n) for piece, n in found.items() if n > 1), key=lambda item: (-item[1] * len(item[0]), item[0]))
     return best[:SEEDS]
+
+
+def _count_lines(texts: Iterable[tuple[str, str]]) -> dict[str, collections.Counter[str]]:
+    """Lines as units, for the level none; all distinct lines are in memory, as SentencePiece needs them."""
+    counts: dict[str, collections.Counter[str]] = {}
+    for language, text in texts:
+        counts.setdefault(language, collections.Counter()).update(line.replace("\t", " ") for line in lines(text) if line)
+    return counts
+
+
+# --- several languages ----------------------------------------------------------------------------------------------------
+
+
+def _mixture(
+    counts: Mapping[str, collections.Counter[str]],
+    shares: Mapping[str, float],
+    vocab_size: int,
+    character_coverage: float,
+    level: str,
+) -> Any:
+    """One model of languages trained apart: p(piece) = sum over languages of (its share of tokens) x p(piece | language).
+
+    Each language has exactly its share of the pieces of several characters, as long as it has that many; a piece of several
+    languages counts for the one in which it is commonest.  Single characters are common to all.
+    """
+    if set(shares) != set(counts):
+        raise UserError(f"tokenizer: shares are given for {', '.join(shares)}, the text is in {', '.join(map(repr, counts))}")
+    if min(shares.values()) <= 0:
+        raise UserError(f"tokenizer: every share of the vocabulary must be above 0: {dict(shares)}")
+    whole = sum(shares.values())
+    models = {
+        language: _fit(found, math.ceil(vocab_size * min(1, SURPLUS * shares[language] / whole)), character_coverage, level)
+        for language, found in counts.items()
+    }
+    tokens = {language: _tokens(models[language], found) for language, found in counts.items()}
+    probability: dict[str, dict[str, float]] = {}  # piece -> language -> its part of the mixture
+    for language, model in models.items():
+        for piece in model.pieces:
+            if piece.type == piece.NORMAL:
+                part = tokens[language] / sum(tokens.values()) * math.exp(piece.score)
+                probability.setdefault(piece.piece, {})[language] = part
+    total = {piece: sum(parts.values()) for piece, parts in probability.items()}
+    owner = {piece: max(parts, key=lambda name: parts[name]) for piece, parts in probability.items()}
+    ranked = sorted(total, key=lambda piece: (-total[piece], piece))
+    result = next(iter(models.values()))
+    special = [piece for piece in result.pieces if piece.type != piece.NORMAL]
+    kept = {piece for piece in ranked if len(piece) == 1}
+    room = max(0, vocab_size - len(special) - len(kept))
+    for language, share in shares.items():
+        mine = [piece for piece in ranked if owner[piece] == language and len(piece) > 1]
+        kept.update(mine[: round(room * share / whole)])
+    del result.pieces[:]
+    result.pieces.extend(special)
+    for name in ranked:
+        if name in kept:
+            result.pieces.add(piece=name, score=math.log(total[name]))
+    result.trainer_spec.vocab_size = len(result.pieces)
+    return result
+
+
+def _processor(model: Any) -> Any:
+    import sentencepiece
+
+    return sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+
+
+def _tokens(model: Any, counts: Mapping[str, int]) -> int:
+    """Tokens of the counted units."""
+    units = list(counts)
+    return sum(n * len(ids) for n, ids in zip(counts.values(), _processor(model).encode(units), strict=True))
+
+
+def _by_language(model: Any, counts: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
+    """How many pieces are likelier in each language's units than in the others'; those that none uses are left out."""
+    share: dict[int, tuple[float, str]] = {}
+    processor = _processor(model)
+    for language, found in counts.items():
+        used: collections.Counter[int] = collections.Counter()
+        for n, ids in zip(found.values(), processor.encode(list(found)), strict=True):
+            for i in ids:
+                used[i] += n
+        total = max(1, used.total())
+        for i, n in used.items():
+            share[i] = max(share.get(i, (0.0, "")), (n / total, language))
+    normal = {i for i, piece in enumerate(model.pieces) if piece.type == piece.NORMAL}
+    best = collections.Counter(language for i, (_, language) in share.items() if i in normal)
+    return {language: best[language] for language in counts}

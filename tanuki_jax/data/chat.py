@@ -102,6 +102,14 @@ def encode_pair(tokenizer: Tokenizer, row: Mapping[str, Any]) -> list[tuple[list
     return result
 
 
+def text_of(fields: Mapping[str, Any]) -> str:
+    """The conversation of a dialogue row, or both of a pair, as plain text."""
+    if "messages" in fields:
+        return render(fields["messages"])
+    prompt = as_messages(fields["prompt"], "user")
+    return "\n".join(render([*prompt, *as_messages(fields[side], "assistant")]) for side in ("chosen", "rejected"))
+
+
 def as_messages(value: Any, role: str) -> list[Mapping[str, Any]]:
     """A plain string is one message of `role`."""
     if isinstance(value, str):

@@ -21,7 +21,7 @@ def inspect(directory: Path, tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
     Returns a dict with the numbers and, under `text`, the same as lines for a terminal.
     """
     manifest, tokens, mask = open_store(directory)
-    if manifest.tokenizer != tokenizer.fingerprint:
+    if manifest.tokenizer not in ("", tokenizer.fingerprint):
         raise UserError(
             f"data: {directory} was made with another tokenizer ({manifest.tokenizer}, this one is {tokenizer.fingerprint})"
         )

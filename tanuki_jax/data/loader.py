@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import jax
@@ -15,12 +16,29 @@ from tanuki_jax.data.mixture import StagedMixture
 from tanuki_jax.data.packing import Example
 
 PREFETCH = 4  # batches read ahead
+ON_DEVICE = 2  # batches on their way to the devices ahead of the step
+ENDLESS = 1 << 62
 
 
-def mixed_rows(sources: Sequence[Any], mixture: StagedMixture, seed: int) -> grain.MapDataset[Example]:
-    """Row i of the stage: every source shuffled anew in each of its epochs, repeated for ever, and mixed."""
-    shuffled = [grain.MapDataset.source(s).seed(seed + k).shuffle().repeat() for k, s in enumerate(sources)]
-    return grain.MapDataset.select_from_datasets(shuffled, mixture)
+class Source(NamedTuple):
+    """Rows with an order: runs of `run` rows that lie together are shuffled anew in each epoch."""
+
+    rows: Any  # len() and [i]
+    seed: int
+    run: int = 1
+
+    def ordered(self) -> grain.MapDataset[Example]:
+        """Row i of the endless order."""
+        runs = len(self.rows) // self.run
+        order = grain.MapDataset.range(runs).seed(self.seed).shuffle().repeat()
+        if self.run == 1:
+            return order.map(self.rows.__getitem__)
+        return grain.MapDataset.range(ENDLESS).map(lambda i: self.rows[order[i // self.run] * self.run + i % self.run])
+
+
+def mixed_rows(sources: Sequence[Source], mixture: StagedMixture) -> grain.MapDataset[Example]:
+    """Row i of the stage: every source in its order, repeated for ever, and mixed."""
+    return grain.MapDataset.select_from_datasets([source.ordered() for source in sources], mixture)
 
 
 def batches(
@@ -28,17 +46,27 @@ def batches(
 ) -> Iterator[dict[str, jax.Array]]:
     """Global batches of the steps from `first_step`; each host reads only the rows of its own devices.
 
-    Batch `n` holds the rows n*B to (n+1)*B in order.
+    Batch `n` holds the rows n*B to (n+1)*B in order.  A few batches are on their way to the devices ahead of their step.
     """
     mine = _host_rows(mesh, batch_size)
+    waiting: collections.deque[dict[str, jax.Array]] = collections.deque()
+    for batch in host_batches(rows, batch_size, mine, first_step, steps):
+        waiting.append(on_devices(batch, mesh, batch_size, mine[0]))
+        if len(waiting) > ON_DEVICE:
+            yield waiting.popleft()
+    yield from waiting
+
+
+def host_batches(
+    rows: grain.MapDataset[Example], batch_size: int, mine: Sequence[int], first_step: int, steps: int
+) -> Iterator[Example]:
+    """The rows `mine` of each global batch, stacked, read ahead by a thread."""
     local = (
-        grain.MapDataset.range(first_step * len(mine), steps * len(mine))
-        .map(lambda i: rows[i // len(mine) * batch_size + mine[i % len(mine)]])
-        .batch(len(mine), batch_fn=stack)
+        grain.MapDataset.range(first_step, steps)
+        .map(lambda step: stack([rows[step * batch_size + row] for row in mine]))
         .to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCH))
     )
-    for batch in local:
-        yield on_devices(batch, mesh, batch_size, mine[0])
+    yield from local
 
 
 def on_devices(batch: Mapping[str, np.ndarray], mesh: Mesh, batch_size: int, first_row: int = 0) -> dict[str, jax.Array]:

@@ -17,9 +17,12 @@ class StagedMixture(grain.transforms.DatasetSelectionMap):
     are taken in its own (shuffled) order, and every phase goes on where the one before stopped.
     """
 
-    def __init__(self, weights: Sequence[Sequence[float]], starts: Sequence[int], length: int) -> None:
-        """weights[p][k]: weight of source k in phase p, which begins at row starts[p]."""
+    def __init__(
+        self, weights: Sequence[Sequence[float]], starts: Sequence[int], length: int, used_before: Sequence[int] = ()
+    ) -> None:
+        """weights[p][k]: weight of source k in phase p, which begins at row starts[p]; used_before[k]: row it goes on from."""
         self.length = length
+        self.first = np.array(used_before or [0] * len(weights[0]), np.int64)
         self.starts = np.array(starts, np.int64)
         self.patterns = [_pattern(np.array(w, np.float64)) for w in weights]
         sources = len(weights[0])
@@ -43,10 +46,10 @@ class StagedMixture(grain.transforms.DatasetSelectionMap):
         phase = int(np.searchsorted(self.starts, index, side="right")) - 1
         row = index - int(self.starts[phase])
         source = int(self.patterns[phase][row % BLOCK])
-        return source, int(self.taken[phase][source] + self._used(phase, row)[source])
+        return source, int(self.first[source] + self.taken[phase][source] + self._used(phase, row)[source])
 
     def used(self, rows: int) -> np.ndarray:
-        """Rows of each source among the first `rows` of the stage, int64 [sources]."""
+        """Rows of each source among the first `rows` of the mixture, int64 [sources]."""
         phase = int(np.searchsorted(self.starts, rows, side="right")) - 1
         return self.taken[phase] + self._used(phase, rows - int(self.starts[phase]))
 

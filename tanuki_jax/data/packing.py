@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tanuki_jax.data.store import Store
+from tanuki_jax.errors import UserError
 
 Example = dict[str, np.ndarray]
 
@@ -24,21 +25,32 @@ class Windows:
     store: Store
     seq_len: int
     reset: bool
+    vocab_size: int
+    held_out: int = 0  # tokens at the end of the stream that are no rows
 
     def __len__(self) -> int:
-        return max(0, (self.store.size - 1) // self.seq_len)
+        return max(0, (self.store.size - self.held_out - 1) // self.seq_len)
 
     def __getitem__(self, index: int) -> Example:
         S = self.seq_len
         start = index * S
-        window = self.store.tokens[start : start + S + 1].astype(np.int32)
-        place = np.arange(start, start + S)
+        window = self.store.read(start, start + S + 1).astype(np.int32)
+        if window.max() >= self.vocab_size or window.min() < 0:
+            bad = int(window.max() if window.max() >= self.vocab_size else window.min())
+            raise UserError(
+                f"token store: {self.store} holds id {bad} near token {start}, the model's vocabulary is {self.vocab_size}; "
+                "it was made with another tokenizer"
+            )
         weights, segments, positions = np.ones(S, np.float32), np.ones(S, np.int32), np.arange(S, dtype=np.int32)
         if self.reset:
-            document = np.searchsorted(self.store.offsets, place, side="right") - 1
-            segments = (document - document[0] + 1).astype(np.int32)
-            positions = (place - np.maximum(self.store.offsets[document], start)).astype(np.int32)
-            weights = (place + 1 < self.store.offsets[document + 1]).astype(np.float32)
+            begins = self.store.boundaries(start, start + S + 1) - start  # in (0, S]
+            weights[begins - 1] = 0
+            inside = begins[begins < S]
+            marks = np.zeros(S, np.int32)
+            marks[inside] = 1
+            segments += np.cumsum(marks, dtype=np.int32)
+            marks[inside] = np.diff(inside, prepend=0)
+            positions -= np.cumsum(marks, dtype=np.int32)
         return {
             "tokens": window[:-1],
             "targets": window[1:],
@@ -46,6 +58,19 @@ class Windows:
             "segment_ids": segments,
             "positions": positions,
         }
+
+
+@dataclass(frozen=True)
+class Held:
+    """The rows at the end of the stream that `windows` holds out."""
+
+    windows: Windows
+
+    def __len__(self) -> int:
+        return self.windows.held_out // self.windows.seq_len
+
+    def __getitem__(self, index: int) -> Example:
+        return self.windows[len(self.windows) + index]
 
 
 class Packing(NamedTuple):

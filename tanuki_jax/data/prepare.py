@@ -1,126 +1,197 @@
-"""From rows to a token store on disk, once; what is already there under the same fingerprint is used."""
+"""From files of text, dialogues, pairs or tokens to a token store: in parallel, resumable, in constant memory.
+
+A corpus is cut into parts, each part is tokenized by the shard function (`shards.write_part`), and the manifest of the whole
+is written at the end.  Until then everything lies in a hidden folder beside the output, from which the same command goes on.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import concurrent.futures
+import math
+import multiprocessing
+import os
+import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
-
-import numpy as np
+from typing import Any
 
 from tanuki_jax import files
 from tanuki_jax.data import chat, sources
-from tanuki_jax.data.store import Store, StoreWriter, token_dtype
+from tanuki_jax.data.shards import Shard, Work, finished_shards, prefixes, write_part
+from tanuki_jax.data.store import Store
 from tanuki_jax.data.tokenizer import Tokenizer
 from tanuki_jax.errors import UserError
 from tanuki_jax.progress import Progress
 
-CHUNK = 1000  # rows encoded together
+
+@dataclass(frozen=True)
+class Options:
+    """What may differ between two preparations of the same files."""
+
+    fields: sources.Fields = sources.PLAIN
+    skip_bad: bool = False  # leave out bad rows, count and list them, instead of stopping at the first
+    shard_characters: int = 100_000_000  # text of a shard, about; what is lost when the work is killed
+    part_bytes: int = 1_000_000_000  # input that a worker takes at one time, where files can be cut
+
+
+DEFAULT = Options()
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a store holds.  kind: text, dialogue or pair (documents 2i and 2i+1 are chosen and rejected)."""
+    """What a store holds.  kind: text, dialogue, pair (documents 2i and 2i+1 are chosen and rejected) or tokens."""
 
     kind: str
     rows: int
     documents: int
     tokens: int
-    characters: int
+    characters: int  # 0 where the input was tokens
+    rejected: int  # bad rows that were left out; rejected.jsonl lists them
     tokenizer: str  # fingerprint
-    content: str  # SHA-256 of tokens.bin
+    content: str  # fingerprint of all tokens
+    shards: tuple[Any, ...]  # name, documents, tokens and SHA-256 of each
 
     def __str__(self) -> str:
-        rate = self.characters / max(self.tokens, 1)
-        return f"{self.rows:,} {self.kind} rows, {self.tokens:,} tokens, {rate:.3f} characters a token"
+        rate = f", {self.characters / max(self.tokens, 1):.3f} characters a token" if self.characters else ""
+        bad = f", {self.rejected:,} bad rows left out" if self.rejected else ""
+        return f"{self.rows:,} {self.kind} rows, {self.tokens:,} tokens{rate}{bad}"
 
 
-def prepare(patterns: str, tokenizer: Tokenizer, output: Path) -> Manifest:
-    """Tokenizes files into `output`: tokens.bin/.idx, for dialogues and pairs mask.bin/.idx too, and manifest.json.
+@dataclass(frozen=True)
+class Plan:
+    """A corpus on its way to a store."""
+
+    output: Path
+    work: Work
+    parts: tuple[sources.Part, ...]
+
+
+def prepare(patterns: str, tokenizer: Tokenizer, output: Path, options: Options = DEFAULT, workers: int = 0) -> Manifest:
+    """Tokenizes files into `output`: tokens-*.bin/.idx, for dialogues and pairs mask-*.bin/.idx too, and manifest.json.
 
     A text document ends with the end token.  Dialogues are rendered with the tokenizer's chat template; the mask is 1 on
-    what the assistant says.  All rows of a source must be of one kind.  Nothing is left behind on failure.
+    what the assistant says.  Megatron-LM's own .bin files are taken as they are, if the tokenizer has their ids.  All rows
+    must be of one kind.  workers: processes, 0 = as many as are of use here; the store is the same for any number.
     """
-    with files.atomic_path(output) as temporary:
-        temporary.mkdir()
-        rows = sources.read_rows(patterns)
-        first = next(rows, None)
-        if first is None:
-            raise UserError(f"data: {patterns} holds no rows; the corpus is empty")
-        kind = sources.kind_of(first)
-        tokens = StoreWriter(temporary / "tokens", token_dtype(tokenizer.vocab_size))
-        mask = None if kind == "text" else StoreWriter(temporary / "mask", np.dtype(np.uint8))
-        count = characters = 0
-        progress = Progress("tokenize", sources.total_bytes(patterns), "MB", 1e6)
-        for chunk in _chunks(_first_again(first, rows)):
-            for row in chunk:
-                if sources.kind_of(row) != kind:
-                    raise UserError(
-                        f"data: {row.where} is a {sources.kind_of(row)} row, those before are {kind}; use one source per kind"
-                    )
-            count += len(chunk)
-            characters += sum(len(text_of(row)) for row in chunk)
-            for ids, weights in _encode(kind, chunk, tokenizer):
-                tokens.add(ids)
-                if mask is not None:
-                    mask.add(weights)
-            progress.show(chunk[-1].bytes_read, f"{count:,} rows")
-        if not characters:
-            raise UserError(f"data: {patterns} holds no text; the corpus is empty")
-        for writer in filter(None, (tokens, mask)):
-            writer.close()
-        manifest = Manifest(
-            kind,
-            count,
-            len(tokens.lengths),
-            sum(tokens.lengths),
-            characters,
-            tokenizer.fingerprint,
-            _sha256(temporary / "tokens.bin"),
-        )
-        files.write_json(temporary / "manifest.json", asdict(manifest))
+    made = plan(patterns, tokenizer, Path(output), options)
+    number = workers or _workers(made)
+    progress = Progress("tokenize", sum(part.size for part in made.parts), "MB", 1e6)
+    try:
+        if number == 1:
+            _write_here(made, tokenizer, progress)
+        else:
+            _write_in_processes(made, number, progress)
+    except UserError:
+        if not finished_shards(made.work.directory):  # else the finished ones serve a run with skip_bad
+            shutil.rmtree(made.work.directory)
+        raise
+    return finish(made, tokenizer)
+
+
+def plan(patterns: str, tokenizer: Tokenizer, output: Path, options: Options = DEFAULT) -> Plan:
+    """Cuts a corpus into parts and makes the folder of its shards; that of the same work, begun before, is gone on with."""
+    first = next((row for row in sources.read_rows(patterns, options.fields, _ignored if options.skip_bad else None)), None)
+    if first is None:
+        raise UserError(f"data: {patterns} holds no rows; the corpus is empty")
+    kind = sources.kind_of(first)
+    directory = output.parent / f".{output.name}.partial"
+    work = Work(directory, tokenizer.directory, kind, options.fields, options.skip_bad, options.shard_characters)
+    identity = files.fingerprint(
+        sources.identity(patterns), tokenizer.fingerprint, [kind, *options.fields, options.shard_characters, options.part_bytes]
+    )
+    begun = directory / "identity.json"
+    if directory.is_dir() and (not begun.is_file() or files.read_json(begun) != identity):
+        shutil.rmtree(directory)  # other files, another tokenizer or other options
+    if not directory.is_dir():
+        try:
+            directory.mkdir(parents=True)
+        except OSError as error:
+            raise UserError(f"cannot write {output}: {error.filename}: {error.strerror}") from error
+        files.write_json(begun, identity)
+    return Plan(output, work, tuple(sources.parts(patterns, options.part_bytes)))
+
+
+def finish(made: Plan, tokenizer: Tokenizer) -> Manifest:
+    """Writes the manifest of a corpus whose parts are all done, and gives the store its name."""
+    directory = made.work.directory
+    undone = [i for i in range(len(made.parts)) if not (directory / f"{i:05d}.done").is_file()]
+    if undone:
+        raise UserError(f"data: {len(undone)} of {len(made.parts)} parts of {made.output} are not done; run the command again")
+    shards = finished_shards(directory)
+    manifest = _manifest(made.work, shards, tokenizer)
+    if not manifest.tokens:
+        shutil.rmtree(directory)
+        raise UserError(f"data: {made.output}: no good rows; the corpus is empty ({manifest.rejected} bad ones)")
+    if manifest.rejected:
+        files.write_jsonl(directory / "rejected.jsonl", (reason for shard in shards for reason in shard.reasons))
+    for name in ("*.done", "?????-?????.json", "identity.json", ".*", "logs*"):
+        for path in directory.glob(name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    files.write_json(directory / "manifest.json", asdict(manifest))
+    if made.output.is_dir():
+        shutil.rmtree(made.output)
+    directory.replace(made.output)
     return manifest
 
 
-def _encode(kind: str, chunk: list[sources.Row], tokenizer: Tokenizer) -> Iterator[tuple[list[int], list[int]]]:
-    """Token ids of each document of some rows, and their mask (empty for text)."""
-    if kind == "text":
-        for ids in tokenizer.encode_batch([row.fields["text"] for row in chunk]):
-            yield [*ids, tokenizer.eos], []
-        return
-    for row in chunk:
-        with _naming(row):
-            if kind == "pair":
-                encoded = chat.encode_pair(tokenizer, row.fields)
-            else:
-                encoded = [chat.encode_dialogue(tokenizer, row.fields["messages"])]
-        yield from encoded
+def _manifest(work: Work, shards: Sequence[Shard], tokenizer: Tokenizer) -> Manifest:
+    kept = [shard for shard in shards if shard.documents]
+    return Manifest(
+        work.kind,
+        sum(shard.rows for shard in shards),
+        sum(shard.documents for shard in shards),
+        sum(shard.tokens for shard in shards),
+        0 if work.kind == "tokens" else sum(shard.characters for shard in shards),
+        sum(shard.rejected for shard in shards),
+        tokenizer.fingerprint,
+        files.fingerprint([shard.sha256 for shard in kept]),
+        tuple({"name": s.name, "documents": s.documents, "tokens": s.tokens, "sha256": s.sha256} for s in kept),
+    )
 
 
-@contextmanager
-def _naming(row: sources.Row) -> Iterator[None]:
-    """Says in an error where the row stands."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"data: {row.where}: {error}") from error
+def _ignored(where: str, reason: str) -> None:
+    pass
 
 
-def text_of(row: sources.Row) -> str:
-    """The text of a row as a model would see it, without special tokens."""
-    kind = sources.kind_of(row)
-    if kind == "text":
-        return row.fields["text"]
-    with _naming(row):
-        if kind == "dialogue":
-            return chat.render(row.fields["messages"])
-        prompt = chat.as_messages(row.fields["prompt"], "user")
-        sides = [[*prompt, *chat.as_messages(row.fields[side], "assistant")] for side in ("chosen", "rejected")]
-        return "\n".join(chat.render(messages) for messages in sides)
+# --- on this machine ----------------------------------------------------------------------------------------------------
+
+
+def _workers(made: Plan) -> int:
+    """Processes that are of use: text is encoded by threads of the tokenizer, dialogues and pairs by Python."""
+    cores = os.cpu_count() or 1
+    return min(len(made.parts), math.ceil(cores / 4) if made.work.kind in ("text", "tokens") else cores)
+
+
+def _write_here(made: Plan, tokenizer: Tokenizer, progress: Progress) -> None:
+    before = 0
+    for number, part in enumerate(made.parts):
+        write_part(made.work, number, part, tokenizer, lambda read, before=before: progress.show(before + read))  # type: ignore[misc]
+        before += part.size
+        progress.show(before)
+
+
+def _write_in_processes(made: Plan, workers: int, progress: Progress) -> None:
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, context, _use_threads, (threads,)) as pool:
+        futures = {pool.submit(write_part, made.work, i, part): part for i, part in enumerate(made.parts)}
+        read = 0
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                future.result()
+                read += futures[future].size
+                progress.show(read)
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def _use_threads(threads: int) -> None:
+    os.environ["RAYON_NUM_THREADS"] = str(threads)  # of the tokenizers library
+
+
+# --- stores ----------------------------------------------------------------------------------------------------
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -128,26 +199,33 @@ def read_manifest(directory: Path) -> Manifest:
     path = Path(directory) / "manifest.json"
     if not path.is_file():
         raise UserError(f"token store: {directory} has no manifest.json; make it with `tanuki data prepare`")
-    return Manifest(**json.loads(path.read_text(encoding="utf-8")))
+    try:
+        return Manifest(**files.read_json(path))
+    except TypeError as error:
+        raise UserError(f"token store: {path} is of another version ({error}); prepare it again") from error
 
 
 def open_store(directory: Path) -> tuple[Manifest, Store, Store | None]:
-    """Manifest, tokens, and the mask where there is one."""
+    """Manifest, tokens, and the mask where there is one.  A path.bin is a store of Megatron-LM's without a manifest."""
+    directory = Path(directory)
+    if directory.suffix == ".bin":
+        store = Store(directory.with_suffix(""))
+        content = files.fingerprint([store.size, store.documents], directory.with_suffix(".idx"))
+        return Manifest("tokens", store.documents, store.documents, store.size, 0, 0, "", content, ()), store, None
     manifest = read_manifest(directory)
-    return manifest, Store(directory / "tokens"), None if manifest.kind == "text" else Store(directory / "mask")
+    names = [shard["name"] for shard in manifest.shards]
+    store = Store(*prefixes(directory, names))
+    if store.size != manifest.tokens:
+        raise UserError(f"token store: {directory} holds {store.size} tokens, its manifest {manifest.tokens}; prepare it again")
+    masked = manifest.kind in ("dialogue", "pair")
+    return manifest, store, Store(*prefixes(directory, names, "mask")) if masked else None
 
 
-def _first_again(first: sources.Row, rows: Iterator[sources.Row]) -> Iterator[sources.Row]:
-    yield first
-    yield from rows
-
-
-def _chunks(rows: Iterable[sources.Row]) -> Iterator[list[sources.Row]]:
-    iterator = iter(rows)
-    while chunk := list(islice(iterator, CHUNK)):
-        yield chunk
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+def text_of(row: sources.Row) -> str:
+    """The text of a row as a model would see it, without special tokens."""
+    if sources.kind_of(row) == "text":
+        return row.fields["text"]
+    try:
+        return chat.text_of(row.fields)
+    except UserError as error:
+        raise UserError(f"data: {row.where}: {error}") from error

@@ -1,87 +1,186 @@
-"""Rows of text from files: .txt (one document a file), .jsonl and .jsonl.gz."""
+"""Rows of text, dialogues, pairs or tokens from files of any format of `formats`, whole or part by part."""
 
 from __future__ import annotations
 
-import glob
-import gzip
 import json
-import zlib
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from tanuki_jax import files
+from tanuki_jax.data import formats
 from tanuki_jax.errors import UserError
 
-SUFFIXES = (".txt", ".jsonl", ".jsonl.gz")
+FIELDS = ("text", "messages", "prompt", "chosen", "rejected", "completion", "tokens")
+
+
+class Fields(NamedTuple):
+    """Which fields of a record are read: names, with dots where they are nested (meta.lang)."""
+
+    text: str = "text"
+    language: str = ""  # a field that holds the language tag; empty = none
+
+
+PLAIN = Fields()
 
 
 class Row(NamedTuple):
-    """A row, where it stands (for messages), and how many bytes of the files were read up to it."""
+    """A row, where it stands (for messages), how many bytes of the files were read up to it, and its language tag."""
 
     where: str
     fields: dict[str, Any]
     bytes_read: int = 0
+    language: str = ""
 
 
-def matching_files(patterns: str) -> list[Path]:
-    """The files of comma-separated globs, sorted; a pattern that matches nothing is an error."""
-    found: list[Path] = []
+class Part(NamedTuple):
+    """What one worker reads: some small files whole, or a range (in units of `formats.size_of`) of a large one."""
+
+    paths: tuple[str, ...]
+    start: int
+    stop: int
+    size: int  # bytes, about
+
+
+WHOLE = 1 << 62
+Bad = Callable[[str, str], None]  # told of a bad row: where it stands, and the reason
+
+
+def matching_files(patterns: str) -> list[str]:
+    """The files of comma-separated globs, sorted; dataset folders count.  A pattern that matches nothing is an error."""
+    found: list[str] = []
     for pattern in filter(None, patterns.split(",")):
-        matches = sorted(Path(p) for p in glob.glob(pattern, recursive=True))
+        matches = formats.find(pattern)
         if not matches:
             raise UserError(f"data: no such file: {pattern!r}")
-        for path in matches:
-            if not path.is_file():
-                raise UserError(f"data: {path} is a directory, not a file; name the files in it, {path}/*.jsonl for example")
-            if not path.name.endswith(SUFFIXES):
-                raise UserError(f"data: {path} is none of {', '.join(SUFFIXES)}; convert it or narrow the pattern")
-        found += matches
+        for path in (expanded for match in matches for expanded in formats.expand(match)):
+            if not formats.format_of(path):
+                if formats.is_directory(path):
+                    raise UserError(
+                        f"data: {path} is a directory, and no dataset that Hugging Face datasets or TFDS wrote; "
+                        f"name the files in it, {path}/*.jsonl for example"
+                    )
+                raise UserError(f"data: {path} is none of {', '.join(formats.SUFFIXES)}; convert it or narrow the pattern")
+            found.append(path)
     if not found:
-        raise UserError("data: no input files given; name .txt, .jsonl or .jsonl.gz files")
+        raise UserError(f"data: no input files given; name {', '.join(formats.SUFFIXES)} files")
     return found
 
 
 def total_bytes(patterns: str) -> int:
     """Size of all files together."""
-    return sum(path.stat().st_size for path in matching_files(patterns))
+    return sum(map(formats.bytes_of, matching_files(patterns)))
 
 
 def identity(patterns: str) -> str:
     """A fingerprint of the files' names, sizes and times of change; cheap for any amount of data."""
-    stats = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in matching_files(patterns)]
-    return files.fingerprint(stats)
+    return files.fingerprint([formats.identity_of(path) for path in matching_files(patterns)])
 
 
-def read_rows(patterns: str) -> Iterator[Row]:
+def parts(patterns: str, part_bytes: int) -> list[Part]:
+    """All files in parts of about `part_bytes`, in order: the same list wherever it is made."""
+    result: list[Part] = []
+    small: list[tuple[str, int]] = []
+
+    def flush() -> None:
+        if small:
+            result.append(Part(tuple(path for path, _ in small), 0, WHOLE, sum(size for _, size in small)))
+            small.clear()
+
+    for path in matching_files(patterns):
+        size = formats.bytes_of(path)
+        units = formats.size_of(path) if size > part_bytes else 1
+        if units > 1:
+            flush()
+            cuts = min(units, -(-size // part_bytes))
+            edges = [units * i // cuts for i in range(cuts + 1)]
+            result += [Part((path,), a, b, size // cuts) for a, b in zip(edges, edges[1:], strict=False)]
+            continue
+        if small and sum(s for _, s in small) + size > part_bytes:
+            flush()
+        small.append((path, size))
+    flush()
+    return result
+
+
+def read_rows(patterns: str, fields: Fields = PLAIN, bad: Bad | None = None) -> Iterator[Row]:
     """All rows of all files, in order.  Text files give {"text"}."""
     before = 0
     for path in matching_files(patterns):
-        size = path.stat().st_size
-        if path.name.endswith(".txt"):
-            yield Row(str(path), {"text": _decode(path.read_bytes(), str(path))}, before + size)
-            before += size
-            continue
-        with path.open("rb") as raw, gzip.GzipFile(fileobj=raw) if path.name.endswith(".gz") else raw as f:
-            try:
-                for number, line in enumerate(f, 1):
-                    if line.strip():
-                        where = f"{path}:{number}"
-                        yield Row(where, _parse(line, where), before + raw.tell())
-            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-                raise UserError(f"data: {path} is not a whole gzip file ({error}); fetch it again") from error
+        size = formats.bytes_of(path)
+        for row in read_part(Part((path,), 0, WHOLE, size), fields, bad):
+            if row is not None:
+                yield row._replace(bytes_read=before + row.bytes_read)
         before += size
 
 
+def read_part(part: Part, fields: Fields = PLAIN, bad: Bad | None = None, skip: int = 0) -> Iterator[Row | None]:
+    """The rows of a part after the first `skip`; with `bad`, a bad one is reported there and None takes its place."""
+    before = number = 0
+    wanted = {*FIELDS, fields.text.split(".")[0], fields.language.split(".")[0]}
+    for path in part.paths:
+        try:
+            for record in formats.READERS[formats.format_of(path)](path, part.start, part.stop, wanted):
+                number += 1
+                if number <= skip:
+                    continue
+                try:
+                    yield _row(record, fields, before)
+                except UserError as error:
+                    if bad is None:
+                        raise
+                    bad(record.where, _reason(error, record.where))
+                    yield None
+        except UserError as error:  # the file itself is damaged: what came before it is good
+            if bad is None:
+                raise
+            bad(path, _reason(error, path))
+            number += 1
+            if number > skip:
+                yield None
+        before += formats.bytes_of(path) if len(part.paths) > 1 else 0
+
+
+def _reason(error: UserError, where: str) -> str:
+    return str(error).removeprefix("data: ").removeprefix(where).lstrip(" :")
+
+
+def _row(record: formats.Record, fields: Fields, before: int) -> Row:
+    value, where = record.value, record.where
+    if isinstance(value, UserError):
+        raise value
+    if isinstance(value, bytes):
+        value = _parse(value, where)
+    if "tokens" not in value:
+        value = {name: _plain(inner, where) for name, inner in value.items()}
+    if fields.text != "text":
+        if not isinstance(found := _field(value, fields.text), str):
+            raise UserError(f"data: {where} has no text in {fields.text!r} (fields: {', '.join(value)})")
+        value = {**value, "text": found}
+    language = _field(value, fields.language) if fields.language else ""
+    return Row(where, value, before + record.bytes_read, language if isinstance(language, str) else "")
+
+
+def _field(value: Any, name: str) -> Any:
+    for part in name.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+def _plain(value: Any, where: str) -> Any:
+    return _decode(value, where) if isinstance(value, bytes) else value
+
+
 def kind_of(row: Row) -> str:
-    """text, dialogue or pair, from the row's fields; any other row is an error."""
+    """text, dialogue, pair or tokens, from the row's fields; any other row is an error."""
     fields = row.fields
     if isinstance(fields.get("text"), str):
         return "text"
     if isinstance(fields.get("messages"), list):
         return "dialogue"
-    if all(name in fields for name in ("prompt", "chosen", "rejected")):
+    if all(fields.get(name) is not None for name in ("prompt", "chosen", "rejected")):
         return "pair"
+    if "tokens" in fields:
+        return "tokens"
     raise UserError(
         f"data: {row.where} has neither text, nor messages, nor prompt, chosen and rejected (fields: {', '.join(fields)})"
     )

@@ -1,7 +1,8 @@
-"""Token stores: Megatron-LM's indexed dataset, a memory-mapped .bin of tokens and an .idx of documents.
+"""Token stores: Megatron-LM's indexed dataset, memory-mapped .bin files of tokens with an .idx of documents each.
 
 .idx: magic "MMIDIDX\\0\\0", uint64 version 1, uint8 dtype code, uint64 sequences, uint64 documents + 1, then
-int32 lengths, int64 byte offsets, int64 document starts.  Here every sequence is one document.
+int32 lengths of sequences, int64 byte offsets of sequences, int64 first sequences of documents, and nothing or int8 modes.
+Ours have one sequence a document; those of others may have several.  Opening costs the same whatever the store's size.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import functools
 import struct
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +21,7 @@ MAGIC = b"MMIDIDX\x00\x00"
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float32, 8: np.uint16}
 CODES = {np.dtype(v): k for k, v in DTYPES.items()}
 HEADER = 9 + 8 + 1 + 8 + 8
+CHECKED = 1_000_000  # sequences up to which the whole index is checked at opening
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -44,20 +47,21 @@ class StoreWriter:
         """Finishes both files."""
         self._bin.close()
         lengths = np.array(self.lengths, np.int32)
-        offsets = (
-            np.concatenate([[0], np.cumsum(lengths[:-1], dtype=np.int64)]) * self.dtype.itemsize
-            if len(lengths)
-            else np.zeros(0)
-        )
+        offsets = np.cumsum(lengths, dtype=np.int64) - lengths
         with Path(f"{self.prefix}.idx").open("wb") as f:
             f.write(MAGIC + struct.pack("<QBQQ", 1, CODES[self.dtype], len(lengths), len(lengths) + 1))
             f.write(lengths.tobytes())
-            f.write(offsets.astype(np.int64).tobytes())
+            f.write((offsets * self.dtype.itemsize).astype(np.int64).tobytes())
             f.write(np.arange(len(lengths) + 1, dtype=np.int64).tobytes())
 
 
-class Store:
-    """A token store, read through memory maps that are opened on first use."""
+def _mapped(path: Path, dtype: Any, offset: int, count: int) -> np.ndarray:
+    """Part of a file as a read-only array (a plain one: slices of np.memmap itself cost more)."""
+    return np.memmap(path, dtype, "r", offset, (count,)).view(np.ndarray) if count else np.zeros(0, dtype)
+
+
+class _Shard:
+    """One .bin and its .idx, read through memory maps that are opened on first use."""
 
     def __init__(self, prefix: Path) -> None:
         self.prefix = Path(prefix)
@@ -69,37 +73,126 @@ class Store:
             header = f.read(HEADER)
         if len(header) < HEADER or header[:9] != MAGIC:
             raise UserError(f"token store: {index} is not a Megatron index (wrong magic)")
-        version, code, self.documents, starts = struct.unpack("<QBQQ", header[9:])
-        if version != 1 or code not in DTYPES:
+        version, code, self.sequences, starts = struct.unpack("<QBQQ", header[9:])
+        if version != 1 or code not in DTYPES or not starts:
             raise UserError(f"token store: {index} has version {version}, dtype code {code}; expected version 1, codes 1 to 8")
-        self.dtype = np.dtype(DTYPES[code])
-        expected = HEADER + 12 * self.documents + 8 * starts
-        if index.stat().st_size < expected:
-            raise UserError(f"token store: {index} is cut short: {index.stat().st_size} bytes, expected {expected}")
-        self.size = tokens.stat().st_size // self.dtype.itemsize
-        indexed = int(self.lengths.sum(dtype=np.int64))
-        if self.size != indexed:
+        self.documents, self.dtype = starts - 1, np.dtype(DTYPES[code])
+        expected = HEADER + 12 * self.sequences + 8 * starts
+        size = index.stat().st_size
+        if size not in (expected, expected + self.sequences):
+            problem = "is cut short" if size < expected else "has another length than its header says"
+            raise UserError(f"token store: {index} {problem}: {size} bytes, expected {expected}; prepare it again")
+        self.size, rest = divmod(tokens.stat().st_size, self.dtype.itemsize)
+        indexed = (int(self.pointers[-1]) // self.dtype.itemsize + int(self.lengths[-1])) if self.sequences else 0
+        if 0 < self.sequences <= CHECKED:  # an index that is quickly read is checked whole
+            ends = np.cumsum(self.lengths, dtype=np.int64)
+            whole = bool((self.pointers == (ends - self.lengths) * self.dtype.itemsize).all())
+            indexed = int(ends[-1]) if whole else -1
+        if rest or self.size != indexed:
             raise UserError(f"token store: {tokens} holds {self.size} tokens, its index {indexed}; prepare it again")
+
+    def _map(self, dtype: Any, offset: int, count: int) -> np.ndarray:
+        return _mapped(Path(f"{self.prefix}.idx"), dtype, HEADER + offset, count)
 
     @functools.cached_property
     def lengths(self) -> np.ndarray:
-        """Tokens of each document, int32."""
-        return (
-            np.memmap(f"{self.prefix}.idx", np.int32, "r", HEADER, (self.documents,))
-            if self.documents
-            else np.zeros(0, np.int32)
-        )
+        """Tokens of each sequence, int32."""
+        return self._map(np.int32, 0, self.sequences)
 
     @functools.cached_property
-    def offsets(self) -> np.ndarray:
-        """First token of each document, and the end of the last, int64."""
-        return np.concatenate([np.zeros(1, np.int64), np.cumsum(self.lengths, dtype=np.int64)])
+    def pointers(self) -> np.ndarray:
+        """Byte at which each sequence begins, int64."""
+        return self._map(np.int64, 4 * self.sequences, self.sequences)
+
+    @functools.cached_property
+    def first(self) -> np.ndarray:
+        """First sequence of each document, and the number of sequences, int64."""
+        return self._map(np.int64, 12 * self.sequences, self.documents + 1)
 
     @functools.cached_property
     def tokens(self) -> np.ndarray:
         """All tokens, one after another."""
-        return np.memmap(f"{self.prefix}.bin", self.dtype, "r", shape=(self.size,)) if self.size else np.zeros(0, self.dtype)
+        return _mapped(Path(f"{self.prefix}.bin"), self.dtype, 0, self.size)
+
+    @functools.cached_property
+    def starts(self) -> np.ndarray:
+        """Byte at which each document begins, int64; the index itself where every sequence is a document."""
+        if self.documents == self.sequences:
+            return self.pointers
+        ends = np.append(self.pointers, self.size * self.dtype.itemsize)
+        return ends[self.first[:-1]]
+
+    def offset(self, document: int) -> int:
+        """First token of a document; the end of the last for `documents`."""
+        return int(self.starts[document]) // self.dtype.itemsize if document < self.documents else self.size
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k in ("prefix", "sequences", "documents", "dtype", "size")}
+
+
+class Store:
+    """A token store of one or more shards, as one stream of tokens and one list of documents."""
+
+    def __init__(self, *prefixes: Path) -> None:
+        if not prefixes:
+            raise UserError("token store: it has no shards; prepare it again")
+        self.shards = [_Shard(prefix) for prefix in prefixes]
+        self.dtype = self.shards[0].dtype
+        if self.dtype.kind == "f":
+            raise UserError(f"token store: {prefixes[0]}.bin holds {self.dtype.name} numbers, not token ids")
+        # First token and first document of each shard, and the ends of the last.
+        self._token_starts = np.cumsum([0, *(shard.size for shard in self.shards)], dtype=np.int64)
+        self._document_starts = np.cumsum([0, *(shard.documents for shard in self.shards)], dtype=np.int64)
+        self.size, self.documents = int(self._token_starts[-1]), int(self._document_starts[-1])
+
+    def __repr__(self) -> str:
+        return f"Store({', '.join(str(shard.prefix) for shard in self.shards)})"
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop) of the whole stream, in the dtype of the store."""
+        k = self._shard(self._token_starts, start)
+        base = int(self._token_starts[k])
+        if stop <= self._token_starts[k + 1]:
+            return self.shards[k].tokens[start - base : stop - base]
+        pieces = []
+        while start < stop:
+            base, end = int(self._token_starts[k]), min(stop, int(self._token_starts[k + 1]))
+            pieces.append(self.shards[k].tokens[start - base : end - base])
+            start, k = end, k + 1
+        return np.concatenate(pieces)
 
     def document(self, index: int) -> np.ndarray:
         """Tokens of one document."""
-        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+        k = self._shard(self._document_starts, index)
+        shard, index = self.shards[k], index - int(self._document_starts[k])
+        return shard.tokens[shard.offset(index) : shard.offset(index + 1)]
+
+    def boundaries(self, start: int, stop: int) -> np.ndarray:
+        """First tokens, in (start, stop), of the documents that begin there; int64, rising."""
+        found = []
+        k = self._shard(self._token_starts, start)
+        while k < len(self.shards) and self._token_starts[k] < stop:
+            shard, base = self.shards[k], int(self._token_starts[k])
+            low, high = ((edge - base) * shard.dtype.itemsize for edge in (start, stop))
+            a, b = np.searchsorted(shard.starts, [low + 1, high])
+            found.append(shard.starts[a:b] // shard.dtype.itemsize + base)
+            k += 1
+        result = found[0] if len(found) == 1 else np.concatenate([np.zeros(0, np.int64), *found])
+        fresh = result[1:] != result[:-1]  # empty documents begin where the next one does
+        return result if fresh.all() else np.concatenate([result[:1], result[1:][fresh]])
+
+    @functools.cached_property
+    def offsets(self) -> np.ndarray:
+        """First token of each document, and the end of the last, int64; all of them in memory."""
+        parts = [s.starts // s.dtype.itemsize + base for s, base in zip(self.shards, self._token_starts, strict=False)]
+        return np.append(np.concatenate(parts), self.size).astype(np.int64)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each document, int64; all of them in memory."""
+        return np.diff(self.offsets)
+
+    def _shard(self, starts: np.ndarray, at: int) -> int:
+        if len(self.shards) == 1:
+            return 0
+        return min(int(np.searchsorted(starts, at, side="right")) - 1, len(self.shards) - 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +11,10 @@ import tokenizers
 
 from tanuki_jax import files
 from tanuki_jax.errors import UserError
+
+NEWLINE_CUT = {"type": "Split", "pattern": {"Regex": "\n"}, "behavior": "Isolated", "invert": False}
+PART = 1 << 15  # characters of a text that are encoded together, where newlines cut it
+LONGEST = 1 << 20  # the same for a line, or where newlines do not cut: longer ones are cut there, which a round trip survives
 
 
 class Tokenizer:
@@ -26,6 +32,8 @@ class Tokenizer:
             raise UserError(f"tokenizer: {directory / 'tokenizer.json'} cannot be read: {error}") from error
         self._tokenizer.encode_special_tokens = True  # their spelling in text is text
         config = files.read_json(directory / "tokenizer_config.json")
+        # Where a newline is always a token of its own, the ids of a text are those of its lines, one after another.
+        self._cuts_at_newlines = json.loads(self._tokenizer.to_str())["pre_tokenizer"] == NEWLINE_CUT
         self.special = {a.content: i for i, a in self._tokenizer.get_added_tokens_decoder().items() if a.special}
         self.bos_token, self.eos_token = config["bos_token"], config["eos_token"]
         self.bos, self.eos, self.pad = (self.special[config[name]] for name in ("bos_token", "eos_token", "pad_token"))
@@ -44,15 +52,39 @@ class Tokenizer:
         starts: list[int] = []
         run = -1
         for piece, (start, _) in zip(encoding.tokens, encoding.offsets, strict=True):
-            byte = int(piece[3:5], 16) if len(piece) == 6 and piece.startswith("<0x") else None
+            byte = byte_of(piece)
             begins = byte is not None and byte & 0xC0 != 0x80  # the first byte of a character
             starts.append(starts[-1] + begins if byte is not None and start == run else start)
             run = start if byte is not None else -1
         return encoding.ids, starts
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of many texts, on all cores."""
-        return [e.ids for e in self._tokenizer.encode_batch_fast([_encodable(t) for t in texts], add_special_tokens=False)]
+    def encode_batch(self, texts: Sequence[str]) -> list[array]:
+        """Ids of many texts, uint32, on all cores; long texts are cut so that the cores share them."""
+        parts: list[str] = []
+        counts = []
+        for text in texts:
+            cut = self._parts(_encodable(text))
+            counts.append(len(cut))
+            parts += cut
+        encoded = iter(self._tokenizer.encode_batch_fast(parts, add_special_tokens=False))
+        result = []
+        for count in counts:
+            ids = array("I")
+            for _ in range(count):
+                ids.extend(next(encoded).ids)
+            result.append(ids)
+        return result
+
+    def _parts(self, text: str) -> list[str]:
+        """A text in parts, cut before newlines where that changes no token, and at LONGEST characters."""
+        size = PART if self._cuts_at_newlines else LONGEST
+        parts, start = [], 0
+        while len(text) - start > size:
+            end = text.find("\n", start + size, start + LONGEST) if self._cuts_at_newlines else -1
+            end = end if end > start else min(start + LONGEST, len(text))
+            parts.append(text[start:end])
+            start = end
+        return [*parts, text[start:]]
 
     def piece(self, token: int) -> str:
         """How a token is written in the vocabulary."""
@@ -61,6 +93,11 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids; special tokens are spelt out."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+
+
+def byte_of(piece: str) -> int | None:
+    """The byte that a piece such as <0x41> spells; None for any other piece."""
+    return int(piece[3:5], 16) if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">") else None
 
 
 def _encodable(text: str) -> str:

@@ -32,6 +32,8 @@ class Job:
     keep: int
     tensorboard: bool
     meta: dict[str, Any]  # saved in every checkpoint
+    counters: Callable[[int], dict[str, float]] = lambda step: {}  # logged beside a step's metrics
+    validate_every: int = 0
 
 
 class NotFinite(UserError):
@@ -45,6 +47,7 @@ def run(
     train_step: Callable[[State, Any], tuple[State, dict[str, jax.Array]]],
     batches: Callable[[int], Iterator[Any]],
     check_meta: Callable[[dict[str, Any]], None] = lambda meta: None,
+    validate: Callable[[Any], dict[str, float]] | None = None,
 ) -> State:
     """Runs or resumes a stage to its last step and returns the state.
 
@@ -53,6 +56,7 @@ def run(
       fresh_state: makes the state before step 0.
       batches: first step -> iterator of the global batches from there on.
       check_meta: sees the meta of the checkpoint that is resumed, and may refuse it.
+      validate: parameters -> figures that are logged with the step; it is called every `validate_every` steps and at the end.
     """
     checkpoints = Checkpoints(job.directory, job.keep)
     start = checkpoints.latest() or 0
@@ -64,9 +68,9 @@ def run(
     writer = MetricsWriter(job.directory, start, job.tensorboard) if jax.process_index() == 0 else None
     progress = Progress(job.name, job.steps, quiet=jax.process_index() != 0)
     clock = _Clock(job, writer.seconds if writer else 0.0)
-    late: tuple[int, dict[str, jax.Array]] | None = None
+    late: tuple[int, dict[str, jax.Array], dict[str, float]] | None = None
 
-    def report(number: int, metrics: dict[str, jax.Array]) -> None:
+    def report(number: int, metrics: dict[str, jax.Array], validation: dict[str, float]) -> None:
         loss = float(metrics["loss"])
         if not np.isfinite(loss) or not np.isfinite(float(metrics["grad_norm"])):
             raise NotFinite(
@@ -76,20 +80,23 @@ def run(
         clock.done(number)
         rate = clock.tokens_per_second
         progress.show(number, f"loss {loss:.3f}  {rate:,.0f} tokens/s")
-        if writer and (number % job.log_every == 0 or number == job.steps):
+        if writer and (number % job.log_every == 0 or number == job.steps or validation):
             mean = {
                 "tokens_per_second": round(rate, 1),
                 "mfu": mfu(rate, job.flops_per_token),
+                "input_wait": round(clock.mean_wait(), 6),
                 "seconds": round(clock.seconds, 3),
             }
-            writer.write({"step": number, "tokens": number * job.tokens_per_step, **plain(metrics), **mean})
+            first = {"step": number, "tokens": number * job.tokens_per_step}
+            writer.write({**first, **plain(metrics), **job.counters(number), **validation, **mean})
 
     try:
-        for step, batch in zip(range(start, job.steps), batches(start), strict=False):
+        for step, batch in zip(range(start, job.steps), clock.waiting(batches(start)), strict=False):
             state, metrics = train_step(state, batch)
             if late:
                 report(*late)
-            late = (step + 1, metrics)
+            due = job.validate_every and ((step + 1) % job.validate_every == 0 or step + 1 == job.steps)
+            late = (step + 1, metrics, validate(state.params) if validate and due else {})
             if (step + 1) % job.save_every == 0 or step + 1 == job.steps:
                 report(*late)
                 late = None
@@ -119,13 +126,30 @@ def summary(job: Job) -> dict[str, Any]:
 
 
 class _Clock:
-    """Time spent in steps, the first one's compilation included, and the recent rate."""
+    """Time spent in steps, the first one's compilation included, the recent rate, and the time that steps waited for input."""
 
     def __init__(self, job: Job, seconds: float) -> None:
         self._job, self.seconds = job, seconds
         self._last = time.monotonic()
         self._recent: list[tuple[float, int]] = []
         self.tokens_per_second = 0.0
+        self._waits: list[float] = []
+
+    def waiting(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The batches, with the time that each made the loop wait."""
+        while True:
+            since = time.monotonic()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self._waits.append(time.monotonic() - since)
+            yield batch
+
+    def mean_wait(self) -> float:
+        """Seconds a step that input was waited for, since the last call."""
+        waits, self._waits = self._waits, []
+        return sum(waits) / max(1, len(waits))
 
     def done(self, step: int) -> None:
         now = time.monotonic()

@@ -17,9 +17,10 @@ KEYS = HERE.parent / "config_keys.txt"
 def keys(schema=config.Recipe, path=""):
     """Dotted names of all keys, those of one stage under stages.NAME, with their fields."""
     for field in dataclasses.fields(schema):
-        inner = config.Stage if path == "" and field.name == "stages" else getattr(config, str(field.type), None)
+        named = {"stages": config.Stage, "data": config.Source}.get(field.name) if path == "" else None
+        inner = named or getattr(config, str(field.type), None)
         if inner:
-            yield from keys(inner, f"{path}stages.NAME." if inner is config.Stage else f"{path}{field.name}.")
+            yield from keys(inner, f"{path}{field.name}.NAME." if named else f"{path}{field.name}.")
         else:
             yield f"{path}{field.name}", field
 

@@ -1,0 +1,231 @@
+"""The shard function: one part of a corpus to token shards on disk.  The same wherever it runs, and however often it is killed.
+
+A part becomes shards of about `shard_characters`; a shard is finished when its .json is there, a part when its .done is.
+Run again, it goes on after the last finished shard and writes the same bytes.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from tanuki_jax import files
+from tanuki_jax.data import chat, sources
+from tanuki_jax.data.store import StoreWriter, token_dtype
+from tanuki_jax.data.tokenizer import Tokenizer
+from tanuki_jax.errors import UserError
+
+CHUNK = 1_000_000  # characters encoded together
+CHUNK_ROWS = 5_000
+REASONS = 10_000  # rejected rows that a shard lists; it counts all
+
+
+@dataclass(frozen=True)
+class Work:
+    """What all parts of a corpus share."""
+
+    directory: Path  # where shards are written
+    tokenizer: Path
+    kind: str
+    fields: sources.Fields
+    skip_bad: bool
+    shard_characters: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What a shard holds; `records` counts the rejected ones too."""
+
+    name: str  # part and number in it: 00003-00001
+    records: int
+    rows: int
+    documents: int
+    tokens: int
+    characters: int
+    rejected: int
+    reasons: list[dict[str, str]]  # where, reason
+    sha256: str  # of the tokens
+
+
+def write_part(
+    work: Work, number: int, part: sources.Part, tokenizer: Tokenizer | None = None, show: Callable[[int], None] | None = None
+) -> None:
+    """Writes the shards of part `number` that are not there yet.  show: told how many bytes of the part are read."""
+    done = work.directory / f"{number:05d}.done"
+    if done.is_file():
+        return
+    tokenizer = tokenizer or Tokenizer(work.tokenizer)
+    finished = finished_shards(work.directory, number)
+    chunks = _chunks(work, part, sum(shard.records for shard in finished))
+    with concurrent.futures.ThreadPoolExecutor(1) as reader:  # the next chunk is read while this one is encoded
+        ahead = reader.submit(next, chunks, None)
+        writer: _Writer | None = None
+        following = len(finished)
+        while (chunk := ahead.result()) is not None:
+            ahead = reader.submit(next, chunks, None)
+            writer = writer or _Writer(work, f"{number:05d}-{following:05d}", tokenizer.vocab_size)
+            writer.add(chunk, _encode(work, chunk, tokenizer))
+            if show:
+                show(chunk.bytes_read)
+            if writer.characters >= work.shard_characters:
+                writer.close()
+                writer, following = None, following + 1
+        if writer:
+            writer.close()
+    files.write_text(done, "")
+
+
+def finished_shards(directory: Path, number: int | None = None) -> list[Shard]:
+    """The finished shards of a part, or of all, in order."""
+    pattern = "?????-?????.json" if number is None else f"{number:05d}-?????.json"
+    return [Shard(**files.read_json(path)) for path in sorted(directory.glob(pattern))]
+
+
+# --- reading ------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Chunk:
+    """Rows that are encoded together, and the bad ones among them."""
+
+    rows: list[sources.Row] = field(default_factory=list)
+    bad: list[dict[str, str]] = field(default_factory=list)
+    records: int = 0
+    characters: int = 0
+    bytes_read: int = 0
+
+    def reject(self, where: str, reason: str) -> None:
+        self.bad.append({"where": where, "reason": reason})
+
+
+def _chunks(work: Work, part: sources.Part, skip: int) -> Iterator[_Chunk]:
+    chunk = _Chunk()
+    told = (lambda where, reason: chunk.reject(where, reason)) if work.skip_bad else None
+    for row in sources.read_part(part, work.fields, told, skip):
+        chunk.records += 1
+        if row is not None:
+            try:
+                size = _checked(row, work.kind)
+            except UserError as error:
+                _refuse(work, chunk, row, error)
+            else:
+                chunk.rows.append(row)
+                chunk.characters += size
+                chunk.bytes_read = row.bytes_read
+        if chunk.characters >= CHUNK or chunk.records >= CHUNK_ROWS:
+            yield chunk
+            chunk = _Chunk()
+    if chunk.records:
+        yield chunk
+
+
+def _refuse(work: Work, chunk: _Chunk, row: sources.Row, error: UserError) -> None:
+    """A bad row: an error, or a row that is counted and left out."""
+    reason = str(error).removeprefix("data: ").removeprefix(row.where).lstrip(" :")
+    if not work.skip_bad:
+        raise UserError(f"data: {row.where}: {reason}") from error
+    chunk.reject(row.where, reason)
+
+
+def _checked(row: sources.Row, kind: str) -> int:
+    """Characters of a row (tokens of one that is tokenized already); a row of another kind or without text is an error."""
+    own = sources.kind_of(row)
+    if own != kind:
+        raise UserError(f"data: {row.where} is a {own} row, those before are {kind}; use one source per kind")
+    if kind == "tokens":
+        size = len(row.fields["tokens"])
+    elif kind == "text":
+        size = len(row.fields["text"])
+    else:
+        size = len(chat.text_of(row.fields))
+    if not size:
+        raise UserError(f"data: {row.where} is an empty document; remove it, or leave such rows out with --skip_bad")
+    return size
+
+
+# --- encoding and writing -----------------------------------------------------------------------------------------------------
+
+Encoded = tuple[np.ndarray, np.ndarray | None]  # token ids of a document, and its mask
+
+
+def _encode(work: Work, chunk: _Chunk, tokenizer: Tokenizer) -> Iterator[list[Encoded]]:
+    """The documents of each good row; rows that cannot be encoded are refused."""
+    if work.kind == "text":
+        for ids in tokenizer.encode_batch([row.fields["text"] for row in chunk.rows]):
+            ids.append(tokenizer.eos)
+            yield [(np.frombuffer(ids, np.uint32), None)]
+        return
+    for row in chunk.rows:
+        try:
+            yield _documents(work.kind, row, tokenizer)
+        except UserError as error:
+            _refuse(work, chunk, row, error)
+
+
+def _documents(kind: str, row: sources.Row, tokenizer: Tokenizer) -> list[Encoded]:
+    if kind == "tokens":
+        ids = row.fields["tokens"]
+        if ids.min() < 0 or ids.max() >= tokenizer.vocab_size:
+            raise UserError(f"holds id {ids.max() if ids.min() >= 0 else ids.min()}, the tokenizer has {tokenizer.vocab_size}")
+        return [(ids, None)]
+    if kind == "pair":
+        encoded = chat.encode_pair(tokenizer, row.fields)
+    else:
+        encoded = [chat.encode_dialogue(tokenizer, row.fields["messages"])]
+    return [(np.array(ids), np.array(mask)) for ids, mask in encoded]
+
+
+class _Writer:
+    """One shard on its way: files under temporary names, renamed together, the .json last."""
+
+    def __init__(self, work: Work, name: str, vocab_size: int) -> None:
+        self._work, self._name = work, name
+        self._tokens = StoreWriter(work.directory / f".tokens-{name}", token_dtype(vocab_size))
+        masked = work.kind in ("dialogue", "pair")
+        self._mask = StoreWriter(work.directory / f".mask-{name}", np.dtype(np.uint8)) if masked else None
+        self._hash = hashlib.sha256()
+        self._reasons: list[dict[str, str]] = []
+        self.records = self.rows = self.rejected = self.characters = 0
+
+    def add(self, chunk: _Chunk, encoded: Iterator[list[Encoded]]) -> None:
+        for documents in encoded:
+            self.rows += 1
+            for ids, mask in documents:
+                tokens = ids.astype(self._tokens.dtype, casting="unsafe")
+                self._tokens.add(tokens)
+                self._hash.update(tokens.data)
+                if self._mask is not None and mask is not None:
+                    self._mask.add(mask)
+        self.records, self.characters = self.records + chunk.records, self.characters + chunk.characters
+        self.rejected += len(chunk.bad)
+        self._reasons += chunk.bad[: max(0, REASONS - len(self._reasons))]
+
+    def close(self) -> None:
+        lengths = self._tokens.lengths
+        for writer in filter(None, (self._tokens, self._mask)):
+            writer.close()
+            for suffix in (".bin", ".idx"):
+                hidden = Path(f"{writer.prefix}{suffix}")
+                hidden.replace(hidden.with_name(hidden.name.removeprefix(".")))
+        shard = Shard(
+            self._name,
+            self.records,
+            self.rows,
+            len(lengths),
+            sum(lengths),
+            self.characters,
+            self.rejected,
+            self._reasons,
+            self._hash.hexdigest(),
+        )
+        files.write_json(self._work.directory / f"{self._name}.json", asdict(shard))
+
+
+def prefixes(directory: Path, names: Sequence[str], what: str = "tokens") -> list[Path]:
+    """Where the tokens (or the mask) of shards lie, without suffix."""
+    return [directory / f"{what}-{name}" for name in names]

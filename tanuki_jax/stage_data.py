@@ -1,0 +1,185 @@
+"""The rows of a stage: its sources opened, packed, put in order and mixed; where each source goes on; what is held out."""
+
+from __future__ import annotations
+
+import math
+import sys
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+
+from tanuki_jax import files
+from tanuki_jax.config import Recipe
+from tanuki_jax.data import loader, packing
+from tanuki_jax.data.mixture import StagedMixture
+from tanuki_jax.data.prepare import Manifest, open_store
+from tanuki_jax.data.store import Store
+from tanuki_jax.errors import UserError
+from tanuki_jax.inputs import Inputs
+
+NEEDS = {"pretrain": ("text", "dialogue", "tokens"), "sft": ("dialogue",), "dpo": ("pair",)}
+
+
+@dataclass(frozen=True)
+class StageData:
+    """The rows of a stage, how many steps they are for, and the fingerprint that a resumed run must match."""
+
+    names: tuple[str, ...]
+    sources: tuple[Any, ...]
+    mixture: StagedMixture
+    rows: grain.MapDataset
+    steps: int
+    rows_per_step: int
+    fingerprint: str
+    held_out: Mapping[str, packing.Held]  # rows for validation
+
+    def counters(self, step: int) -> dict[str, float]:
+        """What each source has given up to the end of a step, earlier stages of its chain included: tokens and epochs."""
+        result: dict[str, float] = {}
+        used = self.mixture.first + self.mixture.used(step * self.rows_per_step)
+        for name, rows, count in zip(self.names, self.sources, used.tolist(), strict=True):
+            result[f"data/{name}/tokens"] = count * rows.seq_len
+            result[f"data/{name}/epoch"] = round(count / len(rows), 4)
+        return result
+
+
+def stage_data(recipe: Recipe, name: str, inputs: Inputs, cache: Path, reference: np.ndarray | None = None) -> StageData:
+    """Opens the sources of a stage and mixes them.
+
+    reference: float32 [pairs, 2] log-probabilities of the reference model over all pair sources in order (dpo).
+    """
+    this = recipe.stages[name]
+    names = tuple(n for n, weights in this.mixture.items() if any(weights))
+    opened: list[Any] = []
+    contents, held_out, first_pair = [], {}, 0
+    for source in names:
+        manifest, tokens, mask = open_store(inputs.stores[source])
+        if manifest.kind not in NEEDS[this.kind]:
+            raise UserError(
+                f"stage {name}: source {source!r} holds {manifest.kind} rows; "
+                f"a {this.kind} stage needs {' or '.join(NEEDS[this.kind])} rows"
+            )
+        contents.append(manifest.content)
+        if this.kind == "pretrain":
+            rows: Any = packing.Windows(
+                tokens, this.seq_len, this.reset_attention, recipe.model.vocab_size, recipe.validation.tokens
+            )
+            if recipe.validation.tokens:
+                held_out[source] = packing.Held(rows)
+        else:
+            assert mask is not None
+            packed = _packed(name, source, this.kind, tokens, manifest, this.seq_len, cache)
+            if this.kind == "sft":
+                rows = packing.PackedDialogues(tokens, mask, packed, this.seq_len)
+            else:
+                pairs = manifest.documents // 2
+                logprobs = np.zeros((pairs, 2), np.float32) if reference is None else reference[first_pair : first_pair + pairs]
+                first_pair += pairs
+                widest = int(np.diff(packed.starts).max(initial=1))
+                rows = packing.PackedPairs(tokens, mask, packed, this.seq_len, widest, logprobs)
+        if not len(rows):
+            raise UserError(
+                f"stage {name}: source {source!r} has too little text for one row of {this.seq_len} tokens"
+                f"{' beside validation.tokens' if held_out else ''}; add data or lower seq_len"
+            )
+        opened.append(rows)
+    if this.kind == "dpo":
+        widest = max(rows.max_pairs for rows in opened)
+        opened = [packing.PackedPairs(r.tokens, r.mask, r.packing, r.seq_len, widest, r.ref_logprobs) for r in opened]
+
+    sizes = [len(rows) for rows in opened]
+    steps = max(1, round(this.epochs * sum(sizes) / this.batch_size)) if this.epochs else _steps(recipe, name)
+    # In pretraining a weight is a share of tokens; dialogues and pairs are weighted by how many there are.
+    scale = [1.0] * len(names) if this.kind == "pretrain" else [float(size) for size in sizes]
+    weights = [
+        [this.mixture[n][phase] * s for n, s in zip(names, scale, strict=True)] for phase in range(len(this.mixture_starts))
+    ]
+    starts = [tokens // this.seq_len for tokens in this.mixture_starts]
+    if this.kind == "pretrain":
+        before = used_before(recipe, name)
+        first = [-(-before.get(n, 0) // this.seq_len) for n in names]
+        runs = [_run(recipe, n, this.seq_len, size) for n, size in zip(names, sizes, strict=True)]
+        seeds = [_seed(recipe.seed, n) for n in names]
+    else:  # packed rows differ from stage to stage, and so does their order
+        first, runs, seeds = [0] * len(names), [1] * len(names), [_seed(recipe.seed, name, n) for n in names]
+    mixture = StagedMixture(weights, starts, steps * this.batch_size, first)
+    ordered = [loader.Source(rows, seed, run) for rows, seed, run in zip(opened, seeds, runs, strict=True)]
+    fingerprint = files.fingerprint(
+        contents,
+        inputs.tokenizer.fingerprint,
+        weights,
+        starts,
+        [this.seq_len, this.batch_size, this.reset_attention, this.kind, recipe.validation.tokens],
+        [first, runs, seeds],
+    )
+    rows_of_stage = loader.mixed_rows(ordered, mixture)
+    return StageData(names, tuple(opened), mixture, rows_of_stage, steps, this.batch_size, fingerprint, held_out)
+
+
+def used_before(recipe: Recipe, name: str) -> dict[str, int]:
+    """Tokens of each source that the stages from which `name` descends have trained on; it goes on from there.
+
+    Exact where those stages have the same seq_len, or this one's divides theirs; else less than one row is passed over.
+    """
+    used: dict[str, int] = {}
+    parent = recipe.stages[name].init_from
+    while parent in recipe.stages:
+        stage = recipe.stages[parent]
+        if stage.kind == "pretrain":
+            names = [n for n, weights in stage.mixture.items() if any(weights)]
+            weights = [[stage.mixture[n][phase] for n in names] for phase in range(len(stage.mixture_starts))]
+            starts = [tokens // stage.seq_len for tokens in stage.mixture_starts]
+            rows = _steps(recipe, parent) * stage.batch_size
+            for n, count in zip(names, StagedMixture(weights, starts, rows).used(rows).tolist(), strict=True):
+                used[n] = used.get(n, 0) + count * stage.seq_len
+        parent = stage.init_from
+    return used
+
+
+def _steps(recipe: Recipe, name: str) -> int:
+    """Steps of a stage whose budget is in steps or tokens."""
+    this = recipe.stages[name]
+    return this.steps or max(1, this.tokens // (this.seq_len * this.batch_size))
+
+
+def _run(recipe: Recipe, source: str, seq_len: int, rows: int) -> int:
+    """Rows of a source that stay together when it is shuffled: those of the longest row that any stage reads from it.
+
+    So a stage with longer or shorter rows goes on in the same order of the source's text.
+    """
+    lengths = [s.seq_len for s in recipe.stages.values() if s.kind == "pretrain" and any(s.mixture.get(source, ()))]
+    run = math.lcm(*lengths) // seq_len
+    return run if run <= rows else 1
+
+
+def _seed(seed: int, *names: str) -> int:
+    return zlib.crc32(" ".join(map(str, (seed, *names))).encode())
+
+
+def _packed(
+    stage: str, source: str, kind: str, tokens: Store, manifest: Manifest, seq_len: int, cache: Path
+) -> packing.Packing:
+    """The pack index of dialogues or pairs, from the cache where it is there; says what it wastes."""
+    lengths = tokens.lengths
+    units = np.minimum(lengths, seq_len) if kind == "sft" else lengths[::2] + lengths[1::2]
+    path = cache / f"pack-{files.fingerprint(manifest.content, seq_len, len(units))}.npz"
+    if not path.is_file():
+        made = packing.best_fit(units, seq_len)
+        with files.atomic_path(path) as temporary, temporary.open("wb") as f:
+            np.savez(f, starts=made.starts, units=made.units, dropped=made.dropped)
+    with np.load(path) as saved:
+        packed = packing.Packing(saved["starts"], saved["units"], int(saved["dropped"]))
+    rows, noun = len(packed.starts) - 1, "dialogues" if kind == "sft" else "pairs"
+    filled = int(units[packed.units].sum()) / max(1, rows * seq_len)
+    cut = int((lengths > seq_len).sum()) if kind == "sft" else packed.dropped
+    print(
+        f"stage {stage}: {len(packed.units):,} {noun} of {source} in {rows:,} rows, {1 - filled:.1%} padding"
+        + (f"; {cut:,} longer than {seq_len} tokens {'cut' if kind == 'sft' else 'left out'}" if cut else ""),
+        file=sys.stderr,
+    )
+    return packed
