@@ -74,11 +74,11 @@ def main() -> None:
 
 def _tokenizer_line(name: str, pattern: str, workdir: Path) -> str:
     from tanuki_jax.data import sources
-    from tanuki_jax.data.tokenizer import Tokenizer
-    from tokenization.report import report
+    from tokenization.report import open_encoder, report
 
     texts = (row.fields["text"] for row in sources.read_rows(pattern))
-    found = report(Tokenizer(workdir / "stages/pretrain/tokenizer"), texts)
+    encoder = open_encoder(workdir / "stages/pretrain/tokenizer")
+    found = report([encoder], {name: texts})["domains"][name][encoder.name]
     changed = round(found["lines"] * (1 - found["round_trip"]))
     return f"| {name} | {found['lines']:,} | {changed} | {found['characters_per_token']:.3f} | {found['byte_fallback']:.2%} |"
 

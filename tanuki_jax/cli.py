@@ -154,7 +154,8 @@ def _parser() -> Parser:
     made = verb(data, "inspect", _data_inspect, "what a token store holds")
     made.add_argument("--data", type=Path, required=True, help="directory of the token store")
     _add(made, "tokenizer", "json")
-    made.add_argument("--rows", type=int, default=3, help="documents shown (default %(default)s)")
+    made.add_argument("--rows", type=int, default=3, help="documents or rows shown (default %(default)s)")
+    made.add_argument("--seq_len", type=int, default=0, help="show rows of so many tokens, as a stage packs them")
 
     made = verb(verbs, "score", _score, "log-probabilities of given texts")
     _add(made, "checkpoint", "input", "json")
@@ -336,7 +337,7 @@ def _data_inspect(options: argparse.Namespace) -> None:
     from tanuki_jax.data.inspect import inspect
     from tanuki_jax.data.tokenizer import Tokenizer
 
-    found = inspect(options.data, Tokenizer(options.tokenizer), options.rows)
+    found = inspect(options.data, Tokenizer(options.tokenizer), options.rows, options.seq_len)
     _print(options, found, found["text"])
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,8 +53,9 @@ def open_encoder(path: Path) -> Encoder:
         processor = _load_model(path)
 
         def encode(text: str) -> tuple[list[int], list[int]]:
-            found = processor.encode(text, out_type="immutable_proto").pieces
-            return [p.id for p in found], [p.begin for p in found]
+            found = processor.encode(text, return_type="proto").pieces
+            at = list(itertools.accumulate((len(c.encode()) for c in text), initial=0))  # byte of each character
+            return [p.id for p in found], [bisect.bisect_right(at, p.begin) - 1 for p in found]
 
         size = processor.get_piece_size()
         special = {i for i in range(size) if processor.is_control(i) or processor.is_unknown(i)}

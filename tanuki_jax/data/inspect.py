@@ -1,4 +1,4 @@
-"""What a token store holds, for people: counts, lengths, and documents with their segments of loss."""
+"""What a token store holds, for people: counts, lengths, and samples with what is trained on and which segment it is in."""
 
 from __future__ import annotations
 
@@ -8,59 +8,106 @@ from typing import Any
 
 import numpy as np
 
-from tanuki_jax.data.prepare import open_store
+from tanuki_jax.data import packing
+from tanuki_jax.data.packing import Example
+from tanuki_jax.data.prepare import Manifest, open_store
+from tanuki_jax.data.store import Store
 from tanuki_jax.data.tokenizer import Tokenizer
 from tanuki_jax.errors import UserError
 
 BINS = 10
+SHOWN = 1000  # tokens of a document or row that are shown
+COLOURS = (32, 36, 33, 35, 34)  # of segments, one after another
 
 
-def inspect(directory: Path, tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
-    """Manifest, histogram of document lengths, and the first documents decoded; what is trained on is marked.
+def inspect(directory: Path, tokenizer: Tokenizer, rows: int, seq_len: int = 0) -> dict[str, Any]:
+    """Manifest, histogram of document lengths, and samples decoded: documents, or with `seq_len` rows as a stage packs them.
 
-    Returns a dict with the numbers and, under `text`, the same as lines for a terminal.
+    Returns a dict with the numbers and, under `text`, the same as lines for a terminal.  There each segment has a colour
+    and what is not trained on is dim; elsewhere a segment begins with its number and what is trained on is in brackets.
     """
     manifest, tokens, mask = open_store(directory)
     if manifest.tokenizer not in ("", tokenizer.fingerprint):
         raise UserError(
             f"data: {directory} was made with another tokenizer ({manifest.tokenizer}, this one is {tokenizer.fingerprint})"
         )
-    counts, edges = np.histogram(tokens.lengths, bins=min(BINS, max(1, int(tokens.lengths.max(initial=1)))))
+    lengths = tokens.lengths
+    counts, edges = np.histogram(lengths, bins=min(BINS, max(1, int(lengths.max(initial=1)))))
     lines = [
-        f"{manifest.rows:,} {manifest.kind} rows, {manifest.documents:,} documents, {manifest.tokens:,} tokens "
-        f"({tokens.dtype.name}), {manifest.characters / max(manifest.tokens, 1):.3f} characters a token",
+        f"{manifest}, {manifest.documents:,} documents of {lengths.mean():,.0f} tokens on average, {tokens.dtype.name}",
         "tokens per document:",
         *(
             f"  {a:8.0f} to {b:8.0f}  {n:8,}  {'█' * round(40 * n / max(1, counts.max()))}"
             for n, a, b in zip(counts, edges, edges[1:], strict=False)
         ),
     ]
-    shown: list[dict[str, Any]] = []
-    for i in range(min(rows, manifest.documents)):
-        ids = tokens.document(i).tolist()
-        weights = mask.document(i).tolist() if mask else [1] * len(ids)
-        shown.append({"tokens": len(ids), "parts": _parts(tokenizer, ids, weights)})
-        lines.append(f"document {i}, {len(ids)} tokens:\n{''.join(_coloured(part) for part in shown[-1]['parts'])}")
-    return {
+    found: dict[str, Any] = {
         "rows": manifest.rows,
         "kind": manifest.kind,
         "documents": manifest.documents,
         "tokens": manifest.tokens,
+        "rejected": manifest.rejected,
         "histogram": {"counts": counts.tolist(), "edges": edges.tolist()},
-        "shown": shown,
-        "text": "\n".join(lines),
     }
+    if seq_len:
+        packed, waste = _rows(manifest, tokens, mask, seq_len, tokenizer.vocab_size)
+        lines.append(f"{len(packed):,} rows of {seq_len} tokens, {waste:.1%} padding")
+        found |= {"packed_rows": len(packed), "padding": round(waste, 4)}
+        samples = [("row", i, packed[i]) for i in range(min(rows, len(packed)))]
+    else:
+        samples = [("document", i, _document(tokens, mask, i)) for i in range(min(rows, manifest.documents))]
+    found["shown"] = []
+    for noun, i, sample in samples:
+        parts = _parts(tokenizer, sample)
+        used = int((sample["segment_ids"] > 0).sum())
+        found["shown"].append({"tokens": used, "parts": parts})
+        more = f" (the first {SHOWN})" if used > SHOWN else ""
+        lines.append(f"{noun} {i}, {used} tokens{more}:\n{''.join(_drawn(part, bool(seq_len)) for part in parts)}")
+    return {**found, "text": "\n".join(lines)}
 
 
-def _parts(tokenizer: Tokenizer, ids: list[int], weights: list[int]) -> list[dict[str, Any]]:
-    """Runs of tokens with the same weight, decoded."""
-    cuts = [0, *(i for i in range(1, len(ids)) if weights[i] != weights[i - 1]), len(ids)]
+def _rows(manifest: Manifest, tokens: Store, mask: Store | None, seq_len: int, vocab_size: int) -> tuple[Any, float]:
+    """Rows as a stage would pack them, and the share of padding."""
+    if mask is None:
+        return packing.Windows(tokens, seq_len, True, vocab_size), 0.0
+    if manifest.kind == "pair":
+        units = tokens.lengths[::2] + tokens.lengths[1::2]
+        packed = packing.best_fit(units, seq_len)
+        widest = int(np.diff(packed.starts).max(initial=1))
+        rows: Any = packing.PackedPairs(tokens, mask, packed, seq_len, widest, np.zeros((len(units), 2), np.float32))
+    else:
+        units = np.minimum(tokens.lengths, seq_len)
+        packed = packing.best_fit(units, seq_len)
+        rows = packing.PackedDialogues(tokens, mask, packed, seq_len)
+    return rows, 1 - int(units[packed.units].sum()) / max(1, len(rows) * seq_len)
+
+
+def _document(tokens: Store, mask: Store | None, index: int) -> Example:
+    """One document in the form of a row; here a weight belongs to the token that it stands beside."""
+    ids = tokens.document(index)
+    weights = mask.document(index) if mask else np.ones(len(ids))
+    return {"tokens": ids, "own_weights": weights, "segment_ids": np.ones(len(ids), np.int32)}
+
+
+def _parts(tokenizer: Tokenizer, row: Example) -> list[dict[str, Any]]:
+    """Runs of tokens of one segment with the same weight, decoded; padding is left out."""
+    used = min(int((row["segment_ids"] > 0).sum()), SHOWN)
+    ids, segments = row["tokens"][:used].tolist(), row["segment_ids"][:used].tolist()
+    if "own_weights" in row:
+        weights = row["own_weights"][:used].tolist()
+    else:  # a row's weight belongs to the target, the token after
+        weights = [0.0, *row["loss_weights"][: max(0, used - 1)].tolist()][:used]
+    cuts = [i for i in range(1, used) if (weights[i], segments[i]) != (weights[i - 1], segments[i - 1])]
     return [
-        {"trained": bool(weights[a]), "text": tokenizer.decode(ids[a:b])} for a, b in zip(cuts, cuts[1:], strict=False) if b > a
+        {"trained": bool(weights[a]), "segment": segments[a], "text": tokenizer.decode(ids[a:b])}
+        for a, b in zip([0, *cuts], [*cuts, used], strict=True)
+        if b > a
     ]
 
 
-def _coloured(part: dict[str, Any]) -> str:
-    if not sys.stdout.isatty():
-        return f"[{part['text']}]" if part["trained"] else part["text"]
-    return f"\033[32m{part['text']}\033[0m" if part["trained"] else f"\033[2m{part['text']}\033[0m"
+def _drawn(part: dict[str, Any], numbered: bool) -> str:
+    if sys.stdout.isatty():
+        colour = COLOURS[(part["segment"] - 1) % len(COLOURS)]
+        return f"\033[{'1' if part['trained'] else '2'};{colour}m{part['text']}\033[0m"
+    number = f"<{part['segment']}>" if numbered else ""
+    return number + (f"[{part['text']}]" if part["trained"] else part["text"])
