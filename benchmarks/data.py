@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--copies", default="1,10,100", help="how often the corpus is repeated to see memory")
     parser.add_argument("--kills", type=int, default=5)
     parser.add_argument("--cluster_python", default="", help="python of an environment with tanuki-jax[cluster]; empty = none")
+    parser.add_argument("--maxtext", default="", help="python of an environment with MaxText 0.2.5; empty = none")
     options = parser.parse_args()
     options.workdir.mkdir(parents=True, exist_ok=True)
     print(f"# The data path, {time.strftime('%Y-%m-%d')}\n\n{platform.machine()}, {os.cpu_count()} cores\n", flush=True)
@@ -188,7 +189,11 @@ def loader(options: argparse.Namespace) -> None:
     records = options.workdir / "rows.array_record"
     if not records.is_file():
         _array_records(prefix, records)
-    print(f"| MaxText's Grain path: ArrayRecord of tf.Example, shuffle, parse, shift, batch | {_rate(_grain(records)):,.0f} |")
+    if not options.maxtext:
+        print("| MaxText's Grain path | no environment was given |")
+        return
+    for name, rate in maxtext_rates(options, prefix, records):
+        print(f"| {name} | {rate:,.0f} |", flush=True)
 
 
 def _random_store(prefix: Path, tokens: int) -> None:
@@ -246,30 +251,46 @@ def _array_records(prefix: Path, path: Path) -> None:
     writer.close()
 
 
-def _grain(path: Path) -> Iterator[dict[str, np.ndarray]]:
-    """MaxText 0.2.5 on pre-tokenized ArrayRecord (grain_data_processing.py): parse, rekey, shift, batch, one thread pool."""
-    import grain
-    from tensorflow_datasets.proto import tf_example_generated_pb2
+def maxtext_rates(options: argparse.Namespace, prefix: Path, records: Path) -> Iterator[tuple[str, float]]:
+    """MaxText's own pipeline (grain_data_processing.py) in its own environment, on its two file types of tokens."""
+    names = {"mmap": "Megatron .bin and .idx", "arrayrecord": "ArrayRecord of tf.Example"}
+    for kind, path in (("mmap", prefix), ("arrayrecord", records)):
+        arguments = [kind, str(path), str(SEQ_LEN), str(BATCH), "60", str(options.tokenizer), str(options.workdir / "maxtext")]
+        done = subprocess.run([options.maxtext, "-c", MAXTEXT, *arguments], capture_output=True, text=True)
+        rates = [line for line in done.stdout.splitlines() if line.startswith("rate ")]
+        assert rates, done.stderr[-2000:]
+        yield f"MaxText 0.2.5's Grain path, {names[kind]}", float(rates[-1].split()[1])
 
-    def parse(data: bytes) -> dict[str, np.ndarray]:
-        feature = tf_example_generated_pb2.Example.FromString(data).features.feature["text"].int64_list.value
-        tokens = np.array(feature, np.int32)
-        segments, positions = np.ones(SEQ_LEN, np.int32), np.arange(SEQ_LEN, dtype=np.int32)
-        inputs = np.pad(tokens, (1, 0))[:-1]
-        return {
-            "inputs": inputs,
-            "targets": tokens,
-            "inputs_segmentation": segments,
-            "targets_segmentation": segments,
-            "inputs_position": positions,
-            "targets_position": positions,
-        }
 
-    source = grain.sources.ArrayRecordDataSource([str(path)])
-    rows = grain.MapDataset.source(source).seed(0).shuffle().repeat().map(parse)
-    batches = rows.to_iter_dataset(grain.ReadOptions(num_threads=16, prefetch_buffer_size=500)).batch(BATCH)
-    for batch, _ in zip(batches, range(60), strict=False):
-        yield batch
+MAXTEXT = """
+import os, pathlib, sys, time
+os.environ["JAX_PLATFORMS"] = "cpu"
+kind, files, S, B, steps, tokenizer, output = sys.argv[1:]
+import maxtext
+from maxtext.configs import pyconfig
+from maxtext.input_pipeline import grain_data_processing as room
+S, B, steps = int(S), int(B), int(steps)
+options = dict(
+    run_name="x", base_output_directory=output, dataset_type="grain", grain_train_files=files, grain_file_type=kind,
+    per_device_batch_size=B, max_target_length=S, tokenize_train_data=False, train_data_columns="['text']", packing=False,
+    mmap_eod_id=2, grain_worker_count=0, steps=steps, enable_checkpointing=False, log_config=False, vocab_size=65024,
+    tokenizer_type="huggingface", tokenizer_path=tokenizer, add_bos=False, add_eos=False, skip_jax_distributed_system=True,
+)
+base = pathlib.Path(maxtext.__file__).parent / "configs" / "base.yml"
+config = pyconfig.initialize(["x", str(base), *(f"{k}={v}" for k, v in options.items())])
+rows = room.get_datasets(
+    files, kind, shuffle=True, shuffle_seed=0, shuffle_buffer_size=config.grain_shuffle_buffer_size, num_epoch=1,
+    dataloading_host_index=0, dataloading_host_count=1, grain_worker_count=0, grain_num_threads=config.grain_num_threads,
+    grain_prefetch_buffer_size=config.grain_prefetch_buffer_size, grain_data_source_max_workers=4,
+    dataset_config=room._build_dataset_config(config, seed=0),
+)
+batches = iter(room.pretrain_preprocessing_pipeline(rows, config, ["text"], False, 0, config.grain_per_worker_buffer_size))
+next(batches)
+began, count = time.monotonic(), 0
+for _, batch in zip(range(steps - 1), batches):
+    count += batch["inputs"].size
+print("rate", count / (time.monotonic() - began))
+"""
 
 
 def huge(options: argparse.Namespace) -> None:

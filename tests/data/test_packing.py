@@ -3,12 +3,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tanuki_jax.data.packing import PackedDialogues, PackedPairs, Windows, best_fit
+from tanuki_jax.data.packing import Held, PackedDialogues, PackedPairs, Windows, best_fit
 from tanuki_jax.data.store import Store, StoreWriter
+from tanuki_jax.errors import UserError
 
 LENGTHS = st.lists(st.integers(1, 30), max_size=40)
 SEQ_LEN = st.integers(1, 24)
 DOCUMENTS = st.lists(st.lists(st.integers(1, 500), max_size=12), min_size=1, max_size=12).filter(any)
+SHARDS = st.lists(st.lists(st.lists(st.integers(1, 500), max_size=12), max_size=6), min_size=1, max_size=4)
+VOCAB = 501
 quick = settings(max_examples=50, deadline=None)
 
 
@@ -66,7 +69,7 @@ def test_packing_is_deterministic_and_as_tight_as_best_fit_done_the_slow_way(len
 @given(DOCUMENTS, SEQ_LEN, st.booleans())
 def test_windows_cover_the_stream_once_each_token_predicting_the_next(new_store, documents, seq_len, reset):
     store, stream = new_store(documents), sum(documents, [])
-    windows = Windows(store, seq_len, reset)
+    windows = Windows(store, seq_len, reset, VOCAB)
     rows = [windows[i] for i in range(len(windows))]
     assert len(rows) == (len(stream) - 1) // seq_len
     covered = len(rows) * seq_len
@@ -74,25 +77,75 @@ def test_windows_cover_the_stream_once_each_token_predicting_the_next(new_store,
     assert [t for row in rows for t in row["targets"]] == stream[1 : covered + 1]
 
 
+def cut_into_sequences(prefix, seed):
+    """Rewrites an index so that its documents have several sequences each (or none), by the format's description."""
+    index = np.fromfile(prefix.with_suffix(".idx"), np.uint8).tobytes()
+    count = int.from_bytes(index[18:26], "little")
+    rng, lengths, first = np.random.default_rng(seed), [], [0]
+    for whole in np.frombuffer(index, "<i4", count, 34).tolist():
+        cuts = [0, *sorted(rng.integers(0, whole + 1, rng.integers(0, 3)).tolist()), whole]
+        lengths += np.diff(cuts).tolist() if whole or rng.integers(2) else []
+        first.append(len(lengths))
+    lengths = np.array(lengths, np.int64)
+    header = index[:18] + len(lengths).to_bytes(8, "little") + len(first).to_bytes(8, "little")
+    arrays = lengths.astype("<i4"), (np.cumsum(lengths) - lengths) * 2, np.array(first, np.int64)
+    prefix.with_suffix(".idx").write_bytes(header + b"".join(array.tobytes() for array in arrays))
+
+
 @quick
-@given(DOCUMENTS, SEQ_LEN)
-def test_with_reset_segments_positions_and_loss_follow_the_documents(new_store, documents, seq_len):
+@given(SHARDS, SEQ_LEN, st.integers(0, 30), st.integers(0, 1000))
+def test_with_reset_segments_positions_and_loss_follow_the_documents_of_all_shards(new_store, shards, seq_len, held_out, seed):
+    stores = [new_store(shard) for shard in shards]
+    prefixes = [store.shards[0].prefix for store in stores]
+    for k, prefix in enumerate(prefixes):
+        if (seed >> k) % 2:
+            cut_into_sequences(prefix, seed)
+    documents = sum(shards, [])
     owner = [d for d, document in enumerate(documents) for _ in document]
-    windows = Windows(new_store(documents), seq_len, reset=True)
-    for i in range(len(windows)):
-        row, place = windows[i], i * seq_len
+    windows = Windows(Store(*prefixes), seq_len, True, VOCAB, held_out)
+    rows = [windows[i] for i in range(len(windows))]
+    rows += [held[i] for held in [Held(windows)] if rows for i in range(len(held))]
+    for i, row in enumerate(rows):
+        place = i * seq_len
         for s in range(seq_len):
             fresh = s == 0 or owner[place + s] != owner[place + s - 1]
             assert row["positions"][s] == (0 if fresh else row["positions"][s - 1] + 1)
             assert s == 0 or (row["segment_ids"][s] != row["segment_ids"][s - 1]) == fresh
             assert row["loss_weights"][s] == (owner[place + s] == owner[place + s + 1])
-        assert row["segment_ids"][0] == 1 and (np.diff(row["segment_ids"]) >= 0).all()
+        assert row["segment_ids"][0] == 1 and set(np.diff(row["segment_ids"]).tolist()) <= {0, 1}
 
 
 def test_without_reset_a_row_is_one_segment_all_of_which_counts(new_store):
-    row = Windows(new_store([[1, 2], [3, 4, 5]]), 4, reset=False)[0]
+    row = Windows(new_store([[1, 2], [3, 4, 5]]), 4, False, VOCAB)[0]
     assert row["segment_ids"].tolist() == [1] * 4 and row["positions"].tolist() == [0, 1, 2, 3]
     assert row["loss_weights"].tolist() == [1] * 4
+
+
+@quick
+@given(st.integers(0, 300), SEQ_LEN, st.integers(0, 100), st.booleans())
+def test_held_out_rows_lie_at_the_end_and_share_no_token_with_the_others(new_store, size, seq_len, held_out, reset):
+    windows = Windows(new_store([list(range(size))]), seq_len, reset, VOCAB, held_out)  # every token is its own place
+    held = Held(windows)
+    trained = [t for i in range(len(windows)) for t in windows[i]["tokens"].tolist()]
+    assert len(windows) == max(0, (size - held_out - 1) // seq_len) and trained == list(range(len(windows) * seq_len))
+    if not trained:
+        return
+    validated = [t for i in range(len(held)) for t in held[i]["tokens"].tolist()]
+    assert len(validated) == held_out // seq_len * seq_len
+    assert validated == list(range(len(trained), len(trained) + len(validated)))
+    assert size - 2 * seq_len < len(trained) + len(validated) < size or held_out < seq_len
+
+
+@pytest.mark.parametrize(("dtype", "bad"), [(np.uint16, 501), (np.int32, 70_000), (np.int32, -1), (np.int64, (1 << 32) + 5)])
+@pytest.mark.parametrize("place", [0, 7, 8], ids=["first", "last", "target"])
+def test_an_id_that_the_model_does_not_have_is_an_error_that_names_the_store(new_store, dtype, bad, place):
+    stream = [500] * 17
+    stream[place] = bad
+    windows = Windows(new_store([stream], dtype), 8, False, VOCAB)
+    with pytest.raises(UserError, match=rf"tokens.* holds id {bad} .*vocabulary is 501; it was made with another tokenizer"):
+        windows[0]
+    if place < 8:
+        assert windows[1]["tokens"].tolist() == [500] * 8
 
 
 def check_segments(row, units, tokens, masks, seq_len):

@@ -14,7 +14,25 @@ from tokenization.segment import Segmenter, count_units
 LEVELS = ("morpheme", "predicate", "bunsetsu")
 SEGMENTERS = {level: Segmenter(level) for level in LEVELS}
 # A line: no line ends, as count_units cuts there; MeCab is told nothing of NUL.
-PARTS = ["狸", "が", "山の奥", "食べて", "いる", "ました", "お", "的な", "moon", " ", "  ", "\t", "\u3000", "3.14", "🦝", "、", "▁"]
+PARTS = [
+    "狸",
+    "が",
+    "山の奥",
+    "食べて",
+    "いる",
+    "ました",
+    "お",
+    "的な",
+    "moon",
+    " ",
+    "  ",
+    "\t",
+    "\u3000",
+    "3.14",
+    "🦝",
+    "、",
+    "▁",
+]
 LINE = st.lists(
     st.sampled_from(PARTS) | st.text(st.characters(exclude_categories=["Cs", "Cc", "Zl", "Zp"]), max_size=4), max_size=8
 ).map("".join)
