@@ -104,7 +104,8 @@ def test_generate_continues_and_is_repeatable(trained, capsys):
 def test_tokenizer_report_and_data_inspect_print_one_document(trained, texts, tmp_path, capsys):
     tokenizer = f"--tokenizer={trained / 'stages/pretrain/tokenizer'}"
     report = json.loads(answer(capsys, "tokenizer", "report", tokenizer, f"--input={texts}", "--json"))
-    assert report["lines"] == 2 and report["round_trip"] == 1.0 and report["special"] == 0
+    [figures] = report["domains"][str(texts)].values()
+    assert figures["lines"] == 2 and figures["round_trip"] == 1.0 and figures["special"] == 0
     answer(capsys, "data", "prepare", f"--input={texts}", tokenizer, f"--output={tmp_path / 'store'}")
     found = json.loads(answer(capsys, "data", "inspect", f"--data={tmp_path / 'store'}", tokenizer, "--json"))
     assert (found["kind"], found["rows"], len(found["shown"])) == ("text", 2, 2)

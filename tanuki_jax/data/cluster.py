@@ -31,6 +31,8 @@ def prepare(
       slurm: name=value pairs, comma-separated: time, partition (needed), cpus_per_task, mem_per_cpu_gb, qos.
     """
     made = plan(patterns, tokenizer, Path(output).resolve(), options)
+    if (made.work.directory / "manifest.json").is_file():
+        return finish(made, tokenizer)
     logs = str(made.work.directory / "logs")
     step = functools.partial(_task, made)
     common: dict[str, Any] = dict(
@@ -76,5 +78,7 @@ def _slurm(text: str) -> Mapping[str, Any]:
         raise UserError(f"--slurm: it takes {', '.join(SLURM)}, and needs the partition; given: {text!r}")
     options: dict[str, Any] = {**SLURM, **given}
     for name in ("cpus_per_task", "mem_per_cpu_gb"):
+        if not str(options[name]).isdigit():
+            raise UserError(f"--slurm: {name} must be a whole number, not {options[name]!r}")
         options[name] = int(options[name])
     return options

@@ -12,7 +12,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,11 +73,16 @@ def bytes_of(path: str) -> int:
 
 def identity_of(path: str) -> list[Any]:
     """What changes when a file does: its name, size and time of change, or a remote file's own key."""
+    if path.endswith(".bin") and not is_url(path):
+        return [*_stats([Path(path), Path(path).with_suffix(".idx")])]
     if is_url(path):
         system, inner = _remote(path)
         return [path, system.ukey(inner)]
-    files = sorted(p for p in Path(path).rglob("*") if p.is_file()) if Path(path).is_dir() else [Path(path)]
-    return [[str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in files]
+    return _stats(sorted(p for p in Path(path).rglob("*") if p.is_file()) if Path(path).is_dir() else [Path(path)])
+
+
+def _stats(paths: Iterable[Path]) -> list[Any]:
+    return [[str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in paths if p.exists()]
 
 
 def _open(path: str) -> Any:
@@ -120,6 +125,7 @@ def _jsonl(path: str, start: int, stop: int, wanted: Collection[str]) -> Iterato
 
 def _gzip(path: str, start: int, stop: int, wanted: Collection[str]) -> Iterator[Record]:
     with _open(path) as raw:
+        _check_not_empty(path)
         try:
             with gzip.GzipFile(fileobj=raw) as f:
                 yield from _lines(path, f, raw)
@@ -131,11 +137,17 @@ def _zstd(path: str, start: int, stop: int, wanted: Collection[str]) -> Iterator
     import pyarrow
 
     with _open(path) as raw:
+        _check_not_empty(path)
         try:
             stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), "zstd")
             yield from _lines(path, io.BufferedReader(stream, 1 << 20), raw)
         except OSError as error:
             raise UserError(f"data: {path} is not a whole zstd file ({error}); fetch it again") from error
+
+
+def _check_not_empty(path: str) -> None:
+    if not bytes_of(path):
+        raise UserError(f"data: {path} has no bytes, not even those of an empty compressed file; fetch it again")
 
 
 def _lines(path: str, lines: Any, raw: Any) -> Iterator[Record]:
@@ -186,7 +198,11 @@ def _array_record(path: str, start: int, stop: int, wanted: Collection[str]) -> 
     total = max(1, reader.num_records())
     stop = min(stop, total if reader.num_records() else 0)
     for first in range(start, stop, 256):
-        for i, data in enumerate(reader.read(list(range(first, min(first + 256, stop)))), first):
+        try:
+            batch = reader.read(list(range(first, min(first + 256, stop))))
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"data: {path} is damaged near record {first} ({error}); fetch it again") from error
+        for i, data in enumerate(batch, first):
             value = data if data.lstrip()[:1] == b"{" else _example(data, f"{path}, record {i}")
             yield Record(f"{path}, record {i}", value, size * (i + 1 - start) // total)
 
@@ -194,10 +210,12 @@ def _array_record(path: str, start: int, stop: int, wanted: Collection[str]) -> 
 def _array_reader(path: str) -> Any:
     from array_record.python import array_record_module
 
-    try:
-        return array_record_module.ArrayRecordReader(path)
-    except Exception as error:  # the library raises nothing narrower
-        raise UserError(f"data: {path} is not a whole ArrayRecord file ({error}); fetch it again") from error
+    if is_url(path):
+        raise UserError(f"data: {path}: ArrayRecord files are read from local paths only; copy it here")
+    reader = array_record_module.ArrayRecordReader(path)
+    if not reader.ok():
+        raise UserError(f"data: {path} is not a whole ArrayRecord file; fetch it again")
+    return reader
 
 
 def _example(data: bytes, where: str) -> Any:
@@ -282,12 +300,18 @@ def expand(path: str) -> list[str]:
     if is_url(path):
         return [found for suffix in SUFFIXES for found in find(f"{path.rstrip('/')}/**/*{suffix}")]
     folder = Path(path)
-    if (folder / "dataset_dict.json").is_file():
-        splits = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
-        folder = folder / ("train" if "train" in splits else splits[0])
-    if (folder / "state.json").is_file():
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        return [str(folder / entry["filename"]) for entry in state["_data_files"]]
+    try:
+        if (folder / "dataset_dict.json").is_file():
+            splits = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+            folder = folder / ("train" if "train" in splits else splits[0])
+        if (folder / "state.json").is_file():
+            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            found = [folder / entry["filename"] for entry in state["_data_files"]]
+            for missing in (file for file in found if not file.is_file()):
+                raise UserError(f"data: {missing} is missing from the dataset in {path}; save it again")
+            return [str(file) for file in found]
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise UserError(f"data: {folder} is not a whole dataset of Hugging Face's ({error!r}); save it again") from error
     if any(folder.glob("*.parquet")) or (folder / "data").is_dir():  # a clone of a dataset's repository
         return sorted(str(p) for p in folder.rglob("*.parquet"))
     return [path]

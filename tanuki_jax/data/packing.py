@@ -34,13 +34,14 @@ class Windows:
     def __getitem__(self, index: int) -> Example:
         S = self.seq_len
         start = index * S
-        window = self.store.read(start, start + S + 1).astype(np.int32)
+        window = self.store.read(start, start + S + 1)
         if window.max() >= self.vocab_size or window.min() < 0:
             bad = int(window.max() if window.max() >= self.vocab_size else window.min())
             raise UserError(
                 f"token store: {self.store} holds id {bad} near token {start}, the model's vocabulary is {self.vocab_size}; "
                 "it was made with another tokenizer"
             )
+        window = window.astype(np.int32)
         weights, segments, positions = np.ones(S, np.float32), np.ones(S, np.int32), np.arange(S, dtype=np.int32)
         if self.reset:
             begins = self.store.boundaries(start, start + S + 1) - start  # in (0, S]

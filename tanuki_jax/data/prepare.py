@@ -75,6 +75,8 @@ def prepare(patterns: str, tokenizer: Tokenizer, output: Path, options: Options 
     must be of one kind.  workers: processes, 0 = as many as are of use here; the store is the same for any number.
     """
     made = plan(patterns, tokenizer, Path(output), options)
+    if (made.work.directory / "manifest.json").is_file():
+        return finish(made, tokenizer)
     number = workers or _workers(made)
     progress = Progress("tokenize", sum(part.size for part in made.parts), "MB", 1e6)
     try:
@@ -91,10 +93,7 @@ def prepare(patterns: str, tokenizer: Tokenizer, output: Path, options: Options 
 
 def plan(patterns: str, tokenizer: Tokenizer, output: Path, options: Options = DEFAULT) -> Plan:
     """Cuts a corpus into parts and makes the folder of its shards; that of the same work, begun before, is gone on with."""
-    first = next((row for row in sources.read_rows(patterns, options.fields, _ignored if options.skip_bad else None)), None)
-    if first is None:
-        raise UserError(f"data: {patterns} holds no rows; the corpus is empty")
-    kind = sources.kind_of(first)
+    kind = _kind(patterns, options)
     directory = output.parent / f".{output.name}.partial"
     work = Work(directory, tokenizer.directory, kind, options.fields, options.skip_bad, options.shard_characters)
     identity = files.fingerprint(
@@ -103,6 +102,8 @@ def plan(patterns: str, tokenizer: Tokenizer, output: Path, options: Options = D
     begun = directory / "identity.json"
     if directory.is_dir() and (not begun.is_file() or files.read_json(begun) != identity):
         shutil.rmtree(directory)  # other files, another tokenizer or other options
+    if not options.skip_bad and any(shard.rejected for shard in finished_shards(directory)):
+        shutil.rmtree(directory)  # bad rows were left out there, and must be told of here
     if not directory.is_dir():
         try:
             directory.mkdir(parents=True)
@@ -115,6 +116,8 @@ def plan(patterns: str, tokenizer: Tokenizer, output: Path, options: Options = D
 def finish(made: Plan, tokenizer: Tokenizer) -> Manifest:
     """Writes the manifest of a corpus whose parts are all done, and gives the store its name."""
     directory = made.work.directory
+    if (directory / "manifest.json").is_file():  # killed while it was being finished
+        return _publish(made)
     undone = [i for i in range(len(made.parts)) if not (directory / f"{i:05d}.done").is_file()]
     if undone:
         raise UserError(f"data: {len(undone)} of {len(made.parts)} parts of {made.output} are not done; run the command again")
@@ -125,14 +128,20 @@ def finish(made: Plan, tokenizer: Tokenizer) -> Manifest:
         raise UserError(f"data: {made.output}: no good rows; the corpus is empty ({manifest.rejected} bad ones)")
     if manifest.rejected:
         files.write_jsonl(directory / "rejected.jsonl", (reason for shard in shards for reason in shard.reasons))
-    for name in ("*.done", "?????-?????.json", "identity.json", ".*", "logs*"):
+    files.write_json(directory / "manifest.json", asdict(manifest))
+    return _publish(made)
+
+
+def _publish(made: Plan) -> Manifest:
+    """Removes the traces of the work, its identity last, and gives the store its name."""
+    directory = made.work.directory
+    for name in ("*.done", "?????-?????.json", ".*", "logs*", "identity.json"):
         for path in directory.glob(name):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    files.write_json(directory / "manifest.json", asdict(manifest))
     if made.output.is_dir():
         shutil.rmtree(made.output)
     directory.replace(made.output)
-    return manifest
+    return read_manifest(made.output)
 
 
 def _manifest(work: Work, shards: Sequence[Shard], tokenizer: Tokenizer) -> Manifest:
@@ -150,8 +159,15 @@ def _manifest(work: Work, shards: Sequence[Shard], tokenizer: Tokenizer) -> Mani
     )
 
 
-def _ignored(where: str, reason: str) -> None:
-    pass
+def _kind(patterns: str, options: Options) -> str:
+    """The kind of the first good row."""
+    for row in sources.read_rows(patterns, options.fields, (lambda where, reason: None) if options.skip_bad else None):
+        try:
+            return sources.kind_of(row)
+        except UserError:
+            if not options.skip_bad:
+                raise
+    raise UserError(f"data: {patterns} holds no rows; the corpus is empty")
 
 
 # --- on this machine ----------------------------------------------------------------------------------------------------

@@ -138,7 +138,10 @@ def _checked(row: sources.Row, kind: str) -> int:
     if own != kind:
         raise UserError(f"data: {row.where} is a {own} row, those before are {kind}; use one source per kind")
     if kind == "tokens":
-        size = len(row.fields["tokens"])
+        ids = np.asarray(row.fields["tokens"])
+        if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+            raise UserError(f"data: {row.where}: tokens must be a list of ids")
+        size = len(ids)
     elif kind == "text":
         size = len(row.fields["text"])
     else:
@@ -154,7 +157,7 @@ Encoded = tuple[np.ndarray, np.ndarray | None]  # token ids of a document, and i
 
 
 def _encode(work: Work, chunk: _Chunk, tokenizer: Tokenizer) -> Iterator[list[Encoded]]:
-    """The documents of each good row; rows that cannot be encoded are refused."""
+    """The documents of each good row; rows that cannot be encoded are refused, and their characters taken off."""
     if work.kind == "text":
         for ids in tokenizer.encode_batch([row.fields["text"] for row in chunk.rows]):
             ids.append(tokenizer.eos)
@@ -162,14 +165,17 @@ def _encode(work: Work, chunk: _Chunk, tokenizer: Tokenizer) -> Iterator[list[En
         return
     for row in chunk.rows:
         try:
-            yield _documents(work.kind, row, tokenizer)
+            documents = _documents(work.kind, row, tokenizer)
         except UserError as error:
             _refuse(work, chunk, row, error)
+            chunk.characters -= _checked(row, work.kind)
+        else:
+            yield documents
 
 
 def _documents(kind: str, row: sources.Row, tokenizer: Tokenizer) -> list[Encoded]:
     if kind == "tokens":
-        ids = row.fields["tokens"]
+        ids = np.asarray(row.fields["tokens"])
         if ids.min() < 0 or ids.max() >= tokenizer.vocab_size:
             raise UserError(f"holds id {ids.max() if ids.min() >= 0 else ids.min()}, the tokenizer has {tokenizer.vocab_size}")
         return [(ids, None)]

@@ -53,8 +53,9 @@ def matching_files(patterns: str) -> list[str]:
         if not matches:
             raise UserError(f"data: no such file: {pattern!r}")
         for path in (expanded for match in matches for expanded in formats.expand(match)):
-            if not formats.format_of(path):
-                if formats.is_directory(path):
+            folder = formats.format_of(path) != "/tfds" and formats.is_directory(path)
+            if folder or not formats.format_of(path):
+                if folder:
                     raise UserError(
                         f"data: {path} is a directory, and no dataset that Hugging Face datasets or TFDS wrote; "
                         f"name the files in it, {path}/*.jsonl for example"
@@ -88,7 +89,7 @@ def parts(patterns: str, part_bytes: int) -> list[Part]:
 
     for path in matching_files(patterns):
         size = formats.bytes_of(path)
-        units = formats.size_of(path) if size > part_bytes else 1
+        units = _units(path) if size > part_bytes else 1
         if units > 1:
             flush()
             cuts = min(units, -(-size // part_bytes))
@@ -100,6 +101,13 @@ def parts(patterns: str, part_bytes: int) -> list[Part]:
         small.append((path, size))
     flush()
     return result
+
+
+def _units(path: str) -> int:
+    try:
+        return formats.size_of(path)
+    except UserError:  # a damaged file: its reader says so
+        return 1
 
 
 def read_rows(patterns: str, fields: Fields = PLAIN, bad: Bad | None = None) -> Iterator[Row]:
@@ -133,9 +141,9 @@ def read_part(part: Part, fields: Fields = PLAIN, bad: Bad | None = None, skip: 
         except UserError as error:  # the file itself is damaged: what came before it is good
             if bad is None:
                 raise
-            bad(path, _reason(error, path))
             number += 1
             if number > skip:
+                bad(path, _reason(error, path))
                 yield None
         before += formats.bytes_of(path) if len(part.paths) > 1 else 0
 

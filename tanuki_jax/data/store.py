@@ -92,6 +92,11 @@ class _Shard:
             raise UserError(f"token store: {index} {problem}: {size} bytes, expected {expected}; prepare it again")
         self.size, rest = divmod(tokens.stat().st_size, self.dtype.itemsize)
         indexed = (int(self.pointers[-1]) // self.dtype.itemsize + int(self.lengths[-1])) if self.sequences else 0
+        places = np.linspace(0, self.documents, num=min(self.documents, CHECKED) + 1, dtype=np.int64)  # all, if not too many
+        known = self.first[places]
+        self.simple = self.documents == self.sequences and bool((known == places).all())  # each sequence is a document
+        if known[0] != 0 or known[-1] != self.sequences or (np.diff(known) < 0).any():
+            raise UserError(f"token store: {index} does not say where its documents begin; prepare it again")
         if 0 < self.sequences <= CHECKED:  # an index that is quickly read is checked whole
             ends = np.cumsum(self.lengths, dtype=np.int64)
             whole = bool((self.pointers == (ends - self.lengths) * self.dtype.itemsize).all())
@@ -125,7 +130,7 @@ class _Shard:
     @functools.cached_property
     def starts(self) -> np.ndarray:
         """Byte at which each document begins, int64; the index itself where every sequence is a document."""
-        if self.documents == self.sequences:
+        if self.simple:
             return self.pointers
         ends = np.append(self.pointers, self.size * self.dtype.itemsize)
         return ends[self.first[:-1]]
@@ -135,7 +140,7 @@ class _Shard:
         return int(self.starts[document]) // self.dtype.itemsize if document < self.documents else self.size
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k in ("prefix", "sequences", "documents", "dtype", "size")}
+        return {k: v for k, v in self.__dict__.items() if k in ("prefix", "sequences", "documents", "dtype", "size", "simple")}
 
 
 class Store:
@@ -148,6 +153,12 @@ class Store:
         self.dtype = self.shards[0].dtype
         if self.dtype.kind == "f":
             raise UserError(f"token store: {prefixes[0]}.bin holds {self.dtype.name} numbers, not token ids")
+        for shard in self.shards:
+            if shard.dtype != self.dtype:
+                raise UserError(
+                    f"token store: {shard.prefix}.bin holds {shard.dtype.name}, {prefixes[0]}.bin {self.dtype.name}; "
+                    "prepare them together"
+                )
         # First token and first document of each shard, and the ends of the last.
         self._token_starts = np.cumsum([0, *(shard.size for shard in self.shards)], dtype=np.int64)
         self._document_starts = np.cumsum([0, *(shard.documents for shard in self.shards)], dtype=np.int64)

@@ -64,3 +64,31 @@ def test_phases_change_exactly_where_they_are_said_to():
     sources = [staged[i][0] for i in range(15_000)]
     assert sources == [0] * 5000 + [1] + [2] * 6999 + [0] * 3000
     assert staged[12_000] == (0, 5000) and staged[5001] == (2, 0)
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.data())
+def test_the_tokens_of_a_phase_follow_its_weights_closely_within_a_thousand_steps(data):
+    sources, phases = data.draw(st.integers(2, 5)), data.draw(st.integers(1, 3))
+    weight = st.one_of(st.just(0.0), st.floats(1e-3, 1.0))
+    weights = [data.draw(st.lists(weight, min_size=sources, max_size=sources).filter(any)) for _ in range(phases)]
+    rows = 1000 * data.draw(st.integers(8, 12))
+    extra = data.draw(st.lists(st.integers(0, BLOCK), min_size=phases, max_size=phases))
+    starts = [0, *np.cumsum([rows + more for more in extra]).tolist()[:-1]]
+    staged = StagedMixture(weights, starts, starts[-1] + rows)
+    for phase, start in enumerate(starts):
+        drawn = np.bincount([staged[i][0] for i in range(start, start + rows)], minlength=sources) / rows
+        np.testing.assert_allclose(drawn, np.array(weights[phase]) / sum(weights[phase]), rtol=0, atol=1e-3)
+
+
+@settings(max_examples=8, deadline=None)
+@given(mixtures(), st.integers(0, 3 * BLOCK), st.integers(0, 2**40))
+def test_a_later_stage_goes_on_from_the_rows_that_were_used_before(mixture, rows, far):
+    weights, starts = mixture
+    plain = StagedMixture(weights, starts, 10)
+    before = plain.used(rows) + far
+    later = StagedMixture(weights, starts, 10, before.tolist())
+    for i in (0, 1, rows, rows + 1, starts[-1], starts[-1] + 1, 10**9):
+        source, row = plain[i]
+        assert later[i] == (source, row + before[source])
+    assert later.used(rows).tolist() == plain.used(rows).tolist() and later.first.tolist() == before.tolist()

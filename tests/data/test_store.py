@@ -226,10 +226,11 @@ def test_a_missing_file_is_an_error_that_names_it(tmp_path, suffix):
         Store(tmp_path / "tokens")
 
 
-def test_shards_of_another_type_than_the_first_are_an_error_or_keep_their_ids(tmp_path):
+def test_shards_of_another_type_than_the_first_are_an_error(tmp_path):
     write(tmp_path / "a", [[1, 2]])
     write(tmp_path / "b", [[70_000]], "<i4")
-    check(Store(tmp_path / "a", tmp_path / "b"), [[1, 2], [70_000]])
+    with pytest.raises(UserError, match=r"b\.bin holds int32.*a\.bin uint16"):
+        Store(tmp_path / "a", tmp_path / "b")
     write_by_the_format(tmp_path / "c", [[[1.5]]], 7)
     with pytest.raises(UserError, match=r"c\.bin holds float32"):
         Store(tmp_path / "a", tmp_path / "c")

@@ -1,8 +1,12 @@
+import json
+
+import numpy as np
 import pytest
 import sentencepiece
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from tanuki_jax.data import tokenizer as tokenizer_module
 from tanuki_jax.data.tokenizer import Tokenizer
 from tanuki_jax.errors import UserError
 from tests.conftest import TEXTS
@@ -53,7 +57,87 @@ def test_offsets_are_the_characters_in_which_tokens_start(tokenizer, text):
 @quick
 @given(st.lists(TEXT, max_size=5))
 def test_a_batch_is_encoded_like_each_text_alone(tokenizer, texts):
-    assert tokenizer.encode_batch(texts) == [tokenizer.encode(t) for t in texts]
+    assert [ids.tolist() for ids in tokenizer.encode_batch(texts)] == [tokenizer.encode(t) for t in texts]
+
+
+def test_a_batch_gives_arrays_of_four_bytes_an_id_to_which_more_can_be_added(tokenizer):
+    ids = tokenizer.encode_batch(["", "moon"])[1]
+    ids.append(tokenizer.eos)
+    assert np.frombuffer(ids, np.uint32).tolist() == [*tokenizer.encode("moon"), tokenizer.eos]
+
+
+@pytest.fixture(scope="module", params=["cut at newlines", "not cut at newlines"])
+def either(request, tokenizer, tmp_path_factory):
+    """The tokenizer, and one like it that does not cut text at newlines, as older ones."""
+    if request.param == "cut at newlines":
+        return tokenizer
+    directory = tmp_path_factory.mktemp("older")
+    for path in tokenizer.directory.iterdir():
+        (directory / path.name).write_bytes(path.read_bytes())
+    model = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
+    (directory / "tokenizer.json").write_text(json.dumps({**model, "pre_tokenizer": None}), encoding="utf-8")
+    return Tokenizer(directory)
+
+
+@pytest.fixture
+def cut(monkeypatch):
+    """Sets the lengths at which texts are cut."""
+
+    def to(part, longest):
+        monkeypatch.setattr(tokenizer_module, "PART", part)
+        monkeypatch.setattr(tokenizer_module, "LONGEST", longest)
+
+    return to
+
+
+by_patching = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+MANY_LINES = st.lists(PARTS | st.sampled_from(["\n", "\n\n", " \n", "\n ", "moon"]) | st.text(max_size=6), max_size=30).map(
+    "".join
+)
+
+
+@by_patching
+@given(MANY_LINES, st.integers(1, 20))
+@example("a" * 30 + "\n\n\nmoon\n", 1)
+@example("\n" * 10, 1)
+@example("🦝\n🦝🦝\n", 2)
+def test_a_text_that_is_cut_at_newlines_has_the_ids_of_the_whole(either, cut, text, part):
+    cut(part, 1 << 20)
+    assert [ids.tolist() for ids in either.encode_batch([text, "moon", text])] == [
+        either.encode(t) for t in (text, "moon", text)
+    ]
+
+
+@by_patching
+@given(MANY_LINES, st.integers(1, 8), st.integers(1, 12))
+@example("  moon  " * 5, 3, 3)
+@example("🦝か\u3099" * 5, 1, 1)
+def test_a_text_that_is_cut_anywhere_comes_back_and_has_no_special_token(either, cut, text, part, longest):
+    cut(min(part, longest), longest)
+    (ids,) = either.encode_batch([text])
+    assert either.decode(ids) == text
+    assert not set(ids) & set(either.special.values())
+
+
+@by_patching
+@given(MANY_LINES, st.integers(1, 8), st.integers(1, 40))
+def test_what_is_encoded_together_is_never_longer_than_the_longest(tokenizer, cut, text, part, longest):
+    cut(min(part, longest), longest)
+    parts = tokenizer._parts(text)
+    assert "".join(parts) == text and max(map(len, parts)) <= longest
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["狸が山に住む。" * 160_000, "The moon.\n" * 110_000, "\n" * 1_100_000, ("a" * 40_000 + "\n") * 30],
+    ids=["one line", "many lines", "newlines", "long lines"],
+)
+def test_a_document_of_megabytes_comes_back(tokenizer, text):
+    (ids,) = tokenizer.encode_batch([text])
+    assert tokenizer.decode(ids) == text
+    if "\n" in text:
+        line = tokenizer.encode(text[: text.index("\n")])
+        assert ids.tolist() == (line + tokenizer.encode("\n")) * text.count("\n")
 
 
 @pytest.mark.parametrize("text", [*TEXTS[:6], "2024年12月、東京 (Tokyo) で\n  雪が 降った。\n\n", "ＡＢＣ ①㍿ é"])

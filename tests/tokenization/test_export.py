@@ -1,12 +1,28 @@
 import json
+import os
 
 import pytest
 import sentencepiece
 import tokenizers
 
 from tanuki_jax.data.chat import TEMPLATE
+from tanuki_jax.data.tokenizer import Tokenizer
+from tests.conftest import TEXTS
 from tokenization.export import export
-from tokenization.train import CONTROLS
+from tokenization.train import CONTROLS, train
+
+
+@pytest.fixture(scope="module", params=["of one text", "of two languages"])
+def tokenizer(request, tokenizer, tmp_path_factory):
+    """The tests' own tokenizer, and one whose model is a mixture of two."""
+    if request.param == "of one text":
+        return tokenizer
+    directory = tmp_path_factory.mktemp("languages")
+    texts = [("en" if text.isascii() else "ja", text) for text in TEXTS]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "cpu_count", lambda: 1)  # so little text is not worth a process
+        train(texts, directory, 800, 1.0, shares={"ja": 0.5, "en": 0.5})
+    return Tokenizer(directory)
 
 
 @pytest.fixture(scope="module")
@@ -55,3 +71,8 @@ def test_tokenizer_json_alone_is_enough_for_the_tokenizers_library(tokenizer):
 def test_exporting_again_writes_the_same_files(tokenizer, saved, tmp_path):
     assert export(tokenizer.directory / "tokenizer.model", tmp_path) == tokenizer.vocab_size
     assert {p.stem: json.loads(p.read_text(encoding="utf-8")) for p in tmp_path.glob("*.json")} == saved
+
+
+def test_both_files_give_the_same_ids(tokenizer, model):
+    lines = [line for text in TEXTS[:6] for line in text.splitlines(keepends=True)]
+    assert [tokenizer.encode(line) for line in lines] == [model.encode(line) for line in lines]

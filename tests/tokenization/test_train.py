@@ -1,8 +1,12 @@
 import collections
+import gzip
+import itertools
+import json
 import math
 import os
 import random
 import tempfile
+from pathlib import Path
 
 import pytest
 import sentencepiece
@@ -208,6 +212,26 @@ def test_shares_that_do_not_fit_the_text_are_an_error_that_says_why(tmp_path, la
 def test_shares_for_text_of_no_named_language_are_refused(tmp_path):
     with pytest.raises(UserError, match="the text is in ''"):
         train(PAIRS, tmp_path, 512, shares={"ja": 1.0})
+
+
+CORPUS = Path(__file__).parents[2] / "../shared/corpus"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CORPUS.is_dir(), reason="the corpora of books are not here")
+def test_books_in_two_languages_are_learnt_from_without_a_piece_over_a_boundary(tmp_path):
+    texts = []
+    for language in ("ja", "en"):
+        with gzip.open(CORPUS / f"{language}.jsonl.gz", "rt", encoding="utf-8") as f:
+            texts += [(language, json.loads(line)["text"][:100_000]) for line in itertools.islice(f, 6)]
+    train(texts, tmp_path, 6000, shares={"ja": 0.65, "en": 0.35})
+    segmenter, tokenizer = Segmenter(), Tokenizer(tmp_path)
+    units = {u for _, text in texts for line in text.splitlines() for u in segmenter.units(line)}
+    inside = {unit[a:b] for unit in units for a in range(len(unit)) for b in range(a + 2, min(a + 16, len(unit)) + 1)}
+    longer = [p for p in readable(read_model(tmp_path)) if len(p) > 1]
+    assert len(longer) > 2000 and [p for p in longer if is_japanese(p) and p not in inside] == []
+    ids = tokenizer.encode_batch([text for _, text in texts])
+    assert [tokenizer.decode(found) for found in ids] == [text for _, text in texts]
 
 
 # --- what modern text needs -----------------------------------------------------------------------------------------------

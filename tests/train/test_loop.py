@@ -1,6 +1,7 @@
 """The loop with a train step of one number, so that only the loop is tested."""
 
 import json
+import time
 
 import jax
 import jax.numpy as jnp
@@ -29,12 +30,16 @@ def train_step(state, batch):
     return State(state.step + 1, params, state.opt_state, state.key), metrics
 
 
-def run(this, batches=lambda first: iter(range(first, 1000)), step=train_step):
-    return loop.run(this, ABSTRACT, fresh_state, step, batches)
+def run(this, batches=lambda first: iter(range(first, 1000)), step=train_step, validate=None):
+    return loop.run(this, ABSTRACT, fresh_state, step, batches, validate=validate)
+
+
+def rows(directory):
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
 def logged(directory):
-    return [json.loads(line)["step"] for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [row["step"] for row in rows(directory)]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_the_checkpoint_before_is_good(tmp_path):
@@ -85,3 +90,49 @@ def test_metrics_after_the_checkpoint_are_written_anew_when_the_run_goes_on(tmp_
     run(job(tmp_path))
     assert logged(tmp_path) == list(range(1, 10))
     assert loop.summary(job(tmp_path))["tokens"] == 90
+
+
+def test_counters_of_a_step_are_logged_with_it(tmp_path):
+    run(job(tmp_path, log_every=4, counters=lambda step: {"data/ja/tokens": 7 * step, "data/ja/epoch": step / 2}))
+    assert [(row["data/ja/tokens"], row["data/ja/epoch"]) for row in rows(tmp_path)] == [(28, 2.0), (56, 4.0), (63, 4.5)]
+
+
+@pytest.mark.parametrize(("every", "steps"), [(0, []), (1, list(range(1, 10))), (4, [4, 8, 9]), (100, [9])])
+def test_validation_is_of_the_parameters_after_its_step_and_always_of_the_last(tmp_path, every, steps):
+    run(job(tmp_path, validate_every=every, log_every=5), validate=lambda params: {"validation/w": float(params["w"][0])})
+    found = {row["step"]: row["validation/w"] for row in rows(tmp_path) if "validation/w" in row}
+    assert found == {step: sum(range(step)) for step in steps}
+    assert logged(tmp_path) == sorted({5, 9, *steps})
+
+
+def test_a_resumed_run_validates_the_steps_that_are_left(tmp_path):
+    def dies(first):
+        yield from range(first, 5)
+        raise KeyboardInterrupt
+
+    seen = []
+    validate = lambda params: seen.append(float(params["w"][0])) or {"validation/w": seen[-1]}  # noqa: E731
+    with pytest.raises(KeyboardInterrupt):
+        run(job(tmp_path, validate_every=2), dies, validate=validate)
+    run(job(tmp_path, validate_every=2), validate=validate)
+    assert seen == [sum(range(step)) for step in (2, 4, 6, 8, 9)]
+    run(job(tmp_path, validate_every=2), validate=lambda params: pytest.fail("nothing is left to validate"))
+    assert [row["step"] for row in rows(tmp_path) if "validation/w" in row] == [2, 4, 6, 8, 9]
+
+
+def test_the_time_that_steps_wait_for_input_is_logged(tmp_path):
+    def slow(first):
+        for n in range(first, 1000):
+            time.sleep(0.05)
+            yield n
+
+    run(job(tmp_path / "slow", steps=4, log_every=2), slow)
+    run(job(tmp_path / "quick", steps=4, log_every=2))
+    assert all(0.05 <= row["input_wait"] < 0.5 for row in rows(tmp_path / "slow"))
+    assert all(0 <= row["input_wait"] < 0.05 for row in rows(tmp_path / "quick"))
+
+
+def test_no_batch_is_taken_beyond_the_last_step(tmp_path):
+    taken = []
+    run(job(tmp_path), lambda first: (taken.append(n) or n for n in range(first, 1000)))
+    assert taken == list(range(9))
