@@ -69,6 +69,11 @@ def stage_data(recipe: Recipe, name: str, inputs: Inputs, cache: Path, reference
             rows: Any = packing.Windows(
                 tokens, this.seq_len, this.reset_attention, recipe.model.vocab_size, recipe.validation.tokens
             )
+            if 0 < recipe.validation.tokens < this.seq_len:
+                raise UserError(
+                    f"config: validation.tokens is {recipe.validation.tokens}, less than one row of stage {name} "
+                    f"({this.seq_len} tokens); raise it, or set it to 0"
+                )
             if recipe.validation.tokens:
                 held_out[source] = packing.Held(rows)
         else:
@@ -127,8 +132,12 @@ def used_before(recipe: Recipe, name: str) -> dict[str, int]:
     Exact where those stages have the same seq_len, or this one's divides theirs; else less than one row is passed over.
     """
     used: dict[str, int] = {}
+    chain = []
     parent = recipe.stages[name].init_from
     while parent in recipe.stages:
+        chain.append(parent)
+        parent = recipe.stages[parent].init_from
+    for parent in reversed(chain):
         stage = recipe.stages[parent]
         if stage.kind == "pretrain":
             names = [n for n, weights in stage.mixture.items() if any(weights)]
@@ -136,8 +145,8 @@ def used_before(recipe: Recipe, name: str) -> dict[str, int]:
             starts = [tokens // stage.seq_len for tokens in stage.mixture_starts]
             rows = _steps(recipe, parent) * stage.batch_size
             for n, count in zip(names, StagedMixture(weights, starts, rows).used(rows).tolist(), strict=True):
-                used[n] = used.get(n, 0) + count * stage.seq_len
-        parent = stage.init_from
+                first = -(-used.get(n, 0) // stage.seq_len)
+                used[n] = (first + count) * stage.seq_len
     return used
 
 

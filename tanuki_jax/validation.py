@@ -11,7 +11,7 @@ import jax
 from tanuki_jax import config, parallel
 from tanuki_jax.data import loader
 from tanuki_jax.data.packing import Example, Held
-from tanuki_jax.data.tokenizer import Tokenizer
+from tanuki_jax.data.tokenizer import Tokenizer, byte_of
 from tanuki_jax.train import losses
 
 
@@ -49,4 +49,5 @@ def _bytes(row: Example, tokenizer: Tokenizer) -> int:
     """UTF-8 bytes of the tokens that a row is scored on."""
     special = set(tokenizer.special.values())
     ids = [i for i in row["targets"][row["loss_weights"] > 0].tolist() if i not in special]
-    return len(tokenizer.decode(ids).encode())
+    spelt = [i for i in ids if byte_of(tokenizer.piece(i)) is not None]  # a row may hold a part of their character only
+    return len(spelt) + len(tokenizer.decode([i for i in ids if byte_of(tokenizer.piece(i)) is None]).encode())

@@ -107,7 +107,6 @@ def test_a_uniform_model_has_the_loss_of_a_guess_and_the_bits_of_its_bytes(held,
     assert found["validation/x/bits_per_byte"] == pytest.approx(9 * count / spelt_bytes(tokenizer, all_rows(rows)), abs=1e-4)
 
 
-@pytest.mark.xfail(strict=True, reason="bytes of a character that two rows share are decoded one by one to U+FFFD")
 def test_characters_that_are_cut_by_a_row_count_their_own_bytes(held, tokenizer):
     cfg = MODELS["dense"]
     params = init(cfg, jax.random.key(0))

@@ -104,7 +104,7 @@ def report(
     characters that MeCab cuts when it sees them alone; used: ids that the texts used; injected: special tokens that their
     own spelling gave.
     """
-    encoders, morphemes = list(encoders), Segmenter("morpheme", dictionary)
+    encoders, morphemes = _named_apart(encoders), Segmenter("morpheme", dictionary)
     segmenter = morphemes if level in ("morpheme", "none") else Segmenter(level, dictionary)
     used: dict[str, set[int]] = {encoder.name: set() for encoder in encoders}
     found: dict[str, Any] = {}
@@ -118,8 +118,9 @@ def report(
         for text in texts:
             for line in text.splitlines(keepends=True):
                 lines, characters, size = lines + 1, characters + len(line), size + len(line.encode())
-                words += len(morphemes.units(line.rstrip("\n")))
-                inner = _boundaries(segmenter, line)
+                shown = line.replace("\0", "\ufffd")  # MeCab stops at NUL
+                words += len(morphemes.units(shown.rstrip("\n")))
+                inner = _boundaries(segmenter, shown)
                 for encoder in encoders:
                     _measure(encoder, line, inner, rows[encoder.name], used[encoder.name], wrong[encoder.name])
         if not lines:
@@ -133,6 +134,15 @@ def report(
         "domains": found,
         "vocabulary": {encoder.name: _vocabulary(encoder, used[encoder.name], morphemes) for encoder in encoders},
     }
+
+
+def _named_apart(encoders: Iterable[Encoder]) -> list[Encoder]:
+    """Encoders of one name get numbers."""
+    result: list[Encoder] = []
+    for encoder in encoders:
+        same = sum(other.name.partition(" #")[0] == encoder.name for other in result)
+        result.append(encoder._replace(name=f"{encoder.name} #{same + 1}") if same else encoder)
+    return result
 
 
 def _boundaries(segmenter: Segmenter, line: str) -> set[int]:
@@ -249,6 +259,8 @@ def _cell(column: str, value: Any) -> str:
 
 def picture(found: dict[str, Any], path: Path) -> None:
     """Draws compression by domain and tokenizer; the suffix of `path` says the format (.svg, .png, .pdf)."""
+    if path.suffix not in (".svg", ".png", ".pdf"):
+        raise UserError(f"--picture: {path} must end with .svg, .png or .pdf")
     import matplotlib
 
     matplotlib.use("svg" if path.suffix == ".svg" else "agg")

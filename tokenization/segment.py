@@ -12,11 +12,13 @@ import functools
 import itertools
 import multiprocessing
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 
 LEVELS = ("morpheme", "predicate", "bunsetsu", "none")
 # Surface with the white space before it, part of speech, its two finer classes, and the dictionary form.
 NODE = '-F "%M\\t%f[0],%f[1],%f[2],%f[6]\\n" -U "%M\\t%f[0],%f[1],%f[2],*\\n" -E "\\n"'
+INNER_SPACE = re.compile(r"(?<=\S)(?=\s)")
 BATCH = 4_000_000  # characters that a worker counts at one time
 MOST_UNITS = 8_000_000  # distinct units of a language kept in memory (about 1 GB); beyond, the rarest are forgotten
 
@@ -46,6 +48,10 @@ class Segmenter:
                 surface, tab, tags = node.rpartition("\t")
                 if not tab:
                     continue
+                if INNER_SPACE.search(surface):  # MeCab may join an unknown symbol and the wide space after it
+                    *starts, surface = INNER_SPACE.split(surface)
+                    lean = before and not starts[0][0].isspace() and self._leans(before, tags)
+                    result += [result.pop() + starts[0] if lean else starts[0], *starts[1:]]
                 if before and not surface[0].isspace() and self._leans(before, tags):
                     result[-1] += surface
                 else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import itertools
 import math
 import os
 import string
@@ -198,10 +199,11 @@ def _mixture(
     if min(shares.values()) <= 0:
         raise UserError(f"tokenizer: every share of the vocabulary must be above 0: {dict(shares)}")
     whole = sum(shares.values())
-    models = {
-        language: _fit(found, math.ceil(vocab_size * min(1, SURPLUS * shares[language] / whole)), character_coverage, level)
-        for language, found in counts.items()
-    }
+    models = {}
+    for language, found in counts.items():
+        common = 300 + len(MODERN if vocab_size >= ROOM else SPELLING) + len(set("".join(found)))  # special, bytes, characters
+        size = min(vocab_size, common + math.ceil(SURPLUS * vocab_size * shares[language] / whole))
+        models[language] = _fit(found, size, character_coverage, level)
     tokens = {language: _tokens(models[language], found) for language, found in counts.items()}
     probability: dict[str, dict[str, float]] = {}  # piece -> language -> its part of the mixture
     for language, model in models.items():
@@ -216,9 +218,10 @@ def _mixture(
     special = [piece for piece in result.pieces if piece.type != piece.NORMAL]
     kept = {piece for piece in ranked if len(piece) == 1}
     room = max(0, vocab_size - len(special) - len(kept))
-    for language, share in shares.items():
+    edges = [round(room * total / whole) for total in itertools.accumulate(shares.values(), initial=0.0)]
+    for language, first, last in zip(shares, edges, edges[1:], strict=False):
         mine = [piece for piece in ranked if owner[piece] == language and len(piece) > 1]
-        kept.update(mine[: round(room * share / whole)])
+        kept.update(mine[: last - first])
     del result.pieces[:]
     result.pieces.extend(special)
     for name in ranked:

@@ -8,6 +8,7 @@ pretraining corpora have.  The output lies on a file system that all machines sh
 from __future__ import annotations
 
 import functools
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,11 @@ def prepare(
     Args:
       slurm: name=value pairs, comma-separated: time, partition (needed), cpus_per_task, mem_per_cpu_gb, qos.
     """
+    job = _slurm(slurm) if executor == "slurm" else {}
     made = plan(patterns, tokenizer, Path(output).resolve(), options)
     if (made.work.directory / "manifest.json").is_file():
         return finish(made, tokenizer)
-    logs = str(made.work.directory / "logs")
+    logs = str(made.output.parent / f".{made.output.name}.logs")  # beside the work, whose folder becomes the store
     step = functools.partial(_task, made)
     common: dict[str, Any] = dict(
         pipeline=[step], tasks=len(made.parts), workers=workers, logging_dir=logs, skip_completed=False
@@ -42,7 +44,6 @@ def prepare(
         if executor == "slurm":
             from datatrove.executor.slurm import SlurmPipelineExecutor
 
-            job = _slurm(slurm)
             first = SlurmPipelineExecutor(**common, **job, job_name=f"tokenize-{made.output.name}")
             last = [functools.partial(_finish, made)]
             SlurmPipelineExecutor(
@@ -55,6 +56,7 @@ def prepare(
         RayPipelineExecutor(**common).run()
     except ImportError as error:
         raise UserError(f"--executor: {error}; pip install 'tanuki-jax[cluster]'") from error
+    shutil.rmtree(logs, ignore_errors=True)
     return finish(made, tokenizer)
 
 

@@ -297,24 +297,35 @@ def expand(path: str) -> list[str]:
     """The files of a dataset folder: one that Hugging Face datasets or TFDS wrote; a file is itself."""
     if not is_directory(path) or _is_tfds(path):
         return [path]
-    if is_url(path):
-        return [found for suffix in SUFFIXES for found in find(f"{path.rstrip('/')}/**/*{suffix}")]
-    folder = Path(path)
+    folder = path.rstrip("/")
     try:
-        if (folder / "dataset_dict.json").is_file():
-            splits = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
-            folder = folder / ("train" if "train" in splits else splits[0])
-        if (folder / "state.json").is_file():
-            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-            found = [folder / entry["filename"] for entry in state["_data_files"]]
-            for missing in (file for file in found if not file.is_file()):
+        if _exists(f"{folder}/dataset_dict.json"):
+            splits = _read_json(f"{folder}/dataset_dict.json")["splits"]
+            folder = f"{folder}/{'train' if 'train' in splits else splits[0]}"
+        if _exists(f"{folder}/state.json"):
+            found = [f"{folder}/{entry['filename']}" for entry in _read_json(f"{folder}/state.json")["_data_files"]]
+            for missing in (file for file in found if not _exists(file)):
                 raise UserError(f"data: {missing} is missing from the dataset in {path}; save it again")
-            return [str(file) for file in found]
+            return found
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise UserError(f"data: {folder} is not a whole dataset of Hugging Face's ({error!r}); save it again") from error
-    if any(folder.glob("*.parquet")) or (folder / "data").is_dir():  # a clone of a dataset's repository
-        return sorted(str(p) for p in folder.rglob("*.parquet"))
+    if is_url(path):
+        return [found for suffix in SUFFIXES for found in find(f"{folder}/**/*{suffix}")]
+    if any(Path(folder).glob("*.parquet")) or (Path(folder) / "data").is_dir():  # a clone of a dataset's repository
+        return sorted(str(p) for p in Path(folder).rglob("*.parquet"))
     return [path]
+
+
+def _exists(path: str) -> bool:
+    if not is_url(path):
+        return Path(path).is_file()
+    system, inner = _remote(path)
+    return bool(system.isfile(inner))
+
+
+def _read_json(path: str) -> Any:
+    with _open(path) as f:
+        return json.loads(f.read().decode("utf-8"))
 
 
 def _is_tfds(path: str) -> bool:

@@ -135,9 +135,9 @@ def finish(made: Plan, tokenizer: Tokenizer) -> Manifest:
 def _publish(made: Plan) -> Manifest:
     """Removes the traces of the work, its identity last, and gives the store its name."""
     directory = made.work.directory
-    for name in ("*.done", "?????-?????.json", ".*", "logs*", "identity.json"):
+    for name in ("*.done", "?????-?????.json", ".*", "identity.json"):
         for path in directory.glob(name):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            path.unlink()
     if made.output.is_dir():
         shutil.rmtree(made.output)
     directory.replace(made.output)

@@ -7,6 +7,7 @@ Ours have one sequence a document; those of others may have several.  Opening co
 
 from __future__ import annotations
 
+import bisect
 import functools
 import mmap
 import struct
@@ -92,11 +93,10 @@ class _Shard:
             raise UserError(f"token store: {index} {problem}: {size} bytes, expected {expected}; prepare it again")
         self.size, rest = divmod(tokens.stat().st_size, self.dtype.itemsize)
         indexed = (int(self.pointers[-1]) // self.dtype.itemsize + int(self.lengths[-1])) if self.sequences else 0
-        places = np.linspace(0, self.documents, num=min(self.documents, CHECKED) + 1, dtype=np.int64)  # all, if not too many
-        known = self.first[places]
-        self.simple = self.documents == self.sequences and bool((known == places).all())  # each sequence is a document
-        if known[0] != 0 or known[-1] != self.sequences or (np.diff(known) < 0).any():
-            raise UserError(f"token store: {index} does not say where its documents begin; prepare it again")
+        if self.documents <= CHECKED:
+            known = self.first
+            if known[0] != 0 or known[-1] != self.sequences or (np.diff(known) < 0).any():
+                raise UserError(f"token store: {index} does not say where its documents begin; prepare it again")
         if 0 < self.sequences <= CHECKED:  # an index that is quickly read is checked whole
             ends = np.cumsum(self.lengths, dtype=np.int64)
             whole = bool((self.pointers == (ends - self.lengths) * self.dtype.itemsize).all())
@@ -127,17 +127,21 @@ class _Shard:
         """All tokens, one after another."""
         return _mapped(Path(f"{self.prefix}.bin"), self.dtype, 0, self.size)
 
-    @functools.cached_property
+    @property
     def starts(self) -> np.ndarray:
-        """Byte at which each document begins, int64; the index itself where every sequence is a document."""
-        if self.simple:
-            return self.pointers
-        ends = np.append(self.pointers, self.size * self.dtype.itemsize)
-        return ends[self.first[:-1]]
+        return np.append(self.pointers, self.size * self.dtype.itemsize)[self.first[:-1]]
 
     def offset(self, document: int) -> int:
         """First token of a document; the end of the last for `documents`."""
-        return int(self.starts[document]) // self.dtype.itemsize if document < self.documents else self.size
+        sequence = int(self.first[document])
+        return int(self.pointers[sequence]) // self.dtype.itemsize if sequence < self.sequences else self.size
+
+    def begins(self, low: int, high: int) -> np.ndarray:
+        """First tokens, in (low, high), of the documents that begin there."""
+        item = self.dtype.itemsize
+        a, b = (bisect.bisect_left(self.pointers, edge) for edge in (low * item + 1, high * item))
+        i, j = (bisect.bisect_left(self.first, edge, hi=self.documents) for edge in (a, b))
+        return self.pointers[self.first[i:j]] // item
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k in ("prefix", "sequences", "documents", "dtype", "size", "simple")}
@@ -192,9 +196,7 @@ class Store:
         k = self._shard(self._token_starts, start)
         while k < len(self.shards) and self._token_starts[k] < stop:
             shard, base = self.shards[k], int(self._token_starts[k])
-            low, high = ((edge - base) * shard.dtype.itemsize for edge in (start, stop))
-            a, b = np.searchsorted(shard.starts, [low + 1, high])
-            found.append(shard.starts[a:b] // shard.dtype.itemsize + base)
+            found.append(shard.begins(start - base, stop - base) + base)
             k += 1
         result = found[0] if len(found) == 1 else np.concatenate([np.zeros(0, np.int64), *found])
         fresh = result[1:] != result[:-1]  # empty documents begin where the next one does

@@ -3,6 +3,7 @@ import json
 import pickle
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
@@ -59,7 +60,7 @@ def test_a_store_of_which_parts_are_missing_is_not_finished(tokenizer, tmp_path,
 
 
 class Executor:
-    """Stands for datatrove's executors: run() runs those it depends on, then every rank of its own, the last first."""
+    """Stands for datatrove's executors: runs those it depends on, then its own ranks, and notes each that has ended."""
 
     started: list = []
 
@@ -70,9 +71,15 @@ class Executor:
         if self.depends:
             self.depends.run()
         Executor.started.append(self)
+        self.run_ranks()
+
+    def run_ranks(self):
+        ended = Path(self.options["logging_dir"]) / "completions"
         for rank in reversed(range(self.tasks)):
             for step in self.pipeline:
                 step(None, rank, self.tasks)
+            ended.mkdir(parents=True, exist_ok=True)
+            (ended / f"{rank:05d}").touch()
 
 
 @pytest.fixture
@@ -106,14 +113,26 @@ def test_slurm_makes_the_store_of_one_machine_in_a_last_job(tokenizer, tmp_path,
     assert f"submitted {tasks.tasks} tasks" in capsys.readouterr().out
 
 
-def test_datatrove_runs_the_steps_and_nothing_hidden_is_left(tokenizer, tmp_path, corpus, expected):
+def test_the_folder_of_the_work_is_gone_when_the_last_job_has_ended(tokenizer, tmp_path, corpus, started):
+    cluster.prepare(corpus, tokenizer, tmp_path / "store", OPTIONS, 3, "slurm", "partition=cpu")
+    assert (tmp_path / "store").is_dir() and not (tmp_path / ".store.partial").exists()
+
+
+@pytest.mark.parametrize("kind", ["ray", "slurm"])
+def test_datatrove_itself_makes_the_store_of_one_machine(tokenizer, tmp_path, corpus, expected, monkeypatch, kind):
     local = pytest.importorskip("datatrove.executor.local", reason="datatrove is not installed")
-    made = prepare.plan(corpus, tokenizer, tmp_path / "store", OPTIONS)
-    logs = str(made.work.directory / "logs")
-    for step, tasks, name in ((cluster._task, len(made.parts), logs), (cluster._finish, 1, f"{logs}-finish")):
-        local.LocalPipelineExecutor([functools.partial(step, made)], tasks, 1, logging_dir=name, skip_completed=False).run()
-    assert contents(tmp_path / "store") == expected
-    assert not left(tmp_path)
+    own = pytest.importorskip(f"datatrove.executor.{kind}")
+
+    class Local(Executor):
+        """datatrove's own run of each rank, on this machine."""
+
+        def run_ranks(self):
+            options = {name: self.options[name] for name in ("logging_dir", "skip_completed") if name in self.options}
+            local.LocalPipelineExecutor(self.pipeline, self.tasks, workers=1, **options).run()
+
+    monkeypatch.setattr(own, f"{kind.capitalize()}PipelineExecutor", Local)
+    cluster.prepare(corpus, tokenizer, tmp_path / "store", OPTIONS, 2, kind, "partition=cpu")
+    assert contents(tmp_path / "store") == expected and not (tmp_path / ".store.partial").exists()
 
 
 @pytest.mark.parametrize("executor", ["ray", "slurm"])

@@ -285,6 +285,19 @@ def test_a_text_file_is_read_from_a_url(memory):
     assert texts(f"{memory}/*.txt") == ["狸\r\n山"]
 
 
+@pytest.mark.parametrize("splits", [["test", "train"], []], ids=["splits", "one"])
+def test_a_folder_that_hugging_face_datasets_saved_is_the_same_at_a_url(tmp_path, memory, splits):
+    folder = tmp_path / "corpus"
+    save_to_disk(folder / "train" if splits else folder, ROWS[:20], 12)
+    if splits:
+        save_to_disk(folder / "test", ROWS[20:25])
+        (folder / "dataset_dict.json").write_text(json.dumps({"splits": splits}))
+    write_arrow(folder / "train" / "cache-1.arrow" if splits else folder / "cache-1.arrow", ROWS[:1])
+    for path in folder.rglob("*.*"):
+        fsspec.filesystem("memory").pipe(f"/corpus/{path.relative_to(folder)}", path.read_bytes())
+    assert texts(memory) == texts(folder) == TEXTS[:20]
+
+
 @pytest.mark.parametrize("name", ["a.arrayrecord", "a.bin"])
 def test_a_format_that_is_not_read_from_urls_is_an_error_and_not_an_empty_corpus(tmp_path, memory, name):
     write_array_record(tmp_path / name, ROWS)

@@ -1,12 +1,14 @@
 import hashlib
 import pickle
 import struct
+import tracemalloc
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from tanuki_jax.data import store as store_module
 from tanuki_jax.data.store import Store, StoreWriter, token_dtype
 from tanuki_jax.errors import UserError
 
@@ -110,10 +112,13 @@ def test_a_store_of_floats_is_refused_by_the_name_of_its_file(tmp_path, code):
         Store(prefix)
 
 
-@quick
-@given(SEQUENCES)
-@example([[[1], [2]], []])  # as many sequences as documents
-def test_documents_of_several_sequences_and_of_none_are_whole(tmp_path_factory, documents):
+@pytest.mark.parametrize("checked", [1_000_000, 2], ids=["an index that is checked", "a larger one"])
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(documents=SEQUENCES)
+@example(documents=[[[1], [2]], []])  # as many sequences as documents
+@example(documents=[[[1]], [[2], [3]], [], [[4]], [[5]], [[6]]])
+def test_documents_of_several_sequences_and_of_none_are_whole(tmp_path_factory, monkeypatch, checked, documents):
+    monkeypatch.setattr(store_module, "CHECKED", checked)
     prefix = write_by_the_format(tmp_path_factory.mktemp("store") / "x", documents, 8)
     check(Store(prefix), [flat(document) for document in documents])
 
@@ -171,6 +176,22 @@ def test_a_store_of_terabytes_is_read_where_it_is_asked(tmp_path):
     assert store.boundaries(size - length - 1, size + length + 1).tolist() == [size - length, size, size + length]
     last = store.document(2 * count - 1)
     assert (len(last), int(last[0]), int(last[-1])) == (length, 0, 13)
+
+
+def test_reading_somewhere_copies_no_index(tmp_path):
+    count = 200_000
+    header = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 8, count, count + 1)
+    arrays = np.ones(count, "<i4"), np.arange(count) * 2, np.arange(count + 1)
+    (tmp_path / "x.idx").write_bytes(header + b"".join(array.tobytes() for array in arrays))
+    np.arange(count, dtype="<u2").tofile(tmp_path / "x.bin")
+    store = Store(tmp_path / "x", tmp_path / "x")
+    store.boundaries(0, 9), store.document(0)  # the maps are open now
+    tracemalloc.start()
+    begins, document = store.boundaries(count - 3, count + 3).tolist(), store.document(count + 7).tolist()
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (begins, document) == ([count - 2, count - 1, count, count + 1, count + 2], [7])
+    assert most < count  # bytes; the index has twenty a document
 
 
 @pytest.mark.parametrize(

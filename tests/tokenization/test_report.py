@@ -140,7 +140,6 @@ def test_figures_of_a_domain_do_not_depend_on_the_others(home, injectable):
     assert max(alone) <= found["vocabulary"]["bunsetsu"]["used"] <= sum(alone)
 
 
-@pytest.mark.xfail(strict=True, reason="tokenizers are told apart by the last part of their path alone")
 def test_two_tokenizers_whose_directories_have_one_name_are_told_apart(home, tokenizer, tmp_path):
     (tmp_path / "bunsetsu").symlink_to(tokenizer.directory)
     rows = report([open_encoder(home), open_encoder(tmp_path / "bunsetsu")], {"sample": SAMPLE})["domains"]["sample"]

@@ -65,7 +65,6 @@ def test_white_space_always_begins_a_unit(level, line):
         assert not re.search(r"\S[ \t]", unit)
 
 
-@pytest.mark.xfail(strict=True, reason="MeCab joins an unknown symbol and the wide or thin space after it")
 @pytest.mark.parametrize("line", ["狸:\u3000山", "☆\u2009☆", "ก\u00a0ข"])
 def test_white_space_of_any_kind_begins_a_unit(line):
     assert not any(re.search(r"\S\s", unit) for unit in SEGMENTERS["morpheme"].units(line))
