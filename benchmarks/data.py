@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from watched import watched
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -70,26 +71,6 @@ def command(options: argparse.Namespace, source: str, output: Path, *flags: str)
     return [*base, f"--input={source}", f"--output={output}", *flags]
 
 
-def watched(arguments: list[str]) -> tuple[float, float]:
-    """Seconds of a command, and the most memory that it and its children held together, in GiB."""
-    import psutil
-
-    began = time.monotonic()
-    process = psutil.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    most = 0
-    while process.poll() is None:
-        held = 0
-        for one in (process, *process.children(recursive=True)):
-            try:
-                held += one.memory_info().rss
-            except psutil.Error:
-                continue
-        most = max(most, held)
-        time.sleep(0.1)
-    assert process.returncode == 0, arguments
-    return time.monotonic() - began, most / 2**30
-
-
 def digest(store: Path) -> str:
     """SHA-256 over all files of a store."""
     total = hashlib.sha256()
@@ -131,7 +112,7 @@ def memory(options: argparse.Namespace) -> None:
     print("| input, MB | seconds | peak memory of all processes, GiB |\n|---|---|---|")
     for copies in map(int, options.copies.split(",")):
         source = plain(options, copies)
-        seconds, most = watched(command(options, str(source), options.workdir / f"store-{copies}"))
+        seconds, most, _ = watched(command(options, str(source), options.workdir / f"store-{copies}"))
         print(f"| {source.stat().st_size / 1e6:,.0f} | {seconds:.0f} | {most:.2f} |", flush=True)
         shutil.rmtree(options.workdir / f"store-{copies}")
         if copies > 1:
@@ -142,7 +123,7 @@ def kill(options: argparse.Namespace) -> None:
     """Kills the command at random moments until it is through; the store must have the bytes of an undisturbed one."""
     source, flags = str(plain(options, 1)), ("--shard_characters=1000000",)
     whole, broken = options.workdir / "store-whole", options.workdir / "store-killed"
-    seconds, _ = watched(command(options, source, whole, *flags))
+    seconds, _, _ = watched(command(options, source, whole, *flags))
     arguments = command(options, source, broken, *flags)
     shutil.rmtree(broken.with_name(f".{broken.name}.partial"), ignore_errors=True)
     moments = random.Random(0)
@@ -169,7 +150,7 @@ def cluster(options: argparse.Namespace) -> None:
     here, there = options.workdir / "store-local", options.workdir / "store-ray"
     watched(command(options, source, here, *flags, "--workers=2"))
     arguments = command(options, source, there, *flags, "--workers=2", "--executor=ray")
-    seconds, _ = watched([options.cluster_python, *arguments[1:]])
+    seconds, _, _ = watched([options.cluster_python, *arguments[1:]])
     print(f"local: {digest(here)}, Ray: {digest(there)} ({seconds:.0f} s), same: {digest(here) == digest(there)}")
 
 

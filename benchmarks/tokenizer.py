@@ -14,10 +14,13 @@ import math
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from watched import watched
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -97,39 +100,11 @@ def tanuki(*arguments: str) -> list[str]:
 def train(options: argparse.Namespace, level: str) -> tuple[float, float, str]:
     """Seconds, peak memory of the process and its children together (at most) in GiB, and what was said."""
     output = options.workdir / level
-    subprocess.run(["rm", "-rf", str(output)], check=True)
-    began = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, __file__, "--measure", *tanuki()[1:], "tokenizer", "train"]
-        + [f"--input={options.workdir}/train-*.jsonl", "--language_field=lang", f"--output={output}", f"--level={level}"]
-        + [f"--vocab_size={options.vocab_size}"]
-        + ([f"--shares={options.shares}"] if options.shares else []),
-        check=True,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    *said, peak = done.stdout.strip().splitlines()
-    return time.monotonic() - began, float(peak), said[-1].partition(": ")[2]
-
-
-def measure() -> None:
-    """Runs a command; prints the most memory that it and its children held together, in GiB."""
-    import psutil
-
-    process = psutil.Popen([sys.executable, *sys.argv[2:]])
-    most = 0
-    while process.poll() is None:
-        held = 0
-        for one in (process, *process.children(recursive=True)):
-            try:
-                held += one.memory_info().rss
-            except psutil.Error:
-                continue
-        most = max(most, held)
-        time.sleep(0.2)
-    print(most / 2**30)
-    sys.exit(process.returncode)
+    shutil.rmtree(output, ignore_errors=True)
+    flags = [f"--input={options.workdir}/train-*.jsonl", "--language_field=lang", f"--output={output}", f"--level={level}"]
+    shares = [f"--shares={options.shares}"] if options.shares else []
+    seconds, most, said = watched(tanuki("tokenizer", "train", *flags, f"--vocab_size={options.vocab_size}", *shares))
+    return seconds, most, said.strip().splitlines()[-1].partition(": ")[2]
 
 
 def report(options: argparse.Namespace, levels: list[str], tests: dict[str, Path]) -> dict[str, str]:
@@ -153,7 +128,7 @@ def small_model(options: argparse.Namespace, level: str, tests: dict[str, Path])
     from tanuki_jax.evaluate.score import score_rows
 
     home = options.workdir / f"model-{level}"
-    subprocess.run(["rm", "-rf", str(home)], check=True)
+    shutil.rmtree(home, ignore_errors=True)
     data = [f"--config.data.{lang}={options.workdir}/train-{lang}.jsonl" for lang in ("ja", "en")]
     shape = [f"--config.model.{key}={value}" for key, value in MODEL.items()]
     subprocess.run(
@@ -184,6 +159,4 @@ def small_model(options: argparse.Namespace, level: str, tests: dict[str, Path])
 
 
 if __name__ == "__main__":
-    if "--measure" in sys.argv[1:2]:
-        measure()
     main()

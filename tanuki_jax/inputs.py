@@ -113,14 +113,15 @@ def _tokenizer(recipe: Recipe, located: dict[str, tuple[str, str]], where: Path)
 def _texts(source: config.Source, patterns: str, max_bytes: int) -> Iterator[tuple[str, str]]:
     """(language, text) of each row."""
     read = 0
-    for row in sources.read_rows(patterns, sources.Fields(source.text), _ignored if source.skip_bad else None):
-        text = text_of(row)
+    for row in sources.read_rows(patterns, sources.Fields(source.text), sources.ignore if source.skip_bad else None):
+        try:
+            text = text_of(row)
+        except UserError:
+            if not source.skip_bad:
+                raise
+            continue
         read += len(text.encode("utf-8", "surrogatepass"))
         if read > max_bytes:
             print(f"tokenizer: {patterns}: the first {max_bytes:,} bytes (tokenizer.max_bytes)", file=sys.stderr)
             return
         yield source.language, text
-
-
-def _ignored(where: str, reason: str) -> None:
-    pass

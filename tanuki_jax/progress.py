@@ -18,6 +18,7 @@ class Progress:
         self._live = sys.stderr.isatty()
         self._start = time.monotonic()
         self._next = self._start + (0.0 if self._live else 10.0)
+        self._ended = False
         self._first: tuple[float, int] | None = None
 
     def show(self, done: int, text: str = "") -> None:
@@ -25,6 +26,8 @@ class Progress:
         now, finished = time.monotonic(), done >= self.total
         if self._first is None:
             self._first = (now, done)
+        if self._ended:  # the last line has been shown
+            return
         short = finished and now - self._start < 1.0  # what took no time needs no line
         if self.quiet or short or (now < self._next and not finished):
             return
@@ -35,6 +38,7 @@ class Progress:
         line = f"{self.name}  {count}  {text}{text and '  '}{duration(now - self._start)} gone, {left} left"
         start, end = ("\r\033[K", "\n" if finished else "") if self._live else ("", "\n")
         print(f"{start}{line}", end=end, file=sys.stderr, flush=True)
+        self._ended = finished
         self._next = now + (0.5 if self._live else 10.0)
 
 

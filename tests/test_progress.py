@@ -28,3 +28,13 @@ def test_what_takes_no_time_prints_nothing(capsys):
     bar.show(1)
     bar.show(2)
     assert capsys.readouterr().err == ""
+
+
+def test_the_last_line_is_shown_once(monkeypatch, capsys):
+    now = 0.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    bar = Progress("work", 2)
+    now = 30.0
+    bar.show(2)
+    bar.show(2)
+    assert len(capsys.readouterr().err.splitlines()) == 1

@@ -105,7 +105,7 @@ def report(
     own spelling gave.
     """
     encoders, morphemes = _named_apart(encoders), Segmenter("morpheme", dictionary)
-    segmenter = morphemes if level in ("morpheme", "none") else Segmenter(level, dictionary)
+    segmenter = Segmenter(level, dictionary)
     used: dict[str, set[int]] = {encoder.name: set() for encoder in encoders}
     found: dict[str, Any] = {}
     for domain, texts in domains.items():

@@ -31,8 +31,6 @@ class Source(NamedTuple):
         """Row i of the endless order."""
         runs = len(self.rows) // self.run
         order = grain.MapDataset.range(runs).seed(self.seed).shuffle().repeat()
-        if self.run == 1:
-            return order.map(self.rows.__getitem__)
         return grain.MapDataset.range(ENDLESS).map(lambda i: self.rows[order[i // self.run] * self.run + i % self.run])
 
 

@@ -160,13 +160,19 @@ def _manifest(work: Work, shards: Sequence[Shard], tokenizer: Tokenizer) -> Mani
 
 
 def _kind(patterns: str, options: Options) -> str:
-    """The kind of the first good row."""
-    for row in sources.read_rows(patterns, options.fields, (lambda where, reason: None) if options.skip_bad else None):
+    """The kind of the first good row; where there is none, of the first that has one."""
+    known = ""
+    for row in sources.read_rows(patterns, options.fields, sources.ignore if options.skip_bad else None):
         try:
-            return sources.kind_of(row)
+            kind = sources.kind_of(row)
+            known = known or kind
+            if kind == "tokens" or not options.skip_bad or text_of(row):
+                return kind
         except UserError:
             if not options.skip_bad:
                 raise
+    if known:
+        return known
     raise UserError(f"data: {patterns} holds no rows; the corpus is empty")
 
 
@@ -182,7 +188,11 @@ def _workers(made: Plan) -> int:
 def _write_here(made: Plan, tokenizer: Tokenizer, progress: Progress) -> None:
     before = 0
     for number, part in enumerate(made.parts):
-        write_part(made.work, number, part, tokenizer, lambda read, before=before: progress.show(before + read))  # type: ignore[misc]
+
+        def show(read: int, before: int = before) -> None:
+            progress.show(before + read)
+
+        write_part(made.work, number, part, tokenizer, show)
         before += part.size
         progress.show(before)
 

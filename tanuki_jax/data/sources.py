@@ -45,6 +45,10 @@ WHOLE = 1 << 62
 Bad = Callable[[str, str], None]  # told of a bad row: where it stands, and the reason
 
 
+def ignore(where: str, reason: str) -> None:
+    """A `Bad` that leaves bad rows out without a word."""
+
+
 def matching_files(patterns: str) -> list[str]:
     """The files of comma-separated globs, sorted; dataset folders count.  A pattern that matches nothing is an error."""
     found: list[str] = []
