@@ -56,7 +56,8 @@ class Checkpoints:
         Errors of the save before come up here or in `close`.
         """
         optimizer = {"opt_state": state.opt_state, "step": state.step, "key": jax.random.key_data(state.key)}
-        self.save_items(step, {"params": state.params, "optimizer": optimizer}, meta)
+        balance = {"balance": state.balance} if state.balance else {}
+        self.save_items(step, {"params": state.params, "optimizer": optimizer, **balance}, meta)
 
     def save_items(self, step: int, trees: dict[str, Any], meta: dict[str, Any]) -> None:
         """The same for named trees of arrays."""
@@ -68,14 +69,11 @@ class Checkpoints:
         """The state of a step, with the shardings of `like` (a tree of ShapeDtypeStructs)."""
         key = jax.eval_shape(jax.random.key_data, like.key)
         key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=like.step.sharding)
-        saved = self.restore_items(
-            step, {"params": like.params, "optimizer": {"opt_state": like.opt_state, "step": like.step, "key": key}}
-        )
-        optimizer = saved["optimizer"]
-        key = jax.random.wrap_key_data(optimizer["key"])
-        return dataclasses.replace(
-            like, step=optimizer["step"], params=saved["params"], opt_state=optimizer["opt_state"], key=key
-        )
+        optimizer = {"opt_state": like.opt_state, "step": like.step, "key": key}
+        balance = {"balance": like.balance} if like.balance else {}
+        saved = self.restore_items(step, {"params": like.params, "optimizer": optimizer, **balance})
+        optimizer = saved.pop("optimizer")
+        return dataclasses.replace(like, **saved, **optimizer | {"key": jax.random.wrap_key_data(optimizer["key"])})
 
     def restore_items(self, step: int, like: dict[str, Any]) -> dict[str, Any]:
         """Some of the named trees of a step."""
@@ -196,10 +194,12 @@ def single_device(shapes: Any) -> Any:
 def check_architecture(where: str, saved: dict[str, Any], cfg: config.Model) -> None:
     """An error that names what differs between a checkpoint's model and the one asked for."""
     wanted = config.to_dict(cfg)
+    saved = config.to_dict(config.from_dict(config.Model, saved))  # keys added since have their defaults
+    unused = () if cfg.n_experts else config.MIXTURE
     differing = [
-        f"{name} {saved.get(name)} (here {value})"
+        f"{name} {saved[name]} (here {value})"
         for name, value in wanted.items()
-        if name not in COMPUTED and saved.get(name) != value
+        if name not in (*COMPUTED, *unused) and saved[name] != value
     ]
     if differing:
         raise UserError(

@@ -257,8 +257,10 @@ def _upcycle(options: argparse.Namespace) -> None:
 
     _fresh(options.output)
     loaded = checkpoint.load(options.checkpoint)
-    cfg = upcycle.mixture_of(loaded.cfg, options.n_experts, options.top_k, not options.plain_gate)
-    settings = config.Upcycle(options.strategy, options.noise_std, options.router_std)
+    cfg = upcycle.mixture_of(
+        loaded.cfg, n_experts=options.n_experts, top_k=options.top_k, normalized_gate=not options.plain_gate
+    )
+    settings = config.Upcycle(options.strategy, noise_std=options.noise_std, router_std=options.router_std)
     params = upcycle.upcycle(loaded.params, cfg, settings, jax.random.key(options.seed))
     with files.atomic_path(options.output) as temporary:
         checkpoint.save_params(temporary, params, {**loaded.meta, "model": config.to_dict(cfg), "data_fingerprint": ""})

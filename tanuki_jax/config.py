@@ -21,6 +21,7 @@ from tanuki_jax.errors import UserError
 from tanuki_jax.schema import (
     CHOICES,
     COMPUTED,
+    MIXTURE,
     RESUMABLE,
     Loss,
     Mesh,
@@ -39,6 +40,7 @@ from tanuki_jax.schema import (
 __all__ = [
     "CHOICES",
     "COMPUTED",
+    "MIXTURE",
     "RESUMABLE",
     "Loss",
     "Mesh",
@@ -57,6 +59,7 @@ __all__ = [
     "from_dict",
     "is_mixture",
     "load",
+    "mixture_layers",
     "model_of",
     "recipe",
     "resolve",
@@ -200,7 +203,7 @@ def _ordered(stages: Mapping[str, Stage]) -> dict[str, Stage]:
     order: dict[str, Stage] = {}
     waiting = sorted(stages)
     while waiting:
-        ready = [n for n in waiting if stages[n].init_from not in waiting]
+        ready = [n for n in waiting if not {stages[n].init_from, *stages[n].upcycle.experts_from}.intersection(waiting)]
         if not ready:
             raise UserError(f"config: stages {', '.join(waiting)} start from each other in a circle; mend init_from")
         # Follow the newest branch first, so that a chain is not interrupted by another one.
@@ -226,6 +229,12 @@ def model_of(recipe: Recipe, name: str) -> Model:
     return dataclasses.replace(recipe.model, n_experts=experts, rope_theta=theta)
 
 
+def mixture_layers(model: Model) -> tuple[int, ...]:
+    """The layers whose FFN is a mixture, in order; none of a dense model."""
+    first = model.first_dense + model.moe_every - 1
+    return tuple(range(first, model.n_layers, model.moe_every)) if model.n_experts else ()
+
+
 def _validate(recipe: Recipe) -> None:
     model = recipe.model
     sizes = ("vocab_size", "n_layers", "d_model", "d_ff", "n_heads", "n_kv_heads", "head_dim", "unroll", "logits_chunk")
@@ -240,6 +249,16 @@ def _validate(recipe: Recipe) -> None:
         raise UserError(f"config: model.head_dim {model.head_dim} must be even, rotary position encoding turns pairs")
     if model.n_experts and not 1 <= model.top_k <= model.n_experts:
         raise UserError(f"config: model.top_k {model.top_k} must lie between 1 and model.n_experts {model.n_experts}")
+    for name, least in (("first_dense", 0), ("moe_every", 1), ("expert_d_ff", 0)):
+        if getattr(model, name) < least:
+            raise UserError(f"config: model.{name} is {getattr(model, name)}; it must be at least {least}")
+    if model.n_experts and not mixture_layers(model):
+        raise UserError(
+            f"config: model.first_dense {model.first_dense} and model.moe_every {model.moe_every} leave no mixture in "
+            f"{model.n_layers} layers"
+        )
+    if model.gate_scale <= 0:
+        raise UserError(f"config: model.gate_scale is {model.gate_scale}; it must be above 0")
     if not recipe.stages:
         raise UserError("config: the recipe has no stages; add one, for example c.stages.pretrain = config.stage('pretrain')")
     for field, least in (("prompts", 0), ("pairs", 0), ("max_new_tokens", 1), ("batch_size", 1)):
@@ -276,6 +295,11 @@ def _validate_stage(recipe: Recipe, name: str, this: Stage) -> None:
     if this.kind == "upcycle":
         if not this.init_from or (parent and is_mixture(recipe, this.init_from)):
             raise UserError(f"{where}.init_from must name a dense stage or checkpoint to upcycle")
+        for other in this.upcycle.experts_from:
+            if other in recipe.stages and is_mixture(recipe, other):
+                raise UserError(f"{where}.upcycle.experts_from names {other!r}, which is a mixture; it must be dense")
+            if other not in recipe.stages and not Path(other).exists():
+                raise UserError(f"{where}.upcycle.experts_from {other!r} is neither a stage nor a checkpoint directory")
         return
     if this.mixture_of_experts and parent:
         raise UserError(f"{where}.mixture_of_experts follows from stage {this.init_from!r} that it starts from; leave it out")

@@ -13,6 +13,7 @@ import optax
 from tanuki_jax import checkpoint, config, model, parallel
 from tanuki_jax.config import Recipe
 from tanuki_jax.errors import UserError
+from tanuki_jax.train import balance
 from tanuki_jax.train.step import State, init_state
 
 
@@ -51,14 +52,17 @@ def check_mesh(recipe: Recipe, name: str, mesh: jax.sharding.Mesh) -> None:
         )
 
 
-def state_shardings(cfg: config.Model, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> tuple[State, State]:
+def state_shardings(
+    cfg: config.Model, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh, loss: config.Loss | None = None
+) -> tuple[State, State]:
     """Shapes of a state with their shardings, and the shardings alone: moments lie like their parameters."""
-    shapes = jax.eval_shape(lambda: init_state(model.init(cfg, jax.random.key(0)), optimizer, jax.random.key(0)))
+    key, options = jax.random.key(0), loss or config.Loss()
+    shapes = jax.eval_shape(lambda: init_state(model.init(cfg, key), optimizer, key, balance.initial(cfg, options)))
     split, whole = checkpoint.parameter_shardings(cfg, mesh), checkpoint.replicated(mesh)
     moments = optax.tree_utils.tree_map_params(
         optimizer, lambda _, s: s, shapes.opt_state, split, transform_non_params=lambda _: whole
     )
-    shardings: Any = State(whole, split, moments, whole)  # type: ignore[arg-type]  # a tree of shardings, not arrays
+    shardings: Any = State(whole, split, moments, whole, dict.fromkeys(shapes.balance, whole))  # type: ignore[arg-type]  # a tree of shardings, not arrays
     return checkpoint.sharded_like(shapes, shardings), shardings
 
 

@@ -29,8 +29,13 @@ class Model:
     norm_eps: float = key(1e-5, "epsilon of RMSNorm")
     init_std: float = key(0.008, "standard deviation of the initial weights; residual outputs are divided by sqrt(2L)")
     n_experts: int = key(0, "E: experts per block of the mixture; 0 where there is none (dense stages ignore it)")
+    expert_d_ff: int = key(0, "F of an expert where it is not d_ff: virtual groups split the dense block into parts")
+    first_dense: int = key(0, "layers at the beginning that stay dense in a mixture")
+    moe_every: int = key(1, "of the layers after them every n-th is a mixture")
     top_k: int = key(2, "experts that a token visits")
     normalized_gate: bool = key(True, "router logits are z-scored over experts (Tanuki, Skywork-MoE) or plain (Mixtral)")
+    gate_scale: float = key(1.0, "lambda: the z-scores are multiplied by it; more makes the gate sharper (Skywork-MoE, eq. 5)")
+    router_bias: bool = key(False, "a bias of each expert that only counts in choosing the top-k (loss-free balancing)")
     param_dtype: str = key("float32", "dtype of the stored parameters")
     dtype: str = key("auto", "dtype of matrix products: float32, bfloat16, or auto (bfloat16 except on CPU)")
     capacity_factor: float = key(0.0, "room of an expert relative to an even load, tokens beyond it are dropped; 0 = dropless")
@@ -133,7 +138,11 @@ class Loss:
 
     z_loss: float = key(0.0, "coefficient of (log Z)^2 of the output softmax")
     router_aux_loss: float = key(0.02, "coefficient of the Switch load-balancing loss, mixture only")
+    router_aux_adaptive: float = key(
+        0.0, "xi: each layer's coefficient follows xi x its overflow, at most router_aux_loss (Skywork: 0.2); 0 = fixed"
+    )
     router_z_loss: float = key(0.0, "coefficient of (logsumexp of the router logits)^2, mixture only")
+    router_bias_rate: float = key(0.001, "step of model.router_bias against an expert's surplus (DeepSeek-V3: 0.001)")
     beta: float = key(0.1, "DPO: strength of the tie to the reference model")
     label_smoothing: float = key(0.0, "DPO: probability that a preference label is wrong (cDPO)")
 
@@ -142,9 +151,12 @@ class Loss:
 class Upcycle:
     """How a dense model becomes a mixture."""
 
-    strategy: str = key("noise", "copy: experts equal the dense FFN; noise: plus N(0, noise_std) on its weights (Tanuki)")
-    noise_std: float = key(1e-3, "absolute standard deviation of the noise")
+    strategy: str = key("noise", "copy, noise (Tanuki), drop (Drop-Upcycling) or groups (virtual groups); docs/upcycling.md")
+    noise_std: float = key(1e-3, "noise: absolute standard deviation added to every FFN weight of every expert")
+    drop_ratio: float = key(0.5, "drop: share of an expert's inner dimensions that are drawn anew")
+    router_init: str = key("normal", "distribution of the fresh router: normal, or uniform around 0")
     router_std: float = key(0.02, "standard deviation of the fresh router (Tanuki drew N(0, 1))")
+    experts_from: tuple[str, ...] = key((), "more dense stages or checkpoints: expert e starts from the e-th in turn")
 
 
 @dataclass(frozen=True)
@@ -196,7 +208,8 @@ CHOICES = {
     "kind": ("pretrain", "upcycle", "sft", "dpo"),
     "carry": ("params", "all"),
     "schedule": ("cosine", "wsd", "constant"),
-    "strategy": ("copy", "noise"),
+    "strategy": ("copy", "noise", "drop", "groups"),
+    "router_init": ("normal", "uniform"),
     "level": ("morpheme", "predicate", "bunsetsu", "none"),
     "dictionary": ("ipadic", "unidic"),
     "dtype": ("auto", "float32", "bfloat16"),
@@ -206,6 +219,8 @@ CHOICES = {
     "experts": ("auto", "pallas", "megablox", "ragged", "blocked", "padded", "reference"),
     "moment_dtype": ("float32", "bfloat16"),
 }
+# Keys of a model that say nothing of a dense one.
+MIXTURE = ("expert_d_ff", "first_dense", "moe_every", "top_k", "normalized_gate", "gate_scale", "router_bias")
 # Keys that may differ between two runs of one workdir: they change neither the data nor the weights.
 COMPUTED = ("mesh", "remat", "unroll", "logits_chunk", "attention", "experts", "microbatches")
 RESUMABLE = (*COMPUTED, "tensorboard", "save_every", "keep", "log_every")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import time
 import zlib
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from tanuki_jax import checkpoint, config, files, model, parallel, placement, upcycle
@@ -16,7 +19,7 @@ from tanuki_jax.errors import UserError
 from tanuki_jax.inputs import Inputs
 from tanuki_jax.progress import Progress
 from tanuki_jax.stage_data import stage_data
-from tanuki_jax.train import loop, losses
+from tanuki_jax.train import balance, loop, losses
 from tanuki_jax.train.optimizer import learning_rate, make_optimizer
 from tanuki_jax.train.step import State, init_state, make_train_step, make_update
 from tanuki_jax.validation import make_validation
@@ -62,7 +65,7 @@ def program(recipe: Recipe, name: str, steps: int, mesh: jax.sharding.Mesh) -> t
     """What a stage runs: the jitted train step, and the shapes and shardings of its state; nothing is allocated."""
     this, cfg = recipe.stages[name], config.model_of(recipe, name)
     optimizer = make_optimizer(this.optimizer)
-    abstract, shardings = placement.state_shardings(cfg, optimizer, mesh)
+    abstract, shardings = placement.state_shardings(cfg, optimizer, mesh, this.loss)
     train_step = make_train_step(
         losses.make_loss(this.kind, cfg, this.loss),
         optimizer,
@@ -70,6 +73,7 @@ def program(recipe: Recipe, name: str, steps: int, mesh: jax.sharding.Mesh) -> t
         this.optimizer.clip_norm,
         this.microbatches,
         shardings,
+        balance.make_rebalance(cfg, this.loss),
         parallel.compiler_options(mesh),
     )
     return train_step, abstract, shardings
@@ -79,7 +83,7 @@ def update(recipe: Recipe, name: str, mesh: jax.sharding.Mesh) -> tuple[Any, Sta
     """The part of a stage's step after its gradients, jitted, and the shapes of the state and of (gradients, loss)."""
     this, cfg = recipe.stages[name], config.model_of(recipe, name)
     optimizer = make_optimizer(this.optimizer)
-    abstract, shardings = placement.state_shardings(cfg, optimizer, mesh)
+    abstract, shardings = placement.state_shardings(cfg, optimizer, mesh, this.loss)
     part = make_update(optimizer, learning_rate(this.optimizer, 1000), this.optimizer.clip_norm)
     jitted = jax.jit(
         lambda state, grads, loss: part(state, grads, {"loss": loss}),
@@ -126,18 +130,21 @@ def run(
         tensorboard=recipe.tensorboard,
         meta=meta,
         counters=data.counters,
-        validate_every=recipe.validation.every if data.held_out else 0,
     )
-    rows = this.batch_size // this.microbatches
-    validate = make_validation(cfg, data.held_out, inputs.tokenizer, mesh, rows) if data.held_out else None
+    rows, probes = this.batch_size // this.microbatches, []
+    if data.held_out:
+        probes.append((recipe.validation.every, make_validation(cfg, data.held_out, inputs.tokenizer, mesh, rows)))
+    if cfg.n_experts:
+        probes.append((this.log_every, jax.jit(model.expert_health, out_shardings=checkpoint.replicated(mesh))))
 
     def fresh_state() -> State:
         params = _starting_params(recipe, name, workdir, mesh)
         key = named_key(recipe.seed, name, "train")
-        make = jax.jit(lambda p: init_state(p, optimizer, key), out_shardings=shardings)
+        make = jax.jit(lambda p: init_state(p, optimizer, key, balance.initial(cfg, this.loss)), out_shardings=shardings)
         state = make(params)
         if this.carry == "all":
-            state = _carried(state, parent_directory(recipe, name, workdir), abstract)
+            parent = parent_directory(recipe, name, workdir)
+            state = dataclasses.replace(state, opt_state=_carried(parent, abstract))
         return state
 
     def check_meta(saved: dict[str, Any]) -> None:
@@ -156,13 +163,13 @@ def run(
             train_step,
             lambda first: loader.batches(data.rows, mesh, this.batch_size, first, data.steps),
             check_meta,
-            validate,
+            probes,
         )
     return {"name": name, "kind": this.kind, **loop.summary(job)}
 
 
-def _carried(state: State, parent: Path | None, abstract: State) -> State:
-    """The state with Adam's moments of the parent stage; steps count from 0 again."""
+def _carried(parent: Path | None, abstract: State) -> Any:
+    """The optimizer's state of the parent stage."""
     if parent is None:
         raise UserError("config: carry='all' needs a stage or checkpoint in init_from")
     checkpoints = checkpoint.Checkpoints(parent, keep=checkpoint.EVERY)
@@ -170,7 +177,7 @@ def _carried(state: State, parent: Path | None, abstract: State) -> State:
         step = checkpoints.latest()
         if step is None:
             raise UserError(f"checkpoint: {parent} has no checkpoint to carry the optimizer state from")
-        return State(state.step, state.params, checkpoints.restore(step, abstract).opt_state, state.key)
+        return checkpoints.restore(step, dataclasses.replace(abstract, balance={})).opt_state
     except ValueError as error:
         raise UserError(f"checkpoint: {parent} has no optimizer state of this model; set carry='params'") from error
     finally:
@@ -183,26 +190,60 @@ def _upcycle(recipe: Recipe, name: str, workdir: Path, mesh: jax.sharding.Mesh) 
     parent = parent_directory(recipe, name, workdir)
     assert parent is not None
     cfg = config.model_of(recipe, name)
-    loaded = checkpoint.load(parent, mesh)
-    mixture = upcycle.mixture_of(loaded.cfg, cfg.n_experts, cfg.top_k, cfg.normalized_gate)
-    checkpoint.check_architecture(str(parent), config.to_dict(mixture), cfg)
+    began = time.monotonic()
+    more = [directory(workdir, n) if n in recipe.stages else Path(n) for n in this.upcycle.experts_from]
+    loaded = []
+    for path in (parent, *more):
+        one = checkpoint.load(path, mesh)
+        mixture = upcycle.mixture_of(one.cfg, **{key: getattr(cfg, key) for key in upcycle.SHAPE})
+        checkpoint.check_architecture(str(path), config.to_dict(mixture), cfg)
+        _check_finite(str(path), one.params)
+        loaded.append(one.params)
     with jax.set_mesh(mesh):
         convert = jax.jit(
-            lambda p, k: upcycle.upcycle(p, cfg, this.upcycle, k),
+            lambda trees, k: upcycle.upcycle(trees[0], cfg, this.upcycle, k, trees[1:]),
             out_shardings=checkpoint.parameter_shardings(cfg, mesh),
         )
-        params = convert(loaded.params, named_key(recipe.seed, name, "upcycle"))
+        params = convert(loaded, named_key(recipe.seed, name, "upcycle"))
+        state = _upcycled_state(recipe, name, parent, params, mesh) if this.carry == "all" else None
     meta = {"stage": name, "model": config.to_dict(cfg), "recipe": config.to_dict(recipe), "data_fingerprint": ""}
-    checkpoint.save_params(home, params, meta)
+    if state:
+        checkpoints = checkpoint.Checkpoints(home)
+        checkpoints.save(0, state, meta)
+        checkpoints.close()
+    else:
+        checkpoint.save_params(home, params, meta)
     return {
         "name": name,
         "kind": "upcycle",
         "steps": 0,
         "tokens": 0,
-        "seconds": 0.0,
+        "seconds": round(time.monotonic() - began, 1),
         "tokens_per_second": None,
         "final_loss": None,
     }
+
+
+def _upcycled_state(recipe: Recipe, name: str, parent: Path, params: Any, mesh: jax.sharding.Mesh) -> State:
+    """The mixture's state with the moments that survive of the parent's."""
+    optimizer = make_optimizer(recipe.stages[name].optimizer)
+    dense = dataclasses.replace(config.model_of(recipe, name), n_experts=0)
+    abstract, _ = placement.state_shardings(dense, optimizer, mesh)
+    _, shardings = placement.state_shardings(config.model_of(recipe, name), optimizer, mesh)
+    make = jax.jit(
+        lambda p, old: upcycle.carry_moments(optimizer.init(p), old, config.model_of(recipe, name)),
+        out_shardings=shardings.opt_state,
+    )
+    return State(jnp.int32(0), params, make(params, _carried(parent, abstract)), jax.random.key(0))
+
+
+def _check_finite(where: str, params: Any) -> None:
+    """An error that names the first parameter with a NaN or an infinity."""
+    finite = jax.jit(lambda tree: jax.tree.map(lambda w: jnp.isfinite(w).all(), tree))(params)
+    for path, good in jax.tree_util.tree_flatten_with_path(jax.device_get(finite))[0]:
+        if not good:
+            named = "/".join(str(part.key) for part in path)
+            raise UserError(f"upcycle: {where} has NaN or Inf in {named}; use an earlier checkpoint")
 
 
 def _reference(recipe: Recipe, name: str, workdir: Path, inputs: Inputs, mesh: jax.sharding.Mesh) -> np.ndarray:

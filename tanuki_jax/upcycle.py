@@ -1,8 +1,24 @@
-"""Upcycling: a dense parameter tree becomes a mixture of experts (Komatsuzaki et al. 2022; Tanuki-8x8B)."""
+"""Upcycling: a dense parameter tree becomes a mixture of experts.
+
+copy    every expert is the dense FFN (Komatsuzaki et al. 2022, "Sparse Upcycling").
+noise   plus N(0, noise_std) on every weight of every expert, absolute; Tanuki-8x8B used 1e-3 (its mergekit fork).
+drop    in each expert, a share of the inner dimensions is drawn anew, the same ones in gate, up and down, each matrix from
+        the mean and deviation of what it loses (Nakamura et al. 2025, "Drop-Upcycling", section 3).  The released script
+        (conversions/drop_upcycling.py) differs: it draws other dimensions for each of the three matrices, so that most
+        dimensions keep a part, and it permutes all of them first.  A permutation that the three share computes the same, and
+        would only blind a comparison of experts, so it is left out.
+groups  virtual groups (He et al. 2024; Megatron-LM's upcycling_utils): the FFN is split into G parts, part e mod G for
+        expert e, and every G neighbours share their router column, so that a group is chosen together.  With the softmax
+        after the top-k each part weighs 1/G of its group, which s = G makes up for: s^(1/3) on each of the three matrices.
+
+The router is always new.  With `experts_from`, expert e starts from the e-th dense model in turn, and what is not FFN is the
+mean of them (Sukhbaatar et al. 2024, "Branch-Train-MiX").
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,47 +27,188 @@ import jax.numpy as jnp
 from tanuki_jax import config
 from tanuki_jax.errors import UserError
 
+FFN = ("gate", "up", "down")
+Weights = dict[str, jax.Array]  # of one FFN: gate, up [D, F], down [F, D]
+# Keys of a model that only a mixture has.
+SHAPE = ("n_experts", *config.MIXTURE)
 
-def upcycle(params: Any, cfg: config.Model, options: config.Upcycle, key: jax.Array) -> Any:
-    """Every expert starts as the dense FFN; attention, norms, embedding and head stay as they are.
+
+def upcycle(params: Any, cfg: config.Model, options: config.Upcycle, key: jax.Array, others: Sequence[Any] = ()) -> Any:
+    """The mixture's parameters; attention, norms, embedding and head stay as they are.
 
     Args:
       params: dense tree; `layers/mlp/{gate, up [L,D,F], down [L,F,D]}`.
-      cfg: the mixture's shape (n_experts > 0, otherwise the dense model's).
-      options: `copy`, or `noise`: N(0, noise_std) is added to every FFN weight of every expert, as Tanuki did with an
-        absolute 1e-3 (the router is not part of the FFN).  The router is N(0, router_std).
+      cfg: the mixture's shape (`mixture_of`).
+      options: strategy and router.
       key: the only source of randomness; equal on any mesh.
+      others: the trees of `experts_from`, of the same shapes.
 
     Returns:
-      The tree with `layers/moe/{router [L,D,E], gate, up [L,E,D,F], down [L,E,F,D]}` in place of `mlp`.  With `copy` and a
-      softmax over the chosen experts alone, the function computed is that of the dense model, whatever the router says.
+      The tree with `layers/moe/{router [L,D,E], gate, up [L,E,D,F], down [L,E,F,D]}` in place of `mlp`; where only some layers
+      become mixtures, these in `moe`, the others in `mlp`.  With `copy` and `groups` (top_k a multiple of G) the function
+      computed is that of the dense model, whatever the router says.
     """
+    check(cfg, options)
+    trees = (params, *others)
+    if any("mlp" not in tree["layers"] for tree in trees):
+        raise UserError("upcycle: the checkpoint is a mixture already; give a dense one")
+    if len({str(jax.tree.map(jnp.shape, tree)) for tree in trees}) > 1:
+        raise UserError("upcycle: experts_from has checkpoints of other shapes; all must be of one architecture")
+    merged = jax.tree.map(mean, *trees) if others else params
+    chosen = jnp.array(config.mixture_layers(cfg))
+    dense = [jax.tree.map(lambda w: w[chosen], dict(tree["layers"]["mlp"])) for tree in trees]
+    layers = {name: part for name, part in merged["layers"].items() if name != "mlp"}
+
+    def experts(number: int) -> Weights:
+        one = lambda layer, weights: expert(weights, number, layer, cfg, options, key)  # noqa: E731
+        return jax.vmap(one)(chosen, dense[number % len(dense)])
+
+    made = [experts(number) for number in range(cfg.n_experts)]
+    dtype = params["layers"]["mlp"]["gate"].dtype
+    layers["moe"] = {"router": jax.vmap(lambda layer: router(layer, cfg, options, key, dtype))(chosen)}
+    layers["moe"] |= {name: jnp.stack([weights[name] for weights in made], axis=1) for name in FFN}
+    if cfg.router_bias:
+        layers["moe"]["bias"] = jnp.zeros((len(chosen), cfg.n_experts), jnp.float32)
+    if left := dense_layers(cfg):
+        layers["mlp"] = jax.tree.map(lambda w: w[jnp.array(left)], merged["layers"]["mlp"])
+    return {**merged, "layers": layers}
+
+
+def expert(weights: Weights, number: int, layer: Any, cfg: config.Model, options: config.Upcycle, key: jax.Array) -> Weights:
+    """Weights of one expert of one layer from a dense FFN; random draws belong to the layer's and the expert's number."""
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, 1), layer), number)
+    return STRATEGIES[options.strategy](weights, number, cfg, options, key)
+
+
+def router(layer: Any, cfg: config.Model, options: config.Upcycle, key: jax.Array, dtype: Any) -> jax.Array:
+    """The router [D, E] of one layer: N(0, router_std) or uniform around 0 with that deviation; one draw for each group."""
+    parts = granularity(cfg)
+    key = jax.random.fold_in(jax.random.fold_in(key, 0), layer)
+    shape = (cfg.d_model, cfg.n_experts // parts)
+    if options.router_init == "uniform":
+        drawn = jax.random.uniform(key, shape, jnp.float32, -(3**0.5), 3**0.5)
+    else:
+        drawn = jax.random.normal(key, shape, jnp.float32)
+    return jnp.repeat(drawn * options.router_std, parts, axis=1).astype(dtype)
+
+
+# --- strategies: (weights, expert's number, cfg, options, key) -> weights -----------------------------------------------------
+
+
+def _copy(weights: Weights, *_: Any) -> Weights:
+    return weights
+
+
+def _noise(weights: Weights, number: int, cfg: config.Model, options: config.Upcycle, key: jax.Array) -> Weights:
+    def noisy(w: jax.Array, key: jax.Array) -> jax.Array:
+        return (w.astype(jnp.float32) + options.noise_std * jax.random.normal(key, w.shape, jnp.float32)).astype(w.dtype)
+
+    return {name: noisy(weights[name], k) for name, k in zip(FFN, jax.random.split(key, 3), strict=True)}
+
+
+def _drop(weights: Weights, number: int, cfg: config.Model, options: config.Upcycle, key: jax.Array) -> Weights:
+    F = cfg.d_ff
+    count = int(options.drop_ratio * F)
+    if not count:
+        return weights
+    which, *keys = jax.random.split(key, 4)
+    drawn_F = jnp.zeros(F, bool).at[jax.random.permutation(which, F)[:count]].set(True)
+
+    def partly_new(w: jax.Array, mask: jax.Array, key: jax.Array) -> jax.Array:
+        old = w.astype(jnp.float32)
+        n = count * cfg.d_model
+        average = jnp.where(mask, old, 0).sum() / n
+        std = jnp.sqrt(jnp.where(mask, (old - average) ** 2, 0).sum() / max(n - 1, 1))
+        fresh = average + std * jax.random.normal(key, w.shape, jnp.float32)
+        return jnp.where(mask, fresh, old).astype(w.dtype)
+
+    masks = dict(gate=drawn_F[None, :], up=drawn_F[None, :], down=drawn_F[:, None])
+    return {name: partly_new(weights[name], masks[name], k) for name, k in zip(FFN, keys, strict=True)}
+
+
+def _groups(weights: Weights, number: int, cfg: config.Model, options: config.Upcycle, key: jax.Array) -> Weights:
+    parts = granularity(cfg)
+    width = cfg.d_ff // parts
+    start = number % parts * width
+
+    def part(w: jax.Array, axis: int) -> jax.Array:
+        piece = jax.lax.slice_in_dim(w, start, start + width, axis=axis)
+        return (piece.astype(jnp.float32) * parts ** (1 / 3)).astype(w.dtype)
+
+    return {name: part(weights[name], axis) for name, axis in (("gate", 1), ("up", 1), ("down", 0))}
+
+
+STRATEGIES: dict[str, Callable[..., Weights]] = {"copy": _copy, "noise": _noise, "drop": _drop, "groups": _groups}
+
+
+# --- shapes and checks --------------------------------------------------------------------------------------------------------
+
+
+def mixture_of(cfg: config.Model, **shape: Any) -> config.Model:
+    """The mixture's config for a dense one; `shape` has keys of SHAPE."""
+    if cfg.n_experts:
+        raise UserError("upcycle: the checkpoint is a mixture already; give a dense one")
+    made = dataclasses.replace(cfg, **shape)
+    if not 1 <= made.top_k <= made.n_experts:
+        raise UserError(f"upcycle: top_k {made.top_k} must lie between 1 and n_experts {made.n_experts}")
+    if made.normalized_gate and made.n_experts < 2:
+        raise UserError("upcycle: the normalised gate needs two experts or more; use the plain gate for one")
+    if made.first_dense < 0 or made.moe_every < 1 or not config.mixture_layers(made):
+        raise UserError(
+            f"upcycle: first_dense {made.first_dense} and moe_every {made.moe_every} leave no mixture in {made.n_layers} layers"
+        )
+    return made
+
+
+def check(cfg: config.Model, options: config.Upcycle) -> None:
+    """An error that names the setting which cannot be."""
     for name in ("noise_std", "router_std"):
         if getattr(options, name) < 0:
             raise UserError(f"upcycle: {name} is {getattr(options, name)}; a standard deviation is not negative")
-    layers = dict(params["layers"])
-    if "mlp" not in layers:
-        raise UserError("upcycle: the checkpoint is a mixture already; give a dense one")
-    dense = layers.pop("mlp")
-    router_key, noise_key = jax.random.split(key)
-    keys = dict(zip(("gate", "up", "down"), jax.random.split(noise_key, 3), strict=True))
-
-    def experts(name: str) -> jax.Array:
-        weights = jnp.repeat(dense[name][:, None], cfg.n_experts, axis=1)
-        if options.strategy == "noise":
-            noise = jax.random.normal(keys[name], weights.shape, jnp.float32) * options.noise_std
-            weights = (weights.astype(jnp.float32) + noise).astype(weights.dtype)
-        return weights
-
-    router = jax.random.normal(router_key, (cfg.n_layers, cfg.d_model, cfg.n_experts), jnp.float32) * options.router_std
-    layers["moe"] = {"router": router.astype(dense["gate"].dtype), **{name: experts(name) for name in keys}}
-    return {**params, "layers": layers}
+    if not 0 <= options.drop_ratio <= 1:
+        raise UserError(f"upcycle: drop_ratio {options.drop_ratio} must lie between 0 and 1")
+    width = cfg.expert_d_ff or cfg.d_ff
+    if width != cfg.d_ff and options.strategy != "groups":
+        raise UserError(f"upcycle: an expert_d_ff {width} other than d_ff {cfg.d_ff} needs the strategy groups")
+    if cfg.d_ff % width:
+        raise UserError(f"upcycle: d_ff {cfg.d_ff} is not a multiple of expert_d_ff {width}; the FFN cannot be split evenly")
+    if cfg.n_experts % granularity(cfg):
+        raise UserError(
+            f"upcycle: n_experts {cfg.n_experts} is not a multiple of the {granularity(cfg)} parts of the FFN "
+            f"(d_ff {cfg.d_ff} / expert_d_ff {width})"
+        )
 
 
-def mixture_of(cfg: config.Model, n_experts: int, top_k: int, normalized_gate: bool) -> config.Model:
-    """The mixture's config for a dense one."""
-    if cfg.n_experts:
-        raise UserError("upcycle: the checkpoint is a mixture already; give a dense one")
-    if not 1 <= top_k <= n_experts:
-        raise UserError(f"upcycle: top_k {top_k} must lie between 1 and n_experts {n_experts}")
-    return dataclasses.replace(cfg, n_experts=n_experts, top_k=top_k, normalized_gate=normalized_gate)
+def granularity(cfg: config.Model) -> int:
+    """G: into how many parts the dense FFN is split."""
+    return cfg.d_ff // cfg.expert_d_ff if cfg.expert_d_ff else 1
+
+
+def dense_layers(cfg: config.Model) -> list[int]:
+    """The layers that stay dense."""
+    return sorted(set(range(cfg.n_layers)) - set(config.mixture_layers(cfg)))
+
+
+def mean(*weights: jax.Array) -> jax.Array:
+    """The mean of arrays of one shape, computed in float32."""
+    return (sum(w.astype(jnp.float32) for w in weights) / len(weights)).astype(weights[0].dtype)
+
+
+# --- the optimizer's state ----------------------------------------------------------------------------------------------------
+
+
+def carry_moments(fresh: Any, dense: Any, cfg: config.Model) -> Any:
+    """The mixture's optimizer state with what survives of the dense model's: all but the experts and the router.
+
+    Adam's count is carried too: moments that start from 0 then grow without bias correction, which is a warm-up of their own.
+    """
+    old = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(dense)[0]}
+    left = jnp.array(dense_layers(cfg), jnp.int32)
+
+    def carried(path: Any, leaf: jax.Array) -> jax.Array:
+        name = jax.tree_util.keystr(path)
+        if name not in old:
+            return leaf
+        return old[name][left] if "'mlp'" in name else old[name]
+
+    return jax.tree_util.tree_map_with_path(carried, fresh)

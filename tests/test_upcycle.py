@@ -16,7 +16,7 @@ FFN = ("gate", "up", "down")
 
 
 def mixture(top_k=2, normalized=True, n_experts=E):
-    return upcycle.mixture_of(DENSE, n_experts, top_k, normalized)
+    return upcycle.mixture_of(DENSE, n_experts=n_experts, top_k=top_k, normalized_gate=normalized)
 
 
 def upcycled(strategy="copy", seed=0, cfg=None, **options):
@@ -93,7 +93,7 @@ def test_a_mesh_changes_no_bit(shape):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_8b_becomes_the_8x8b(dtype):
     dense = config.Model(param_dtype=dtype)
-    cfg = upcycle.mixture_of(dense, 8, 2, True)
+    cfg = upcycle.mixture_of(dense, n_experts=8)
     made = jax.eval_shape(lambda p: upcycle.upcycle(p, cfg, config.Upcycle(), jax.random.key(0)), model.parameter_shapes(dense))
     assert jax.tree.map(lambda s: (s.shape, s.dtype), made) == jax.tree.map(
         lambda s: (s.shape, s.dtype), model.parameter_shapes(cfg)
@@ -103,7 +103,7 @@ def test_the_8b_becomes_the_8x8b(dtype):
 
 def test_a_mixture_cannot_be_upcycled_again():
     with pytest.raises(UserError, match="mixture already"):
-        upcycle.mixture_of(mixture(), 8, 2, True)
+        upcycle.mixture_of(mixture(), n_experts=8)
     with pytest.raises(UserError, match="mixture already"):
         upcycle.upcycle(upcycled(), mixture(), config.Upcycle(), jax.random.key(0))
 
@@ -111,4 +111,4 @@ def test_a_mixture_cannot_be_upcycled_again():
 @pytest.mark.parametrize(("n_experts", "top_k"), [(4, 5), (4, 0), (0, 1)])
 def test_top_k_lies_between_one_and_the_experts(n_experts, top_k):
     with pytest.raises(UserError, match=f"top_k {top_k} must lie between 1 and n_experts {n_experts}"):
-        upcycle.mixture_of(DENSE, n_experts, top_k, True)
+        upcycle.mixture_of(DENSE, n_experts=n_experts, top_k=top_k)

@@ -1,6 +1,7 @@
 """The transformer behind pure functions over plain parameter trees; the only room that imports Flax."""
 
 from tanuki_jax.model.generate import Sampling, generate
+from tanuki_jax.model.health import expert_health, expert_similarity
 from tanuki_jax.model.transformer import (
     Outputs,
     apply,
@@ -22,6 +23,8 @@ __all__ = [
     "count_parameters",
     "decode",
     "empty_cache",
+    "expert_health",
+    "expert_similarity",
     "flops_per_token",
     "generate",
     "init",

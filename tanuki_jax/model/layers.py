@@ -12,25 +12,29 @@ from jax.ad_checkpoint import checkpoint_name
 from tanuki_jax import config, ops, parallel
 
 
-def parameter(module: nn.Module, cfg: config.Model, name: str, axes: str, kind: str = "inner") -> jax.Array:
+def parameter(
+    module: nn.Module, cfg: config.Model, name: str, axes: str, kind: str = "inner", expert: bool = False
+) -> jax.Array:
     """A parameter whose shape follows from its axis letters, "DNH" say, in `param_dtype`.
 
     kind: "inner" is N(0, init_std); "outer" writes to the residual stream and is divided by sqrt(2L), as in Megatron-LM;
-    "scale" is 1.
+    "scale" is 1, "zero" is 0 and always float32.  An expert's F may be its own.
     """
     sizes = {
         "V": cfg.vocab_size,
         "D": cfg.d_model,
-        "F": cfg.d_ff,
+        "F": cfg.expert_d_ff if expert and cfg.expert_d_ff else cfg.d_ff,
         "N": cfg.n_heads,
         "K": cfg.n_kv_heads,
         "H": cfg.head_dim,
         "E": cfg.n_experts,
     }
     std = cfg.init_std / (2 * cfg.n_layers) ** 0.5 if kind == "outer" else cfg.init_std
-    initializer = nn.initializers.ones if kind == "scale" else nn.initializers.normal(std)
+    constant = {"scale": nn.initializers.ones, "zero": nn.initializers.zeros}
+    initializer = constant.get(kind) or nn.initializers.normal(std)
+    dtype = jnp.dtype("float32" if kind == "zero" else cfg.param_dtype)
     split = nn.with_logical_partitioning(initializer, tuple(axes))
-    return cast(jax.Array, module.param(name, split, tuple(sizes[a] for a in axes), jnp.dtype(cfg.param_dtype)))
+    return cast(jax.Array, module.param(name, split, tuple(sizes[a] for a in axes), dtype))
 
 
 def used(module: nn.Module, cfg: config.Model, name: str, axes: str, kind: str = "inner") -> jax.Array:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from tanuki_jax import config, ops, parallel
 from tanuki_jax.model.layers import parameter
 
+GATE_BINS = 10  # equal parts of [0, 1], by which the first gate weight of a token is counted
 # Name, axis letters and kind of the experts' parameters.
 MATRICES = (("gate", "EDF", "inner"), ("up", "EDF", "inner"), ("down", "EFD", "outer"))
 
@@ -20,13 +21,17 @@ class RouterStats(NamedTuple):
     z_B: jax.Array  # mean over the row of logsumexp(logits)^2
     load_E: jax.Array  # assignments to each expert, summed over the batch
     dropped: jax.Array  # assignments that found no room (capacity mode), summed over the batch
+    gate_bins: jax.Array  # [GATE_BINS] tokens by their largest gate weight, summed over the batch
 
 
-def route(logits_BSE: jax.Array, top_k: int, normalized: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
+def route(
+    logits_BSE: jax.Array, top_k: int, normalized: bool, scale: float = 1.0, bias_E: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gate weights, chosen experts and all probabilities, in float32.
 
-    With `normalized`, logits become z-scores over the experts, (x - mean) / (std + 1e-5) with the unbiased std, as in
-    Tanuki-8x8B (Skywork-MoE, eq. 5, lambda 1).  The top-k are softmaxed among themselves.
+    With `normalized`, logits become z-scores over the experts, scale * (x - mean) / (std + 1e-5) with the unbiased std, as in
+    Tanuki-8x8B (Skywork-MoE, eq. 5; scale is its lambda).  The top-k are softmaxed among themselves.  A bias counts in
+    choosing the top-k alone, not in their weights (Wang et al. 2024, loss-free balancing).
 
     Returns:
       weights [B, S, k] that sum to 1, experts [B, S, k] int32, probabilities [B, S, E] over all experts.
@@ -37,13 +42,22 @@ def route(logits_BSE: jax.Array, top_k: int, normalized: bool) -> tuple[jax.Arra
         # sqrt has no finite gradient at 0, where all logits are equal
         variance = (centred**2).sum(axis=-1, keepdims=True) / (logits_BSE.shape[-1] - 1)
         std = jnp.where(variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1.0)), 0.0)
-        logits_BSE = centred / (std + 1e-5)
-    top_BSk, experts_BSk = jax.lax.top_k(logits_BSE, top_k)
+        logits_BSE = scale * centred / (std + 1e-5)
+    if bias_E is None:
+        top_BSk, experts_BSk = jax.lax.top_k(logits_BSE, top_k)
+    else:
+        experts_BSk = jax.lax.top_k(logits_BSE + jax.lax.stop_gradient(bias_E), top_k)[1]
+        top_BSk = jnp.take_along_axis(logits_BSE, experts_BSk, axis=-1)
     return jax.nn.softmax(top_BSk, axis=-1), experts_BSk, jax.nn.softmax(logits_BSE, axis=-1)
 
 
 def router_stats(
-    logits_BSE: jax.Array, probs_BSE: jax.Array, experts_BSk: jax.Array, kept_BSk: jax.Array, valid_BS: jax.Array
+    logits_BSE: jax.Array,
+    weights_BSk: jax.Array,
+    experts_BSk: jax.Array,
+    probs_BSE: jax.Array,
+    kept_BSk: jax.Array,
+    valid_BS: jax.Array,
 ) -> RouterStats:
     """Balance of one layer, per row, so that neither accumulation nor the number of devices changes it.
 
@@ -57,11 +71,13 @@ def router_stats(
     share_BE = counts_BE / (tokens_B[:, None] * experts_BSk.shape[-1])
     mean_probs_BE = jnp.einsum("BSE,BS->BE", probs_BSE, valid_BS) / tokens_B[:, None]
     z_BS = jax.nn.logsumexp(logits_BSE.astype(jnp.float32), axis=-1) ** 2
+    bins_BS = jnp.minimum((weights_BSk.max(axis=-1) * GATE_BINS).astype(jnp.int32), GATE_BINS - 1)
     return RouterStats(
         aux_B=E * (jax.lax.stop_gradient(share_BE) * mean_probs_BE).sum(axis=-1),
         z_B=(z_BS * valid_BS).sum(axis=1) / tokens_B,
         load_E=jax.lax.stop_gradient(counts_BE.sum(axis=0)),
         dropped=jax.lax.stop_gradient((~kept_BSk * valid_BS[..., None]).sum()),
+        gate_bins=jnp.einsum("BSn,BS->n", jax.nn.one_hot(bins_BS, GATE_BINS), valid_BS),
     )
 
 
@@ -74,12 +90,13 @@ class MoE(nn.Module):
     def __call__(self, x_BSD: jax.Array, valid_BS: jax.Array) -> tuple[jax.Array, RouterStats]:
         cfg = self.cfg
         router_DE = parallel.gathered(parameter(self, cfg, "router", "DE").astype(jnp.float32), "DE", whole=True)
-        matrices = [parameter(self, cfg, name, axes, kind).astype(x_BSD.dtype) for name, axes, kind in MATRICES]
+        matrices = [parameter(self, cfg, name, axes, kind, expert=True).astype(x_BSD.dtype) for name, axes, kind in MATRICES]
         # Else TPUs would round both sides to bfloat16.
         logits_BSE = jnp.einsum("BSD,DE->BSE", x_BSD.astype(jnp.float32), router_DE, precision=jax.lax.Precision.HIGHEST)
-        weights_BSk, experts_BSk, probs_BSE = route(logits_BSE, cfg.top_k, cfg.normalized_gate)
+        bias_E = parameter(self, cfg, "bias", "E", "zero").astype(jnp.float32) if cfg.router_bias else None
+        gate = weights_BSk, experts_BSk, _ = route(logits_BSE, cfg.top_k, cfg.normalized_gate, cfg.gate_scale, bias_E)
         y_BSD, kept_BSk = _experts(cfg, x_BSD, weights_BSk, experts_BSk, *matrices)
-        return y_BSD, router_stats(logits_BSE, probs_BSE, experts_BSk, kept_BSk, valid_BS)
+        return y_BSD, router_stats(logits_BSE, *gate, kept_BSk, valid_BS)
 
 
 def _experts(cfg: config.Model, *arguments: jax.Array) -> tuple[jax.Array, jax.Array]:

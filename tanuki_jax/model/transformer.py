@@ -5,16 +5,19 @@ The parameter tree is stacked over layers, leading axis L:
     embed/table [V,D]   layers/attn/{q [L,D,N,H], k, v [L,D,K,H], o [L,N,H,D]}   layers/{norm_attn, norm_mlp} [L,D]
     layers/mlp/{gate, up [L,D,F], down [L,F,D]}   or   layers/moe/{router [L,D,E], gate, up [L,E,D,F], down [L,E,F,D]}
     norm_final [D]   head [D,V]
+
+Where only some layers are mixtures, `mlp` is stacked over the dense layers and `moe` over the others, each in order.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -66,6 +69,7 @@ class Block(nn.Module):
     """Attention, then the dense or the mixture FFN, each on the normed stream and added to it."""
 
     cfg: config.Model
+    mixture: bool
 
     @nn.compact
     def __call__(self, x_BSD: jax.Array, batch: Batch, cache: Cache) -> tuple[jax.Array, tuple[Cache, RouterStats | None]]:
@@ -76,7 +80,7 @@ class Block(nn.Module):
         x_BSD = checkpoint_name(parallel.constrain(x_BSD + y_BSD, "BSD"), "middle")
         h_BSD = rms_norm(x_BSD, norm_mlp_D, cfg.norm_eps)
         stats = None
-        if cfg.n_experts:
+        if self.mixture:
             y_BSD, stats = MoE(cfg, name="moe")(h_BSD, batch["segment_ids"] > 0)
         else:
             y_BSD = MLP(cfg, name="mlp")(h_BSD)
@@ -107,17 +111,69 @@ class Transformer(nn.Module):
         x_BSD = parallel.rows_of(table_VD.astype(compute_dtype(cfg)), batch["tokens"])
         # Inside a loop XLA can't merge what is computed twice; several blocks in one pass of it can be.
         block = Block if cfg.remat == "none" else nn.remat(Block, policy=REMAT[cfg.remat], prevent_cse=cfg.unroll > 1)
-        layers = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(nn.broadcast, 0),
-            length=cfg.n_layers,
-            unroll=cfg.unroll,
-            metadata_params={nn.PARTITION_NAME: "L"},
-        )
-        x_BSD, (cache, stats) = layers(cfg, name="layers")(x_BSD, batch, cache)
-        return rms_norm(x_BSD, norm_final_D, cfg.norm_eps), cache, stats
+        parts = runs(cfg)
+        caches, stats = [], []
+        for number, (mixture, first, end) in enumerate(parts):
+            layers = nn.scan(
+                block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(nn.broadcast, 0),
+                length=end - first,
+                unroll=min(cfg.unroll, end - first),
+                metadata_params={nn.PARTITION_NAME: "L"},
+            )
+            name = "layers" if len(parts) == 1 else f"run_{number}"
+            mine = jax.tree.map(lambda c, a=first, b=end: c[a:b], cache) if len(parts) > 1 else cache
+            x_BSD, (written, found) = layers(cfg, mixture, name=name)(x_BSD, batch, mine)
+            caches.append(written)
+            stats += [found] if found else []
+        return rms_norm(x_BSD, norm_final_D, cfg.norm_eps), _joined(caches), _joined(stats) if stats else None
+
+
+# --- layers of two kinds --------------------------------------------------------------------------------------------
+
+
+def runs(cfg: config.Model) -> list[tuple[bool, int, int]]:
+    """Neighbouring layers of one kind, which one loop computes: whether they are mixtures, the first, one past the last."""
+    chosen = set(config.mixture_layers(cfg))
+    cuts = [i for i in range(1, cfg.n_layers) if (i in chosen) != (i - 1 in chosen)]
+    return [(a in chosen, a, b) for a, b in zip([0, *cuts], [*cuts, cfg.n_layers], strict=True)]
+
+
+def _joined(parts: list[Any]) -> Any:
+    """Trees of the runs as one tree, along L."""
+    return parts[0] if len(parts) == 1 else jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+
+
+def _by_run(cfg: config.Model, params: Params) -> Params:
+    """The parameters as the module holds them: one stack of layers for each run."""
+    parts = runs(cfg)
+    if len(parts) == 1:
+        return params
+    layers, done = params["layers"], {"mlp": 0, "moe": 0}
+    tree = {name: part for name, part in params.items() if name != "layers"}
+    for number, (mixture, first, end) in enumerate(parts):
+        kind = "moe" if mixture else "mlp"
+        at, done[kind] = done[kind], done[kind] + end - first
+        shared = {name: part for name, part in layers.items() if name not in done}
+        tree[f"run_{number}"] = jax.tree.map(lambda w, a=first, b=end: w[a:b], shared) | {
+            kind: jax.tree.map(lambda w, a=at, b=done[kind]: w[a:b], layers[kind])
+        }
+    return tree
+
+
+def _by_kind(tree: Params, join: Callable[..., Any]) -> Params:
+    """The other way round; `join` takes the leaves of all runs that have a parameter."""
+    stacks = [part for name, part in tree.items() if name.startswith("run_")]
+    if not stacks:
+        return tree
+    flat: dict[Any, list[Any]] = {}
+    for stack in stacks:
+        for path, leaf in flax.traverse_util.flatten_dict(stack).items():
+            flat.setdefault(path, []).append(leaf)
+    layers = flax.traverse_util.unflatten_dict({path: join(*leaves) for path, leaves in flat.items()})
+    return {name: part for name, part in tree.items() if not name.startswith("run_")} | {"layers": layers}
 
 
 # --- the contract ---------------------------------------------------------------------------------------------------
@@ -130,7 +186,7 @@ def _boxed_init(cfg: config.Model, key: jax.Array) -> Any:
 
 def init(cfg: config.Model, key: jax.Array) -> Params:
     """Random parameters: N(0, init_std), residual outputs divided by sqrt(2L), norms 1; in `param_dtype`."""
-    return nn.unbox(_boxed_init(cfg, key))
+    return _by_kind(nn.unbox(_boxed_init(cfg, key)), lambda *leaves: jnp.concatenate(leaves))
 
 
 def parameter_shapes(cfg: config.Model) -> Params:
@@ -141,7 +197,8 @@ def parameter_shapes(cfg: config.Model) -> Params:
 def logical_axes(cfg: config.Model) -> Any:
     """The tree of axis letters of the parameters, ("L", "D", "N", "H") say."""
     boxed = jax.eval_shape(lambda: _boxed_init(cfg, jax.random.key(0)))
-    return jax.tree.map(lambda b: b.names, boxed, is_leaf=lambda b: isinstance(b, nn.Partitioned))
+    names = jax.tree.map(lambda b: b.names, boxed, is_leaf=lambda b: isinstance(b, nn.Partitioned))
+    return _by_kind(names, lambda *leaves: leaves[0])
 
 
 def named_parameters(cfg: config.Model) -> Iterator[tuple[str, str, tuple[int, ...]]]:
@@ -158,7 +215,7 @@ def apply(cfg: config.Model, params: Params, batch: Batch) -> Outputs:
     Args:
       batch: `tokens`, `segment_ids` (0 = padding) and `positions`, int32 [B, S].
     """
-    hidden_BSD, _, stats = cast(Any, Transformer(cfg).apply({"params": params}, batch))
+    hidden_BSD, _, stats = cast(Any, Transformer(cfg).apply({"params": _by_run(cfg, params)}, batch))
     return Outputs(hidden_BSD, stats)
 
 
@@ -186,14 +243,14 @@ def decode(
     """
     cfg = dataclasses.replace(cfg, capacity_factor=0.0)  # else an answer would depend on the other rows
     batch = {"tokens": tokens_BS, "positions": positions_BS, "segment_ids": jnp.ones_like(tokens_BS)}
-    hidden_BSD, cache, _ = cast(Any, Transformer(cfg).apply({"params": params}, batch, cache))
+    hidden_BSD, cache, _ = cast(Any, Transformer(cfg).apply({"params": _by_run(cfg, params)}, batch, cache))
     return hidden_BSD, cache
 
 
 def count_parameters(cfg: config.Model) -> tuple[int, int]:
     """Parameters in all, and those active for one token (top_k of the experts)."""
     total = sum(math.prod(s.shape) for s in jax.tree.leaves(parameter_shapes(cfg)))
-    idle = cfg.n_layers * (cfg.n_experts - cfg.top_k) * 3 * cfg.d_model * cfg.d_ff if cfg.n_experts else 0
+    idle = len(config.mixture_layers(cfg)) * (cfg.n_experts - cfg.top_k) * 3 * cfg.d_model * (cfg.expert_d_ff or cfg.d_ff)
     return total, total - idle
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,6 @@ class Job:
     tensorboard: bool
     meta: dict[str, Any]  # saved in every checkpoint
     counters: Callable[[int], dict[str, float]] = lambda step: {}  # logged beside a step's metrics
-    validate_every: int = 0
 
 
 class NotFinite(UserError):
@@ -47,7 +46,7 @@ def run(
     train_step: Callable[[State, Any], tuple[State, dict[str, jax.Array]]],
     batches: Callable[[int], Iterator[Any]],
     check_meta: Callable[[dict[str, Any]], None] = lambda meta: None,
-    validate: Callable[[Any], dict[str, float]] | None = None,
+    probes: Sequence[tuple[int, Callable[[Any], dict[str, Any]]]] = (),
 ) -> State:
     """Runs or resumes a stage to its last step and returns the state.
 
@@ -56,7 +55,7 @@ def run(
       fresh_state: makes the state before step 0.
       batches: first step -> iterator of the global batches from there on.
       check_meta: sees the meta of the checkpoint that is resumed, and may refuse it.
-      validate: parameters -> figures that are logged with the step; it is called every `validate_every` steps and at the end.
+      probes: pairs of (every so many steps and at the end, parameters -> figures that are logged with the step).
     """
     checkpoints = Checkpoints(job.directory, job.keep)
     start = checkpoints.latest() or 0
@@ -68,9 +67,9 @@ def run(
     writer = MetricsWriter(job.directory, start, job.tensorboard) if jax.process_index() == 0 else None
     progress = Progress(job.name, job.steps, quiet=jax.process_index() != 0)
     clock = _Clock(job, writer.seconds if writer else 0.0)
-    late: tuple[int, dict[str, jax.Array], dict[str, float]] | None = None
+    late: tuple[int, dict[str, jax.Array], dict[str, Any]] | None = None
 
-    def report(number: int, metrics: dict[str, jax.Array], validation: dict[str, float]) -> None:
+    def report(number: int, metrics: dict[str, jax.Array], probed: dict[str, Any]) -> None:
         loss = float(metrics["loss"])
         if not np.isfinite(loss) or not np.isfinite(float(metrics["grad_norm"])):
             raise NotFinite(
@@ -80,7 +79,7 @@ def run(
         clock.done(number)
         rate = clock.tokens_per_second
         progress.show(number, f"loss {loss:.3f}  {rate:,.0f} tokens/s")
-        if writer and (number % job.log_every == 0 or number == job.steps or validation):
+        if writer and (number % job.log_every == 0 or number == job.steps or probed):
             mean = {
                 "tokens_per_second": round(rate, 1),
                 "mfu": mfu(rate, job.flops_per_token),
@@ -88,15 +87,15 @@ def run(
                 "seconds": round(clock.seconds, 3),
             }
             first = {"step": number, "tokens": number * job.tokens_per_step}
-            writer.write({**first, **plain(metrics), **job.counters(number), **validation, **mean})
+            writer.write({**first, **plain(metrics), **job.counters(number), **plain(probed), **mean})
 
     try:
         for step, batch in zip(range(start, job.steps), clock.waiting(batches(start)), strict=False):
             state, metrics = train_step(state, batch)
             if late:
                 report(*late)
-            due = job.validate_every and ((step + 1) % job.validate_every == 0 or step + 1 == job.steps)
-            late = (step + 1, metrics, validate(state.params) if validate and due else {})
+            due = [probe for every, probe in probes if (step + 1) % every == 0 or step + 1 == job.steps]
+            late = (step + 1, metrics, {name: value for probe in due for name, value in probe(state.params).items()})
             if (step + 1) % job.save_every == 0 or step + 1 == job.steps:
                 report(*late)
                 late = None

@@ -12,16 +12,17 @@ import jax
 import jax.numpy as jnp
 
 from tanuki_jax import config, model, parallel
+from tanuki_jax.train.balance import Balance
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
-LossFn = Callable[[Any, Batch], tuple[jax.Array, jax.Array, Metrics]]
+LossFn = Callable[..., tuple[jax.Array, jax.Array, Metrics]]  # (params, batch), and the balance where there is one
 
 
 def make_loss(kind: str, cfg: config.Model, options: config.Loss) -> LossFn:
     """The loss of a stage kind: next-token prediction for pretrain and sft, preference for dpo."""
     loss = preference(cfg, options) if kind == "dpo" else next_token(cfg, options)
-    return lambda params, batch: loss(params, parallel.balanced(batch))
+    return lambda params, batch, balance=None: loss(params, parallel.balanced(batch), balance)
 
 
 def next_token(cfg: config.Model, options: config.Loss) -> LossFn:
@@ -30,7 +31,7 @@ def next_token(cfg: config.Model, options: config.Loss) -> LossFn:
     Pretraining and SFT differ only in the batch's `loss_weights`.  z-loss: PaLM section 5; Tanuki used 1e-4.
     """
 
-    def loss(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array, Metrics]:
+    def loss(params: Any, batch: Batch, balance: Balance | None = None) -> tuple[jax.Array, jax.Array, Metrics]:
         outputs = model.apply(cfg, params, batch)
         scores = model.token_scores(cfg, params, outputs, batch["targets"])
         weights_BS = batch["loss_weights"].astype(jnp.float32)
@@ -41,7 +42,7 @@ def next_token(cfg: config.Model, options: config.Loss) -> LossFn:
             "mean_token_accuracy": ((scores.correct * weights_BS).sum(), weight),
             "z_loss": (z, weight),
         }
-        router, router_metrics = _router_loss(outputs, options, weights_BS.sum(axis=1))
+        router, router_metrics = _router_loss(cfg, outputs, options, weights_BS.sum(axis=1), balance)
         return nll + options.z_loss * z + router, weight, metrics | router_metrics
 
     return loss
@@ -76,7 +77,7 @@ def preference(cfg: config.Model, options: config.Loss) -> LossFn:
     The batch carries `ref_logprobs` [B, P, 2] of the reference model.  Metrics have TRL's names; weight counts pairs.
     """
 
-    def loss(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array, Metrics]:
+    def loss(params: Any, batch: Batch, balance: Balance | None = None) -> tuple[jax.Array, jax.Array, Metrics]:
         logp_BP2, outputs = pair_logprobs(cfg, params, batch)
         valid_BP = (batch["pair_segments"][..., 0] > 0).astype(jnp.float32)
         ratios_BP2 = logp_BP2 - batch["ref_logprobs"]
@@ -97,23 +98,29 @@ def preference(cfg: config.Model, options: config.Loss) -> LossFn:
             "logps/chosen": mean(logp_BP2[..., 0]),
             "logps/rejected": mean(logp_BP2[..., 1]),
         }
-        router, router_metrics = _router_loss(outputs, options, valid_BP.sum(axis=1))
+        router, router_metrics = _router_loss(cfg, outputs, options, valid_BP.sum(axis=1), balance)
         return metrics["loss"][0] + router, weight, metrics | router_metrics
 
     return loss
 
 
-def _router_loss(outputs: model.Outputs, options: config.Loss, weights_B: jax.Array) -> tuple[jax.Array, Metrics]:
+def _router_loss(
+    cfg: config.Model, outputs: model.Outputs, options: config.Loss, weights_B: jax.Array, balance: Balance | None
+) -> tuple[jax.Array, Metrics]:
     """The router's losses, summed over layers; each row counts as much as its labelled tokens (or pairs) do."""
     if outputs.router is None:
         return jnp.float32(0), {}
-    aux_LB, z_LB, load_LE, dropped_L = outputs.router
+    aux_LB, z_LB, load_LE, dropped_L, gate_Ln = outputs.router
     L, weight = aux_LB.shape[0], weights_B.sum()
-    aux, z = (aux_LB * weights_B).sum(), (z_LB * weights_B).sum()
+    aux_L, z = (aux_LB * weights_B).sum(axis=1), (z_LB * weights_B).sum()
+    coefficient = balance["coefficient"] if balance else options.router_aux_loss
     metrics = {
-        "moe/aux_loss": (aux / L, weight),
+        "moe/aux_loss": (aux_L.sum() / L, weight),
         "moe/z_loss": (z / L, weight),
         "moe/load": (load_LE, load_LE.sum(axis=1, keepdims=True)),
         "moe/dropped": (dropped_L.sum(), load_LE.sum()),
+        "moe/gate": (gate_Ln, gate_Ln.sum(axis=1, keepdims=True)),
     }
-    return options.router_aux_loss * aux + options.router_z_loss * z, metrics
+    if cfg.capacity_factor:
+        metrics["moe/overflow"] = (dropped_L, load_LE.sum(axis=1))
+    return (coefficient * aux_L).sum() + options.router_z_loss * z, metrics

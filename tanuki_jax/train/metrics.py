@@ -27,8 +27,9 @@ PEAK_FLOPS = {
 
 
 class MetricsWriter:
-    """Appends to metrics.jsonl and TensorBoard; lines of steps after `step` (an interrupted run's) are removed first.
+    """Appends to metrics.jsonl and TensorBoard, where a list becomes a curve for each layer.
 
+    Lines of steps after `step` (an interrupted run's) are removed first.
     `seconds` counts the time spent in training over all runs of the stage.
     """
 
@@ -52,6 +53,9 @@ class MetricsWriter:
             for name, value in row.items():
                 if isinstance(value, int | float) and name not in ("step", "seconds"):
                     self._board.add_scalar(name, value, row["step"])
+                elif isinstance(value, list) and not isinstance(value[0], list):
+                    for layer, part in enumerate(value):
+                        self._board.add_scalar(f"{name}/{layer}", part, row["step"])
 
     def close(self) -> None:
         """Closes the files."""

@@ -38,8 +38,8 @@ def _stored_as(adam: optax.GradientTransformation, dtype: str) -> optax.Gradient
 
 
 def decays(params: Any) -> Any:
-    """True for each parameter that decays: all but the norm scales (which are matrices here, stacked over layers)."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: not path[-1].key.startswith("norm"), params)
+    """True for each parameter that decays: all but norm scales (matrices here, stacked over layers) and biases of experts."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: not path[-1].key.startswith(("norm", "bias")), params)
 
 
 def learning_rate(options: config.Optimizer, total_steps: int) -> Callable[[jax.Array], jax.Array]:

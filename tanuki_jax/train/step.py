@@ -7,13 +7,14 @@ the loss is a sum over rows and a weight; XLA inserts the collectives.  Nothing 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from tanuki_jax.train.balance import Balance
 from tanuki_jax.train.losses import Batch, LossFn
 
 
@@ -26,14 +27,17 @@ class State:
     params: Any
     opt_state: Any
     key: jax.Array  # root of the stage's random draws; step n uses fold_in(key, n)
+    balance: Balance = field(default_factory=dict)  # what balances the experts beside the losses
 
 
-def init_state(params: Any, optimizer: optax.GradientTransformation, key: jax.Array) -> State:
+def init_state(params: Any, optimizer: optax.GradientTransformation, key: jax.Array, balance: Balance | None = None) -> State:
     """The state before the first step."""
-    return State(jnp.int32(0), params, optimizer.init(params), key)
+    return State(jnp.int32(0), params, optimizer.init(params), key, balance or {})
 
 
-def gradients(loss_fn: LossFn, params: Any, batch: Batch, microbatches: int = 1) -> tuple[Any, dict[str, jax.Array]]:
+def gradients(
+    loss_fn: LossFn, params: Any, batch: Batch, microbatches: int = 1, balance: Balance | None = None
+) -> tuple[Any, dict[str, jax.Array]]:
     """Gradients and metrics of the mean loss over the global batch.
 
     Microbatches are computed one after another inside jit; sums are added up in float32 and divided once.  Row r belongs
@@ -41,7 +45,7 @@ def gradients(loss_fn: LossFn, params: Any, batch: Batch, microbatches: int = 1)
     """
 
     def scaled(params: Any, part: Batch) -> tuple[jax.Array, tuple[jax.Array, Any]]:
-        total, weight, metrics = loss_fn(params, part)
+        total, weight, metrics = loss_fn(params, part, balance) if balance else loss_fn(params, part)
         return total, (weight, metrics)
 
     grad_fn = jax.grad(scaled, has_aux=True)
@@ -65,10 +69,14 @@ def gradients(loss_fn: LossFn, params: Any, batch: Batch, microbatches: int = 1)
 
 
 def make_update(
-    optimizer: optax.GradientTransformation, learning_rate: Callable[[jax.Array], jax.Array], clip_norm: float = 0.0
+    optimizer: optax.GradientTransformation,
+    learning_rate: Callable[[jax.Array], jax.Array],
+    clip_norm: float = 0.0,
+    rebalance: Callable[[Any, Balance, dict[str, jax.Array]], tuple[Any, Balance, dict[str, jax.Array]]] | None = None,
 ) -> Callable[[State, Any, dict[str, jax.Array]], tuple[State, dict[str, jax.Array]]]:
     """`update(state, gradients, metrics) -> (state, metrics)`: what a step does once it has its gradients.
 
+    `rebalance` (train/balance.py) then looks at the load of the experts.
     Gradients that are not finite change nothing but the step number; the metrics show it and the loop stops.
     """
 
@@ -81,10 +89,16 @@ def make_update(
         directions, opt_state = optimizer.update(grads, state.opt_state, state.params)
         rate = learning_rate(state.step)
         params = jax.tree.map(lambda p, d: (p - rate * d).astype(p.dtype), state.params, directions)
-        params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
+        balance = state.balance
+        if rebalance:
+            params, balance, metrics = rebalance(params, balance, metrics)
+        params, opt_state, balance = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (params, opt_state, balance),
+            (state.params, state.opt_state, state.balance),
         )
-        return State(state.step + 1, params, opt_state, state.key), metrics | {"grad_norm": norm, "learning_rate": rate}
+        new = State(state.step + 1, params, opt_state, state.key, balance)
+        return new, metrics | {"grad_norm": norm, "learning_rate": rate}
 
     return update
 
@@ -96,13 +110,14 @@ def make_train_step(
     clip_norm: float = 0.0,
     microbatches: int = 1,
     state_shardings: Any = None,
+    rebalance: Any = None,
     compiler_options: dict[str, Any] | None = None,
 ) -> Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]:
     """`train_step(state, batch) -> (state, metrics)`, jitted, the state donated; gradients, then `make_update`."""
 
-    update = make_update(optimizer, learning_rate, clip_norm)
+    update = make_update(optimizer, learning_rate, clip_norm, rebalance)
 
     def train_step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
-        return update(state, *gradients(loss_fn, state.params, batch, microbatches))
+        return update(state, *gradients(loss_fn, state.params, batch, microbatches, state.balance))
 
     return jax.jit(train_step, donate_argnums=0, out_shardings=(state_shardings, None), compiler_options=compiler_options)

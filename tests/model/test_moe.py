@@ -48,9 +48,9 @@ def test_statistics_against_numpy():
     logits = rng.normal(size=(B, S, E))
     valid = rng.random((B, S)) < 0.7
     valid[2] = False
-    _, experts, probs = route(jnp.float32(logits), k, False)
+    gate = _, experts, probs = route(jnp.float32(logits), k, False)
     kept = rng.random((B, S, k)) < 0.8
-    stats = router_stats(jnp.float32(logits), probs, experts, jnp.asarray(kept), jnp.asarray(valid))
+    stats = router_stats(jnp.float32(logits), *gate, jnp.asarray(kept), jnp.asarray(valid))
     load = np.zeros(E)
     for b in range(B):
         tokens = np.flatnonzero(valid[b])
@@ -71,6 +71,8 @@ def test_statistics_against_numpy():
 def test_perfect_balance_costs_one():
     experts = jnp.array([[[0, 1], [2, 3], [1, 2], [3, 0]]])
     kept = jnp.ones(experts.shape, bool)
-    stats = router_stats(jnp.zeros((1, 4, 4)), jnp.full((1, 4, 4), 0.25), experts, kept, jnp.ones((1, 4)))
+    stats = router_stats(
+        jnp.zeros((1, 4, 4)), jnp.full((1, 4, 2), 0.5), experts, jnp.full((1, 4, 4), 0.25), kept, jnp.ones((1, 4))
+    )
     np.testing.assert_allclose(stats.aux_B, 1.0, rtol=1e-6)
     assert stats.dropped == 0

@@ -30,8 +30,8 @@ def train_step(state, batch):
     return State(state.step + 1, params, state.opt_state, state.key), metrics
 
 
-def run(this, batches=lambda first: iter(range(first, 1000)), step=train_step, validate=None):
-    return loop.run(this, ABSTRACT, fresh_state, step, batches, validate=validate)
+def run(this, batches=lambda first: iter(range(first, 1000)), step=train_step, probes=()):
+    return loop.run(this, ABSTRACT, fresh_state, step, batches, probes=probes)
 
 
 def rows(directory):
@@ -99,7 +99,7 @@ def test_counters_of_a_step_are_logged_with_it(tmp_path):
 
 @pytest.mark.parametrize(("every", "steps"), [(0, []), (1, list(range(1, 10))), (4, [4, 8, 9]), (100, [9])])
 def test_validation_is_of_the_parameters_after_its_step_and_always_of_the_last(tmp_path, every, steps):
-    run(job(tmp_path, validate_every=every, log_every=5), validate=lambda params: {"validation/w": float(params["w"][0])})
+    run(job(tmp_path, log_every=5), probes=probes)
     found = {row["step"]: row["validation/w"] for row in rows(tmp_path) if "validation/w" in row}
     assert found == {step: sum(range(step)) for step in steps}
     assert logged(tmp_path) == sorted({5, 9, *steps})
@@ -113,10 +113,10 @@ def test_a_resumed_run_validates_the_steps_that_are_left(tmp_path):
     seen = []
     validate = lambda params: seen.append(float(params["w"][0])) or {"validation/w": seen[-1]}  # noqa: E731
     with pytest.raises(KeyboardInterrupt):
-        run(job(tmp_path, validate_every=2), dies, validate=validate)
-    run(job(tmp_path, validate_every=2), validate=validate)
+        run(job(tmp_path), dies, probes=[(2, validate)])
+    run(job(tmp_path), probes=[(2, validate)])
     assert seen == [sum(range(step)) for step in (2, 4, 6, 8, 9)]
-    run(job(tmp_path, validate_every=2), validate=lambda params: pytest.fail("nothing is left to validate"))
+    run(job(tmp_path), probes=[(2, lambda params: pytest.fail("nothing is left to validate"))])
     assert [row["step"] for row in rows(tmp_path) if "validation/w" in row] == [2, 4, 6, 8, 9]
 
 
