@@ -99,6 +99,7 @@ def test_counters_of_a_step_are_logged_with_it(tmp_path):
 
 @pytest.mark.parametrize(("every", "steps"), [(0, []), (1, list(range(1, 10))), (4, [4, 8, 9]), (100, [9])])
 def test_validation_is_of_the_parameters_after_its_step_and_always_of_the_last(tmp_path, every, steps):
+    probes = [(every, lambda params: {"validation/w": float(params["w"][0])})] if every else []
     run(job(tmp_path, log_every=5), probes=probes)
     found = {row["step"]: row["validation/w"] for row in rows(tmp_path) if "validation/w" in row}
     assert found == {step: sum(range(step)) for step in steps}
