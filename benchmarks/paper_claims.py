@@ -1,0 +1,292 @@
+"""The paper's claims in miniature: is upcycling worth it, does the synthetic finale help, which strategy, which gate?
+
+python benchmarks/paper_claims.py --workdir=runs/claims [--seeds=5] [--ja='ja/*.jsonl.gz' --en='en/*.jsonl.gz']
+
+Every run is an ordinary recipe (`get_config` below; the nano model, rule-made text unless files are given), so the same command
+goes on where it was stopped.  Seeds change the data, the initial weights and the order.  Differences are taken within a seed,
+and given with the 95 % interval of Student's t over seeds.  Writes report.md and claims.svg to the workdir.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+DENSE_TOKENS, FURTHER, FINALE, SFT, DPO_STEPS = 1_200_000, 600_000, 300_000, 400_000, 80
+GENERAL = dict(ja=(0.35,), en=(0.25,), synthetic_ja=(0.24,), synthetic_en=(0.16,))
+SYNTHETIC = dict(synthetic_ja=(0.6,), synthetic_en=(0.4,))
+FIXED = 0.02  # coefficient of the balancing loss
+STRATEGIES = dict(
+    copy=dict(strategy="copy"), noise=dict(strategy="noise", noise_std=1e-3), drop=dict(strategy="drop", drop_ratio=0.5)
+)
+PARTS = ("main", "groups", "plain", "finale")
+
+
+def get_config(argument="main.0"):
+    """The recipe of a part and seed: `main`, `groups` and `plain` hold what differs in the model's shape; `finale` is scored."""
+    import runpy
+
+    from tanuki_jax import config, model
+
+    part, seed = argument.split(".")
+    c = runpy.run_path(str(ROOT / "configs" / "nano.py"))["get_config"]()
+    c.name, c.seed = f"claims, {part}, seed {seed}", int(seed)
+    c.stages = dict()
+    c.tensorboard = False
+    c.validation.update(dict(tokens=8_192, every=100))
+    if part == "groups":
+        c.model.update(dict(expert_d_ff=c.model.d_ff // 2, n_experts=16, top_k=4))
+    c.model.normalized_gate = part != "plain"
+    if part != "finale":
+        c.scoring.update(dict(prompts=0, pairs=0))
+    shape = config.from_dict(config.Model, c.model)
+    row = dict(seq_len=128, batch_size=8, save_every=10_000, log_every=20)
+
+    def train(init_from, tokens, mixture=GENERAL, peak=1.5e-3, loss=None, kind="pretrain", **options):
+        adam = dict(learning_rate=peak, learning_rate_floor=peak / 20, warmup_ratio=0.05, clip_norm=1.0)
+        loss = dict(router_aux_loss=FIXED) | (loss or {})
+        settings = dict(init_from=init_from, mixture=mixture, tokens=tokens, optimizer=adam, loss=loss)
+        return config.stage(kind, **{**row, **settings, **options})
+
+    if part == "main":
+        import dataclasses
+
+        flops = [model.flops_per_token(m, row["seq_len"]) for m in (shape, dataclasses.replace(shape, n_experts=0))]
+        c.stages.pretrain = train("", DENSE_TOKENS, peak=2e-3)
+        c.stages.dense = train("pretrain", round(FURTHER * flops[0] / flops[1]))
+        c.stages.scratch = train("", FURTHER, peak=2e-3, mixture_of_experts=True)
+        for name, options in STRATEGIES.items():
+            c.stages[f"{name}_up"] = config.stage("upcycle", init_from="pretrain", upcycle=options)
+            c.stages[name] = train(f"{name}_up", FURTHER)
+        c.stages.adaptive = train("noise_up", FURTHER, loss=dict(router_aux_adaptive=0.2))
+    elif part == "finale":
+        moe = dict(mixture_of_experts=True)
+        c.stages.general = train("set by --config.stages", FINALE, peak=7e-4, **moe)
+        c.stages.synthetic = train("set by --config.stages", FINALE, SYNTHETIC, peak=7e-4, **moe)
+        c.stages.sft = train("synthetic", SFT, dict(dialogues=(1.0,)), 1e-3, kind="sft")
+        c.stages.dpo = train(
+            "sft", 0, dict(pairs=(1.0,)), 5e-5, dict(beta=0.1, router_aux_loss=0.0), kind="dpo", steps=DPO_STEPS, seq_len=256
+        )
+    else:
+        strategy = dict(strategy="groups") if part == "groups" else STRATEGIES["noise"]
+        c.stages[f"{part}_up"] = config.stage("upcycle", init_from="set by --config.stages", upcycle=strategy)
+        c.stages[part] = train(f"{part}_up", FURTHER)
+    return c
+
+
+# --- running ------------------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Runs what is missing of every seed, then writes the report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--ja", default="", help="files of Japanese text in place of the rule-made documents")
+    parser.add_argument("--en", default="", help="the same of English")
+    parser.add_argument("--report_only", action="store_true", help="only write the report of what is there")
+    options = parser.parse_args()
+    options.workdir.mkdir(parents=True, exist_ok=True)
+    clock = options.workdir / "seconds.json"
+    spent = json.loads(clock.read_text()) if clock.is_file() else {}
+    for seed in range(0 if options.report_only else options.seeds):
+        for part in PARTS:
+            began = time.monotonic()
+            run(options, part, seed)
+            spent[f"{part}-{seed}"] = max(spent.get(f"{part}-{seed}", 0), time.monotonic() - began)
+            clock.write_text(json.dumps(spent))
+    seeds = [seed for seed in range(options.seeds) if (options.workdir / f"finale-{seed}" / "summary.json").is_file()]
+    found = [read(options.workdir, seed) for seed in seeds]
+    report = written(options, found, sum(spent.values()))
+    (options.workdir / "report.md").write_text(report, encoding="utf-8")
+    picture(found, options.workdir / "claims.svg")
+    print(report)
+
+
+def run(options: argparse.Namespace, part: str, seed: int) -> None:
+    """One recipe in a process of its own; a finished one returns at once."""
+    home, base = options.workdir / f"{part}-{seed}", options.workdir / f"main-{seed}"
+    if (home / "summary.json").is_file():
+        return
+    starts = dict(groups=("groups_up",), plain=("plain_up",), finale=("general", "synthetic")).get(part, ())
+    parent = base.absolute() / "stages" / ("noise" if part == "finale" else "pretrain")
+    flags = [f"--config.stages.{name}.init_from={parent}" for name in starts]
+    flags += [f"--config.tokenizer.path={parent / 'tokenizer'}"] if part != "main" else []
+    flags += [f"--config.data.{name}={files}" for name, files in (("ja", options.ja), ("en", options.en)) if files]
+    command = [sys.executable, "-m", "tanuki_jax.cli", "run", f"--config={Path(__file__).absolute()}:{part}.{seed}"]
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(options.workdir.absolute() / "cache")}
+    with (options.workdir / f"{part}-{seed}.log").open("w") as log:
+        done = subprocess.run([*command, *flags, f"--workdir={home}"], cwd=ROOT, env=os.environ | cache, stdout=log, stderr=log)
+    assert done.returncode == 0, f"see {log.name}"
+    print(f"{part}, seed {seed}: done", file=sys.stderr, flush=True)
+
+
+# --- reading ------------------------------------------------------------------------------------------------------------------
+
+
+def read(workdir: Path, seed: int) -> dict[str, dict]:
+    """Of each stage of a seed: the held-out loss over training, its scores, and the health of its experts at the end."""
+    result = {}
+    for part in PARTS:
+        summary = json.loads((workdir / f"{part}-{seed}" / "summary.json").read_text(encoding="utf-8"))
+        for entry in summary["stages"]:
+            path = workdir / f"{part}-{seed}" / "stages" / entry["name"] / "metrics.jsonl"
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+            curve = [(row["tokens"], held_out(row)) for row in rows if "validation/ja/loss" in row]
+            health = {
+                name: float(np.mean([np.mean(row[name]) for row in rows[-5:]]))
+                for name in ("moe/similarity", "moe/load_max", "moe/load_entropy", "moe/router_norm")
+                if rows and name in rows[-1]
+            }
+            result[entry["name"]] = {"curve": curve, "scores": entry["scores"], "tokens": entry["tokens"], **health}
+            result[entry["name"]]["loss"] = curve[-1][1] if curve else None
+    return result
+
+
+def held_out(row: dict) -> float:
+    """Held-out loss over the sources as the general mixture weighs them, nats a token."""
+    return sum(weight[0] * row[f"validation/{name}/loss"] for name, weight in GENERAL.items())
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean and half of the 95 % interval of Student's t."""
+    from scipy import stats
+
+    array = np.array(values)
+    half = stats.t.ppf(0.975, len(array) - 1) * array.std(ddof=1) / len(array) ** 0.5 if len(array) > 1 else float("nan")
+    return float(array.mean()), float(half)
+
+
+def verdict(mean: float, half: float, better_is_lower: bool) -> str:
+    """Whether the interval leaves 0 out, and on which side."""
+    if not abs(mean) > half:
+        return "undecided"
+    return "holds" if (mean < 0) == better_is_lower else "does not hold"
+
+
+def effects(found: list[dict]) -> list[tuple[str, str, float, float, str]]:
+    """Claim, unit, mean difference, half interval and verdict of each comparison."""
+
+    def loss(a: str, b: str) -> list[float]:
+        return [seed[a]["loss"] - seed[b]["loss"] for seed in found]
+
+    def score(a: str, b: str, key: str) -> list[float]:
+        return [100 * (seed[a]["scores"][key] - seed[b]["scores"][key]) for seed in found]
+
+    def health(a: str, b: str, key: str) -> list[float]:
+        return [seed[a][key] - seed[b][key] for seed in found]
+
+    rows = [
+        ("a: synthetic finale over general finale, exact answers", "points", score("synthetic", "general", "exact"), False),
+        ("b: upcycled over dense continued, held-out loss", "nats", loss("noise", "dense"), True),
+        ("b: upcycled over mixture from scratch, held-out loss", "nats", loss("noise", "scratch"), True),
+        ("c: SFT over the finale, exact answers", "points", score("sft", "synthetic", "exact"), False),
+        ("c: DPO over SFT, exact answers", "points", score("dpo", "sft", "exact"), False),
+        ("c: DPO over SFT, right answer preferred", "points", score("dpo", "sft", "pair_accuracy"), False),
+        ("d: noise over copy, held-out loss", "nats", loss("noise", "copy"), True),
+        ("d: drop 0.5 over copy, held-out loss", "nats", loss("drop", "copy"), True),
+        ("d: virtual groups over copy, held-out loss", "nats", loss("groups", "copy"), True),
+        ("e: normalised over plain gate, held-out loss", "nats", loss("noise", "plain"), True),
+        ("e: normalised over plain gate, largest load", "x mean", health("noise", "plain", "moe/load_max"), True),
+        ("e: adaptive over fixed coefficient, held-out loss", "nats", loss("adaptive", "noise"), True),
+        ("e: adaptive over fixed coefficient, largest load", "x mean", health("adaptive", "noise", "moe/load_max"), True),
+    ]
+    result = []
+    for claim, unit, values, lower in rows:
+        mean, half = interval(values)
+        result.append((claim, unit, mean, half, verdict(mean, half, lower)))
+    return result
+
+
+NAMES = {
+    "pretrain": "dense, before",
+    "dense": "dense, continued",
+    "scratch": "mixture from scratch",
+    "noise": "upcycled: noise 0.001",
+    "copy": "upcycled: copy",
+    "drop": "upcycled: drop 0.5",
+    "groups": "upcycled: virtual groups (16 halves, top-4)",
+    "plain": "noise, plain gate",
+    "adaptive": "noise, adaptive coefficient",
+}
+
+
+def written(options: argparse.Namespace, found: list[dict], seconds: float) -> str:
+    """The report."""
+    lines = [
+        f"# The paper's claims in miniature, {time.strftime('%Y-%m-%d')}",
+        "",
+        f"{platform.machine()}, {os.cpu_count()} cores; {len(found)} seeds, {seconds / 60:.0f} minutes in all.",
+        "",
+        f"    python benchmarks/paper_claims.py --workdir=runs/claims --seeds={options.seeds}"
+        + "".join(f" --{name}=..." for name in ("ja", "en") if getattr(options, name)),
+        "",
+        f"The nano model (3 layers, D 160, F 448, 8 experts, top-2): {DENSE_TOKENS:,} tokens dense, then {FURTHER:,} as a mixture "
+        f"or {found[0]['dense']['tokens']:,} dense, which are as many FLOPs; a mixture from scratch gets the same further compute.",
+        "Mean difference within a seed, with the 95 % interval of Student's t; `holds` where the interval leaves 0 out.",
+        "",
+        "| claim | unit | difference | 95 % interval | |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [f"| {c} | {u} | {m:+.4f} | {m - h:+.4f} to {m + h:+.4f} | {v} |" for c, u, m, h, v in effects(found)]
+    lines += [
+        "",
+        "| run | held-out loss | similarity of experts | largest load / mean | entropy of load |",
+        "|---|---|---|---|---|",
+    ]
+    for name, label in NAMES.items():
+        keys = ("loss", "moe/similarity", "moe/load_max", "moe/load_entropy")
+        cells = [f"{np.mean([seed[name][k] for seed in found]):.4f}" if k in found[0][name] else "" for k in keys]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    lines += ["", "| after | exact answers, % | right answer preferred, % |", "|---|---|---|"]
+    for name in ("general", "synthetic", "sft", "dpo"):
+        cells = [interval([100 * seed[name]["scores"][key] for seed in found]) for key in ("exact", "pair_accuracy")]
+        lines.append(f"| {name} | " + " | ".join(f"{mean:.1f} ± {half:.1f}" for mean, half in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def picture(found: list[dict], path: Path) -> None:
+    """Held-out loss over further compute, and the scores of the stages."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+    import matplotlib_fontja
+
+    matplotlib_fontja.japanize()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), width_ratios=(3, 2))
+    runs = dict(dense=("密 (dense, continued)", "#4269d0"), scratch=("専門家混合、初めから (mixture, from scratch)", "#999999"))
+    runs |= dict(noise=("専門家混合、アップサイクル (upcycled)", "#ff725c"))
+    for name, (label, colour) in runs.items():
+        curves = np.array([[loss for _, loss in seed[name]["curve"]] for seed in found])
+        x = np.array([tokens for tokens, _ in found[0][name]["curve"]]) / found[0][name]["tokens"]
+        left.plot(x, curves.mean(axis=0), color=colour, label=label)
+        left.fill_between(x, curves.min(axis=0), curves.max(axis=0), color=colour, alpha=0.2, linewidth=0)
+    start = np.mean([seed["pretrain"]["loss"] for seed in found])
+    left.axhline(start, color="#4269d0", linewidth=0.8, linestyle=":")
+    left.annotate("分岐前 (before)", (1, start), ha="right", va="bottom", fontsize=8, color="#4269d0")
+    left.set_ylim(None, start * 1.25)
+    left.set_xlabel("追加計算量の割合 (share of the further compute)")
+    left.set_ylabel("損失 (held-out loss)")
+    left.legend(frameon=False, fontsize=8)
+    names = ("general", "synthetic", "sft", "dpo")
+    shown = [interval([100 * seed[name]["scores"]["exact"] for seed in found]) for name in names]
+    right.bar(range(4), [m for m, _ in shown], yerr=[h for _, h in shown], color=["#999999", "#97bbf5", "#3ca951", "#efb118"])
+    right.set_xticks(range(4), ["一般\n(general)", "合成のみ\n(synthetic)", "SFT", "DPO"])
+    right.set_ylabel("正答率 (exact answers), %")
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()
