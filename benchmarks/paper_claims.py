@@ -20,7 +20,7 @@ import numpy as np
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-DENSE_TOKENS, FURTHER, FINALE, SFT, DPO_STEPS = 1_200_000, 600_000, 300_000, 400_000, 80
+DENSE_TOKENS, FURTHER, FINALE, SFT, DPO_STEPS = 800_000, 300_000, 200_000, 300_000, 80
 GENERAL = dict(ja=(0.35,), en=(0.25,), synthetic_ja=(0.24,), synthetic_en=(0.16,))
 SYNTHETIC = dict(synthetic_ja=(0.6,), synthetic_en=(0.4,))
 FIXED = 0.02  # coefficient of the balancing loss
@@ -31,7 +31,7 @@ PARTS = ("main", "groups", "plain", "finale")
 
 
 def get_config(argument="main.0"):
-    """The recipe of a part and seed: `main`, `groups` and `plain` hold what differs in the model's shape; `finale` is scored."""
+    """The recipe of a part and seed: `groups` and `plain` have models of another shape, `finale` is scored."""
     import runpy
 
     from tanuki_jax import config, model
@@ -229,8 +229,8 @@ def written(options: argparse.Namespace, found: list[dict], seconds: float) -> s
         f"    python benchmarks/paper_claims.py --workdir=runs/claims --seeds={options.seeds}"
         + "".join(f" --{name}=..." for name in ("ja", "en") if getattr(options, name)),
         "",
-        f"The nano model (3 layers, D 160, F 448, 8 experts, top-2): {DENSE_TOKENS:,} tokens dense, then {FURTHER:,} as a mixture "
-        f"or {found[0]['dense']['tokens']:,} dense, which are as many FLOPs; a mixture from scratch gets the same further compute.",
+        f"Nano model (3 layers, D 160, F 448, 8 experts, top-2): {DENSE_TOKENS:,} tokens dense, then {FURTHER:,} as a mixture",
+        f"or {found[0]['dense']['tokens']:,} dense, which are as many FLOPs; a mixture from scratch gets the same.",
         "Mean difference within a seed, with the 95 % interval of Student's t; `holds` where the interval leaves 0 out.",
         "",
         "| claim | unit | difference | 95 % interval | |",
