@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import math
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tanuki_jax import config, model, parallel
+from tanuki_jax import config, files, model, parallel
 from tanuki_jax.errors import UserError
 
 ORBAX_THREADS = ("async_save", "save_finalize", "write_metadata_after_commits")
@@ -29,6 +32,7 @@ COMPUTED = (
     *("dtype", "remat", "unroll", "logits_chunk", "attention", "experts", "capacity_factor"),
     *("rope_theta", "init_std"),
 )
+CHUNK = 128 << 20  # bytes
 EVERY = 1_000_000  # keep all checkpoints: for opening without deleting
 
 
@@ -61,7 +65,7 @@ class Checkpoints:
 
     def save_items(self, step: int, trees: dict[str, Any], meta: dict[str, Any]) -> None:
         """The same for named trees of arrays."""
-        items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+        items = {name: ocp.args.StandardSave(tree, save_args=_by_layer(tree)) for name, tree in trees.items()}
         with self._saving():
             self._manager.save(step, args=ocp.args.Composite(**items, meta=ocp.args.JsonSave({"step": step, **meta})))
 
@@ -173,6 +177,140 @@ def save_params(stage_directory: Path, params: Any, meta: dict[str, Any]) -> Non
         checkpoints.save_items(0, {"params": params}, meta)
     finally:
         checkpoints.close()
+
+
+# --- parameters of any size, a layer at a time ----------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """An array that lies in a file; `read(i)` reads row i of its first axis (a layer), `read()` all of it."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    read: Callable[..., np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A checkpoint's parameters by path, "layers/attn/q" say, none of which has been read yet."""
+
+    cfg: config.Model
+    tree: dict[str, Stored]
+    meta: dict[str, Any]
+    stage_directory: Path
+
+    @property
+    def tokenizer_directory(self) -> Path:
+        """Where the tokenizer lies: in a directory of its own, or beside the weights."""
+        own = self.stage_directory / "tokenizer"
+        return own if own.is_dir() else self.stage_directory
+
+
+def open_stored(path: str | Path) -> Opened:
+    """A checkpoint of ours, to be read a layer at a time."""
+    stage_directory, step = locate(path)
+    home = stage_directory / "checkpoints" / str(step) / "params"
+    try:
+        meta = read_meta(stage_directory, step)
+        cfg = config.from_dict(config.Model, meta["model"])
+        written = files.read_json(home / "_METADATA")
+    except (ValueError, KeyError, OSError) as error:
+        raise UserError(f"checkpoint: {stage_directory} step {step} cannot be read: {str(error).splitlines()[0]}") from error
+    driver = "zarr3" if written.get("use_zarr3") else "zarr"
+
+    def opened(name: str) -> Stored:
+        plain = {"driver": "file", "path": f"{home}/{name.replace('/', '.')}/"}
+        packed = {"driver": "ocdbt", "base": f"file://{home}/", "path": f"{name.replace('/', '.')}/"}
+        store = packed if (home / "manifest.ocdbt").is_file() else plain
+        try:
+            array = tensorstore.open({"driver": driver, "kvstore": store}, read=True).result()
+        except ValueError as error:
+            raise UserError(f"checkpoint: {stage_directory} step {step} has no parameter {name}, or it is damaged") from error
+
+        def read(*row: int) -> np.ndarray:
+            try:
+                return array[row].read().result() if row else array.read().result()
+            except ValueError as error:
+                raise UserError(f"checkpoint: {name} in {home} is damaged: {str(error).splitlines()[0]}") from error
+
+        return Stored(tuple(array.shape), array.dtype.name, read)
+
+    return Opened(cfg, {name: opened(name) for name, _, _ in model.named_parameters(cfg)}, meta, stage_directory)
+
+
+class _Streamed:
+    """Stands for an array that comes in blocks; what Orbax asks of a leaf."""
+
+    def __init__(self, name: str, shape: tuple[int, ...], dtype: str, block: tuple[int, ...]) -> None:
+        self.name, self.shape, self.dtype, self.block = name, shape, np.dtype(dtype), block
+        self.ndim, self.size = len(shape), math.prod(shape)
+        self.nbytes = self.size * self.dtype.itemsize
+
+
+class _StreamHandler(ocp.type_handlers.NumpyHandler):
+    """Opens all arrays, then writes the blocks in the order in which they come; restored as any other array."""
+
+    def __init__(self, count: int, blocks: Iterator[tuple[str, tuple[int, ...], np.ndarray]]) -> None:
+        super().__init__(deepcopy_host_arrays=False)
+        self._count, self._blocks = count, blocks
+        self._stores: dict[str, Any] = {}
+
+    def typestr(self) -> str:
+        return "jax.Array"
+
+    async def _open_and_write(self, value: _Streamed, tspec: dict[str, Any], ts_context: Any) -> None:
+        tspec["metadata"] |= {"chunks": value.block, "compressor": None}  # weights hardly shrink
+        self._stores[value.name] = await tensorstore.open(tspec, create=True, open=True, context=ts_context)
+        if len(self._stores) == self._count:
+            for name, index, block in self._blocks:
+                await self._stores[name][index].write(block)
+
+
+def save_streamed(
+    stage_directory: Path, cfg: config.Model, blocks: Iterator[tuple[str, tuple[int, ...], np.ndarray]], meta: dict[str, Any]
+) -> None:
+    """Writes a model's parameters as step 0 of a stage from blocks (name, leading indices, array), none of which is kept.
+
+    Experts come one by one (two leading indices), other layers whole (one), the rest at once (none).
+    """
+    shapes = {name: (shape, str(np.dtype(leaf.dtype))) for (name, _, shape), leaf in _with_leaves(cfg)}
+    leaves = {name: _Streamed(name, shape, dtype, _block(name, shape)) for name, (shape, dtype) in shapes.items()}
+    handler = ocp.PyTreeCheckpointHandler(
+        use_ocdbt=False,
+        type_handler_registry=ocp.type_handlers.create_type_handler_registry((_Streamed, _StreamHandler(len(leaves), blocks))),
+    )
+    directory = Path(stage_directory).absolute() / "checkpoints"
+    tree: dict[str, Any] = {}
+    for name, leaf in leaves.items():
+        *groups, last = name.split("/")
+        place = tree
+        for group in groups:
+            place = place.setdefault(group, {})
+        place[last] = leaf
+    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
+    handlers = {"params": handler, "meta": ocp.JsonCheckpointHandler()}
+    with _disk_errors(directory), ocp.CheckpointManager(directory, options=options, item_handlers=handlers) as manager:
+        items = {"params": ocp.args.PyTreeSave(tree), "meta": ocp.args.JsonSave({"step": 0, **meta})}
+        manager.save(0, args=ocp.args.Composite(**items))
+
+
+def _with_leaves(cfg: config.Model) -> Iterator[tuple[tuple[str, str, tuple[int, ...]], Any]]:
+    yield from zip(model.named_parameters(cfg), jax.tree.leaves(model.parameter_shapes(cfg)), strict=True)
+
+
+def _block(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of a block, and of a chunk on disk."""
+    leading = 0 if not name.startswith("layers/") else 2 if len(shape) == 4 and "/moe/" in name else 1
+    return (*(1,) * leading, *shape[leading:])
+
+
+def _by_layer(tree: Any) -> Any:
+    """Chunks on disk of at most CHUNK bytes, cut along the first axis first, so that a layer can be read alone."""
+    return jax.tree.map(lambda a: ocp.SaveArgs(chunk_byte_size=CHUNK, shard_axes=(0,) if a.ndim else ()), tree)
+
+
+# --- where parameters go --------------------------------------------------------------------------------------------
 
 
 def parameter_shardings(cfg: config.Model, mesh: jax.sharding.Mesh) -> Any:

@@ -9,34 +9,17 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from tanuki_jax.errors import UserError
-
-HELP = """\
-A trainer in which the whole Tanuki paper is one recipe.
-
-  tanuki run --config=configs/nano.py --workdir=runs/nano        every stage, resumable; report.html at the end
-  tanuki chat --checkpoint=runs/nano/stages/dpo                  talk to the result
-  tanuki plan --config=configs/tanuki_8x8b.py --topology=v5p-256 --stage=moe_01      what fits, how fast, for how many days
-  tanuki run --config=configs/local_text.py --workdir=runs/mine --config.data.ja='ja/*.jsonl.gz' --config.data.en='en/*.txt'
-
-Any key of a config can be set as --config.a.b=value.  `tanuki <verb> --help` says more.
-"""
-
-
-class Parser(argparse.ArgumentParser):
-    """Bad flags get one line and exit code 1, like any other bad input."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{self.prog}: {message}; see {self.prog} --help")
+from tanuki_jax.flags import make_parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        parser = _parser()
+        parser = make_parser()
         config_flags = [a for a in given if a.startswith("--config")]
         options = parser.parse_args([a for a in given if a not in config_flags])
         if not hasattr(options, "work"):
@@ -48,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if arguments is None:
             _use_huge_pages()
         _hush()
-        options.work(options)
+        WORK[options.work](options)
         return 0
     except UserError as error:
         print(f"tanuki: {error}", file=sys.stderr)
@@ -58,140 +41,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\ntanuki: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
     return 1
-
-
-def _parser() -> Parser:
-    parser = Parser(prog="tanuki", description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter)
-    verbs = parser.add_subparsers(dest="verb", metavar="<verb>")
-
-    def verb(where: Any, name: str, work: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
-        made = where.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-        made.set_defaults(work=work)
-        return made
-
-    for name, text in (("run", "run or resume a whole recipe"), ("train", "run or resume one stage of a recipe")):
-        made = verb(verbs, name, _run, text)
-        made.add_argument("--workdir", type=Path, required=True, help="where everything is written")
-        made.add_argument("--allow_data_change", action="store_true", help="resume although the training data changed")
-        made.epilog = "--config=FILE.py[:argument] names the recipe; --config.a.b=value sets one of its keys."
-        if name == "train":
-            made.add_argument("--stage", required=True, help="name of the stage")
-
-    made = verb(
-        verbs, "plan", _plan, "compile a recipe's train steps for a TPU slice that need not be here: memory, speed, days"
-    )
-    made.add_argument("--topology", required=True, help="v5p-256, v6e-256, v5e-256, 2xv5p-256 for two slices, ...")
-    made.add_argument("--stage", default="", help="one stage; without it every stage of the recipe")
-    made.add_argument("--search", action="store_true", help="try microbatches x remat x mesh, and rank what fits")
-    made.add_argument(
-        "--explain_sharding", action="store_true", help="how every parameter and activation is split; no compilation"
-    )
-    made.epilog = "--config=FILE.py[:argument] names the recipe; --config.a.b=value sets one of its keys."
-    _add(made, "json")
-
-    made = verb(verbs, "upcycle", _upcycle, "turn a dense checkpoint into a mixture of experts")
-    _add(made, "checkpoint", "output")
-    made.add_argument(
-        "--strategy",
-        choices=("copy", "noise"),
-        default="noise",
-        help="experts equal the dense FFN, or with noise on its weights",
-    )
-    made.add_argument(
-        "--noise_std", type=float, default=1e-3, help="absolute standard deviation of the noise (default %(default)s)"
-    )
-    made.add_argument(
-        "--router_std", type=float, default=0.02, help="standard deviation of the fresh router (default %(default)s)"
-    )
-    made.add_argument("--n_experts", type=int, default=8, help="experts of each block (default %(default)s)")
-    made.add_argument("--top_k", type=int, default=2, help="experts that a token visits (default %(default)s)")
-    made.add_argument("--plain_gate", action="store_true", help="Mixtral's gate instead of Tanuki's normalised one")
-    made.add_argument("--seed", type=int, default=0)
-
-    tokenizer = verbs.add_parser("tokenizer", help="train a tokenizer, or report on one").add_subparsers(
-        dest="what", required=True, metavar="train|report"
-    )
-    made = verb(tokenizer, "train", _tokenizer_train, "MeCab-bounded SentencePiece from text to tokenizer.json")
-    _add(made, "input", "output", "fields")
-    made.add_argument("--vocab_size", type=int, default=65_000, help="pieces (default %(default)s)")
-    made.add_argument(
-        "--character_coverage",
-        type=float,
-        default=0.9995,
-        help="share of characters with a piece of their own (default %(default)s)",
-    )
-    made.add_argument(
-        "--level",
-        choices=("morpheme", "predicate", "bunsetsu", "none"),
-        default="bunsetsu",
-        help="what no piece may cross (default %(default)s; the paper: morpheme)",
-    )
-    made.add_argument("--dictionary", choices=("ipadic", "unidic"), default="ipadic", help="of MeCab (default %(default)s)")
-    made.add_argument("--shares", default="", help="share of the vocabulary of each language: ja=0.65,en=0.35")
-    made = verb(tokenizer, "report", _tokenizer_report, "compression, round trip, boundaries and vocabulary use of tokenizers")
-    _add(made, "tokenizer", "input", "fields", "json")
-    made.add_argument("--against", default="", help="other tokenizers, comma-separated: directories, tokenizer.json, .model")
-    made.add_argument(
-        "--level", choices=("morpheme", "predicate", "bunsetsu"), default="bunsetsu", help="units whose boundaries are watched"
-    )
-    made.add_argument("--picture", type=Path, help="draw compression and byte fallback there (.svg, .png)")
-
-    data = verbs.add_parser("data", help="make a token store, or look into one").add_subparsers(
-        dest="what", required=True, metavar="prepare|inspect"
-    )
-    made = verb(data, "prepare", _data_prepare, "from text, dialogues, pairs or tokens to a token store; resumable")
-    _add(made, "input", "tokenizer", "output", "fields")
-    made.add_argument("--skip_bad", action="store_true", help="leave out bad rows, and count and list them")
-    made.add_argument("--workers", type=int, default=0, help="processes; 0 = as many as are of use (default)")
-    made.add_argument(
-        "--shard_characters", type=int, default=100_000_000, help="text of a shard, what a kill loses (default %(default)s)"
-    )
-    made.add_argument(
-        "--executor", choices=("local", "ray", "slurm"), default="local", help="where workers run; ray and slurm: docs/data.md"
-    )
-    made.add_argument("--slurm", default="", help="options of the jobs, comma-separated: partition=cpu,time=24:00:00,...")
-    made.epilog = "Killed, the same command goes on from the last finished shard; the result has the same bytes."
-    made = verb(data, "inspect", _data_inspect, "what a token store holds")
-    made.add_argument("--data", type=Path, required=True, help="directory of the token store")
-    _add(made, "tokenizer", "json")
-    made.add_argument("--rows", type=int, default=3, help="documents or rows shown (default %(default)s)")
-    made.add_argument("--seq_len", type=int, default=0, help="show rows of so many tokens, as a stage packs them")
-
-    made = verb(verbs, "score", _score, "log-probabilities of given texts")
-    _add(made, "checkpoint", "input", "json")
-    made = verb(verbs, "generate", _generate, "continue a text")
-    _add(made, "checkpoint", "sampling", "json")
-    made.add_argument("--prompt", required=True, help="the text to continue")
-    made = verb(verbs, "chat", _chat, "talk to a trained model")
-    _add(made, "checkpoint", "sampling")
-    return parser
-
-
-def _add(parser: argparse.ArgumentParser, *names: str) -> None:
-    """Flags that mean the same everywhere."""
-    for name in names:
-        if name == "input":
-            parser.add_argument(
-                "--input", required=True, help="comma-separated globs of .txt, .jsonl[.gz|.zst], .parquet, ... (docs/data.md)"
-            )
-        elif name == "fields":
-            parser.add_argument("--text_field", default="text", help="field with the text, a.b if nested (default %(default)s)")
-            parser.add_argument("--language_field", default="", help="field with the language tag, meta.lang for example")
-        elif name == "output":
-            parser.add_argument("--output", type=Path, required=True, help="directory to write; it must not be there yet")
-        elif name == "checkpoint":
-            parser.add_argument(
-                "--checkpoint", type=Path, required=True, help="a stage's directory (its newest step) or one step's"
-            )
-        elif name == "tokenizer":
-            parser.add_argument("--tokenizer", type=Path, required=True, help="directory with tokenizer.json")
-        elif name == "json":
-            parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
-        elif name == "sampling":
-            parser.add_argument("--max_new_tokens", type=int, default=256, help="longest answer (default %(default)s)")
-            parser.add_argument("--temperature", type=float, default=0.0, help="0 = the likeliest token (default)")
-            parser.add_argument("--top_p", type=float, default=1.0, help="share of the probability that is sampled from")
-            parser.add_argument("--seed", type=int, default=0)
 
 
 def _use_huge_pages() -> None:
@@ -251,26 +100,17 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _upcycle(options: argparse.Namespace) -> None:
-    import jax
+    os.environ["JAX_PLATFORMS"] = "cpu"  # from file to file: an accelerator would only be in the way
+    from tanuki_jax.upcycle import stream
 
-    from tanuki_jax import checkpoint, config, files, model, upcycle
-
-    _fresh(options.output)
-    loaded = checkpoint.load(options.checkpoint)
-    cfg = upcycle.mixture_of(
-        loaded.cfg, n_experts=options.n_experts, top_k=options.top_k, normalized_gate=not options.plain_gate
-    )
-    settings = config.Upcycle(options.strategy, noise_std=options.noise_std, router_std=options.router_std)
-    params = upcycle.upcycle(loaded.params, cfg, settings, jax.random.key(options.seed))
-    with files.atomic_path(options.output) as temporary:
-        checkpoint.save_params(temporary, params, {**loaded.meta, "model": config.to_dict(cfg), "data_fingerprint": ""})
-        if loaded.tokenizer_directory.is_dir():
-            files.copy_directory(loaded.tokenizer_directory, temporary / "tokenizer")
-    before, (total, active) = model.count_parameters(loaded.cfg)[0], model.count_parameters(cfg)
-    print(
-        f"{options.output}: {before:,} -> {total:,} parameters ({active:,} active), {options.strategy}, "
-        f"{cfg.n_experts} experts, top-{cfg.top_k}, seed {options.seed}"
-    )
+    shape = {name: getattr(options, name) for name in ("n_experts", "top_k", "expert_d_ff", "first_dense", "moe_every")}
+    shape |= {"normalized_gate": not options.plain_gate, "gate_scale": options.gate_scale, "router_bias": options.router_bias}
+    settings = {n: getattr(options, n) for n in ("strategy", "noise_std", "drop_ratio", "router_init", "router_std")}
+    job = stream.plan(options.checkpoint.split(","), shape, settings, options.seed, options.param_dtype)
+    if options.dry_run:
+        print(stream.predicted(job, options.output))
+        return
+    print(stream.run(job, _fresh(options.output)))
 
 
 def _fields(options: argparse.Namespace) -> Any:
@@ -393,6 +233,20 @@ def _chat(options: argparse.Namespace) -> None:
 
 def _print(options: argparse.Namespace, document: Any, text: str) -> None:
     print(json.dumps(document, ensure_ascii=False) if options.json else text)
+
+
+WORK: dict[str, Callable[[argparse.Namespace], None]] = {
+    "run": _run,
+    "plan": _plan,
+    "upcycle": _upcycle,
+    "tokenizer_train": _tokenizer_train,
+    "tokenizer_report": _tokenizer_report,
+    "data_prepare": _data_prepare,
+    "data_inspect": _data_inspect,
+    "score": _score,
+    "generate": _generate,
+    "chat": _chat,
+}
 
 
 if __name__ == "__main__":

@@ -31,14 +31,22 @@ LAYERS = (
     ),
     ("model", "data", "checkpoint", "parallel", "tokenization"),
     ("ops",),
-    ("config", "schema", "files", "progress", "errors", "tanuki_jax"),  # tanuki_jax: the package itself, for its version
+    (
+        "config",
+        "schema",
+        "files",
+        "progress",
+        "errors",
+        "flags",
+        "tanuki_jax",
+    ),  # tanuki_jax: the package itself, for its version
 )
 LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
 # What the layers alone would allow.
 FORBIDDEN = {("data", "model"), ("model", "data"), ("parallel", "model"), ("parallel", "data"), ("parallel", "checkpoint")}
 # Libraries that only one room may import.
 OWNED = {"flax": "model", "orbax": "checkpoint", "MeCab": "tokenization", "sentencepiece": "tokenization"}
-HEAVY_FREE = ("cli", "errors", "tanuki_jax")  # imported by `tanuki --help`: nothing but the standard library on top
+HEAVY_FREE = ("cli", "flags", "errors", "tanuki_jax")  # imported by `tanuki --help`: nothing but the standard library on top
 
 
 class Import(NamedTuple):

@@ -1,5 +1,6 @@
 """The transformer behind pure functions over plain parameter trees; the only room that imports Flax."""
 
+from tanuki_jax.model import layerwise
 from tanuki_jax.model.generate import Sampling, generate
 from tanuki_jax.model.health import expert_health, expert_similarity
 from tanuki_jax.model.transformer import (
@@ -28,6 +29,7 @@ __all__ = [
     "flops_per_token",
     "generate",
     "init",
+    "layerwise",
     "logical_axes",
     "named_parameters",
     "parameter_shapes",

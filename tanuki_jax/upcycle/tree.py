@@ -9,7 +9,9 @@ drop    in each expert, a share of the inner dimensions is drawn anew, the same 
         would only blind a comparison of experts, so it is left out.
 groups  virtual groups (He et al. 2024; Megatron-LM's upcycling_utils): the FFN is split into G parts, part e mod G for
         expert e, and every G neighbours share their router column, so that a group is chosen together.  With the softmax
-        after the top-k each part weighs 1/G of its group, which s = G makes up for: s^(1/3) on each of the three matrices.
+        after the top-k each part weighs 1/G of its group, which the factor s = G makes up for.  The published scaling puts
+        s^(1/3) on all three matrices, which is exact for a squared ReLU, but silu(c x) is not c silu(x): here it is s^(1/2)
+        on up and down, and the mixture begins as the dense model.
 
 The router is always new.  With `experts_from`, expert e starts from the e-th dense model in turn, and what is not FFN is the
 mean of them (Sukhbaatar et al. 2024, "Branch-Train-MiX").
@@ -18,6 +20,7 @@ mean of them (Sukhbaatar et al. 2024, "Branch-Train-MiX").
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -131,11 +134,11 @@ def _groups(weights: Weights, number: int, cfg: config.Model, options: config.Up
     width = cfg.d_ff // parts
     start = number % parts * width
 
-    def part(w: jax.Array, axis: int) -> jax.Array:
-        piece = jax.lax.slice_in_dim(w, start, start + width, axis=axis)
-        return (piece.astype(jnp.float32) * parts ** (1 / 3)).astype(w.dtype)
+    def part(name: str, axis: int, scale: float) -> jax.Array:
+        piece = jax.lax.dynamic_slice_in_dim(weights[name], start, width, axis=axis)
+        return (piece.astype(jnp.float32) * scale).astype(piece.dtype)
 
-    return {name: part(weights[name], axis) for name, axis in (("gate", 1), ("up", 1), ("down", 0))}
+    return {"gate": part("gate", 1, 1.0), "up": part("up", 1, parts**0.5), "down": part("down", 0, parts**0.5)}
 
 
 STRATEGIES: dict[str, Callable[..., Weights]] = {"copy": _copy, "noise": _noise, "drop": _drop, "groups": _groups}
@@ -189,9 +192,10 @@ def dense_layers(cfg: config.Model) -> list[int]:
     return sorted(set(range(cfg.n_layers)) - set(config.mixture_layers(cfg)))
 
 
-def mean(*weights: jax.Array) -> jax.Array:
+def mean(*weights: Any) -> jax.Array:
     """The mean of arrays of one shape, computed in float32."""
-    return (sum(w.astype(jnp.float32) for w in weights) / len(weights)).astype(weights[0].dtype)
+    total = functools.reduce(jnp.add, (jnp.asarray(w, jnp.float32) for w in weights))
+    return (total / len(weights)).astype(weights[0].dtype)
 
 
 # --- the optimizer's state ----------------------------------------------------------------------------------------------------

@@ -1,0 +1,46 @@
+"""The model one part at a time, for models larger than memory: the same modules, put together by the caller."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+
+from tanuki_jax import config
+from tanuki_jax.model.attention import Attention, Batch
+from tanuki_jax.model.layers import compute_dtype, rms_norm
+from tanuki_jax.model.moe import route
+from tanuki_jax.model.transformer import MLP
+
+
+def embed(cfg: config.Model, table_VD: jax.Array, tokens_BS: jax.Array) -> jax.Array:
+    """The residual stream before the first layer, [B, S, D]."""
+    return table_VD[tokens_BS].astype(compute_dtype(cfg))
+
+
+def attend(cfg: config.Model, layer: Any, x_BSD: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """The stream after a layer's attention, and what the FFN or the mixture sees of it; `layer` has attn and both norms."""
+    normed_BSD = rms_norm(x_BSD, layer["norm_attn"], cfg.norm_eps)
+    y_BSD, _ = cast(Any, Attention(cfg).apply({"params": layer["attn"]}, normed_BSD, batch, None))
+    x_BSD = x_BSD + y_BSD
+    return x_BSD, rms_norm(x_BSD, layer["norm_mlp"], cfg.norm_eps)
+
+
+def ffn(cfg: config.Model, weights: Any, h_BSD: jax.Array) -> jax.Array:
+    """One FFN (dense, or one expert) of every token."""
+    return cast(jax.Array, MLP(cfg).apply({"params": weights}, h_BSD))
+
+
+def gates(cfg: config.Model, router_DE: jax.Array, h_BSD: jax.Array) -> jax.Array:
+    """Gate weight of every expert for every token, [B, S, E], 0 where it is not chosen; float32."""
+    logits_BSE = jnp.einsum(
+        "BSD,DE->BSE", h_BSD.astype(jnp.float32), router_DE.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
+    )
+    weights_BSk, experts_BSk, _ = route(logits_BSE, cfg.top_k, cfg.normalized_gate, cfg.gate_scale)
+    return (jax.nn.one_hot(experts_BSk, cfg.n_experts) * weights_BSk[..., None]).sum(axis=2)
+
+
+def logits(cfg: config.Model, norm_final_D: jax.Array, head_DV: jax.Array, x_BSD: jax.Array) -> jax.Array:
+    """Logits [B, S, V], float32."""
+    return (rms_norm(x_BSD, norm_final_D, cfg.norm_eps) @ head_DV.astype(x_BSD.dtype)).astype(jnp.float32)

@@ -1,0 +1,29 @@
+"""From a dense model to a mixture of experts: on a parameter tree, or from file to file."""
+
+from tanuki_jax.upcycle.tree import (
+    FFN,
+    SHAPE,
+    carry_moments,
+    check,
+    dense_layers,
+    expert,
+    granularity,
+    mean,
+    mixture_of,
+    router,
+    upcycle,
+)
+
+__all__ = [
+    "FFN",
+    "SHAPE",
+    "carry_moments",
+    "check",
+    "dense_layers",
+    "expert",
+    "granularity",
+    "mean",
+    "mixture_of",
+    "router",
+    "upcycle",
+]

@@ -1,0 +1,247 @@
+"""Upcycling a checkpoint of any size: layer by layer, expert by expert, from file to file, with a probe running alongside.
+
+Memory holds one dense layer, one expert and what is being written.  The result is that of `upcycle.upcycle`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from tanuki_jax import checkpoint, config, files, interop, model, upcycle
+from tanuki_jax.checkpoint import Opened
+from tanuki_jax.errors import UserError
+from tanuki_jax.progress import Progress, duration
+from tanuki_jax.upcycle.probe import TOKENS, Identity, Probe
+
+TOKENIZER = ("tokenizer*", "special_tokens_map.json", "chat_template*")  # files of a tokenizer, where they lie beside weights
+Block = tuple[str, tuple[int, ...], np.ndarray]
+SHARED = ("attn/q", "attn/k", "attn/v", "attn/o", "norm_attn", "norm_mlp")
+
+
+def open_dense(path: Path) -> Opened:
+    """A dense checkpoint, ours or a Hugging Face directory, to be read a layer at a time."""
+    if not Path(path).is_dir():
+        raise UserError(f"--checkpoint: no such directory: {path}")
+    opened = interop.open_llama(path) if interop.is_huggingface(path) else checkpoint.open_stored(path)
+    if opened.cfg.n_experts:
+        raise UserError(f"upcycle: {path} is a mixture already; give a dense one")
+    return opened
+
+
+def check_alike(sources: Sequence[Opened]) -> None:
+    """An error that names the first difference between several dense checkpoints."""
+    first = sources[0]
+    for other in sources[1:]:
+        for name, stored in first.tree.items():
+            if other.tree[name].shape != stored.shape:
+                raise UserError(
+                    f"upcycle: {name} has shape {list(stored.shape)} in {first.stage_directory} and "
+                    f"{list(other.tree[name].shape)} in {other.stage_directory}; experts come from checkpoints of one shape"
+                )
+
+
+class Job(NamedTuple):
+    """What is to be made of what."""
+
+    sources: tuple[Opened, ...]
+    cfg: config.Model
+    options: config.Upcycle
+    seed: int
+
+
+def plan(checkpoints: Sequence[str], shape: dict[str, Any], settings: dict[str, Any], seed: int, dtype: str = "") -> Job:
+    """Opens the dense checkpoints and checks that the mixture can be made; nothing is read yet.
+
+    shape: keys of upcycle.SHAPE; settings: keys of config.Upcycle; dtype: of the output, by default the checkpoint's.
+    """
+    sources = tuple(open_dense(Path(path)) for path in checkpoints)
+    check_alike(sources)
+    cfg = upcycle.mixture_of(sources[0].cfg, **shape)
+    cfg = dataclasses.replace(cfg, param_dtype=dtype or cfg.param_dtype)
+    options = config.from_dict(config.Upcycle, {**settings, "experts_from": tuple(checkpoints[1:])})
+    upcycle.check(cfg, options)
+    return Job(sources, cfg, options, seed)
+
+
+def run(job: Job, output: Path) -> str:
+    """Makes the mixture, and returns a table of what came of it.  `output` is there whole or not at all."""
+    began = time.monotonic()
+    with files.atomic_path(output) as temporary:
+        meta = {**job.sources[0].meta, "stage": "upcycle", "model": config.to_dict(job.cfg), "data_fingerprint": ""}
+        meta["upcycle"] = config.to_dict(job.options) | {"seed": job.seed, "from": str(job.sources[0].stage_directory)}
+        identity = write(job, temporary, meta)
+        tokenizer = job.sources[0].tokenizer_directory
+        if (tokenizer / "tokenizer.json").is_file():
+            (temporary / "tokenizer").mkdir()
+            for file in (file for pattern in TOKENIZER for file in tokenizer.glob(pattern)):
+                shutil.copy(file, temporary / "tokenizer")
+    seconds = time.monotonic() - began
+    size = _bytes(job.cfg)
+    kind = "exact up to rounding" if identity.difference <= 1e-4 * identity.spread else "not the dense model's function"
+    return _table(
+        job,
+        [
+            ("output", str(output)),
+            ("written", f"{size / 1e9:,.2f} GB in {seconds:,.0f} s, {size / 1e6 / seconds:,.0f} MB/s"),
+            (
+                "identity",
+                f"logits of {TOKENS} random tokens differ by at most {identity.difference:.2e} "
+                f"(their deviation is {identity.spread:.2f}): {kind}",
+            ),
+        ],
+    )
+
+
+def predicted(job: Job, output: Path) -> str:
+    """The same table with what `run` would need."""
+    found = predict(job, output)
+    return _table(
+        job,
+        [
+            ("output", f"{found['bytes'] / 1e9:,.2f} GB"),
+            ("time", f"about {duration(found['seconds'])}, at {found['disk_bytes_per_second'] / 1e6:,.0f} MB/s of the disk"),
+            ("memory", f"about {found['memory'] / 2**30:,.1f} GiB"),
+        ],
+    )
+
+
+def _table(job: Job, lines: list[tuple[str, str]]) -> str:
+    (before, _), (total, active) = model.count_parameters(job.sources[0].cfg), model.count_parameters(job.cfg)
+    cfg, options = job.cfg, job.options
+    detail = {"copy": "", "noise": f" of N(0, {options.noise_std:g}^2)", "drop": f" of {options.drop_ratio:g}"}
+    detail["groups"] = f" of {upcycle.granularity(cfg)} parts"
+    gate = f"normalised gate, lambda {cfg.gate_scale:g}" if cfg.normalized_gate else "plain gate"
+    layers = len(config.mixture_layers(cfg))
+    rows = [
+        ("parameters", f"{before:,} -> {total:,} ({active:,} active for a token), {cfg.param_dtype}"),
+        ("mixture", f"{cfg.n_experts} experts, top-{cfg.top_k}, {gate}, in {layers} of {cfg.n_layers} layers"),
+        ("strategy", f"{options.strategy}{detail[options.strategy]}, from {len(job.sources)} dense checkpoint(s)"),
+        ("router", f"{options.router_init}, std {options.router_std:g}"),
+        ("seed", str(job.seed)),
+    ]
+    return "\n".join(f"{name:12s}{text}" for name, text in (*rows, *lines))
+
+
+def write(job: Job, output: Path, meta: dict[str, Any]) -> Identity:
+    """Writes the mixture to `output` as step 0 of a stage and returns the identity check."""
+    key = jax.random.key(job.seed)
+    probe = Probe(job.sources[0].cfg, job.cfg, key)
+    blocks = _shown(_blocks(*job[:3], key, probe), Progress("upcycle", _bytes(job.cfg), "MB", 1e6))
+    checkpoint.save_streamed(output, job.cfg, blocks, meta)
+    return probe.result()
+
+
+def _bytes(cfg: config.Model) -> int:
+    return sum(math.prod(shape) for _, _, shape in model.named_parameters(cfg)) * np.dtype(cfg.param_dtype).itemsize
+
+
+def _shown(blocks: Iterator[Block], progress: Progress) -> Iterator[Block]:
+    done = 0
+    for block in blocks:
+        yield block
+        done += block[2].nbytes
+        progress.show(done)
+
+
+def _blocks(
+    sources: Sequence[Opened], cfg: config.Model, options: config.Upcycle, key: jax.Array, probe: Probe
+) -> Iterator[Block]:
+    """All of the mixture in blocks, in the order in which a token meets them."""
+    dtype = np.dtype(cfg.param_dtype)
+
+    def read(source: Opened, name: str, *layer: int) -> np.ndarray:
+        array = source.tree[name].read(*layer)
+        if not np.isfinite(array).all():
+            where = f"{name}, layer {layer[0]}" if layer else name
+            raise UserError(f"upcycle: {source.stage_directory} has NaN or Inf in {where}; use an earlier checkpoint")
+        return array.astype(dtype, copy=False)
+
+    def shared(name: str, *layer: int) -> np.ndarray:
+        """What all have in common: the only source's, or the mean."""
+        arrays = [read(source, name, *layer) for source in sources]
+        return np.asarray(upcycle.mean(*arrays)) if len(arrays) > 1 else arrays[0]
+
+    expert = jax.jit(upcycle.expert, static_argnames=("cfg", "options"))
+    mixtures, dense = config.mixture_layers(cfg), upcycle.dense_layers(cfg)
+    table = shared("embed/table")
+    probe.begin(table)
+    yield "embed/table", (), table
+    for layer in range(cfg.n_layers):
+        rest = {name: shared(f"layers/{name}", layer) for name in SHARED}
+        for name, array in rest.items():
+            yield f"layers/{name}", (layer,), array
+        if layer in mixtures:
+            at = mixtures.index(layer)
+            experts = [{name: read(source, f"layers/mlp/{name}", layer) for name in upcycle.FFN} for source in sources]
+            router = np.asarray(upcycle.router(layer, cfg, options, key, dtype))
+            probe.enter(rest, experts[0], router)
+            yield "layers/moe/router", (at,), router
+            if cfg.router_bias:
+                yield "layers/moe/bias", (at,), np.zeros(cfg.n_experts, np.float32)
+            for number in range(cfg.n_experts):
+                origin = experts[number % len(experts)]
+                made = origin if options.strategy == "copy" else expert(origin, number, layer, cfg, options, key)
+                probe.expert(number, made)
+                for name in upcycle.FFN:
+                    yield f"layers/moe/{name}", (at, number), np.asarray(made[name])
+        else:
+            weights = {name: shared(f"layers/mlp/{name}", layer) for name in upcycle.FFN}
+            probe.enter(rest, weights)
+            probe.expert(0, weights)
+            for name in upcycle.FFN:
+                yield f"layers/mlp/{name}", (dense.index(layer),), weights[name]
+    norm, head = shared("norm_final"), shared("head")
+    probe.end(norm, head)
+    yield "norm_final", (), norm
+    yield "head", (), head
+
+
+# --- before it is done ----------------------------------------------------------------------------------------------
+
+
+def predict(job: Job, output: Path) -> dict[str, float]:
+    """Bytes, seconds and peak memory that `run` will need, from timing one expert and the disk; nothing is left behind."""
+    sources, cfg, options, _ = job
+    size = np.dtype(cfg.param_dtype).itemsize
+    layers = config.mixture_layers(cfg)
+    began = time.monotonic()
+    weights = {name: sources[0].tree[f"layers/mlp/{name}"].read(layers[0]) for name in upcycle.FFN}
+    reading = time.monotonic() - began
+    making = 0.0
+    if options.strategy != "copy":
+        expert = jax.jit(upcycle.expert, static_argnames=("cfg", "options"))
+        for _ in range(2):  # the first compiles
+            began = time.monotonic()
+            jax.block_until_ready(expert(weights, 0, 0, cfg, options, jax.random.key(0)))
+            making = time.monotonic() - began
+    rate = _disk_rate(output.absolute().parent)
+    seconds = _bytes(cfg) / rate + len(layers) * (cfg.n_experts * making + len(sources) * reading)
+    ffn = sum(array.size for array in weights.values()) * size
+    # The dense FFNs as read and in float32 for the probe, one expert twice, the head in float32, and the libraries.
+    memory = (len(sources) + 2 * 4 / size + 2) * ffn + cfg.d_model * cfg.vocab_size * (size + 4) + 1.0 * 2**30
+    return {"bytes": float(_bytes(cfg)), "seconds": seconds, "memory": memory, "disk_bytes_per_second": rate}
+
+
+def _disk_rate(directory: Path) -> float:
+    """Bytes a second that a file of half a GiB takes there."""
+    while not directory.is_dir():
+        directory = directory.parent
+    block = b"\1" * (64 << 20)
+    with tempfile.NamedTemporaryFile(dir=directory) as scratch:
+        began = time.monotonic()
+        for _ in range(8):
+            scratch.write(block)
+        scratch.flush()
+        os.fsync(scratch.fileno())
+        return 8 * len(block) / (time.monotonic() - began)
