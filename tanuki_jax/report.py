@@ -13,7 +13,7 @@ import matplotlib
 import numpy as np
 from markupsafe import Markup
 
-from tanuki_jax import files
+from tanuki_jax import files, report_experts
 from tanuki_jax.config import Recipe
 from tanuki_jax.progress import duration
 from tanuki_jax.train.metrics import read_metrics
@@ -30,6 +30,7 @@ def write_report(recipe: Recipe, summary: dict[str, Any], workdir: Path) -> Path
     homes = {entry["name"]: workdir / "stages" / entry["name"] for entry in summary["stages"]}
     metrics = {name: read_metrics(home) for name, home in homes.items()}
     done = {name: json.loads((home / "done.json").read_text(encoding="utf-8")) for name, home in homes.items()}
+    mixtures = report_experts.mixtures(metrics)
     scored = [entry for entry in summary["stages"] if entry["scores"]]
     families = sorted({family for entry in scored for family in entry["scores"].get("families", {})})
     template = jinja2.Environment(
@@ -46,7 +47,8 @@ def write_report(recipe: Recipe, summary: dict[str, Any], workdir: Path) -> Path
         families=families,
         loss=_loss_picture(summary["stages"], metrics),
         scores=_score_picture(scored) if scored else "",
-        load=_load_picture(metrics),
+        load=_svg(report_experts.load_picture(plt, mixtures)) if mixtures else "",
+        health=_svg(report_experts.health_picture(plt, mixtures)) if mixtures else "",
         samples=_samples(done),
         config=json.dumps(summary["config"], ensure_ascii=False, indent=1),
         versions=summary["versions"],
@@ -118,27 +120,6 @@ def _score_picture(scored: list[dict[str, Any]]) -> Markup:
     axes.set_ylabel("%")
     axes.legend(frameon=False, loc="lower right")
     axes.spines[["top", "right"]].set_visible(False)
-    return _svg(figure)
-
-
-def _load_picture(metrics: dict[str, list[dict[str, Any]]]) -> Markup | str:
-    """Share of the assignments that each expert of each layer received in the last logged steps of each mixture stage."""
-    loads = {
-        name: np.mean([row["moe/load"] for row in rows[-10:]], axis=0)
-        for name, rows in metrics.items()
-        if rows and "moe/load" in rows[-1]
-    }
-    if not loads:
-        return ""
-    figure, grid = plt.subplots(1, len(loads), figsize=(9, 2.2), squeeze=False)
-    image: Any = None
-    for axes, (name, load_LE) in zip(grid[0], loads.items(), strict=True):
-        image = axes.imshow(load_LE * load_LE.shape[1], vmin=0, vmax=2, cmap="RdBu_r", aspect="auto")
-        axes.set_title(name, fontsize=9)
-        axes.set_xlabel("専門家 (expert)", fontsize=8)
-        axes.set_yticks(range(len(load_LE)))
-    grid[0][0].set_ylabel("層 (layer)", fontsize=8)
-    figure.colorbar(image, ax=list(grid[0]), label="1 = 均等 (even)")
     return _svg(figure)
 
 

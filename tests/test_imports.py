@@ -21,6 +21,7 @@ LAYERS = (
         "placement",
         "inputs",
         "report",
+        "report_experts",
         "train",
         "upcycle",
         "evaluate",
@@ -125,7 +126,7 @@ def test_the_command_line_imports_nothing_heavy_before_a_verb_asks_for_it(name):
     [module] = [m for m in OURS if m.split(".")[-1] == name]
     top = {i.module.split(".")[0] for i in GRAPH[module] if i.top}
     assert top <= {*sys.stdlib_module_names, "tanuki_jax"}
-    assert {i.module for i in GRAPH[module] if i.top and i.module in OURS} <= {"tanuki_jax.errors"}
+    assert {i.module for i in GRAPH[module] if i.top and i.module in OURS} <= {"tanuki_jax.errors", "tanuki_jax.flags"}
 
 
 def test_every_room_has_its_layer():
