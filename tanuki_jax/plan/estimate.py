@@ -68,6 +68,11 @@ def plan_stage(recipe: Recipe, name: str, topology: Topology, costs: bool = True
 def _costs(recipe: Recipe, name: str, topology: Topology, mesh: Any) -> dict[str, Any]:
     this, cfg = recipe.stages[name], config.model_of(recipe, name)
     rows, microbatches = this.batch_size // this.microbatches, this.microbatches
+    if cfg.n_experts and (cfg.first_dense or cfg.moe_every > SHORT):
+        raise UserError(
+            "plan: costs are told from models of 2 and 4 layers, so layers must be alike or alternate; plan with "
+            "--config.model.first_dense=0 and --config.model.moe_every=1 or 2"
+        )
     short, long = (
         program.compile_step(program.with_layers(recipe, name, layers, rows), name, mesh) for layers in (SHORT, LONG)
     )
@@ -131,7 +136,8 @@ def priced(cost: dict[str, float], peak: float) -> dict[str, float]:
 def least_flops(cfg: config.Model, tokens: float) -> float:
     """FLOPs that a layer's matrix products need for these tokens, what `remat` computes again included; attention is not."""
     projections = cfg.d_model * cfg.head_dim * (2 * cfg.n_heads + 2 * cfg.n_kv_heads)
-    ffn = 3 * cfg.d_model * cfg.d_ff * (cfg.top_k if cfg.n_experts else 1)
+    share = len(config.mixture_layers(cfg)) / cfg.n_layers
+    ffn = 3 * cfg.d_model * (share * cfg.top_k * (cfg.expert_d_ff or cfg.d_ff) + (1 - share) * cfg.d_ff)
     qkv, o = cfg.d_model * cfg.head_dim * (cfg.n_heads + 2 * cfg.n_kv_heads), cfg.d_model * cfg.head_dim * cfg.n_heads
     # The last product of a block is never needed again.
     again = {
