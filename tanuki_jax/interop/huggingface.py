@@ -1,8 +1,13 @@
-"""Hugging Face directories of Llama models: `config.json` and sharded safetensors, read tensor by tensor."""
+"""Hugging Face directories of Llama and Mixtral models, read tensor by tensor: `config.json` and sharded safetensors.
+
+A mixture's experts lie in one tensor for each matrix of each expert (as transformers writes Mixtral), or fused into one for all
+experts of a layer (as newer modules hold them); both are read.
+"""
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +18,8 @@ from tanuki_jax import config, files
 from tanuki_jax.checkpoint import Opened, Stored
 from tanuki_jax.errors import UserError
 
+INDEX = "model.safetensors.index.json"
+KINDS = ("llama", "mixtral", "tanuki")  # of config.json
 DTYPES = {"BF16": "bfloat16", "F32": "float32"}
 
 
@@ -36,13 +43,21 @@ LAYER = {
     "mlp/up": Name("mlp.up_proj.weight", "DF"),
     "mlp/down": Name("mlp.down_proj.weight", "FD"),
 }
+# Of one layer of a mixture: the router, beside single experts and beside fused ones, and expert E's matrices.
+ROUTER, ROUTER_FUSED = Name("block_sparse_moe.gate.weight", "DE"), Name("mlp.gate.weight", "DE")
+EXPERT = {
+    "moe/gate": Name("block_sparse_moe.experts.{}.w1.weight", "DF"),
+    "moe/up": Name("block_sparse_moe.experts.{}.w3.weight", "DF"),
+    "moe/down": Name("block_sparse_moe.experts.{}.w2.weight", "FD"),
+}
+GATE_UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"  # [E, 2F, D] and [E, D, F]
 OUTER = {
     "embed/table": Name("model.embed_tokens.weight", "VD", False),
     "norm_final": Name("model.norm.weight", "D", False),
     "head": Name("lm_head.weight", "DV"),
 }
 # Keys of config.json that change the function computed, with the only value that is read here.
-PLAIN = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "rope_scaling": None, "sliding_window": None}
+PLAIN = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "sliding_window": None}
 
 
 def is_huggingface(path: Path) -> bool:
@@ -52,44 +67,91 @@ def is_huggingface(path: Path) -> bool:
 
 def open_llama(path: Path) -> Opened:
     """A dense Llama directory as parameters that are read when asked for, in our names and layouts."""
+    settings = _settings(Path(path))
+    if settings.get("num_local_experts") or settings.get("model_type") == "mixtral":
+        raise UserError(f"upcycle: {path} is a mixture already ({settings.get('model_type')}); give a dense model")
+    return open_huggingface(path)
+
+
+def open_huggingface(path: Path) -> Opened:
+    """A Llama, Mixtral or Tanuki directory as parameters that are read when asked for, in our names and layouts.
+
+    Every tensor's name, shape and dtype is checked from the headers of the files before any weight is read.
+    """
     path = Path(path)
-    settings = files.read_json(path / "config.json")
+    settings = _settings(path)
     weights = _Weights(path)
-    head = "lm_head.weight"
-    if settings.get("tie_word_embeddings") and not weights.has(head):
-        outer = OUTER | {"head": Name("model.embed_tokens.weight", "DV")}
-    else:
-        outer = OUTER
+    outer = dict(OUTER)
+    if settings.get("tie_word_embeddings") and not weights.has("lm_head.weight"):
+        outer["head"] = Name("model.embed_tokens.weight", "DV")
     cfg = _model(path, settings, weights.dtype(outer["embed/table"].theirs))
-    sizes = _sizes(cfg)
+    sizes = sizes_of(cfg)
+    fused = weights.has(f"model.layers.0.{DOWN}")
 
-    def read(name: Name, layer: int | None) -> np.ndarray:
-        theirs = name.theirs if layer is None else f"model.layers.{layer}.{name.theirs}"
-        shape = tuple(sizes[axis] for axis in name.axes)
-        array = weights.read(theirs)
+    def ours(name: Name, array: np.ndarray) -> np.ndarray:
+        """A published array in our layout."""
         array = array.T if name.transposed else array
-        if array.size != np.prod(shape):
-            raise UserError(f"{path}: {theirs} has shape {list(array.shape)}, where config.json asks for {list(shape)}")
-        return np.ascontiguousarray(array.reshape(shape))
+        return np.ascontiguousarray(array.reshape([sizes[axis] for axis in name.axes]))
 
-    tree = {name: _stored(cfg, where, None, read) for name, where in outer.items()}
-    tree |= {f"layers/{name}": _stored(cfg, where, cfg.n_layers, read) for name, where in LAYER.items()}
-    for layer in range(cfg.n_layers):  # a missing tensor is said before hours of work
-        for where in LAYER.values():
-            weights.locate(f"model.layers.{layer}.{where.theirs}")
-    for where in outer.values():
-        weights.locate(where.theirs)
+    def stored(name: Name, *before: int, read: Callable[..., np.ndarray]) -> Stored:
+        return Stored((*before, *(sizes[axis] for axis in name.axes)), cfg.param_dtype, read)
+
+    def whole(name: Name) -> Stored:
+        weights.expect(name.theirs, published_shape(name, sizes))
+        return stored(name, read=lambda: ours(name, weights.read(name.theirs)))
+
+    def stacked(name: Name) -> Stored:
+        names = [f"model.layers.{layer}.{name.theirs}" for layer in range(cfg.n_layers)]
+        for theirs in names:
+            weights.expect(theirs, published_shape(name, sizes))
+
+        def read(*layer: int) -> np.ndarray:
+            return ours(name, weights.read(names[layer[0]])) if layer else np.stack([read(i) for i in range(cfg.n_layers)])
+
+        return stored(name, cfg.n_layers, read=read)
+
+    def experts(part: str, name: Name) -> Stored:
+        E, F, D = cfg.n_experts, cfg.d_ff, cfg.d_model
+        together, shape = (DOWN, (E, D, F)) if part == "moe/down" else (GATE_UP, (E, 2 * F, D))
+        for layer in range(cfg.n_layers):
+            for number in range(0 if fused else E):
+                weights.expect(f"model.layers.{layer}.{name.theirs.format(number)}", published_shape(name, sizes))
+            if fused:
+                weights.expect(f"model.layers.{layer}.{together}", shape)
+        rows = {"moe/down": slice(None), "moe/gate": slice(0, F), "moe/up": slice(F, 2 * F)}[part]
+
+        def one(layer: int, number: int) -> np.ndarray:
+            if fused:
+                return ours(name, weights.read(f"model.layers.{layer}.{together}", (number, rows)))
+            return ours(name, weights.read(f"model.layers.{layer}.{name.theirs.format(number)}"))
+
+        def read(*at: int) -> np.ndarray:
+            """One expert of a layer, the layer's, or all."""
+            return one(*at) if len(at) == 2 else np.stack([read(*at, i) for i in range(E if at else cfg.n_layers)])
+
+        return stored(name, cfg.n_layers, E, read=read)
+
+    tree = {name: whole(where) for name, where in outer.items()}
+    tree |= {f"layers/{n}": stacked(where) for n, where in LAYER.items() if not (cfg.n_experts and n.startswith("mlp/"))}
+    if cfg.n_experts:
+        tree["layers/moe/router"] = stacked(ROUTER_FUSED if fused else ROUTER)
+        tree |= {f"layers/{part}": experts(part, name) for part, name in EXPERT.items()}
+    weights.check_all_used()
     return Opened(cfg, tree, {"huggingface": str(path)}, path)
 
 
-def _stored(cfg: config.Model, name: Name, layers: int | None, read: Callable[..., np.ndarray]) -> Stored:
-    sizes = _sizes(cfg)
-    shape = tuple(sizes[axis] for axis in name.axes)
-    whole = shape if layers is None else (layers, *shape)
-    return Stored(whole, cfg.param_dtype, lambda layer=None: read(name, layer))
+def published_shape(name: Name, sizes: dict[str, int]) -> tuple[int, ...]:
+    """The shape of a tensor of ours in a published checkpoint: [out, in] for a matrix."""
+    shape = [sizes[axis] for axis in name.axes]
+    if not name.transposed:
+        return tuple(shape)
+    outward = name.axes[0] == "D"
+    inner, outer = (shape[:1], shape[1:]) if outward else (shape[:-1], shape[-1:])
+    return math.prod(outer), math.prod(inner)
 
 
-def _sizes(cfg: config.Model) -> dict[str, int]:
+def sizes_of(cfg: config.Model) -> dict[str, int]:
+    """Length of every axis letter of a published matrix."""
     return {
         "V": cfg.vocab_size,
         "D": cfg.d_model,
@@ -97,38 +159,58 @@ def _sizes(cfg: config.Model) -> dict[str, int]:
         "N": cfg.n_heads,
         "K": cfg.n_kv_heads,
         "H": cfg.head_dim,
+        "E": cfg.n_experts,
     }
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    settings = files.read_json(path / "config.json")
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}/config.json is not a dictionary of settings")
+    return settings
 
 
 def _model(path: Path, settings: dict[str, Any], dtype: str) -> config.Model:
     """The model of a config.json, or an error that names what is not supported."""
     kind = settings.get("model_type")
-    if kind == "mixtral" or settings.get("num_local_experts"):
-        raise UserError(f"upcycle: {path} is a mixture already ({kind}); give a dense model")
-    if kind != "llama":
-        raise UserError(f"{path}: model_type is {kind!r}; dense models of type llama are read")
+    if kind not in KINDS:
+        raise UserError(f"{path}: model_type is {kind!r}; {', '.join(KINDS)} are read")
+    if settings.get("quantization_config"):
+        raise UserError(f"{path}: the weights are quantized; give a bfloat16 or float32 checkpoint")
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = settings.get(key) or {}
+        scaling = rope.get("rope_type", rope.get("type", "default"))
+        if scaling != "default":
+            raise UserError(f"{path}: {key} of type {scaling!r} is not supported; plain rotary positions are")
     rope = settings.get("rope_parameters") or {}
-    if rope.get("rope_type", "default") != "default":
-        raise UserError(f"{path}: rope_type {rope['rope_type']!r} is not supported; plain rotary positions are")
     for name, value in PLAIN.items():
         if settings.get(name, value) not in (value, None):
             raise UserError(f"{path}: {name} {settings[name]!r} is not supported, {value!r} is")
-    try:
-        D, N = settings["hidden_size"], settings["num_attention_heads"]
-        return config.Model(
-            vocab_size=settings["vocab_size"],
-            n_layers=settings["num_hidden_layers"],
-            d_model=D,
-            d_ff=settings["intermediate_size"],
-            n_heads=N,
-            n_kv_heads=settings.get("num_key_value_heads") or N,
-            head_dim=settings.get("head_dim") or D // N,
-            rope_theta=float(rope.get("rope_theta") or settings.get("rope_theta") or 10_000.0),
-            norm_eps=settings.get("rms_norm_eps", 1e-6),
-            param_dtype=dtype,
-        )
-    except KeyError as error:
-        raise UserError(f"{path}/config.json has no {error}") from error
+
+    def number(key: str, default: int = 0) -> int:
+        value = settings.get(key) if settings.get(key) is not None else default
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UserError(f"{path}/config.json: {key} is {settings.get(key)!r}; it must be a whole number above 0")
+        return value
+
+    D, N = number("hidden_size"), number("num_attention_heads")
+    mixture = kind != "llama"
+    return config.Model(
+        vocab_size=number("vocab_size"),
+        n_layers=number("num_hidden_layers"),
+        d_model=D,
+        d_ff=number("intermediate_size"),
+        n_heads=N,
+        n_kv_heads=number("num_key_value_heads", N),
+        head_dim=number("head_dim", D // N),
+        rope_theta=float(rope.get("rope_theta") or settings.get("rope_theta") or 10_000.0),
+        norm_eps=float(settings.get("rms_norm_eps", 1e-6)),
+        param_dtype=dtype,
+        n_experts=number("num_local_experts") if mixture else 0,
+        top_k=number("num_experts_per_tok") if mixture else 2,
+        normalized_gate=kind != "mixtral",
+        gate_scale=float(settings.get("gate_scale", 1.0)),
+    )
 
 
 class _Weights:
@@ -136,36 +218,53 @@ class _Weights:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        index = path / "model.safetensors.index.json"
+        self._used: set[str] = set()
+        index = path / INDEX
         if index.is_file():
-            self._map: dict[str, str] = files.read_json(index)["weight_map"]
+            found = files.read_json(index)
+            named = found.get("weight_map") if isinstance(found, dict) else None
+            if not isinstance(named, dict):
+                raise UserError(f"{index} has no weight_map; is the download whole?")
+            self._map: dict[str, str] = named
         elif (path / "model.safetensors").is_file():
             self._map = dict.fromkeys(self._open("model.safetensors").keys(), "model.safetensors")
         else:
-            raise UserError(f"{path} has neither model.safetensors nor model.safetensors.index.json; is the download whole?")
+            raise UserError(f"{path} has neither model.safetensors nor {INDEX}; is the download whole?")
 
     def has(self, name: str) -> bool:
         return name in self._map
 
-    def locate(self, name: str) -> tuple[Any, str]:
-        """The open file of a tensor, and the tensor's name."""
-        if name not in self._map:
-            raise UserError(f"{self.path} has no tensor {name}; the checkpoint is not whole or of another architecture")
-        opened = self._open(self._map[name])
-        if name not in self._names(self._map[name]):
-            raise UserError(f"{self.path / self._map[name]} has no tensor {name}, though the index names it")
-        return opened, name
+    def expect(self, name: str, shape: tuple[int, ...]) -> None:
+        """An error unless there is such a tensor, of this shape and of a dtype that is read."""
+        found = list(self._locate(name).get_slice(name).get_shape())
+        self.dtype(name)
+        if found != list(shape):
+            raise UserError(f"{self.path}: {name} has shape {found}, where config.json asks for {list(shape)}")
+        self._used.add(name)
 
     def dtype(self, name: str) -> str:
-        opened, name = self.locate(name)
-        found = opened.get_slice(name).get_dtype()
+        found = self._locate(name).get_slice(name).get_dtype()
         if found not in DTYPES:
-            raise UserError(f"{self.path}: {name} is {found}; bfloat16 and float32 are read")
+            raise UserError(f"{self.path}: {name} is {found}; {' and '.join(DTYPES.values())} are read")
         return DTYPES[found]
 
-    def read(self, name: str) -> np.ndarray:
-        opened, name = self.locate(name)
-        return opened.get_tensor(name)
+    def read(self, name: str, part: tuple[Any, ...] = ()) -> np.ndarray:
+        opened = self._locate(name)
+        return opened.get_slice(name)[part] if part else opened.get_tensor(name)
+
+    def check_all_used(self) -> None:
+        """An error where a tensor has no place in our model: a bias, an adapter."""
+        left = sorted(n for n in self._map if n not in self._used and not n.endswith(".rotary_emb.inv_freq"))
+        if left:
+            raise UserError(f"{self.path}: tensor {left[0]} is not part of this architecture ({len(left)} such tensors)")
+
+    def _locate(self, name: str) -> Any:
+        """The open file of a tensor."""
+        if name not in self._map:
+            raise UserError(f"{self.path} has no tensor {name}; the checkpoint is not whole or of another architecture")
+        if name not in self._names(self._map[name]):
+            raise UserError(f"{self.path / self._map[name]} has no tensor {name}, though the index names it")
+        return self._open(self._map[name])
 
     @functools.cache  # noqa: B019  # as long-lived as the files
     def _names(self, file: str) -> set[str]:
