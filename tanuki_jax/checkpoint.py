@@ -239,6 +239,9 @@ def open_stored(path: str | Path) -> Opened:
     return Opened(cfg, {name: opened(name) for name, _, _ in model.named_parameters(cfg)}, meta, stage_directory)
 
 
+Block = tuple[str, tuple[int, ...], np.ndarray]  # name, leading indices, array
+
+
 class _Streamed:
     """Stands for an array that comes in blocks; what Orbax asks of a leaf."""
 
@@ -251,7 +254,7 @@ class _Streamed:
 class _StreamHandler(ocp.type_handlers.NumpyHandler):
     """Opens all arrays, then writes the blocks in the order in which they come; restored as any other array."""
 
-    def __init__(self, count: int, blocks: Iterator[tuple[str, tuple[int, ...], np.ndarray]]) -> None:
+    def __init__(self, count: int, blocks: Iterator[Block]) -> None:
         super().__init__(deepcopy_host_arrays=False)
         self._count, self._blocks = count, blocks
         self._stores: dict[str, Any] = {}
@@ -267,9 +270,7 @@ class _StreamHandler(ocp.type_handlers.NumpyHandler):
                 await self._stores[name][index].write(block)
 
 
-def save_streamed(
-    stage_directory: Path, cfg: config.Model, blocks: Iterator[tuple[str, tuple[int, ...], np.ndarray]], meta: dict[str, Any]
-) -> None:
+def save_streamed(stage_directory: Path, cfg: config.Model, blocks: Iterator[Block], meta: dict[str, Any]) -> None:
     """Writes a model's parameters as step 0 of a stage from blocks (name, leading indices, array), none of which is kept.
 
     Experts come one by one (two leading indices), other layers whole (one), the rest at once (none).
@@ -299,10 +300,20 @@ def _with_leaves(cfg: config.Model) -> Iterator[tuple[tuple[str, str, tuple[int,
     yield from zip(model.named_parameters(cfg), jax.tree.leaves(model.parameter_shapes(cfg)), strict=True)
 
 
+def _leading(name: str, shape: tuple[int, ...]) -> int:
+    """How many indices a block has: layer and expert, layer, or none."""
+    return 0 if not name.startswith("layers/") else 2 if len(shape) == 4 and "/moe/" in name else 1
+
+
 def _block(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Shape of a block, and of a chunk on disk."""
-    leading = 0 if not name.startswith("layers/") else 2 if len(shape) == 4 and "/moe/" in name else 1
+    leading = _leading(name, shape)
     return (*(1,) * leading, *shape[leading:])
+
+
+def block_indices(name: str, shape: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    """Leading indices of all blocks of a parameter, in order."""
+    yield from np.ndindex(*shape[: _leading(name, shape)])
 
 
 def _by_layer(tree: Any) -> Any:

@@ -113,6 +113,20 @@ def _upcycle(options: argparse.Namespace) -> None:
     print(stream.run(job, _fresh(options.output)))
 
 
+def _import(options: argparse.Namespace) -> None:
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    from tanuki_jax import interop
+
+    print(interop.import_huggingface(options.hf, _fresh(options.output)))
+
+
+def _export(options: argparse.Namespace) -> None:
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    from tanuki_jax import interop
+
+    print(interop.export_huggingface(options.checkpoint, _fresh(options.output)))
+
+
 def _fields(options: argparse.Namespace) -> Any:
     from tanuki_jax.data.sources import Fields
 
@@ -239,6 +253,8 @@ WORK: dict[str, Callable[[argparse.Namespace], None]] = {
     "run": _run,
     "plan": _plan,
     "upcycle": _upcycle,
+    "import": _import,
+    "export": _export,
     "tokenizer_train": _tokenizer_train,
     "tokenizer_report": _tokenizer_report,
     "data_prepare": _data_prepare,

@@ -59,6 +59,13 @@ def make_parser() -> Parser:
 
     _upcycle(verb(verbs, "upcycle", "upcycle", "turn a dense checkpoint into a mixture of experts"))
 
+    made = verb(verbs, "import", "import", "a Hugging Face Llama, Mixtral or Tanuki directory to a checkpoint; streamed, exact")
+    made.add_argument("--hf", type=Path, required=True, help="directory with config.json and safetensors")
+    _add(made, "output")
+    made = verb(verbs, "export", "export", "a checkpoint to a Hugging Face directory; streamed, exact")
+    _add(made, "checkpoint", "output")
+    made.add_argument("--format", choices=("hf",), default="hf", help="what is written (default %(default)s)")
+
     tokenizer = verbs.add_parser("tokenizer", help="train a tokenizer, or report on one").add_subparsers(
         dest="what", required=True, metavar="train|report"
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from tanuki_jax.checkpoint import Opened, Stored
 from tanuki_jax.errors import UserError
 
 INDEX = "model.safetensors.index.json"
+TOKENIZER = ("tokenizer*", "special_tokens_map.json", "chat_template*")
 KINDS = ("llama", "mixtral", "tanuki")  # of config.json
 DTYPES = {"BF16": "bfloat16", "F32": "float32"}
 
@@ -63,6 +65,14 @@ PLAIN = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "slid
 def is_huggingface(path: Path) -> bool:
     """Whether a directory is a published model rather than a checkpoint of ours."""
     return (Path(path) / "config.json").is_file()
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copies the files of a tokenizer that lie beside weights; none where there is no tokenizer.json."""
+    if (source / "tokenizer.json").is_file():
+        target.mkdir()
+        for file in (file for pattern in TOKENIZER for file in source.glob(pattern)):
+            shutil.copy(file, target)
 
 
 def open_llama(path: Path) -> Opened:

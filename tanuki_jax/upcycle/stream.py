@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -24,8 +23,6 @@ from tanuki_jax.errors import UserError
 from tanuki_jax.progress import Progress, duration
 from tanuki_jax.upcycle.probe import TOKENS, Identity, Probe
 
-TOKENIZER = ("tokenizer*", "special_tokens_map.json", "chat_template*")  # files of a tokenizer, where they lie beside weights
-Block = tuple[str, tuple[int, ...], np.ndarray]
 SHARED = ("attn/q", "attn/k", "attn/v", "attn/o", "norm_attn", "norm_mlp")
 
 
@@ -81,11 +78,7 @@ def run(job: Job, output: Path) -> str:
         meta = {**job.sources[0].meta, "stage": "upcycle", "model": config.to_dict(job.cfg), "data_fingerprint": ""}
         meta["upcycle"] = config.to_dict(job.options) | {"seed": job.seed, "from": str(job.sources[0].stage_directory)}
         identity = write(job, temporary, meta)
-        tokenizer = job.sources[0].tokenizer_directory
-        if (tokenizer / "tokenizer.json").is_file():
-            (temporary / "tokenizer").mkdir()
-            for file in (file for pattern in TOKENIZER for file in tokenizer.glob(pattern)):
-                shutil.copy(file, temporary / "tokenizer")
+        interop.copy_tokenizer(job.sources[0].tokenizer_directory, temporary / "tokenizer")
     seconds = time.monotonic() - began
     size = _bytes(job.cfg)
     kind = "exact up to rounding" if identity.difference <= 1e-4 * identity.spread else "not the dense model's function"
@@ -146,7 +139,7 @@ def _bytes(cfg: config.Model) -> int:
     return sum(math.prod(shape) for _, _, shape in model.named_parameters(cfg)) * np.dtype(cfg.param_dtype).itemsize
 
 
-def _shown(blocks: Iterator[Block], progress: Progress) -> Iterator[Block]:
+def _shown(blocks: Iterator[checkpoint.Block], progress: Progress) -> Iterator[checkpoint.Block]:
     done = 0
     for block in blocks:
         yield block
@@ -156,7 +149,7 @@ def _shown(blocks: Iterator[Block], progress: Progress) -> Iterator[Block]:
 
 def _blocks(
     sources: Sequence[Opened], cfg: config.Model, options: config.Upcycle, key: jax.Array, probe: Probe
-) -> Iterator[Block]:
+) -> Iterator[checkpoint.Block]:
     """All of the mixture in blocks, in the order in which a token meets them."""
     dtype = np.dtype(cfg.param_dtype)
 

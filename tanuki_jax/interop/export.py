@@ -1,0 +1,240 @@
+"""Our checkpoints as Hugging Face directories: Llama, Mixtral, or Tanuki's own class; streamed, exact, whole or not at all.
+
+A dense model is a Llama and a mixture with the plain gate a Mixtral, with which transformers and vLLM compute what we do.  The
+normalised gate cannot be folded into Mixtral's weights (its mean can, its deviation for each token cannot), so such a model is
+written with the small modelling file beside it, to be loaded with `trust_remote_code=True`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tanuki_jax import checkpoint, config, files, model
+from tanuki_jax.checkpoint import Opened
+from tanuki_jax.data.tokenizer import Tokenizer
+from tanuki_jax.errors import UserError
+from tanuki_jax.interop.huggingface import (
+    DOWN,
+    DTYPES,
+    EXPERT,
+    GATE_UP,
+    INDEX,
+    LAYER,
+    OUTER,
+    ROUTER,
+    ROUTER_FUSED,
+    Name,
+    published_shape,
+    sizes_of,
+)
+from tanuki_jax.progress import Progress
+
+SHARD = 4_000_000_000  # bytes of a file, at most, unless one tensor is larger
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "mixtral": "MixtralForCausalLM", "tanuki": "TanukiForCausalLM"}
+CODE = {"AutoConfig": "modeling_tanuki.TanukiConfig", "AutoModelForCausalLM": "modeling_tanuki.TanukiForCausalLM"}
+
+
+class Tensor(NamedTuple):
+    """A published tensor, and its contents in the pieces in which they are written."""
+
+    name: str
+    shape: tuple[int, ...]
+    pieces: Callable[[], Iterator[np.ndarray]]
+
+
+def export_huggingface(path: Path, output: Path) -> str:
+    """Writes the checkpoint at `path` as a Hugging Face directory and says what it is."""
+    opened = checkpoint.open_stored(path)
+    kind = kind_of(opened.cfg)
+    tensors = list(_tensors(opened, kind))
+    with files.atomic_path(output) as temporary:
+        temporary.mkdir()
+        size = _write(temporary, tensors, opened.cfg.param_dtype)
+        settings, generation = _settings(opened, kind)
+        files.write_json(temporary / "config.json", settings)
+        files.write_json(temporary / "generation_config.json", generation)
+        if (opened.tokenizer_directory / "tokenizer.json").is_file():
+            shutil.copytree(opened.tokenizer_directory, temporary, dirs_exist_ok=True)
+        if kind == "tanuki":
+            shutil.copy(Path(__file__).with_name("modeling_tanuki.py"), temporary)
+        (temporary / "README.md").write_text(_card(opened, kind), encoding="utf-8")
+    total, active = model.count_parameters(opened.cfg)
+    how = ", load with trust_remote_code=True (the normalised gate is no Mixtral)" if kind == "tanuki" else ""
+    counts = f"{total:,} parameters" + (f", {active:,} active" if active != total else "")
+    return f"{output}: {ARCHITECTURES[kind]}{how}; {counts}, {len(tensors)} tensors, {size / 1e9:,.2f} GB, exact"
+
+
+def kind_of(cfg: config.Model) -> str:
+    """llama, mixtral or tanuki; an error where no such class computes what the model does."""
+    if not cfg.n_experts:
+        return "llama"
+    if len(config.mixture_layers(cfg)) != cfg.n_layers:
+        raise UserError("export: some layers of this mixture are dense; neither Mixtral nor Tanuki's class holds that")
+    if cfg.router_bias:
+        raise UserError("export: model.router_bias chooses experts by a bias; neither Mixtral nor Tanuki's class has one")
+    return "tanuki" if cfg.normalized_gate else "mixtral"
+
+
+def _tensors(opened: Opened, kind: str) -> Iterator[Tensor]:
+    """All tensors in the order in which a token meets them."""
+    cfg, tree = opened.cfg, opened.tree
+    sizes = sizes_of(cfg) | {"F": cfg.expert_d_ff or cfg.d_ff if cfg.n_experts else cfg.d_ff}
+
+    def one(path: str, name: Name, theirs: str, *at: int) -> Tensor:
+        return Tensor(theirs, published_shape(name, sizes), lambda: iter([_published(name, tree[path].read(*at))]))
+
+    def fused(layer: int) -> Iterator[Tensor]:
+        E, F, D = cfg.n_experts, sizes["F"], cfg.d_model
+
+        def pieces(*parts: str) -> Iterator[np.ndarray]:
+            for number in range(E):
+                for part in parts:
+                    yield _published(EXPERT[part], tree[f"layers/{part}"].read(layer, number))
+
+        yield Tensor(f"model.layers.{layer}.{GATE_UP}", (E, 2 * F, D), lambda: pieces("moe/gate", "moe/up"))
+        yield Tensor(f"model.layers.{layer}.{DOWN}", (E, D, F), lambda: pieces("moe/down"))
+
+    yield one("embed/table", OUTER["embed/table"], OUTER["embed/table"].theirs)
+    for layer in range(cfg.n_layers):
+        for path, name in LAYER.items():
+            if not (cfg.n_experts and path.startswith("mlp/")):
+                yield one(f"layers/{path}", name, f"model.layers.{layer}.{name.theirs}", layer)
+        if cfg.n_experts:
+            router = ROUTER if kind == "mixtral" else ROUTER_FUSED
+            yield one("layers/moe/router", router, f"model.layers.{layer}.{router.theirs}", layer)
+        if kind == "mixtral":
+            for number in range(cfg.n_experts):
+                for path, name in EXPERT.items():
+                    theirs = f"model.layers.{layer}.{name.theirs.format(number)}"
+                    yield one(f"layers/{path}", name, theirs, layer, number)
+        elif kind == "tanuki":
+            yield from fused(layer)
+    for path in ("norm_final", "head"):
+        yield one(path, OUTER[path], OUTER[path].theirs)
+
+
+def _published(name: Name, array: np.ndarray) -> np.ndarray:
+    """An array of ours in the published layout."""
+    if not name.transposed:
+        return array
+    inward = array.shape[:1] if name.axes[0] == "D" else array.shape[:-1]
+    flat = array.reshape(int(np.prod(inward)), -1)
+    bits = flat.view(np.uint16) if flat.dtype.itemsize == 2 else flat  # NumPy moves its own types faster
+    return np.ascontiguousarray(bits.T).view(flat.dtype)
+
+
+def _write(directory: Path, tensors: list[Tensor], dtype: str) -> int:
+    """Safetensors files of SHARD bytes and their index; returns the bytes of all tensors.
+
+    The format (a JSON header with the offset of every tensor, then the bytes) is written here, since the library holds a whole
+    file in memory.
+    """
+    letters = {ours: theirs for theirs, ours in DTYPES.items()}[dtype]
+    item = np.dtype(dtype).itemsize
+    sizes = {t.name: int(np.prod(t.shape)) * item for t in tensors}
+    shards: list[list[Tensor]] = [[]]
+    for tensor in tensors:
+        if shards[-1] and sum(sizes[t.name] for t in shards[-1]) + sizes[tensor.name] > SHARD:
+            shards.append([])
+        shards[-1].append(tensor)
+    total, done = sum(sizes.values()), 0
+    progress, index = Progress("export", total, "MB", 1e6), {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        at = 0
+        for tensor in shard:
+            offsets = [at, at + sizes[tensor.name]]
+            header[tensor.name] = {"dtype": letters, "shape": list(tensor.shape), "data_offsets": offsets}
+            at, index[tensor.name] = offsets[1], file
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        with (directory / file).open("wb") as f:
+            f.write(struct.pack("<Q", len(text)) + text)
+            for tensor in shard:
+                for piece in tensor.pieces():
+                    f.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
+                    done += piece.nbytes
+                    progress.show(done)
+    if len(shards) > 1:
+        files.write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
+    return total
+
+
+def _settings(opened: Opened, kind: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """config.json and generation_config.json."""
+    cfg = opened.cfg
+    settings: dict[str, Any] = {
+        "architectures": [ARCHITECTURES[kind]],
+        "model_type": kind,
+        "vocab_size": cfg.vocab_size,
+        "hidden_size": cfg.d_model,
+        "intermediate_size": cfg.expert_d_ff or cfg.d_ff if cfg.n_experts else cfg.d_ff,
+        "num_hidden_layers": cfg.n_layers,
+        "num_attention_heads": cfg.n_heads,
+        "num_key_value_heads": cfg.n_kv_heads,
+        "head_dim": cfg.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": cfg.norm_eps,
+        "rope_theta": cfg.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": cfg.rope_theta},
+        "max_position_embeddings": _longest(opened),
+        "tie_word_embeddings": False,
+        "torch_dtype": cfg.param_dtype,
+        "dtype": cfg.param_dtype,
+    }
+    if kind == "llama":
+        settings |= {"attention_bias": False, "mlp_bias": False}
+    else:
+        settings |= {"num_local_experts": cfg.n_experts, "num_experts_per_tok": cfg.top_k, "sliding_window": None}
+    if kind == "tanuki":
+        settings |= {"gate_scale": cfg.gate_scale, "auto_map": CODE}
+    special: dict[str, Any] = {}
+    if (opened.tokenizer_directory / "tokenizer.json").is_file():
+        tokenizer = Tokenizer(opened.tokenizer_directory)
+        special = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}
+    return settings | special, {"do_sample": False, **special}
+
+
+def _longest(opened: Opened) -> int:
+    """The longest row that the checkpoint's recipe trained on; 2048 where it is not known."""
+    stages = opened.meta.get("recipe", {}).get("stages", {})
+    return max((stage["seq_len"] for stage in stages.values() if stage["kind"] != "upcycle"), default=2048)
+
+
+def _card(opened: Opened, kind: str) -> str:
+    """The model card: shape, stages, data, and the scores beside the checkpoint."""
+    cfg, recipe = opened.cfg, opened.meta.get("recipe", {})
+    total, active = model.count_parameters(cfg)
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "---",
+        "",
+        f"# {recipe.get('name') or opened.stage_directory.name}",
+        "",
+        f"{ARCHITECTURES[kind]}, {total:,} parameters" + (f", {active:,} active for a token." if cfg.n_experts else "."),
+        f"{cfg.n_layers} layers, width {cfg.d_model}, vocabulary {cfg.vocab_size:,}, {cfg.param_dtype}.",
+        "Trained with tanuki_jax.",
+    ]
+    if kind == "tanuki":
+        lines += ["", "Load with `trust_remote_code=True`: the gate is normalised over the experts, which Mixtral's is not."]
+    if recipe:
+        lines += ["", "## Training", "", "| stage | kind | budget | data |", "|---|---|---|---|"]
+        for name, stage in recipe["stages"].items():
+            budget = next((f"{stage[key]:,} {key}" for key in ("tokens", "steps", "epochs") if stage[key]), "")
+            data = ", ".join(f"{source} {'/'.join(f'{w:g}' for w in weights)}" for source, weights in stage["mixture"].items())
+            lines.append(f"| {name} | {stage['kind']} | {budget} | {data} |")
+    done = opened.stage_directory / "done.json"
+    if done.is_file() and (scores := files.read_json(done)["entry"].get("scores")):
+        shown = {key: value for key, value in scores.items() if isinstance(value, int | float) and key != "seconds"}
+        lines += ["", "## Scores", "", "| score | value |", "|---|---|", *(f"| {k} | {v} |" for k, v in shown.items())]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,36 @@
+"""Hugging Face directories as checkpoints of ours; streamed, exact, whole or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from tanuki_jax import checkpoint, config, files, model
+from tanuki_jax.interop.huggingface import copy_tokenizer, open_huggingface
+from tanuki_jax.progress import Progress
+
+
+def import_huggingface(path: Path, output: Path) -> str:
+    """Writes a Llama, Mixtral or Tanuki directory as step 0 of a stage and says what it is."""
+    opened = open_huggingface(path)
+    cfg = opened.cfg
+    total, active = model.count_parameters(cfg)
+    progress = Progress("import", total * np.dtype(cfg.param_dtype).itemsize, "MB", 1e6)
+
+    def blocks() -> Iterator[checkpoint.Block]:
+        done = 0
+        for name, stored in opened.tree.items():
+            for at in checkpoint.block_indices(name, stored.shape):
+                array = stored.read(*at).astype(cfg.param_dtype, copy=False)
+                yield name, at, array
+                done += array.nbytes
+                progress.show(done)
+
+    with files.atomic_path(output) as temporary:
+        meta = {**opened.meta, "stage": "import", "model": config.to_dict(cfg), "data_fingerprint": ""}
+        checkpoint.save_streamed(temporary, cfg, blocks(), meta)
+        copy_tokenizer(path, temporary / "tokenizer")
+    counts = f"{total:,} parameters" + (f", {active:,} active" if active != total else "")
+    return f"{output}: {counts}, {cfg.param_dtype}, exact"
