@@ -22,6 +22,7 @@ from tanuki_jax.schema import (
     CHOICES,
     COMPUTED,
     MIXTURE,
+    PREFERENCES,
     RESUMABLE,
     Loss,
     Mesh,
@@ -41,6 +42,7 @@ __all__ = [
     "CHOICES",
     "COMPUTED",
     "MIXTURE",
+    "PREFERENCES",
     "RESUMABLE",
     "Loss",
     "Mesh",
@@ -86,7 +88,7 @@ def stage(kind: str, **overrides: Any) -> ConfigDict:
 
 
 def _override(config: ConfigDict, values: Mapping[str, Any], path: str = "") -> ConfigDict:
-    free = path in ("mixture", "data", "stages", "shares")  # dictionaries of the user's own names
+    free = path in ("mixture", "data", "stages", "shares", "preference")  # dictionaries of the user's own names
     for name, value in values.items():
         if not free and name not in config:
             raise UserError(_unknown(f"{path}.{name}".lstrip("."), config.keys()))
@@ -317,6 +319,17 @@ def _validate_stage(recipe: Recipe, name: str, this: Stage) -> None:
             raise UserError(f"{where}.{field} is {getattr(this, field)}; it must be at least 1")
     if this.batch_size % this.microbatches:
         raise UserError(f"{where}.batch_size {this.batch_size} is not a multiple of microbatches {this.microbatches}")
+    for loss, weight in this.loss.preference.items():
+        if loss not in PREFERENCES or weight <= 0:
+            known = ", ".join(PREFERENCES)
+            raise UserError(
+                f"{where}.loss.preference: {loss!r} has weight {weight:g}; it needs a name of {known} and one above 0"
+            )
+    smoothed = {"cdpo", "robust"}.intersection(this.loss.preference)
+    if this.loss.label_smoothing and not smoothed:
+        raise UserError(f"{where}.loss.label_smoothing is for cdpo and robust; set loss.preference to {{'cdpo': 1.0}}")
+    if not 0 <= this.loss.label_smoothing < 0.5:
+        raise UserError(f"{where}.loss.label_smoothing {this.loss.label_smoothing} must lie between 0 and 0.5")
     if this.epochs and this.kind == "pretrain":
         raise UserError(f"{where}.epochs is for sft and dpo; give a pretraining stage tokens or steps")
     _validate_mixture(recipe, where, this)

@@ -144,7 +144,8 @@ class Loss:
     router_z_loss: float = key(0.0, "coefficient of (logsumexp of the router logits)^2, mixture only")
     router_bias_rate: float = key(0.001, "step of model.router_bias against an expert's surplus (DeepSeek-V3: 0.001)")
     beta: float = key(0.1, "DPO: strength of the tie to the reference model")
-    label_smoothing: float = key(0.0, "DPO: probability that a preference label is wrong (cDPO)")
+    preference: dict[str, float] = key(dict, "DPO: loss -> weight in the sum, TRL's names and cdpo; empty = sigmoid")
+    label_smoothing: float = key(0.0, "DPO: probability that a preference label is wrong, for cdpo and robust")
 
 
 @dataclass(frozen=True)
@@ -219,6 +220,11 @@ CHOICES = {
     "experts": ("auto", "pallas", "megablox", "ragged", "blocked", "padded", "reference"),
     "moment_dtype": ("float32", "bfloat16"),
 }
+# Names in Loss.preference (train/preference.py).
+PREFERENCES = (
+    *("sigmoid", "cdpo", "robust", "hinge", "ipo", "sigmoid_norm", "apo_zero", "apo_down", "nca_pair", "bco_pair"),
+    *("sppo_hard", "sft"),
+)
 # Keys of a model that say nothing of a dense one.
 MIXTURE = ("expert_d_ff", "first_dense", "moe_every", "top_k", "normalized_gate", "gate_scale", "router_bias")
 # Keys that may differ between two runs of one workdir: they change neither the data nor the weights.

@@ -266,7 +266,7 @@ def _source_logprobs(
     cfg: config.Model, params: Any, rows: packing.PackedPairs, batch_size: int, mesh: jax.sharding.Mesh
 ) -> np.ndarray:
     """Log-probabilities [pairs, 2] of one source; the rows are walked in order, the last batch filled up with repetitions."""
-    compute = jax.jit(lambda p, batch: losses.pair_logprobs(cfg, p, batch)[0])
+    compute = jax.jit(lambda p, batch: losses.pair_scores(cfg, p, batch)[0].logprobs)
     result = np.zeros((len(rows.ref_logprobs), 2), np.float32)
     progress = Progress("reference log-probabilities", len(rows), "rows", quiet=jax.process_index() != 0)
     for start in range(0, len(rows), batch_size):

@@ -52,7 +52,9 @@ def test_keys_are_frozen():
 
 
 def test_a_training_stage_sees_fewer_than_a_hundred_keys():
-    assert len(ALL_KEYS) < 100
+    assert (
+        len([name for name in ALL_KEYS if not name.startswith("stages.NAME.upcycle.")]) < 100
+    )  # an upcycling one trains nothing
 
 
 @pytest.mark.parametrize("name", ALL_KEYS)

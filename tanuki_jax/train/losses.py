@@ -6,13 +6,14 @@ A metric is a pair (sum, weight) too, so that accumulation, packing, padding and
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from tanuki_jax import config, model, parallel
 from tanuki_jax.train.balance import Balance
+from tanuki_jax.train.preference import pair_loss
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
@@ -48,42 +49,47 @@ def next_token(cfg: config.Model, options: config.Loss) -> LossFn:
     return loss
 
 
-def pair_logprobs(cfg: config.Model, params: Any, batch: Batch) -> tuple[jax.Array, model.Outputs]:
-    """Summed log-probabilities [B, P, 2] of the answers of each pair, chosen and rejected; 0 where there is no pair.
+class PairScores(NamedTuple):
+    """Of the answers of each pair, chosen and rejected; 0 where there is no pair."""
+
+    logprobs: jax.Array  # [B, P, 2] summed over the labelled tokens, float32
+    lengths: jax.Array  # [B, P, 2] labelled tokens, float32
+
+
+def pair_scores(cfg: config.Model, params: Any, batch: Batch) -> tuple[PairScores, model.Outputs]:
+    """Log-probabilities and lengths of the answers of a batch of pairs.
 
     `pair_segments` [B, P, 2] names the segment of each answer in its row, so pairs are packed like any other text.
     """
     outputs = model.apply(cfg, params, batch)
     scores = model.token_scores(cfg, params, outputs, batch["targets"])
-    weighted_BS = scores.logprob * batch["loss_weights"].astype(jnp.float32)
+    weights_BS = batch["loss_weights"].astype(jnp.float32)
     segments = 2 * batch["pair_segments"].shape[1] + 1
-    per_segment_BM = jax.vmap(lambda v, s: jax.ops.segment_sum(v, s, num_segments=segments))(weighted_BS, batch["segment_ids"])
-    logprobs = jax.vmap(lambda row, index: row[index])(per_segment_BM, batch["pair_segments"])
-    return jnp.where(batch["pair_segments"] > 0, logprobs, 0.0), outputs
 
+    def of_answers(values_BS: jax.Array) -> jax.Array:
+        add = lambda v, s: jax.ops.segment_sum(v, s, num_segments=segments)  # noqa: E731
+        per_segment_BM = jax.vmap(add)(values_BS, batch["segment_ids"])
+        found_BP2 = jax.vmap(lambda row, index: row[index])(per_segment_BM, batch["pair_segments"])
+        return jnp.where(batch["pair_segments"] > 0, found_BP2, 0.0)
 
-def dpo(ratios_BP2: jax.Array, beta: float, label_smoothing: float = 0.0) -> jax.Array:
-    """Loss of each pair from log(policy/reference) of its chosen and rejected answer (Rafailov et al. 2023, eq. 7).
-
-    With label smoothing e it is cDPO (Mitchell 2023): -(1-e) log s(m) - e log s(-m), m = beta * (chosen - rejected).
-    """
-    margin_BP = beta * (ratios_BP2[..., 0] - ratios_BP2[..., 1])
-    return -(1 - label_smoothing) * jax.nn.log_sigmoid(margin_BP) - label_smoothing * jax.nn.log_sigmoid(-margin_BP)
+    return PairScores(of_answers(scores.logprob * weights_BS), of_answers(weights_BS)), outputs
 
 
 def preference(cfg: config.Model, options: config.Loss) -> LossFn:
-    """Direct preference optimisation.
+    """Direct preference optimisation: the weighted sum of losses that `options.preference` names (train/preference.py).
 
     The batch carries `ref_logprobs` [B, P, 2] of the reference model.  Metrics have TRL's names; weight counts pairs.
     """
 
     def loss(params: Any, batch: Batch, balance: Balance | None = None) -> tuple[jax.Array, jax.Array, Metrics]:
-        logp_BP2, outputs = pair_logprobs(cfg, params, batch)
+        (logp_BP2, lengths_BP2), outputs = pair_scores(cfg, params, batch)
         valid_BP = (batch["pair_segments"][..., 0] > 0).astype(jnp.float32)
         ratios_BP2 = logp_BP2 - batch["ref_logprobs"]
         rewards_BP2 = options.beta * ratios_BP2
         margin_BP = rewards_BP2[..., 0] - rewards_BP2[..., 1]
-        per_pair_BP = dpo(ratios_BP2, options.beta, options.label_smoothing)
+        per_pair_BP = pair_loss(
+            options.preference or {"sigmoid": 1.0}, ratios_BP2, logp_BP2, lengths_BP2, options.beta, options.label_smoothing
+        )
         weight = valid_BP.sum()
 
         def mean(value_BP: jax.Array) -> tuple[jax.Array, jax.Array]:
