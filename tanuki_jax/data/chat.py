@@ -110,6 +110,30 @@ def text_of(fields: Mapping[str, Any]) -> str:
     return "\n".join(render([*prompt, *as_messages(fields[side], "assistant")]) for side in ("chosen", "rejected"))
 
 
+def conversation(fields: Mapping[str, Any]) -> list[dict[str, str]] | None:
+    """The messages of a row that spells a conversation in another way; None where it spells none.
+
+    `prompt` and `completion`; `instruction`, `input` (may be missing or empty) and `output`; `q1`, `a1`, `q2`, `a2` and so on.
+    """
+    turns: list[Any] = []
+    if "chosen" not in fields and "rejected" not in fields and {"prompt", "completion"} <= fields.keys():
+        asked, said = as_messages(fields["prompt"], "user"), as_messages(fields["completion"], "assistant")
+        return [dict(message) for message in (*asked, *said)]
+    if {"instruction", "output"} <= fields.keys():
+        asked = fields["instruction"]
+        turns = [f"{asked}\n\n{fields['input']}" if asked and fields.get("input") else asked, fields["output"]]
+    elif {"q1", "a1"} <= fields.keys():
+        number = 1
+        while fields.get(f"q{number}") and fields.get(f"a{number}"):
+            turns += [fields[f"q{number}"], fields[f"a{number}"]]
+            number += 1
+    else:
+        return None
+    if not turns or not all(isinstance(turn, str) and turn for turn in turns):
+        raise UserError(f"conversation with an empty question or answer (fields: {', '.join(fields)})")
+    return [{"role": ROLES[1 + i % 2], "content": turn} for i, turn in enumerate(turns)]
+
+
 def as_messages(value: Any, role: str) -> list[Mapping[str, Any]]:
     """A plain string is one message of `role`."""
     if isinstance(value, str):

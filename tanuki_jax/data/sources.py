@@ -7,10 +7,13 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from tanuki_jax import files
-from tanuki_jax.data import formats
+from tanuki_jax.data import chat, formats
 from tanuki_jax.errors import UserError
 
-FIELDS = ("text", "messages", "prompt", "chosen", "rejected", "completion", "tokens")
+FIELDS = (
+    *("text", "messages", "prompt", "chosen", "rejected", "completion", "tokens", "instruction", "input", "output"),
+    *(f"{letter}{turn}" for turn in range(1, 10) for letter in "qa"),
+)
 
 
 class Fields(NamedTuple):
@@ -168,8 +171,17 @@ def _row(record: formats.Record, fields: Fields, before: int) -> Row:
         if not isinstance(found := _field(value, fields.text), str):
             raise UserError(f"data: {where} has no text in {fields.text!r} (fields: {', '.join(value)})")
         value = {**value, "text": found}
+    if "text" not in value and "messages" not in value and (turns := _conversation(value, where)):
+        value = {**value, "messages": turns}
     language = _field(value, fields.language) if fields.language else ""
     return Row(where, value, before + record.bytes_read, language if isinstance(language, str) else "")
+
+
+def _conversation(value: dict[str, Any], where: str) -> list[dict[str, str]] | None:
+    try:
+        return chat.conversation(value)
+    except UserError as error:
+        raise UserError(f"data: {where}: {error}") from error
 
 
 def _field(value: Any, name: str) -> Any:
@@ -194,7 +206,7 @@ def kind_of(row: Row) -> str:
     if "tokens" in fields:
         return "tokens"
     raise UserError(
-        f"data: {row.where} has neither text, nor messages, nor prompt, chosen and rejected (fields: {', '.join(fields)})"
+        f"data: {row.where} has neither text, nor a conversation, nor prompt, chosen and rejected (fields: {', '.join(fields)})"
     )
 
 

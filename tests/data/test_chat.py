@@ -193,3 +193,50 @@ def test_another_template_without_generation_tags_is_masked_too(with_template, m
 def test_a_tokenizer_without_a_template_is_an_error_that_says_so(with_template):
     with pytest.raises(UserError, match="chat_template"):
         chat.encode_chat(with_template(""), [user("a")])
+
+
+# --- conversations spelt in other ways --------------------------------------------------------------------------------
+
+ASKED = [{"role": "user", "content": "狸は？"}, {"role": "assistant", "content": "山にいる。"}]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prompt": "狸は？", "completion": "山にいる。"},
+        {"prompt": ASKED[:1], "completion": ASKED[1:]},
+        {"instruction": "狸は？", "input": "", "output": "山にいる。"},
+        {"instruction": "狸は？", "input": None, "output": "山にいる。"},
+        {"instruction": "狸は？", "output": "山にいる。"},
+        {"q1": "狸は？", "a1": "山にいる。"},
+        {"q1": "狸は？", "a1": "山にいる。", "q2": "", "a2": ""},
+        {"q1": "狸は？", "a1": "山にいる。", "q2": None, "a2": None},
+    ],
+)
+def test_a_conversation_is_read_however_it_is_spelt(fields):
+    assert chat.conversation(fields) == ASKED
+
+
+def test_an_input_follows_its_instruction_and_turns_follow_each_other():
+    [asked, _] = chat.conversation({"instruction": "訳せ。", "input": "tanuki", "output": "狸"})
+    assert asked["content"] == "訳せ。\n\ntanuki"
+    turns = chat.conversation({"q1": "一", "a1": "二", "q2": "三", "a2": "四"})
+    assert [(m["role"], m["content"]) for m in turns] == [
+        ("user", "一"),
+        ("assistant", "二"),
+        ("user", "三"),
+        ("assistant", "四"),
+    ]
+
+
+@pytest.mark.parametrize("fields", [{}, {"text": "a"}, {"prompt": "a", "chosen": "b", "rejected": "c", "completion": "d"}])
+def test_other_rows_are_no_conversation(fields):
+    assert chat.conversation(fields) is None
+
+
+@pytest.mark.parametrize(
+    "fields", [{"instruction": "a", "output": ""}, {"q1": "", "a1": "b"}, {"instruction": 3, "output": "b"}]
+)
+def test_an_empty_answer_is_an_error(fields):
+    with pytest.raises(UserError):
+        chat.conversation(fields)
