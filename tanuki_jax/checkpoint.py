@@ -44,7 +44,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=ocp.checkpoint_managers.LatestN(keep),
             enable_async_checkpointing=True,
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=keep != EVERY,  # who only reads must not disturb a run that is saving
         )
         with _disk_errors(self.directory):
             self._manager = ocp.CheckpointManager(self.directory, options=options)
@@ -224,7 +224,7 @@ def open_stored(path: str | Path) -> Opened:
         packed = {"driver": "ocdbt", "base": f"file://{home}/", "path": f"{name.replace('/', '.')}/"}
         store = packed if (home / "manifest.ocdbt").is_file() else plain
         try:
-            array = tensorstore.open({"driver": driver, "kvstore": store}, read=True).result()
+            array = tensorstore.open({"driver": driver, "kvstore": store, "fill_missing_data_reads": False}, read=True).result()
         except ValueError as error:
             raise UserError(f"checkpoint: {stage_directory} step {step} has no parameter {name}, or it is damaged") from error
 
@@ -317,8 +317,13 @@ def block_indices(name: str, shape: tuple[int, ...]) -> Iterator[tuple[int, ...]
 
 
 def _by_layer(tree: Any) -> Any:
-    """Chunks on disk of at most CHUNK bytes, cut along the first axis first, so that a layer can be read alone."""
-    return jax.tree.map(lambda a: ocp.SaveArgs(chunk_byte_size=CHUNK, shard_axes=(0,) if a.ndim else ()), tree)
+    """Chunks on disk of at most CHUNK bytes; what is stacked is cut between layers, so that one can be read alone."""
+
+    def chunks(path: Any, leaf: Any) -> ocp.SaveArgs:
+        stacked = any(getattr(part, "key", None) == "layers" for part in path)
+        return ocp.SaveArgs(chunk_byte_size=CHUNK, shard_axes=(0,) if stacked else ())
+
+    return jax.tree_util.tree_map_with_path(chunks, tree)
 
 
 # --- where parameters go --------------------------------------------------------------------------------------------

@@ -165,7 +165,7 @@ def _by_run(cfg: config.Model, params: Params) -> Params:
 
 def _by_kind(tree: Params, join: Callable[..., Any]) -> Params:
     """The other way round; `join` takes the leaves of all runs that have a parameter."""
-    stacks = [part for name, part in tree.items() if name.startswith("run_")]
+    stacks = [tree[name] for name in sorted(tree, key=lambda n: int(n.partition("run_")[2] or -1)) if name.startswith("run_")]
     if not stacks:
         return tree
     flat: dict[Any, list[Any]] = {}
