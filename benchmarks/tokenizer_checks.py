@@ -1,6 +1,6 @@
 """Trains the recipe's tokenizer on a corpus and checks what it promises: time, memory, losslessness, boundaries, agreement.
 
-python benchmarks/tokenizer_checks.py --input='corpus/*.jsonl.gz' --language_field=meta.lang --shares=ja=0.64,en=0.36 \\
+python benchmarks/tokenizer_checks.py --input='corpus/*.jsonl.gz' --language_field=meta.lang --shares=ja=0.6,en=0.4 \\
     --modern=question_full.jsonl,reference_answer.jsonl --transformers=/path/to/python --workdir=runs/tokenizer_checks
 """
 

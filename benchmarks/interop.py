@@ -1,0 +1,67 @@
+"""Import and export of a Hugging Face directory of 2 GB: time and memory beside `cp`, and whether every byte comes back.
+
+python benchmarks/interop.py --workdir=runs/interop [--layers=14]
+"""
+
+import argparse
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from upcycle import ONE, made
+from watched import watched
+
+
+def main() -> None:
+    """Imports, exports, compares, and prints a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", type=Path, required=True)
+    parser.add_argument("--layers", type=int, default=14)
+    options = parser.parse_args()
+    home = options.workdir.absolute()
+    home.mkdir(parents=True, exist_ok=True)
+    print(f"# Import and export, {time.strftime('%Y-%m-%d')}\n\n{platform.machine()}, {os.cpu_count()} cores\n")
+    if not (home / "dense").is_dir():
+        made(home / "dense", ONE, options.layers)
+    for name in ("ours", "back", "copy"):
+        shutil.rmtree(home / name, ignore_errors=True)
+    print("| | seconds | GB | MB/s | cp, MB/s | ratio | peak memory, GiB |\n|---|---|---|---|---|---|---|")
+    measure("import", [f"--hf={home / 'dense'}", f"--output={home / 'ours'}"], home / "ours", home / "copy")
+    measure("export", [f"--checkpoint={home / 'ours'}", f"--output={home / 'back'}"], home / "back", home / "copy")
+    print(f"\nEvery tensor of the exported directory is bitwise the original's: {same(home / 'dense', home / 'back')}")
+
+
+def measure(verb: str, flags: list[str], output: Path, copy: Path) -> None:
+    """A row of the table: one command, and a copy of what it wrote."""
+    os.sync()
+    seconds, memory, _ = watched([sys.executable, "-m", "tanuki_jax.cli", verb, *flags])
+    size = sum(p.stat().st_size for p in output.rglob("*") if p.is_file())
+    shutil.rmtree(copy, ignore_errors=True)
+    os.sync()
+    began = time.monotonic()
+    subprocess.run(["cp", "-r", output, copy], check=True)
+    rate, peer = size / seconds / 1e6, size / (time.monotonic() - began) / 1e6
+    cells = f"{seconds:.1f} | {size / 1e9:.2f} | {rate:.0f} | {peer:.0f} | {rate / peer:.2f} | {memory:.2f}"
+    print(f"| {verb} | {cells} |", flush=True)
+
+
+def same(first: Path, second: Path) -> bool:
+    """Whether two directories hold the same tensors, bit for bit."""
+    from safetensors import safe_open
+
+    def opened(path: Path) -> dict[str, object]:
+        files = [safe_open(str(file), framework="numpy") for file in sorted(path.glob("*.safetensors"))]
+        return {name: file for file in files for name in file.keys()}  # noqa: SIM118  # a handle, not a dictionary
+
+    a, b = opened(first), opened(second)
+    bits = lambda files, name: files[name].get_tensor(name).view(np.uint16)  # noqa: E731
+    return a.keys() == b.keys() and all(np.array_equal(bits(a, name), bits(b, name)) for name in a)
+
+
+if __name__ == "__main__":
+    main()
