@@ -7,6 +7,7 @@ asynchronous and atomic (Orbax writes to a temporary name and renames); a checkp
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import errno
 import math
@@ -33,6 +34,7 @@ COMPUTED = (
     *("rope_theta", "init_std"),
 )
 CHUNK = 128 << 20  # bytes
+AHEAD = 3  # blocks on their way to the disk while the next one is made: the matrices of an expert
 EVERY = 1_000_000  # keep all checkpoints: for opening without deleting
 
 
@@ -266,8 +268,13 @@ class _StreamHandler(ocp.type_handlers.NumpyHandler):
         tspec["metadata"] |= {"chunks": value.block, "compressor": None}  # weights hardly shrink
         self._stores[value.name] = await tensorstore.open(tspec, create=True, open=True, context=ts_context)
         if len(self._stores) == self._count:
+            pending: collections.deque[Any] = collections.deque()
             for name, index, block in self._blocks:
-                await self._stores[name][index].write(block)
+                pending.append(self._stores[name][index].write(block))
+                if len(pending) > AHEAD:
+                    await pending.popleft()
+            for written in pending:
+                await written
 
 
 def save_streamed(stage_directory: Path, cfg: config.Model, blocks: Iterator[Block], meta: dict[str, Any]) -> None:

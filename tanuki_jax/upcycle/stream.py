@@ -182,9 +182,16 @@ def _blocks(
             yield "layers/moe/router", (at,), router
             if cfg.router_bias:
                 yield "layers/moe/bias", (at,), np.zeros(cfg.n_experts, np.float32)
+
+            def make(number: int, layer: int = layer, origins: list[Any] = experts) -> Any:
+                origin = origins[number % len(origins)]
+                return origin if options.strategy == "copy" else expert(origin, number, layer, cfg, options, key)
+
+            following = make(0)
             for number in range(cfg.n_experts):
-                origin = experts[number % len(experts)]
-                made = origin if options.strategy == "copy" else expert(origin, number, layer, cfg, options, key)
+                made = following
+                if number + 1 < cfg.n_experts:  # computed while this one is written
+                    following = make(number + 1)
                 probe.expert(number, made)
                 for name in upcycle.FFN:
                     yield f"layers/moe/{name}", (at, number), np.asarray(made[name])
