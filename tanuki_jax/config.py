@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import sys
 import typing
 from collections.abc import Mapping, Sequence
@@ -57,6 +58,8 @@ __all__ = [
     "Upcycle",
     "Validation",
     "changed",
+    "check_mixture",
+    "check_upcycle",
     "defaults",
     "from_dict",
     "is_mixture",
@@ -237,6 +240,45 @@ def mixture_layers(model: Model) -> tuple[int, ...]:
     return tuple(range(first, model.n_layers, model.moe_every)) if model.n_experts else ()
 
 
+def check_mixture(model: Model, where: str) -> None:
+    """An error, that begins with `where`, about a mixture that cannot be."""
+    for name, least in (("first_dense", 0), ("moe_every", 1), ("expert_d_ff", 0)):
+        if getattr(model, name) < least:
+            raise UserError(f"{where}{name} is {getattr(model, name)}; it must be at least {least}")
+    if not 0 < model.gate_scale < math.inf:
+        raise UserError(f"{where}gate_scale is {model.gate_scale}; it must be above 0")
+    if not model.n_experts:
+        return
+    if not 1 <= model.top_k <= model.n_experts:
+        raise UserError(f"{where}top_k {model.top_k} must lie between 1 and n_experts {model.n_experts}")
+    if model.normalized_gate and model.n_experts < 2:
+        raise UserError(f"{where}normalized_gate: the normalised gate needs two experts, not n_experts 1; use the plain gate")
+    if not mixture_layers(model):
+        raise UserError(
+            f"{where}first_dense {model.first_dense} and moe_every {model.moe_every} leave no mixture "
+            f"in {model.n_layers} layers"
+        )
+
+
+def check_upcycle(model: Model, options: Upcycle, where: str) -> None:
+    """An error, that begins with `where`, about settings with which no dense model becomes the mixture `model`."""
+    for name in ("noise_std", "router_std"):
+        if not 0 <= getattr(options, name) < math.inf:
+            raise UserError(f"{where}{name} is {getattr(options, name)}; a standard deviation is a number and not negative")
+    if not 0 <= options.drop_ratio <= 1:
+        raise UserError(f"{where}drop_ratio {options.drop_ratio} must lie between 0 and 1")
+    width = model.expert_d_ff or model.d_ff
+    if options.strategy != "groups" and width != model.d_ff:
+        raise UserError(f"{where}an expert_d_ff {width} other than d_ff {model.d_ff} needs the strategy groups")
+    if model.d_ff % width:
+        raise UserError(f"{where}d_ff {model.d_ff} is not a multiple of expert_d_ff {width}; the FFN cannot be split evenly")
+    if model.n_experts % (model.d_ff // width):
+        raise UserError(
+            f"{where}n_experts {model.n_experts} is not a multiple of the {model.d_ff // width} parts of the FFN "
+            f"(d_ff {model.d_ff} / expert_d_ff {width})"
+        )
+
+
 def _validate(recipe: Recipe) -> None:
     model = recipe.model
     sizes = ("vocab_size", "n_layers", "d_model", "d_ff", "n_heads", "n_kv_heads", "head_dim", "unroll", "logits_chunk")
@@ -249,18 +291,7 @@ def _validate(recipe: Recipe) -> None:
         raise UserError(f"config: model.n_heads {model.n_heads} is not a multiple of model.n_kv_heads {model.n_kv_heads}")
     if model.head_dim % 2:
         raise UserError(f"config: model.head_dim {model.head_dim} must be even, rotary position encoding turns pairs")
-    if model.n_experts and not 1 <= model.top_k <= model.n_experts:
-        raise UserError(f"config: model.top_k {model.top_k} must lie between 1 and model.n_experts {model.n_experts}")
-    for name, least in (("first_dense", 0), ("moe_every", 1), ("expert_d_ff", 0)):
-        if getattr(model, name) < least:
-            raise UserError(f"config: model.{name} is {getattr(model, name)}; it must be at least {least}")
-    if model.n_experts and not mixture_layers(model):
-        raise UserError(
-            f"config: model.first_dense {model.first_dense} and model.moe_every {model.moe_every} leave no mixture in "
-            f"{model.n_layers} layers"
-        )
-    if model.gate_scale <= 0:
-        raise UserError(f"config: model.gate_scale is {model.gate_scale}; it must be above 0")
+    check_mixture(model, "config: model.")
     if not recipe.stages:
         raise UserError("config: the recipe has no stages; add one, for example c.stages.pretrain = config.stage('pretrain')")
     for field, least in (("prompts", 0), ("pairs", 0), ("max_new_tokens", 1), ("batch_size", 1)):
@@ -297,6 +328,7 @@ def _validate_stage(recipe: Recipe, name: str, this: Stage) -> None:
     if this.kind == "upcycle":
         if not this.init_from or (parent and is_mixture(recipe, this.init_from)):
             raise UserError(f"{where}.init_from must name a dense stage or checkpoint to upcycle")
+        check_upcycle(recipe.model, this.upcycle, f"{where}.upcycle: ")
         for other in this.upcycle.experts_from:
             if other in recipe.stages and is_mixture(recipe, other):
                 raise UserError(f"{where}.upcycle.experts_from names {other!r}, which is a mixture; it must be dense")
@@ -325,6 +357,9 @@ def _validate_stage(recipe: Recipe, name: str, this: Stage) -> None:
             raise UserError(
                 f"{where}.loss.preference: {loss!r} has weight {weight:g}; it needs a name of {known} and one above 0"
             )
+    for key in ("router_aux_loss", "router_aux_adaptive", "router_z_loss", "router_bias_rate"):
+        if not 0 <= getattr(this.loss, key) < math.inf:
+            raise UserError(f"{where}.loss.{key} is {getattr(this.loss, key)}; it must be a number and not negative")
     smoothed = {"cdpo", "robust"}.intersection(this.loss.preference)
     if this.loss.label_smoothing and not smoothed:
         raise UserError(f"{where}.loss.label_smoothing is for cdpo and robust; set loss.preference to {{'cdpo': 1.0}}")

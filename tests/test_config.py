@@ -231,6 +231,46 @@ INVALID = {
         dict(stages__sft__mixture_starts=(0, 5), stages__sft__mixture={"talks": (1.0, 1.0)}),
         ["stages.sft.mixture_starts", "only a pretraining mixture"],
     ),
+    # the mixture
+    **{
+        f"model.{name} of {value}": ({f"model__{name}": value}, [f"model.{name} is {value}", f"at least {least}"])
+        for name, value, least in (("first_dense", -1, 0), ("moe_every", 0, 1), ("moe_every", -2, 1), ("expert_d_ff", -8, 0))
+    },
+    "lambda of zero": (dict(model__gate_scale=0.0), ["model.gate_scale is 0.0", "above 0"]),
+    "negative lambda": (dict(model__gate_scale=-1.0), ["model.gate_scale is -1.0", "above 0"]),
+    "no mixture left": (dict(model__first_dense=32), ["first_dense 32", "moe_every 1", "no mixture in 32 layers"]),
+    "no mixture comes": (dict(model__moe_every=33), ["first_dense 0", "moe_every 33", "no mixture in 32 layers"]),
+    "no mixture left for the last": (
+        dict(model__first_dense=30, model__moe_every=3),
+        ["first_dense 30", "moe_every 3", "no mixture in 32 layers"],
+    ),
+    "one normalised expert": (dict(model__n_experts=1, model__top_k=1), ["normalized_gate", "n_experts 1"]),
+    "a negative xi": (dict(stages__pretrain__loss__router_aux_adaptive=-0.2), ["loss.router_aux_adaptive", "-0.2"]),
+    "a negative rate of the bias": (dict(stages__pretrain__loss__router_bias_rate=-1e-3), ["loss.router_bias_rate", "-0.001"]),
+    # upcycling: refused before the dense model is trained, not after
+    "negative noise": (dict(stages__upcycle__upcycle__noise_std=-1.0), ["stages.upcycle", "noise_std", "-1.0"]),
+    "negative router": (dict(stages__upcycle__upcycle__router_std=-0.5), ["stages.upcycle", "router_std", "-0.5"]),
+    "dropping more than all": (dict(stages__upcycle__upcycle__drop_ratio=1.5), ["stages.upcycle", "drop_ratio", "1.5"]),
+    "dropping less than nothing": (dict(stages__upcycle__upcycle__drop_ratio=-0.5), ["stages.upcycle", "drop_ratio", "-0.5"]),
+    "parts without groups": (dict(model__expert_d_ff=7168), ["stages.upcycle", "expert_d_ff 7168", "groups"]),
+    "uneven parts": (
+        dict(model__expert_d_ff=5000, stages__upcycle__upcycle__strategy="groups"),
+        ["stages.upcycle", "d_ff 14336", "expert_d_ff 5000"],
+    ),
+    "experts and parts": (
+        dict(model__expert_d_ff=7168, model__n_experts=5, stages__upcycle__upcycle__strategy="groups"),
+        ["stages.upcycle", "n_experts 5", "2 parts"],
+    ),
+    "experts from a mixture": (
+        dict(stages__upcycle__upcycle__experts_from=("other",), stages__other=dict(kind="upcycle", init_from="pretrain")),
+        ["stages.upcycle.upcycle.experts_from", "'other'", "mixture"],
+    ),
+    "experts from nowhere": (
+        dict(stages__upcycle__upcycle__experts_from=("pretrain", "nowhere")),
+        ["stages.upcycle.upcycle.experts_from", "'nowhere'", "neither a stage nor a checkpoint"],
+    ),
+    "experts from itself": (dict(stages__upcycle__upcycle__experts_from=("upcycle",)), ["upcycle", "circle"]),
+    "experts from what comes after": (dict(stages__upcycle__upcycle__experts_from=("dpo",)), ["upcycle", "circle"]),
 }
 
 
@@ -239,6 +279,50 @@ def test_an_invalid_recipe_is_refused_in_words_that_help(case):
     changes, words = INVALID[case]
     found = message(with_changes(**changes))
     assert all(word in found for word in words), found
+
+
+VALID = {
+    "parts in groups": dict(model__expert_d_ff=7168, stages__upcycle__upcycle__strategy="groups"),
+    "everything drawn anew": dict(stages__upcycle__upcycle__strategy="drop", stages__upcycle__upcycle__drop_ratio=1.0),
+    "nothing drawn anew": dict(stages__upcycle__upcycle__drop_ratio=0.0, stages__upcycle__upcycle__router_std=0.0),
+    "only the last layer": dict(model__first_dense=31),
+    "the last of a stride": dict(model__first_dense=29, model__moe_every=3),
+    "one expert of a plain gate": dict(model__n_experts=1, model__top_k=1, model__normalized_gate=False),
+    "experts from a directory": dict(stages__upcycle__upcycle__experts_from=(".",)),
+}
+
+
+@pytest.mark.parametrize("case", VALID)
+def test_the_edge_of_what_is_valid_is_valid(case):
+    config.resolve(with_changes(**VALID[case]))
+
+
+def test_keys_of_the_mixture_say_nothing_where_there_is_none():
+    values = with_changes(model__n_experts=0, model__first_dense=99, model__top_k=77)
+    values["stages"] = {"pretrain": values["stages"]["pretrain"]}
+    made = config.resolve(values)
+    assert config.mixture_layers(config.model_of(made, "pretrain")) == ()
+
+
+def test_a_dense_stage_of_a_recipe_with_experts_has_no_mixture_and_the_others_have_theirs():
+    made = config.resolve(with_changes(model__first_dense=2, model__moe_every=10))
+    layers = {name: config.mixture_layers(config.model_of(made, name)) for name in made.stages}
+    assert layers == {"pretrain": (), "upcycle": (11, 21, 31), "sft": (11, 21, 31), "dpo": (11, 21, 31)}
+
+
+@given(st.permutations(["a", "b", "c", "d", "e"]), st.data())
+def test_a_mixture_comes_after_all_the_stages_that_its_experts_come_from(names, data):
+    dense, [last] = names[:-1], names[-1:]
+    stages = recipe()["stages"]
+    parents = {n: data.draw(st.sampled_from(["", *dense[:i]])) for i, n in enumerate(dense)}
+    made = {n: {**stages["pretrain"], "init_from": parent} for n, parent in parents.items()}
+    others = data.draw(st.lists(st.sampled_from(dense), max_size=4))
+    options = {**stages["upcycle"]["upcycle"], "experts_from": tuple(others)}
+    made[last] = {**stages["upcycle"], "init_from": data.draw(st.sampled_from(dense)), "upcycle": options}
+    order = list(config.resolve({**recipe(), "stages": made}).stages)
+    assert sorted(order) == sorted(names)
+    assert all(order.index(n) < order.index(last) for n in (*others, made[last]["init_from"]))
+    assert all(order.index(parent) < order.index(n) for n, parent in parents.items() if parent)
 
 
 def test_the_recipe_of_these_tests_is_valid():

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -53,13 +54,14 @@ def upcycle(params: Any, cfg: config.Model, options: config.Upcycle, key: jax.Ar
     """
     check(cfg, options)
     trees = (params, *others)
-    if any("mlp" not in tree["layers"] for tree in trees):
+    if any("mlp" not in tree["layers"] or "moe" in tree["layers"] for tree in trees):
         raise UserError("upcycle: the checkpoint is a mixture already; give a dense one")
     if len({str(jax.tree.map(jnp.shape, tree)) for tree in trees}) > 1:
         raise UserError("upcycle: experts_from has checkpoints of other shapes; all must be of one architecture")
     merged = jax.tree.map(mean, *trees) if others else params
     chosen = jnp.array(config.mixture_layers(cfg))
-    dense = [jax.tree.map(lambda w: w[chosen], dict(tree["layers"]["mlp"])) for tree in trees]
+    dtype = params["layers"]["mlp"]["gate"].dtype
+    dense = [jax.tree.map(lambda w: w[chosen].astype(dtype), dict(tree["layers"]["mlp"])) for tree in trees]
     layers = {name: part for name, part in merged["layers"].items() if name != "mlp"}
 
     def experts(number: int) -> Weights:
@@ -67,7 +69,6 @@ def upcycle(params: Any, cfg: config.Model, options: config.Upcycle, key: jax.Ar
         return jax.vmap(one)(chosen, dense[number % len(dense)])
 
     made = [experts(number) for number in range(cfg.n_experts)]
-    dtype = params["layers"]["mlp"]["gate"].dtype
     layers["moe"] = {"router": jax.vmap(lambda layer: router(layer, cfg, options, key, dtype))(chosen)}
     layers["moe"] |= {name: jnp.stack([weights[name] for weights in made], axis=1) for name in FFN}
     if cfg.router_bias:
@@ -111,7 +112,7 @@ def _noise(weights: Weights, number: int, cfg: config.Model, options: config.Upc
 
 def _drop(weights: Weights, number: int, cfg: config.Model, options: config.Upcycle, key: jax.Array) -> Weights:
     F = cfg.d_ff
-    count = int(options.drop_ratio * F)
+    count = math.floor(options.drop_ratio * F + 1e-6)  # 0.29 of 100 is 29
     if not count:
         return weights
     which, *keys = jax.random.split(key, 4)
@@ -152,34 +153,16 @@ def mixture_of(cfg: config.Model, **shape: Any) -> config.Model:
     if cfg.n_experts:
         raise UserError("upcycle: the checkpoint is a mixture already; give a dense one")
     made = dataclasses.replace(cfg, **shape)
-    if not 1 <= made.top_k <= made.n_experts:
-        raise UserError(f"upcycle: top_k {made.top_k} must lie between 1 and n_experts {made.n_experts}")
-    if made.normalized_gate and made.n_experts < 2:
-        raise UserError("upcycle: the normalised gate needs two experts or more; use the plain gate for one")
-    if made.first_dense < 0 or made.moe_every < 1 or not config.mixture_layers(made):
-        raise UserError(
-            f"upcycle: first_dense {made.first_dense} and moe_every {made.moe_every} leave no mixture in {made.n_layers} layers"
-        )
+    if not made.n_experts:
+        raise UserError(f"upcycle: top_k {made.top_k} must lie between 1 and n_experts 0; give it experts")
+    config.check_mixture(made, "upcycle: ")
     return made
 
 
 def check(cfg: config.Model, options: config.Upcycle) -> None:
     """An error that names the setting which cannot be."""
-    for name in ("noise_std", "router_std"):
-        if getattr(options, name) < 0:
-            raise UserError(f"upcycle: {name} is {getattr(options, name)}; a standard deviation is not negative")
-    if not 0 <= options.drop_ratio <= 1:
-        raise UserError(f"upcycle: drop_ratio {options.drop_ratio} must lie between 0 and 1")
-    width = cfg.expert_d_ff or cfg.d_ff
-    if width != cfg.d_ff and options.strategy != "groups":
-        raise UserError(f"upcycle: an expert_d_ff {width} other than d_ff {cfg.d_ff} needs the strategy groups")
-    if cfg.d_ff % width:
-        raise UserError(f"upcycle: d_ff {cfg.d_ff} is not a multiple of expert_d_ff {width}; the FFN cannot be split evenly")
-    if cfg.n_experts % granularity(cfg):
-        raise UserError(
-            f"upcycle: n_experts {cfg.n_experts} is not a multiple of the {granularity(cfg)} parts of the FFN "
-            f"(d_ff {cfg.d_ff} / expert_d_ff {width})"
-        )
+    config.check_mixture(cfg, "upcycle: ")
+    config.check_upcycle(cfg, options, "upcycle: ")
 
 
 def granularity(cfg: config.Model) -> int:

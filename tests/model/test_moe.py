@@ -3,17 +3,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tanuki_jax.model.moe import route, router_stats
+from tanuki_jax.model.moe import GATE_BINS, route, router_stats
 
 
-def numpy_gate(logits, top_k, normalized):
-    """Tanuki's and Mixtral's gates, one token at a time."""
+def numpy_gate(logits, top_k, normalized, scale=1.0, bias=0.0):
+    """Tanuki's and Mixtral's gates, one token at a time; a bias has a say in the choice alone."""
     weights, experts = np.zeros((*logits.shape[:-1], top_k)), np.zeros((*logits.shape[:-1], top_k), int)
     for index in np.ndindex(logits.shape[:-1]):
         z = logits[index].astype(np.float64)
         if normalized:
-            z = (z - z.mean()) / (z.std(ddof=1) + 1e-5)
-        chosen = sorted(range(len(z)), key=lambda e: -z[e])[:top_k]
+            z = scale * (z - z.mean()) / (z.std(ddof=1) + 1e-5)
+        chosen = sorted(range(len(z)), key=lambda e: -(z + bias)[e])[:top_k]
         top = np.exp(z[chosen] - z[chosen].max())
         weights[index], experts[index] = top / top.sum(), chosen
     return weights, experts
@@ -28,6 +28,68 @@ def test_gate_against_a_numpy_loop(top_k, normalized):
     np.testing.assert_allclose(weights, expected_weights, rtol=1e-5)
     np.testing.assert_array_equal(experts, expected_experts)
     np.testing.assert_allclose(probs.sum(-1), 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [0.3, 1.0, 4.0])
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("normalized", [True, False])
+def test_lambda_and_bias_against_a_numpy_loop(normalized, with_bias, scale):
+    rng = np.random.default_rng(1)
+    logits, bias = np.float32(rng.normal(size=(2, 40, 7)) * 2 - 3), np.float32(rng.normal(size=7) * 1.5)
+    weights, experts, probs = route(jnp.asarray(logits), 3, normalized, scale, jnp.asarray(bias) if with_bias else None)
+    expected_weights, expected_experts = numpy_gate(logits, 3, normalized, scale, bias if with_bias else 0.0)
+    np.testing.assert_array_equal(experts, expected_experts)
+    np.testing.assert_allclose(weights, expected_weights, rtol=1e-4)
+    plain_weights, plain_experts, plain_probs = route(jnp.asarray(logits), 3, normalized, scale)
+    np.testing.assert_array_equal(probs, plain_probs)  # the losses do not see the bias
+    if with_bias:
+        same = (np.sort(experts, -1) == np.sort(plain_experts, -1)).all(-1)
+        assert 0 < same.sum() < same.size  # it does choose otherwise, at times
+        order = lambda w, e: np.take_along_axis(np.asarray(w), np.argsort(e, -1), -1)  # noqa: E731
+        np.testing.assert_allclose(order(weights, experts)[same], order(plain_weights, plain_experts)[same], rtol=1e-6)
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+def test_the_part_of_a_bias_that_all_experts_share_chooses_nothing(normalized):
+    rng = np.random.default_rng(2)
+    logits, bias = jnp.float32(rng.normal(size=(1, 60, 6))), jnp.float32(rng.normal(size=6))
+    (a, i, _), (b, j, _) = (route(logits, 2, normalized, 1.0, bias + c) for c in (0.0, 0.5))
+    np.testing.assert_array_equal(i, j)
+    np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+def test_a_bias_gets_no_gradient_and_the_logits_get_theirs(normalized):
+    rng = np.random.default_rng(3)
+    logits, bias = jnp.float32(rng.normal(size=(1, 9, 5))), jnp.float32(rng.normal(size=5))
+    target = jnp.float32(rng.normal(size=(1, 9, 2)))
+
+    def value(logits, bias):
+        weights, _, probs = route(logits, 2, normalized, 1.3, bias)
+        return (weights * target).sum() + (probs**2).sum()
+
+    of_logits, of_bias = jax.grad(value, argnums=(0, 1))(logits, bias)
+    np.testing.assert_array_equal(of_bias, 0)
+    direction = jnp.float32(rng.normal(size=logits.shape))
+    ends = [logits + s * direction for s in (1e-3, -1e-3)]
+    assert (route(ends[0], 2, normalized, 1.3, bias)[1] == route(ends[1], 2, normalized, 1.3, bias)[1]).all()  # no jump
+    ahead, behind = (value(end, bias) for end in ends)
+    np.testing.assert_allclose((of_logits * direction).sum(), (ahead - behind) / 2e-3, rtol=2e-2)
+
+
+def test_a_larger_lambda_makes_the_normalised_gate_sharper_and_leaves_the_plain_one_alone():
+    logits = jnp.float32(np.random.default_rng(0).normal(size=(1, 80, 8)))
+    soft, sharp = (route(logits, 2, True, scale) for scale in (0.5, 3.0))
+    np.testing.assert_array_equal(soft[1], sharp[1])
+    assert (sharp[0][..., 0] > soft[0][..., 0]).all()
+    np.testing.assert_array_equal(route(logits, 2, False, 0.5)[0], route(logits, 2, False, 3.0)[0])
+
+
+def test_a_bfloat16_router_is_computed_in_float32():
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(1, 5, 4)), jnp.bfloat16)
+    for found, expected in zip(route(logits, 2, True), route(logits.astype(jnp.float32), 2, True), strict=True):
+        assert found.dtype == expected.dtype
+        np.testing.assert_array_equal(found, expected)
 
 
 def test_the_normalised_gate_ignores_scale_and_is_bounded():
@@ -76,3 +138,41 @@ def test_perfect_balance_costs_one():
     )
     np.testing.assert_allclose(stats.aux_B, 1.0, rtol=1e-6)
     assert stats.dropped == 0
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_tokens_are_counted_by_their_largest_weight(top_k):
+    rng = np.random.default_rng(0)
+    logits, bias = rng.normal(size=(4, 30, 6)) * 2, jnp.float32(rng.normal(size=6) * 3)
+    valid = rng.random((4, 30)) < 0.6
+    gate = weights, experts, _ = route(jnp.float32(logits), top_k, False, 1.0, bias)
+    stats = router_stats(jnp.float32(logits), *gate, jnp.ones(experts.shape, bool), jnp.asarray(valid))
+    expected = np.zeros(GATE_BINS)
+    for b, s in zip(*np.nonzero(valid), strict=True):
+        largest = max(float(w) for w in weights[b, s])
+        expected[min(int(largest * GATE_BINS), GATE_BINS - 1)] += 1
+    np.testing.assert_array_equal(stats.gate_bins, expected)
+    assert stats.gate_bins.sum() == valid.sum()
+    if top_k == 2:  # the larger of two weights is never below a half
+        assert expected[:5].sum() == 0 and (expected[5:] > 0).all()
+        assert (weights[..., 0] < weights[..., 1]).any()  # the first choice, by the bias, need not weigh most
+
+
+def test_the_edges_of_the_bins():
+    largest = jnp.array([1.0, 0.5, 0.4999, 0.0, 0.9999, 0.95, 0.11])
+    experts, kept = jnp.zeros((1, 7, 1), jnp.int32), jnp.ones((1, 7, 1), bool)
+    stats = router_stats(jnp.zeros((1, 7, 3)), largest[None, :, None], experts, jnp.ones((1, 7, 3)) / 3, kept, jnp.ones((1, 7)))
+    np.testing.assert_array_equal(stats.gate_bins, [1, 1, 0, 0, 1, 1, 0, 0, 0, 3])
+
+
+def test_counts_get_no_gradient_and_the_losses_do():
+    logits, valid = jnp.float32(np.random.default_rng(0).normal(size=(2, 9, 5))), jnp.ones((2, 9))
+
+    def stats(x):
+        gate = route(x, 2, True)
+        return router_stats(x, *gate, jnp.ones((2, 9, 2), bool), valid)
+
+    for name in ("load_E", "dropped", "gate_bins"):
+        np.testing.assert_array_equal(jax.grad(lambda x, name=name: getattr(stats(x), name).sum())(logits), 0)
+    for name in ("aux_B", "z_B"):
+        assert jnp.abs(jax.grad(lambda x, name=name: getattr(stats(x), name).sum())(logits)).max() > 1e-4
