@@ -266,6 +266,7 @@ class _StreamHandler(ocp.type_handlers.NumpyHandler):
 
     async def _open_and_write(self, value: _Streamed, tspec: dict[str, Any], ts_context: Any) -> None:
         tspec["metadata"] |= {"chunks": value.block, "compressor": None}  # weights hardly shrink
+        tspec["context"] = {"file_io_sync": False}  # once at the end
         self._stores[value.name] = await tensorstore.open(tspec, create=True, open=True, context=ts_context)
         if len(self._stores) == self._count:
             pending: collections.deque[Any] = collections.deque()
@@ -301,6 +302,7 @@ def save_streamed(stage_directory: Path, cfg: config.Model, blocks: Iterator[Blo
     with _disk_errors(directory), ocp.CheckpointManager(directory, options=options, item_handlers=handlers) as manager:
         items = {"params": ocp.args.PyTreeSave(tree), "meta": ocp.args.JsonSave({"step": 0, **meta})}
         manager.save(0, args=ocp.args.Composite(**items))
+        files.sync(directory)
 
 
 def _with_leaves(cfg: config.Model) -> Iterator[tuple[tuple[str, str, tuple[int, ...]], Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator
@@ -69,6 +70,13 @@ def copy_directory(source: Path, target: Path) -> None:
     if not target.is_dir():
         with atomic_path(target) as temporary:
             shutil.copytree(source, temporary)
+
+
+def sync(directory: Path) -> None:
+    """Waits until every file of a directory is on the disk."""
+    for path in (path for path in directory.rglob("*") if path.is_file()):
+        with path.open("rb") as f:
+            os.fsync(f.fileno())
 
 
 def fingerprint(*values: Any) -> str:

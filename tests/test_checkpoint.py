@@ -214,7 +214,7 @@ def test_a_full_disk_under_the_command_line_is_one_line_and_leaves_nothing(tmp_p
     code = """
 import resource, sys
 from tanuki_jax.cli import main
-resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+resource.setrlimit(resource.RLIMIT_FSIZE, (4_000, 4_000))
 sys.exit(main())
 """
     env = {**os.environ, "TANUKI_HUGE_PAGES": "0", "PYTHONPATH": str(Path(__file__).parents[1])}

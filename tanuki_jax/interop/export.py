@@ -33,6 +33,7 @@ from tanuki_jax.interop.huggingface import (
     Name,
     published_shape,
     sizes_of,
+    transposed,
 )
 from tanuki_jax.progress import Progress
 
@@ -125,9 +126,7 @@ def _published(name: Name, array: np.ndarray) -> np.ndarray:
     if not name.transposed:
         return array
     inward = array.shape[:1] if name.axes[0] == "D" else array.shape[:-1]
-    flat = array.reshape(int(np.prod(inward)), -1)
-    bits = flat.view(np.uint16) if flat.dtype.itemsize == 2 else flat  # NumPy moves its own types faster
-    return np.ascontiguousarray(bits.T).view(flat.dtype)
+    return transposed(array.reshape(int(np.prod(inward)), -1))
 
 
 def _write(directory: Path, tensors: list[Tensor], dtype: str) -> int:

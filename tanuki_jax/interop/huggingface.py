@@ -19,6 +19,7 @@ from tanuki_jax import config, files
 from tanuki_jax.checkpoint import Opened, Stored
 from tanuki_jax.errors import UserError
 
+STRIP = 32  # rows that are transposed together
 INDEX = "model.safetensors.index.json"
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "chat_template*")
 KINDS = ("llama", "mixtral", "tanuki")  # of config.json
@@ -100,8 +101,8 @@ def open_huggingface(path: Path) -> Opened:
 
     def ours(name: Name, array: np.ndarray) -> np.ndarray:
         """A published array in our layout."""
-        array = array.T if name.transposed else array
-        return np.ascontiguousarray(array.reshape([sizes[axis] for axis in name.axes]))
+        shape = [sizes[axis] for axis in name.axes]
+        return (transposed(array) if name.transposed else np.ascontiguousarray(array)).reshape(shape)
 
     def stored(name: Name, *before: int, read: Callable[..., np.ndarray]) -> Stored:
         return Stored((*before, *(sizes[axis] for axis in name.axes)), cfg.param_dtype, read)
@@ -148,6 +149,15 @@ def open_huggingface(path: Path) -> Opened:
         tree |= {f"layers/{part}": experts(part, name) for part, name in EXPERT.items()}
     weights.check_all_used()
     return Opened(cfg, tree, {"huggingface": str(path)}, path)
+
+
+def transposed(matrix: np.ndarray) -> np.ndarray:
+    """A matrix the other way round, in its own memory: in strips that fit the cache, and bfloat16 as plain 16 bits."""
+    bits = matrix.view(np.uint16) if matrix.dtype.itemsize == 2 else matrix
+    result = np.empty(bits.shape[::-1], bits.dtype)
+    for start in range(0, len(bits), STRIP):
+        result[:, start : start + STRIP] = bits[start : start + STRIP].T
+    return result.view(matrix.dtype)
 
 
 def published_shape(name: Name, sizes: dict[str, int]) -> tuple[int, ...]:
@@ -280,7 +290,7 @@ class _Weights:
     def _names(self, file: str) -> set[str]:
         return set(self._open(file).keys())
 
-    @functools.cache  # noqa: B019
+    @functools.lru_cache(maxsize=2)  # noqa: B019  # a mapped file counts as memory in use
     def _open(self, file: str) -> Any:
         import safetensors
 

@@ -42,14 +42,18 @@ class Probe:
         """A layer's attention in both, and the dense FFN; without a router the layer stays dense."""
         tree = {"attn": {name: layer[f"attn/{name}"] for name in "qkvo"}, **{n: layer[n] for n in ("norm_attn", "norm_mlp")}}
         x, h = self._attend(tree, self._of_dense, self._batch)
-        self._of_dense = x + self._ffn(self._dense, dense, h)
         self._of_mixture, self._h = self._attend(tree, self._of_mixture, self._batch)
+        said, of_mixture = self._ffn(self._dense, dense, jnp.stack([h[0], self._h[0]]))
+        self._of_dense = x + said
+        self._said = (dense, of_mixture[None])  # an expert that is the dense FFN says the same
         self._gate = None if router is None else self._gates(router, self._h)
 
     def expert(self, number: int, weights: Any) -> None:
         """Adds what one expert (or the only FFN of the layer) says."""
-        cfg = self._dense if self._gate is None else self._expert
-        said = self._ffn(cfg, weights, self._h)
+        if self._said[0] is not weights:
+            cfg = self._dense if self._gate is None else self._expert
+            self._said = (weights, self._ffn(cfg, weights, self._h))
+        said = self._said[1]
         self._of_mixture += said if self._gate is None else said * self._gate[..., number : number + 1]
 
     def end(self, norm: np.ndarray, head: np.ndarray) -> None:

@@ -155,7 +155,7 @@ def _blocks(
 
     def read(source: Opened, name: str, *layer: int) -> np.ndarray:
         array = source.tree[name].read(*layer)
-        if not np.isfinite(array).all():
+        if not _finite(array):
             where = f"{name}, layer {layer[0]}" if layer else name
             raise UserError(f"upcycle: {source.stage_directory} has NaN or Inf in {where}; use an earlier checkpoint")
         return array.astype(dtype, copy=False)
@@ -205,6 +205,13 @@ def _blocks(
     probe.end(norm, head)
     yield "norm_final", (), norm
     yield "head", (), head
+
+
+def _finite(array: np.ndarray) -> bool:
+    """Whether no element is NaN or Inf; of bfloat16 the exponent's bits are looked at, which NumPy does much faster."""
+    if array.dtype.itemsize != 2:
+        return bool(np.isfinite(array).all())
+    return bool(((array.view(np.uint16) & 0x7F80) != 0x7F80).all())
 
 
 # --- before it is done ----------------------------------------------------------------------------------------------
