@@ -7,6 +7,7 @@ asynchronous and atomic (Orbax writes to a temporary name and renames); a checkp
 
 from __future__ import annotations
 
+import asyncio
 import collections
 import dataclasses
 import errno
@@ -48,7 +49,7 @@ class Checkpoints:
             enable_async_checkpointing=True,
             cleanup_tmp_directories=keep != EVERY,  # who only reads must not disturb a run that is saving
         )
-        with _disk_errors(self.directory):
+        with disk_errors(self.directory):
             self._manager = ocp.CheckpointManager(self.directory, options=options)
         self._given_up = False
 
@@ -104,18 +105,23 @@ class Checkpoints:
     def _saving(self) -> Iterator[None]:
         """A save that fails leaves nothing half-written behind, and no thread that still writes."""
         try:
-            with _disk_errors(self.directory):
+            with disk_errors(self.directory):
                 yield
         except BaseException:
             self._given_up = True
-            for thread in threading.enumerate():
-                if type(thread).__module__.startswith("orbax") or thread.name in ORBAX_THREADS:
-                    threading.Thread.join(thread, 30)  # Orbax's own join would raise the error once more
+            _join_orbax()
             with suppress(Exception):
                 self._manager.close()
             for unfinished in self.directory.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(unfinished, ignore_errors=True)
             raise
+
+
+def _join_orbax() -> None:
+    """Waits for Orbax's threads."""
+    for thread in threading.enumerate():
+        if type(thread).__module__.startswith("orbax") or thread.name in ORBAX_THREADS:
+            threading.Thread.join(thread, 30)  # Orbax's own join would raise the error once more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,12 +276,13 @@ class _StreamHandler(ocp.type_handlers.NumpyHandler):
         self._stores[value.name] = await tensorstore.open(tspec, create=True, open=True, context=ts_context)
         if len(self._stores) == self._count:
             pending: collections.deque[Any] = collections.deque()
-            for name, index, block in self._blocks:
-                pending.append(self._stores[name][index].write(block))
-                if len(pending) > AHEAD:
-                    await pending.popleft()
-            for written in pending:
-                await written
+            try:
+                for name, index, block in self._blocks:
+                    pending.append(self._stores[name][index].write(block))
+                    if len(pending) > AHEAD:
+                        await pending.popleft()
+            finally:  # after an error too, else a write would come back after the directory is removed
+                await asyncio.gather(*pending)
 
 
 def save_streamed(stage_directory: Path, cfg: config.Model, blocks: Iterator[Block], meta: dict[str, Any]) -> None:
@@ -285,10 +292,17 @@ def save_streamed(stage_directory: Path, cfg: config.Model, blocks: Iterator[Blo
     """
     shapes = {name: (shape, str(np.dtype(leaf.dtype))) for (name, _, shape), leaf in _with_leaves(cfg)}
     leaves = {name: _Streamed(name, shape, dtype, _block(name, shape)) for name, (shape, dtype) in shapes.items()}
-    handler = ocp.PyTreeCheckpointHandler(
-        use_ocdbt=False,
-        type_handler_registry=ocp.type_handlers.create_type_handler_registry((_Streamed, _StreamHandler(len(leaves), blocks))),
-    )
+    stopped = threading.Event()
+
+    def until_stopped() -> Iterator[Block]:
+        for block in blocks:
+            if stopped.is_set():
+                raise RuntimeError("stopped")
+            yield block
+
+    writing = (_Streamed, _StreamHandler(len(leaves), until_stopped()))
+    registry = ocp.type_handlers.create_type_handler_registry(writing)
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry)
     directory = Path(stage_directory).absolute() / "checkpoints"
     tree: dict[str, Any] = {}
     for name, leaf in leaves.items():
@@ -299,9 +313,14 @@ def save_streamed(stage_directory: Path, cfg: config.Model, blocks: Iterator[Blo
         place[last] = leaf
     options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
     handlers = {"params": handler, "meta": ocp.JsonCheckpointHandler()}
-    with _disk_errors(directory), ocp.CheckpointManager(directory, options=options, item_handlers=handlers) as manager:
-        items = {"params": ocp.args.PyTreeSave(tree), "meta": ocp.args.JsonSave({"step": 0, **meta})}
-        manager.save(0, args=ocp.args.Composite(**items))
+    with disk_errors(directory), ocp.CheckpointManager(directory, options=options, item_handlers=handlers) as manager:
+        items = {"params": ocp.args.PyTreeSave(tree), "meta": ocp.args.JsonSave({**meta, "step": 0})}
+        try:
+            manager.save(0, args=ocp.args.Composite(**items))
+        except BaseException:  # Ctrl-C comes to this thread, while another one goes on writing
+            stopped.set()
+            _join_orbax()
+            raise
         files.sync(directory)
 
 
@@ -371,7 +390,7 @@ def check_architecture(where: str, saved: dict[str, Any], cfg: config.Model) -> 
 
 
 @contextmanager
-def _disk_errors(directory: Path) -> Iterator[None]:
+def disk_errors(directory: Path) -> Iterator[None]:
     """Turns the many ways in which a full or closed disk shows itself into one message."""
     try:
         yield

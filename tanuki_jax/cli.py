@@ -38,7 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 0
     except KeyboardInterrupt:
-        print("\ntanuki: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        resumes = given[:1] in (["run"], ["train"], ["data"])
+        what = "the same command goes on from where it was" if resumes else "no output was written"
+        print(f"\ntanuki: interrupted; {what}", file=sys.stderr)
         return 130
     return 1
 

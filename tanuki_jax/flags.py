@@ -140,7 +140,7 @@ def _upcycle(made: argparse.ArgumentParser) -> None:
         help="the dense FFN; with noise (default, Tanuki); partly drawn anew (Drop-Upcycling); split (virtual groups)",
     )
 
-    def number(name: str, kind: type, default: float, text: str) -> None:
+    def number(name: str, kind: Any, default: float, text: str) -> None:
         made.add_argument(f"--{name}", type=kind, default=default, help=f"{text} (default %(default)s)")
 
     number("noise_std", float, 1e-3, "noise: absolute standard deviation on every FFN weight")
@@ -156,12 +156,18 @@ def _upcycle(made: argparse.ArgumentParser) -> None:
     number("gate_scale", float, 1.0, "lambda of the normalised gate")
     made.add_argument("--router_bias", action="store_true", help="with a bias of each expert for loss-free balancing, at 0")
     made.add_argument("--param_dtype", choices=("float32", "bfloat16"), help="of the output; the checkpoint's without it")
-    number("seed", int, 0, "of everything random")
+    number("seed", _seed, 0, "of everything random")
     made.add_argument("--dry_run", action="store_true", help="only say what would come out, in what time and memory")
     made.epilog = (
         "Layer by layer: memory holds one dense layer and one expert.  A few random tokens go through both models on the way, "
         "and how far their logits differ is told: nothing for copy and groups."
     )
+
+
+def _seed(text: str) -> int:
+    if not -(2**63) <= int(text) < 2**63:
+        raise argparse.ArgumentTypeError(f"the seed {text} does not fit into 64 bits")
+    return int(text)
 
 
 def _add(parser: argparse.ArgumentParser, *names: str) -> None:

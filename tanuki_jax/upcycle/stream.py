@@ -26,11 +26,11 @@ from tanuki_jax.upcycle.probe import TOKENS, Identity, Probe
 SHARED = ("attn/q", "attn/k", "attn/v", "attn/o", "norm_attn", "norm_mlp")
 
 
-def open_dense(path: Path) -> Opened:
+def open_dense(path: str) -> Opened:
     """A dense checkpoint, ours or a Hugging Face directory, to be read a layer at a time."""
-    if not Path(path).is_dir():
+    if not path or not Path(path).is_dir():
         raise UserError(f"--checkpoint: no such directory: {path}")
-    opened = interop.open_llama(path) if interop.is_huggingface(path) else checkpoint.open_stored(path)
+    opened = interop.open_llama(Path(path)) if interop.is_huggingface(Path(path)) else checkpoint.open_stored(path)
     if opened.cfg.n_experts:
         raise UserError(f"upcycle: {path} is a mixture already; give a dense one")
     return opened
@@ -46,6 +46,8 @@ def check_alike(sources: Sequence[Opened]) -> None:
                     f"upcycle: {name} has shape {list(stored.shape)} in {first.stage_directory} and "
                     f"{list(other.tree[name].shape)} in {other.stage_directory}; experts come from checkpoints of one shape"
                 )
+        alike = dataclasses.replace(other.cfg, param_dtype=first.cfg.param_dtype)
+        checkpoint.check_architecture(str(other.stage_directory), config.to_dict(alike), first.cfg)
 
 
 class Job(NamedTuple):
@@ -62,7 +64,7 @@ def plan(checkpoints: Sequence[str], shape: dict[str, Any], settings: dict[str, 
 
     shape: keys of upcycle.SHAPE; settings: keys of config.Upcycle; dtype: of the output, by default the checkpoint's.
     """
-    sources = tuple(open_dense(Path(path)) for path in checkpoints)
+    sources = tuple(open_dense(path) for path in checkpoints)
     check_alike(sources)
     cfg = upcycle.mixture_of(sources[0].cfg, **shape)
     cfg = dataclasses.replace(cfg, param_dtype=dtype or cfg.param_dtype)
@@ -74,14 +76,17 @@ def plan(checkpoints: Sequence[str], shape: dict[str, Any], settings: dict[str, 
 def run(job: Job, output: Path) -> str:
     """Makes the mixture, and returns a table of what came of it.  `output` is there whole or not at all."""
     began = time.monotonic()
-    with files.atomic_path(output) as temporary:
+    with checkpoint.disk_errors(output), files.atomic_path(output) as temporary:
         meta = {**job.sources[0].meta, "stage": "upcycle", "model": config.to_dict(job.cfg), "data_fingerprint": ""}
         meta["upcycle"] = config.to_dict(job.options) | {"seed": job.seed, "from": str(job.sources[0].stage_directory)}
         identity = write(job, temporary, meta)
         interop.copy_tokenizer(job.sources[0].tokenizer_directory, temporary / "tokenizer")
     seconds = time.monotonic() - began
     size = _bytes(job.cfg)
-    kind = "exact up to rounding" if identity.difference <= 1e-4 * identity.spread else "not the dense model's function"
+    strategy, cfg = job.options.strategy, job.cfg
+    exact = strategy == "copy" or (strategy == "groups" and cfg.top_k % upcycle.granularity(cfg) == 0)
+    rounding = 3e-2 if exact and cfg.param_dtype == "bfloat16" else 1e-4  # the roots of `groups` are rounded
+    kind = "exact up to rounding" if identity.difference <= rounding * identity.spread else "not the dense model's function"
     return _table(
         job,
         [
@@ -170,6 +175,7 @@ def _blocks(
     table = shared("embed/table")
     probe.begin(table)
     yield "embed/table", (), table
+    del table
     for layer in range(cfg.n_layers):
         rest = {name: shared(f"layers/{name}", layer) for name in SHARED}
         for name, array in rest.items():
@@ -245,7 +251,7 @@ def _disk_rate(directory: Path) -> float:
     while not directory.is_dir():
         directory = directory.parent
     block = b"\1" * (64 << 20)
-    with tempfile.NamedTemporaryFile(dir=directory) as scratch:
+    with checkpoint.disk_errors(directory), tempfile.TemporaryFile(dir=directory) as scratch:  # without a name
         began = time.monotonic()
         for _ in range(8):
             scratch.write(block)
