@@ -14,6 +14,11 @@ from tanuki_jax.model.moe import route
 from tanuki_jax.model.transformer import MLP
 
 
+def embed(cfg: config.Model, table_VD: jax.Array, tokens_BS: jax.Array) -> jax.Array:
+    """The residual stream before the first layer, [B, S, D]."""
+    return table_VD[tokens_BS].astype(compute_dtype(cfg))
+
+
 def attend(cfg: config.Model, layer: Any, x_BSD: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """The stream after a layer's attention, and what the FFN or the mixture sees of it; `layer` has attn and both norms."""
     normed_BSD = rms_norm(x_BSD, layer["norm_attn"], cfg.norm_eps)

@@ -36,7 +36,9 @@ class Probe:
         self._gates = jax.jit(functools.partial(model.layerwise.gates, self._mixture))
 
     def begin(self, table: np.ndarray) -> None:
-        self._of_dense = self._of_mixture = jnp.asarray(table[np.asarray(self._tokens)], jnp.float32)
+        rows, places = np.unique(np.asarray(self._tokens), return_inverse=True)  # the table is large
+        embedded = model.layerwise.embed(self._dense, jnp.asarray(table[rows]), places.reshape(self._tokens.shape))
+        self._of_dense = self._of_mixture = embedded
 
     def enter(self, layer: dict[str, np.ndarray], dense: dict[str, np.ndarray], router: np.ndarray | None = None) -> None:
         """A layer's attention in both, and the dense FFN; without a router the layer stays dense."""
