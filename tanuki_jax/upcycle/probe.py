@@ -37,7 +37,7 @@ class Probe:
 
     def begin(self, table: np.ndarray) -> None:
         rows, places = np.unique(np.asarray(self._tokens), return_inverse=True)  # the table is large
-        embedded = model.layerwise.embed(self._dense, jnp.asarray(table[rows]), places.reshape(self._tokens.shape))
+        embedded = model.layerwise.embed(self._dense, jnp.asarray(table[rows]), jnp.asarray(places.reshape(self._tokens.shape)))
         self._of_dense = self._of_mixture = embedded
 
     def enter(self, layer: dict[str, np.ndarray], dense: dict[str, np.ndarray], router: np.ndarray | None = None) -> None:
