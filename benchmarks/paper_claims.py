@@ -21,7 +21,7 @@ import numpy as np
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 DENSE_TOKENS, FURTHER, FINALE, SFT, DPO_STEPS = 2_500_000, 1_200_000, 300_000, 500_000, 80
-# So small that the dense model has little left to learn when it is upcycled, as the original had: 20 tokens a parameter.
+# So small that the dense model has little left to learn when it is upcycled, as the original had.
 MODEL = dict(n_layers=2, d_model=48, d_ff=144, n_heads=2, n_kv_heads=2, head_dim=24, remat="none")
 GENERAL = dict(ja=(0.35,), en=(0.25,), synthetic_ja=(0.24,), synthetic_en=(0.16,))
 SYNTHETIC = dict(synthetic_ja=(0.6,), synthetic_en=(0.4,))

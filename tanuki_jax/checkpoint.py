@@ -272,17 +272,26 @@ class _StreamHandler(ocp.type_handlers.NumpyHandler):
 
     async def _open_and_write(self, value: _Streamed, tspec: dict[str, Any], ts_context: Any) -> None:
         tspec["metadata"] |= {"chunks": value.block, "compressor": None}  # weights hardly shrink
-        tspec["context"] = {"file_io_sync": False}  # once at the end
         self._stores[value.name] = await tensorstore.open(tspec, create=True, open=True, context=ts_context)
         if len(self._stores) == self._count:
             pending: collections.deque[Any] = collections.deque()
             try:
                 for name, index, block in self._blocks:
-                    pending.append(self._stores[name][index].write(block))
+                    pending.append(_write_block(self._stores[name], index, block))
                     if len(pending) > AHEAD:
                         await pending.popleft()
             finally:  # after an error too, else a write would come back after the directory is removed
                 await asyncio.gather(*pending)
+
+
+def _write_block(store: Any, index: tuple[int, ...], block: np.ndarray) -> Any:
+    """Begins to write one chunk.  On a local disk an uncompressed one is a file of its bytes, which needs no copy of them."""
+    kvstore = store.spec().to_json()["kvstore"]
+    if kvstore["driver"] != "file":
+        return store[index].write(block)
+    path = Path(kvstore["path"]) / ".".join(map(str, (*index, *(0,) * block.ndim)))
+    data = np.ascontiguousarray(block).reshape(-1).view(np.uint8).data
+    return asyncio.get_running_loop().run_in_executor(None, path.write_bytes, data)
 
 
 def save_streamed(stage_directory: Path, cfg: config.Model, blocks: Iterator[Block], meta: dict[str, Any]) -> None:
