@@ -1,5 +1,6 @@
 """Tests run on CPU with 8 forced host devices; a GPU or TPU is never touched."""
 
+import gc
 import os
 import tempfile
 from pathlib import Path
@@ -36,6 +37,16 @@ TEXTS = [
     "以下は、タスクを説明する指示です。要求を適切に満たす応答を書きなさい。",
     "### 指示:\nこんにちは\n\n### 応答:\nこんにちは。",
 ] * 20
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs():
+    """Every compiled program maps memory, and a process may have 65,530 maps; the thousands of a whole run are too many."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.is_file() and len(maps.read_bytes().splitlines()) > 20_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

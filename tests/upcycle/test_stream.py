@@ -566,6 +566,7 @@ for flags in ([f"--output={locked}/mixture"], [f"--output={locked}/mixture", "--
 # Children of one process that has imported everything: each is told of by what it has read, and gets its signal after so much.
 KILLER = """
 import dataclasses, json, os, sys, time
+from signal import SIGINT, default_int_handler, signal as handle
 from tanuki_jax import checkpoint, cli, interop
 from tanuki_jax.upcycle import stream
 
@@ -589,6 +590,7 @@ for number, (signal, reads, delay) in enumerate(kills):
     child = os.fork()
     if not child:
         os.close(told)
+        handle(SIGINT, default_int_handler)  # a shell in the background starts its commands without it
         flags = [f"--checkpoint={source}", f"--output={directory}/{number}", "--n_experts=4", "--noise_std=0.05", "--seed=7"]
         sys.exit(cli.main(["upcycle", *flags]))
     os.close(out)
