@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import fnmatch
 import math
 import sys
 import typing
@@ -24,7 +25,10 @@ from tanuki_jax.schema import (
     COMPUTED,
     MIXTURE,
     PREFERENCES,
+    PROJECTED,
     RESUMABLE,
+    ROUTED,
+    Lora,
     Loss,
     Mesh,
     Model,
@@ -45,6 +49,7 @@ __all__ = [
     "MIXTURE",
     "PREFERENCES",
     "RESUMABLE",
+    "Lora",
     "Loss",
     "Mesh",
     "Model",
@@ -91,7 +96,7 @@ def stage(kind: str, **overrides: Any) -> ConfigDict:
 
 
 def _override(config: ConfigDict, values: Mapping[str, Any], path: str = "") -> ConfigDict:
-    free = path in ("mixture", "data", "stages", "shares", "preference")  # dictionaries of the user's own names
+    free = path in ("mixture", "data", "stages", "shares", "preference", "targets")  # dictionaries of the user's own names
     for name, value in values.items():
         if not free and name not in config:
             raise UserError(_unknown(f"{path}.{name}".lstrip("."), config.keys()))
@@ -365,9 +370,38 @@ def _validate_stage(recipe: Recipe, name: str, this: Stage) -> None:
         raise UserError(f"{where}.loss.label_smoothing is for cdpo and robust; set loss.preference to {{'cdpo': 1.0}}")
     if not 0 <= this.loss.label_smoothing < 0.5:
         raise UserError(f"{where}.loss.label_smoothing {this.loss.label_smoothing} must lie between 0 and 0.5")
+    _validate_lora(recipe, name, this)
     if this.epochs and this.kind == "pretrain":
         raise UserError(f"{where}.epochs is for sft and dpo; give a pretraining stage tokens or steps")
     _validate_mixture(recipe, where, this)
+
+
+def _validate_lora(recipe: Recipe, name: str, this: Stage) -> None:
+    where, options = f"config: stages.{name}", this.lora
+    if options.rank < 0:
+        raise UserError(f"{where}.lora.rank is {options.rank}; it must not be negative, and 0 trains all parameters")
+    if not options.rank:
+        if this.carry == "adapter":
+            raise UserError(f"{where}.carry is adapter, but lora.rank is 0; set the rank of the adapter in init_from")
+        return
+    if not this.init_from:
+        raise UserError(f"{where}.lora: adapters need a model in init_from")
+    if not 0 < options.alpha < math.inf or not 0 <= options.dropout < 1:
+        raise UserError(f"{where}.lora: alpha must be above 0, dropout at least 0 and below 1")
+    model = model_of(recipe, name)
+    mixtures = len(mixture_layers(model))
+    known = [n for n in PROJECTED if mixtures < model.n_layers or not n.startswith("mlp/")] + [*ROUTED][: 4 * bool(mixtures)]
+    for pattern, rank in options.targets.items():
+        fits = fnmatch.filter(known, pattern)
+        if not fits or rank < 0:
+            raise UserError(
+                f"{where}.lora.targets: {pattern!r} with rank {rank} fits nothing; the matrices are {', '.join(known)}, a rank "
+                "is at least 0"
+            )
+        if options.dropout and set(fits) & set(ROUTED):
+            raise UserError(f"{where}.lora.dropout is for attention and dense FFN; set it to 0 for {pattern!r}")
+    if not options.targets:
+        raise UserError(f"{where}.lora.targets is empty; name some of {', '.join(known)}")
 
 
 def _validate_mixture(recipe: Recipe, where: str, this: Stage) -> None:

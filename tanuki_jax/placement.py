@@ -52,18 +52,61 @@ def check_mesh(recipe: Recipe, name: str, mesh: jax.sharding.Mesh) -> None:
         )
 
 
+def trained_shardings(cfg: config.Model, lora: config.Lora, mesh: jax.sharding.Mesh) -> Any:
+    """How the parameters that a stage trains are split: all, or the adapters."""
+    if not lora.rank:
+        return checkpoint.parameter_shardings(cfg, mesh)
+    ranks = model.lora.ranks(cfg, lora)
+    return parallel.tree_shardings(mesh, model.lora.adapter_axes(cfg, ranks)[0], model.lora.adapter_shapes(cfg, ranks))
+
+
+def frozen_shardings(cfg: config.Model, lora: config.Lora, mesh: jax.sharding.Mesh) -> Any:
+    """How those are split that it does not train."""
+    if not lora.rank:
+        return {}
+    scales = model.lora.scale_tree(model.lora.scales(cfg, lora))
+    return {**checkpoint.parameter_shardings(cfg, mesh), **jax.tree.map(lambda _: checkpoint.replicated(mesh), scales)}
+
+
 def state_shardings(
-    cfg: config.Model, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh, loss: config.Loss | None = None
+    cfg: config.Model,
+    optimizer: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh,
+    loss: config.Loss | None = None,
+    lora: config.Lora | None = None,
 ) -> tuple[State, State]:
     """Shapes of a state with their shardings, and the shardings alone: moments lie like their parameters."""
-    key, options = jax.random.key(0), loss or config.Loss()
-    shapes = jax.eval_shape(lambda: init_state(model.init(cfg, key), optimizer, key, balance.initial(cfg, options)))
-    split, whole = checkpoint.parameter_shardings(cfg, mesh), checkpoint.replicated(mesh)
+    key, options, lora = jax.random.key(0), loss or config.Loss(), lora or config.Lora()
+
+    def make() -> State:
+        params, frozen = model.init(cfg, key), {}
+        if lora.rank:
+            params, scales = model.lora.init_adapters(cfg, lora, key)
+            frozen = model.lora.frozen(cfg, model.init(cfg, key)) | scales
+        return init_state(params, optimizer, key, balance.initial(cfg, options), frozen)
+
+    shapes = jax.eval_shape(make)
+    split, whole = trained_shardings(cfg, lora, mesh), checkpoint.replicated(mesh)
     moments = optax.tree_utils.tree_map_params(
         optimizer, lambda _, s: s, shapes.opt_state, split, transform_non_params=lambda _: whole
     )
-    shardings: Any = State(whole, split, moments, whole, dict.fromkeys(shapes.balance, whole))  # type: ignore[arg-type]  # a tree of shardings, not arrays
+    shardings: Any = State(
+        whole,  # type: ignore[arg-type]  # a tree of shardings, not arrays
+        split,
+        moments,
+        whole,  # type: ignore[arg-type]
+        dict.fromkeys(shapes.balance, whole),  # type: ignore[arg-type]
+        frozen_shardings(cfg, lora, mesh),
+    )
     return checkpoint.sharded_like(shapes, shardings), shardings
+
+
+def describe_adapters(cfg: config.Model, lora: config.Lora) -> str:
+    """A line on what a stage trains of a model that is frozen."""
+    found = list(model.lora.targets(cfg, model.lora.ranks(cfg, lora)))
+    count = sum(math.prod(shape) for one in found for _, shape in (one.a, one.b))
+    named = ", ".join(f"{one.path.removeprefix('layers/')} {one.rank}" for one in found)
+    return f"adapters of rank {named}; {count:,} parameters trained, the others frozen"
 
 
 def describe(cfg: config.Model, mesh: jax.sharding.Mesh) -> str:

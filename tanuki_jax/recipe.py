@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from tanuki_jax import __version__, checkpoint, config, files, inputs, parallel, placement, stage
+from tanuki_jax import __version__, checkpoint, config, files, inputs, parallel, placement, stage, start
 from tanuki_jax.config import Recipe
 from tanuki_jax.errors import UserError
 from tanuki_jax.evaluate import score
@@ -53,7 +53,7 @@ def run(recipe: Recipe, workdir: Path, only: str = "", allow_data_change: bool =
         entry = stage.run(recipe, name, workdir, ready, meshes[name], allow_data_change)
         entry["scores"], samples = _scores(recipe, name, workdir, ready, mesh)
         result = {"entry": entry, "samples": samples}
-        parallel.on_first(functools.partial(files.write_json, stage.directory(workdir, name) / "done.json", result))
+        parallel.on_first(functools.partial(files.write_json, start.directory(workdir, name) / "done.json", result))
         if first:
             print(_line(entry), file=sys.stderr, flush=True)
     entries = [done["entry"] for name in recipe.stages if (done := _done(workdir, name))]
@@ -76,7 +76,7 @@ def versions() -> dict[str, str]:
 
 
 def _done(workdir: Path, name: str) -> dict[str, Any] | None:
-    path = stage.directory(workdir, name) / "done.json"
+    path = start.directory(workdir, name) / "done.json"
     return files.read_json(path) if path.is_file() else None
 
 
@@ -117,6 +117,9 @@ def _announce(recipe: Recipe, mesh: jax.sharding.Mesh, meshes: dict[str, jax.sha
     for name, own in meshes.items():
         if own != mesh:
             print(f"stage {name}: mesh {_shape(own)}, for it has {recipe.stages[name].batch_size} rows", file=sys.stderr)
+    for name in (n for n in meshes if recipe.stages[n].lora.rank):
+        told = placement.describe_adapters(config.model_of(recipe, name), recipe.stages[name].lora)
+        print(f"stage {name}: {told}", file=sys.stderr)
     for mixture in sorted({config.is_mixture(recipe, name) for name in meshes}):
         name = next(n for n in meshes if config.is_mixture(recipe, n) == mixture)
         print(
@@ -136,7 +139,7 @@ def _scores(
     """Exact answers to held-out prompts, and preferences between held-out pairs, of the stage's last checkpoint."""
     if not recipe.scoring.prompts:
         return {}, []
-    began, home, options = time.monotonic(), stage.directory(workdir, name), recipe.scoring
+    began, home, options = time.monotonic(), start.directory(workdir, name), recipe.scoring
     loaded = checkpoint.load(home, mesh)
     prompts = rules.held_out_prompts(options.prompts, recipe.seed)
     sampling = Sampling(max_new_tokens=options.max_new_tokens, stop=(ready.tokenizer.eos,))
@@ -157,7 +160,7 @@ def _scores(
             scores["pair_accuracy"] = round(float((margins > 0).mean()), 4)
             if jax.process_index() == 0:
                 files.write_json(home / "pair_margins.json", [round(float(m), 4) for m in margins])
-            before = stage.directory(workdir, recipe.stages[name].init_from) / "pair_margins.json"
+            before = start.directory(workdir, recipe.stages[name].init_from) / "pair_margins.json"
             if recipe.stages[name].kind == "dpo" and before.is_file():
                 # TRL's rewards/accuracies: has the stage moved the pair apart in the right direction?
                 reference = np.array(json.loads(before.read_text(encoding="utf-8")))

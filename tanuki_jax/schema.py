@@ -161,12 +161,25 @@ class Upcycle:
 
 
 @dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters that are trained while the model is frozen; docs/posttraining.md."""
+
+    rank: int = key(0, "r of the adapters; 0 = none, all parameters are trained")
+    alpha: float = key(16.0, "the adapters' product is multiplied by alpha / r")
+    rslora: bool = key(False, "multiplied by alpha / sqrt(r) instead (Kalajdzievski 2023)")
+    dropout: float = key(0.0, "share of an adapter's inputs that is dropped; attention and dense FFN only")
+    targets: dict[str, int] = key(
+        lambda: {"attn/*": 0}, "pattern of matrices (attn/q, mlp/up, moe/down, moe/router, ...) -> their rank; 0 = `rank`"
+    )
+
+
+@dataclass(frozen=True)
 class Stage:
     """One stage of a recipe.  Stages run in the order that `init_from` gives."""
 
     kind: str = key("pretrain", "pretrain, upcycle, sft or dpo")
     init_from: str = key("", "an earlier stage, a checkpoint directory, or empty: random weights")
-    carry: str = key("params", "what is taken from init_from: params, or all (Adam's moments too)")
+    carry: str = key("params", "taken from init_from: params (adapters merged), adapter (trained on), all (Adam's moments too)")
     mixture_of_experts: bool = key(
         False, "a stage that starts from random weights or from a checkpoint directory: whether that is a mixture"
     )
@@ -182,6 +195,7 @@ class Stage:
     rope_theta: float = key(0.0, "RoPE base of this stage; 0 = the model's")
     optimizer: Optimizer = key(Optimizer, "AdamW and its schedule")
     loss: Loss = key(Loss, "loss options")
+    lora: Lora = key(Lora, "adapters instead of all parameters")
     upcycle: Upcycle = key(Upcycle, "kind upcycle only")
     save_every: int = key(500, "steps between checkpoints; the last step is always saved")
     keep: int = key(1, "newest checkpoints kept")
@@ -207,7 +221,7 @@ class Recipe:
 
 CHOICES = {
     "kind": ("pretrain", "upcycle", "sft", "dpo"),
-    "carry": ("params", "all"),
+    "carry": ("params", "adapter", "all"),
     "schedule": ("cosine", "wsd", "constant"),
     "strategy": ("copy", "noise", "drop", "groups"),
     "router_init": ("normal", "uniform"),
@@ -225,6 +239,9 @@ PREFERENCES = (
     *("sigmoid", "cdpo", "robust", "hinge", "ipo", "sigmoid_norm", "apo_zero", "apo_down", "nca_pair", "bco_pair"),
     *("sppo_hard", "sft"),
 )
+# What Lora.targets may name (model/lora.py), without and with mixtures of experts; the dropout is for the first kind.
+PROJECTED = ("attn/q", "attn/k", "attn/v", "attn/o", "mlp/gate", "mlp/up", "mlp/down")
+ROUTED = ("moe/gate", "moe/up", "moe/down", "moe/router")
 # Keys of a model that say nothing of a dense one.
 MIXTURE = ("expert_d_ff", "first_dense", "moe_every", "top_k", "normalized_gate", "gate_scale", "router_bias")
 # Keys that may differ between two runs of one workdir: they change neither the data nor the weights.

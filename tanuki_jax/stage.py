@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -18,56 +17,29 @@ from tanuki_jax.data import loader, packing
 from tanuki_jax.errors import UserError
 from tanuki_jax.inputs import Inputs
 from tanuki_jax.progress import Progress
-from tanuki_jax.stage_data import stage_data
+from tanuki_jax.stage_data import sources_of, stage_data
+from tanuki_jax.start import (
+    base_directory,
+    carried_moments,
+    directory,
+    frozen_params,
+    named_key,
+    parent_directory,
+    trained_params,
+)
 from tanuki_jax.train import balance, loop, losses
 from tanuki_jax.train.optimizer import learning_rate, make_optimizer
 from tanuki_jax.train.step import State, init_state, make_train_step, make_update
 from tanuki_jax.validation import make_validation
 
 
-def directory(workdir: Path, name: str) -> Path:
-    """Where a stage lives."""
-    return workdir / "stages" / name
-
-
-def named_key(seed: int, *names: str) -> jax.Array:
-    """The random key of a named purpose."""
-    key = jax.random.key(seed)
-    for name in names:
-        key = jax.random.fold_in(key, zlib.crc32(name.encode()))
-    return key
-
-
-# --- what a stage starts from ---------------------------------------------------------------------------------------
-
-
-def parent_directory(recipe: Recipe, name: str, workdir: Path) -> Path | None:
-    """Where the stage's starting checkpoint lies; None for random weights."""
-    parent = recipe.stages[name].init_from
-    if not parent:
-        return None
-    return directory(workdir, parent) if parent in recipe.stages else Path(parent)
-
-
-def _starting_params(recipe: Recipe, name: str, workdir: Path, mesh: jax.sharding.Mesh) -> Any:
-    """Parameters of the parent, or random ones, on the mesh."""
-    cfg = config.model_of(recipe, name)
-    parent = parent_directory(recipe, name, workdir)
-    if parent is None:
-        initialize = jax.jit(model.init, static_argnums=0, out_shardings=checkpoint.parameter_shardings(cfg, mesh))
-        return initialize(cfg, named_key(recipe.seed, name, "init"))
-    loaded = checkpoint.load(parent, mesh)
-    checkpoint.check_architecture(str(parent), loaded.meta["model"], cfg)
-    return loaded.params
-
-
 def program(recipe: Recipe, name: str, steps: int, mesh: jax.sharding.Mesh) -> tuple[Any, State, State]:
     """What a stage runs: the jitted train step, and the shapes and shardings of its state; nothing is allocated."""
     this, cfg = recipe.stages[name], config.model_of(recipe, name)
     optimizer = make_optimizer(this.optimizer)
-    abstract, shardings = placement.state_shardings(cfg, optimizer, mesh, this.loss)
+    abstract, shardings = placement.state_shardings(cfg, optimizer, mesh, this.loss, this.lora)
     train_step = make_train_step(
-        losses.make_loss(this.kind, cfg, this.loss),
+        losses.make_loss(this.kind, cfg, this.loss, sources_of(this), this.lora.dropout),
         optimizer,
         learning_rate(this.optimizer, steps),
         this.optimizer.clip_norm,
@@ -75,6 +47,7 @@ def program(recipe: Recipe, name: str, steps: int, mesh: jax.sharding.Mesh) -> t
         shardings,
         balance.make_rebalance(cfg, this.loss),
         parallel.compiler_options(mesh),
+        draws=this.lora.rank > 0 and this.lora.dropout > 0,
     )
     return train_step, abstract, shardings
 
@@ -83,7 +56,7 @@ def update(recipe: Recipe, name: str, mesh: jax.sharding.Mesh) -> tuple[Any, Sta
     """The part of a stage's step after its gradients, jitted, and the shapes of the state and of (gradients, loss)."""
     this, cfg = recipe.stages[name], config.model_of(recipe, name)
     optimizer = make_optimizer(this.optimizer)
-    abstract, shardings = placement.state_shardings(cfg, optimizer, mesh, this.loss)
+    abstract, shardings = placement.state_shardings(cfg, optimizer, mesh, this.loss, this.lora)
     part = make_update(optimizer, learning_rate(this.optimizer, 1000), this.optimizer.clip_norm)
     jitted = jax.jit(
         lambda state, grads, loss: part(state, grads, {"loss": loss}),
@@ -108,7 +81,8 @@ def run(
         return _upcycle(recipe, name, workdir, mesh)
     cfg = config.model_of(recipe, name)
     placement.check_mesh(recipe, name, mesh)
-    reference = _reference(recipe, name, workdir, inputs, mesh) if this.kind == "dpo" else None
+    frozen = frozen_params(recipe, name, workdir, mesh)
+    reference = _reference(recipe, name, workdir, inputs, mesh, frozen) if this.kind == "dpo" else None
     data = parallel.once(lambda: stage_data(recipe, name, inputs, workdir / "data", reference))
     train_step, abstract, shardings = program(recipe, name, data.steps, mesh)
     optimizer = make_optimizer(this.optimizer)
@@ -118,12 +92,15 @@ def run(
         "recipe": config.to_dict(recipe),
         "data_fingerprint": data.fingerprint,
     }
+    if frozen:
+        base, scales = base_directory(recipe, name, workdir), jax.device_get(frozen["lora_scale"])
+        meta["adapter"] = checkpoint.adapters_meta(home, base, model.lora.ranks(cfg, this.lora), model.lora.scales_of(scales))
     job = loop.Job(
         name=name,
         directory=home,
         steps=data.steps,
         tokens_per_step=this.seq_len * this.batch_size,
-        flops_per_token=model.flops_per_token(cfg, this.seq_len),
+        flops_per_token=model.flops_per_token(cfg, this.seq_len, frozen=bool(frozen)),
         save_every=this.save_every,
         log_every=this.log_every,
         keep=this.keep,
@@ -134,17 +111,19 @@ def run(
     rows, probes = this.batch_size // this.microbatches, []
     if data.held_out:
         probes.append((recipe.validation.every, make_validation(cfg, data.held_out, inputs.tokenizer, mesh, rows)))
-    if cfg.n_experts:
+    if cfg.n_experts and not frozen:
         probes.append((this.log_every, jax.jit(model.expert_health, out_shardings=checkpoint.replicated(mesh))))
 
     def fresh_state() -> State:
-        params = _starting_params(recipe, name, workdir, mesh)
-        key = named_key(recipe.seed, name, "train")
-        make = jax.jit(lambda p: init_state(p, optimizer, key, balance.initial(cfg, this.loss)), out_shardings=shardings)
-        state = make(params)
+        params, key = trained_params(recipe, name, workdir, mesh), named_key(recipe.seed, name, "train")
+        make = jax.jit(
+            lambda p: init_state(p, optimizer, key, balance.initial(cfg, this.loss)),
+            out_shardings=dataclasses.replace(shardings, frozen={}),
+        )
+        state = dataclasses.replace(make(params), frozen=frozen)
         if this.carry == "all":
-            parent = parent_directory(recipe, name, workdir)
-            state = dataclasses.replace(state, opt_state=_carried(parent, abstract))
+            moments = carried_moments(parent_directory(recipe, name, workdir), abstract)
+            state = dataclasses.replace(state, opt_state=moments)
         return state
 
     def check_meta(saved: dict[str, Any]) -> None:
@@ -158,7 +137,7 @@ def run(
     with jax.set_mesh(mesh):
         loop.run(
             job,
-            abstract,
+            dataclasses.replace(abstract, frozen=frozen),
             fresh_state,
             train_step,
             lambda first: loader.batches(data.rows, mesh, this.batch_size, first, data.steps),
@@ -166,22 +145,6 @@ def run(
             probes,
         )
     return {"name": name, "kind": this.kind, **loop.summary(job)}
-
-
-def _carried(parent: Path | None, abstract: State) -> Any:
-    """The optimizer's state of the parent stage."""
-    if parent is None:
-        raise UserError("config: carry='all' needs a stage or checkpoint in init_from")
-    checkpoints = checkpoint.Checkpoints(parent, keep=checkpoint.EVERY)
-    try:
-        step = checkpoints.latest()
-        if step is None:
-            raise UserError(f"checkpoint: {parent} has no checkpoint to carry the optimizer state from")
-        return checkpoints.restore(step, dataclasses.replace(abstract, balance={})).opt_state
-    except ValueError as error:
-        raise UserError(f"checkpoint: {parent} has no optimizer state of this model; set carry='params'") from error
-    finally:
-        checkpoints.close()
 
 
 def _upcycle(recipe: Recipe, name: str, workdir: Path, mesh: jax.sharding.Mesh) -> dict[str, Any]:
@@ -234,7 +197,7 @@ def _upcycled_state(recipe: Recipe, name: str, parent: Path, params: Any, mesh: 
         lambda p, old: upcycle.carry_moments(optimizer.init(p), old, config.model_of(recipe, name)),
         out_shardings=shardings.opt_state,
     )
-    return State(jnp.int32(0), params, make(params, _carried(parent, abstract)), jax.random.key(0))
+    return State(jnp.int32(0), params, make(params, carried_moments(parent, abstract)), jax.random.key(0))
 
 
 def _check_finite(where: str, params: Any) -> None:
@@ -246,7 +209,7 @@ def _check_finite(where: str, params: Any) -> None:
             raise UserError(f"upcycle: {where} has NaN or Inf in {named}; use an earlier checkpoint")
 
 
-def _reference(recipe: Recipe, name: str, workdir: Path, inputs: Inputs, mesh: jax.sharding.Mesh) -> np.ndarray:
+def _reference(recipe: Recipe, name: str, workdir: Path, inputs: Inputs, mesh: jax.sharding.Mesh, frozen: Any) -> np.ndarray:
     """Log-probabilities [pairs, 2] of every pair under the model that the stage starts from, computed once and cached."""
     this, cfg = recipe.stages[name], config.model_of(recipe, name)
     data = parallel.once(lambda: stage_data(recipe, name, inputs, workdir / "data"))
@@ -255,7 +218,7 @@ def _reference(recipe: Recipe, name: str, workdir: Path, inputs: Inputs, mesh: j
     home, step = checkpoint.locate(parent)
     path = workdir / "data" / f"reference-{files.fingerprint(data.fingerprint, checkpoint.read_meta(home, step))}.npy"
     if not path.is_file():
-        params = _starting_params(recipe, name, workdir, mesh)
+        params = {**frozen, **trained_params(recipe, name, workdir, mesh)}
         with jax.set_mesh(mesh):
             logprobs = np.concatenate([_source_logprobs(cfg, params, rows, this.batch_size, mesh) for rows in data.sources])
         parallel.once(lambda: _save_array(path, logprobs))

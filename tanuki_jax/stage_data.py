@@ -14,7 +14,7 @@ import grain
 import numpy as np
 
 from tanuki_jax import files
-from tanuki_jax.config import Recipe
+from tanuki_jax.config import Recipe, Stage
 from tanuki_jax.data import loader, packing
 from tanuki_jax.data.mixture import StagedMixture
 from tanuki_jax.data.prepare import Manifest, open_store
@@ -48,13 +48,18 @@ class StageData:
         return result
 
 
+def sources_of(stage: Stage) -> tuple[str, ...]:
+    """The names of the sources that a stage reads, in the order of their numbers."""
+    return tuple(name for name, weights in stage.mixture.items() if any(weights))
+
+
 def stage_data(recipe: Recipe, name: str, inputs: Inputs, cache: Path, reference: np.ndarray | None = None) -> StageData:
     """Opens the sources of a stage and mixes them.
 
     reference: float32 [pairs, 2] log-probabilities of the reference model over all pair sources in order (dpo).
     """
     this = recipe.stages[name]
-    names = tuple(n for n, weights in this.mixture.items() if any(weights))
+    names = sources_of(this)
     opened: list[Any] = []
     contents, held_out, first_pair = [], {}, 0
     for source in names:
@@ -140,7 +145,7 @@ def used_before(recipe: Recipe, name: str) -> dict[str, int]:
     for parent in reversed(chain):
         stage = recipe.stages[parent]
         if stage.kind == "pretrain":
-            names = [n for n, weights in stage.mixture.items() if any(weights)]
+            names = sources_of(stage)
             weights = [[stage.mixture[n][phase] for n in names] for phase in range(len(stage.mixture_starts))]
             starts = [tokens // stage.seq_len for tokens in stage.mixture_starts]
             rows = _steps(recipe, parent) * stage.batch_size

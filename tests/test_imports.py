@@ -17,6 +17,7 @@ LAYERS = (
     (
         "stage",
         "stage_data",
+        "start",
         "validation",
         "placement",
         "inputs",

@@ -101,7 +101,7 @@ def test_what_is_not_stacked_lies_in_a_few_chunks(trained):
 
 
 def test_chunks_are_not_larger_than_what_may_be_held(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "CHUNK", 1 << 12)
+    monkeypatch.setattr(checkpoint.stages, "CHUNK", 1 << 12)
     params = plainly_saved(tmp_path, DENSE)
     for name, shape in chunks(tmp_path, params).items():
         assert np.prod(shape) * 4 <= 1 << 12, name
@@ -110,7 +110,9 @@ def test_chunks_are_not_larger_than_what_may_be_held(tmp_path, monkeypatch):
 
 
 def test_checkpoints_from_before_the_chunks_are_read_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "_by_layer", lambda tree: jax.tree.map(lambda _: checkpoint.ocp.SaveArgs(), tree))
+    monkeypatch.setattr(
+        checkpoint.stages, "_by_layer", lambda tree: jax.tree.map(lambda _: checkpoint.stages.ocp.SaveArgs(), tree)
+    )
     params = plainly_saved(tmp_path, DENSE)
     assert {shape[0] for name, shape in chunks(tmp_path, params).items() if name.startswith("layers/")} == {3}
     assert_reads(checkpoint.open_stored(tmp_path), params)
@@ -172,12 +174,12 @@ def test_only_a_few_blocks_are_on_their_way_to_the_disk(tmp_path):
         for name, index, array in blocks_of(DENSE, params):
             pattern = f"{name.replace('/', '.')}/{'.'.join(map(str, index + (0,) * array.ndim))}"
             sizes.append((pattern, array.nbytes))
-            for earlier, size in sizes[: -checkpoint.AHEAD - 1]:
+            for earlier, size in sizes[: -checkpoint.stored.AHEAD - 1]:
                 [path] = tmp_path.rglob(earlier)
                 assert path.stat().st_size == size
             yield name, index, array
 
-    assert checkpoint.AHEAD <= 3  # an expert
+    assert checkpoint.stored.AHEAD <= 3  # an expert
     checkpoint.save_streamed(tmp_path, DENSE, blocks(), {"model": config.to_dict(DENSE)})
     assert len(sizes) == 3 + 9 * DENSE.n_layers
 

@@ -35,8 +35,17 @@ class Source(NamedTuple):
 
 
 def mixed_rows(sources: Sequence[Source], mixture: StagedMixture) -> grain.MapDataset[Example]:
-    """Row i of the stage: every source in its order, repeated for ever, and mixed."""
-    return grain.MapDataset.select_from_datasets([source.ordered() for source in sources], mixture)
+    """Row i of the stage: every source in its order, repeated for ever, and mixed.
+
+    Where there are several, `sources` of a row is the number of its own.
+    """
+    if len(sources) == 1:
+        return grain.MapDataset.select_from_datasets([sources[0].ordered()], mixture)
+
+    def numbered(number: int, source: Source) -> grain.MapDataset[Example]:
+        return source.ordered().map(lambda row: {**row, "sources": np.int32(number)})
+
+    return grain.MapDataset.select_from_datasets([numbered(k, source) for k, source in enumerate(sources)], mixture)
 
 
 def batches(

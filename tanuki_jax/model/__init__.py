@@ -1,9 +1,10 @@
 """The transformer behind pure functions over plain parameter trees; the only room that imports Flax."""
 
-from tanuki_jax.model import layerwise
+from tanuki_jax.model import layerwise, lora
 from tanuki_jax.model.generate import Sampling, generate
 from tanuki_jax.model.health import expert_health, expert_similarity
 from tanuki_jax.model.transformer import (
+    Dropout,
     Outputs,
     apply,
     count_parameters,
@@ -12,12 +13,14 @@ from tanuki_jax.model.transformer import (
     flops_per_token,
     init,
     logical_axes,
+    mean_logits,
     named_parameters,
     parameter_shapes,
     token_scores,
 )
 
 __all__ = [
+    "Dropout",
     "Outputs",
     "Sampling",
     "apply",
@@ -31,6 +34,8 @@ __all__ = [
     "init",
     "layerwise",
     "logical_axes",
+    "lora",
+    "mean_logits",
     "named_parameters",
     "parameter_shapes",
     "token_scores",

@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tanuki_jax import config, ops, parallel
-from tanuki_jax.model.layers import rotate, used
+from tanuki_jax.model.layers import project, rotate
 
 Cache = Any
 Batch = dict[str, jax.Array]
@@ -26,9 +26,8 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x_BSD: jax.Array, batch: Batch, cache: Cache) -> tuple[jax.Array, Cache]:
         cfg = self.cfg
-        q_DNH, k_DKH, v_DKH = (used(self, cfg, name, axes) for name, axes in (("q", "DNH"), ("k", "DKH"), ("v", "DKH")))
-        o_NHD = used(self, cfg, "o", "NHD", "outer")
-        q_BSNH, k_BSKH, v_BSKH = (ops.linear(x_BSD, w) for w in (q_DNH, k_DKH, v_DKH))
+        names = (("q", "DNH"), ("k", "DKH"), ("v", "DKH"))
+        q_BSNH, k_BSKH, v_BSKH = (project(self, cfg, x_BSD, name, axes) for name, axes in names)
         positions_BS = batch["positions"]
         q_BSNH = rotate(q_BSNH, positions_BS, cfg.rope_theta, scale=cfg.head_dim**-0.5)
         k_BSKH = rotate(k_BSKH, positions_BS, cfg.rope_theta)
@@ -41,7 +40,7 @@ class Attention(nn.Module):
                 "v": cache["v"].at[rows_B1, positions_BS].set(v_BSKH),
             }
             y_BSNH = ops.cached_attention(q_BSNH, cache["k"], cache["v"], positions_BS)
-        return ops.linear(y_BSNH, o_NHD, axes=2), cache
+        return project(self, cfg, y_BSNH, "o", "NHD", "outer", inner=2), cache
 
 
 def attend(

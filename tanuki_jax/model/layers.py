@@ -42,6 +42,33 @@ def used(module: nn.Module, cfg: config.Model, name: str, axes: str, kind: str =
     return parallel.gathered(parameter(module, cfg, name, axes, kind).astype(compute_dtype(cfg)), axes)
 
 
+def project(
+    module: nn.Module, cfg: config.Model, x: jax.Array, name: str, axes: str, kind: str = "inner", inner: int = 1
+) -> jax.Array:
+    """x [..., *inner] times a parameter [*inner, *outer], and times its adapter where it has one (model/lora.py)."""
+    y = ops.linear(x, used(module, cfg, name, axes, kind), inner)
+    if not module.has_variable("lora", name):
+        return y
+    adapter: dict[str, jax.Array] = module.get_variable("lora", name)
+    a = parallel.gathered(adapter["a"].astype(x.dtype), axes[:inner] + "r")
+    b = parallel.gathered(adapter["b"].astype(x.dtype), "r" + axes[inner:])
+    if module.has_rng("dropout"):
+        rate = adapter["dropout"]
+        kept = jax.random.bernoulli(module.make_rng("dropout"), 1 - rate, x.shape)
+        x = jnp.where(kept, x / (1 - rate).astype(x.dtype), 0)
+    return y + adapter["scale"].astype(x.dtype) * ops.linear(ops.linear(x, a, inner), b)
+
+
+def adapted(module: nn.Module, cfg: config.Model, name: str, axes: str, kind: str = "inner", expert: bool = False) -> jax.Array:
+    """A parameter, its adapter added where it has one: for products that are no plain ones."""
+    w = parameter(module, cfg, name, axes, kind, expert)
+    if not module.has_variable("lora", name):
+        return w
+    adapter: dict[str, jax.Array] = module.get_variable("lora", name)
+    product = jnp.einsum("...ir,...ro->...io", adapter["a"], adapter["b"], precision="highest")
+    return parallel.stored(w + adapter["scale"] * product, axes)
+
+
 def compute_dtype(cfg: config.Model) -> jnp.dtype:
     """The dtype of matrix products; `auto` is bfloat16 on accelerators and float32 on CPU."""
     if cfg.dtype == "auto":

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from tanuki_jax import config, ops, parallel
-from tanuki_jax.model.layers import parameter
+from tanuki_jax.model.layers import adapted, parameter
 
 GATE_BINS = 10  # equal parts of [0, 1], by which the first gate weight of a token is counted
 # Name, axis letters and kind of the experts' parameters.
@@ -89,8 +89,8 @@ class MoE(nn.Module):
     @nn.compact
     def __call__(self, x_BSD: jax.Array, valid_BS: jax.Array) -> tuple[jax.Array, RouterStats]:
         cfg = self.cfg
-        router_DE = parallel.gathered(parameter(self, cfg, "router", "DE").astype(jnp.float32), "DE", whole=True)
-        matrices = [parameter(self, cfg, name, axes, kind, expert=True).astype(x_BSD.dtype) for name, axes, kind in MATRICES]
+        router_DE = parallel.gathered(adapted(self, cfg, "router", "DE").astype(jnp.float32), "DE", whole=True)
+        matrices = [adapted(self, cfg, name, axes, kind, expert=True).astype(x_BSD.dtype) for name, axes, kind in MATRICES]
         # Else TPUs would round both sides to bfloat16.
         logits_BSE = jnp.einsum("BSD,DE->BSE", x_BSD.astype(jnp.float32), router_DE, precision=jax.lax.Precision.HIGHEST)
         bias_E = parameter(self, cfg, "bias", "E", "zero").astype(jnp.float32) if cfg.router_bias else None

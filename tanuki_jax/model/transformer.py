@@ -24,7 +24,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from tanuki_jax import config, ops, parallel
 from tanuki_jax.model.attention import Attention, Batch, Cache
-from tanuki_jax.model.layers import compute_dtype, parameter, rms_norm, used
+from tanuki_jax.model.layers import compute_dtype, parameter, project, rms_norm
 from tanuki_jax.model.moe import MoE, RouterStats
 
 Params = Any
@@ -45,6 +45,13 @@ REMAT = {
 }
 
 
+class Dropout(NamedTuple):
+    """Of the inputs of adapters, while they are trained."""
+
+    rate: float
+    key: jax.Array
+
+
 class Outputs(NamedTuple):
     """hidden [B, S, D] after the last norm, in the compute dtype; router: statistics stacked over L, None if dense."""
 
@@ -59,10 +66,8 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x_BSD: jax.Array) -> jax.Array:
-        gate_DF, up_DF = used(self, self.cfg, "gate", "DF"), used(self, self.cfg, "up", "DF")
-        down_FD = used(self, self.cfg, "down", "FD", "outer")
-        gate_BSF, up_BSF = checkpoint_name(ops.linear(x_BSD, gate_DF), "gate"), checkpoint_name(ops.linear(x_BSD, up_DF), "up")
-        return ops.linear(jax.nn.silu(gate_BSF) * up_BSF, down_FD)
+        gate_BSF, up_BSF = (checkpoint_name(project(self, self.cfg, x_BSD, name, "DF"), name) for name in ("gate", "up"))
+        return project(self, self.cfg, jax.nn.silu(gate_BSF) * up_BSF, "down", "FD", "outer")
 
 
 class Block(nn.Module):
@@ -116,8 +121,8 @@ class Transformer(nn.Module):
         for number, (mixture, first, end) in enumerate(parts):
             layers = nn.scan(
                 block,
-                variable_axes={"params": 0},
-                split_rngs={"params": True},
+                variable_axes={"params": 0, "lora": 0},
+                split_rngs={"params": True, "dropout": True},
                 in_axes=(nn.broadcast, 0),
                 length=end - first,
                 unroll=min(cfg.unroll, end - first),
@@ -158,7 +163,7 @@ def _by_run(cfg: config.Model, params: Params) -> Params:
         at, done[kind] = done[kind], done[kind] + end - first
         shared = {name: part for name, part in layers.items() if name not in done}
         tree[f"run_{number}"] = jax.tree.map(lambda w, a=first, b=end: w[a:b], shared) | {
-            kind: jax.tree.map(lambda w, a=at, b=done[kind]: w[a:b], layers[kind])
+            kind: jax.tree.map(lambda w, a=at, b=done[kind]: w[a:b], layers.get(kind, {}))
         }
     return tree
 
@@ -209,22 +214,46 @@ def named_parameters(cfg: config.Model) -> Iterator[tuple[str, str, tuple[int, .
         yield "/".join(str(k.key) for k in path), "".join(axes), shape.shape
 
 
-def apply(cfg: config.Model, params: Params, batch: Batch) -> Outputs:
+def apply(cfg: config.Model, params: Params, batch: Batch, dropout: Dropout | None = None) -> Outputs:
     """The forward pass.
 
     Args:
+      params: with `lora` and `lora_scale` where there are adapters.
       batch: `tokens`, `segment_ids` (0 = padding) and `positions`, int32 [B, S].
     """
-    hidden_BSD, _, stats = cast(Any, Transformer(cfg).apply({"params": _by_run(cfg, params)}, batch))
+    rngs = {"dropout": dropout.key} if dropout else {}
+    variables = _variables(cfg, params, dropout.rate if dropout else 0.0)
+    hidden_BSD, _, stats = cast(Any, Transformer(cfg).apply(variables, batch, rngs=rngs))
     return Outputs(hidden_BSD, stats)
 
 
-def token_scores(cfg: config.Model, params: Params, outputs: Outputs, targets_BS: jax.Array) -> ops.TokenScores:
+def _variables(cfg: config.Model, params: Params, rate: float = 0.0) -> dict[str, Params]:
+    """Parameters and adapters as the modules look for them; an adapter brings its scale and the rate of its dropout."""
+    base = {name: part for name, part in params.items() if name not in ("lora", "lora_scale")}
+    if "lora" not in params:
+        return {"params": _by_run(cfg, base)}
+    found = jax.tree.map(
+        lambda scale_L, adapter: adapter | {"scale": scale_L, "dropout": jnp.full_like(scale_L, rate)},
+        params["lora_scale"],
+        params["lora"],
+    )
+    return {"params": _by_run(cfg, base), "lora": _by_run(cfg, found)}
+
+
+def token_scores(
+    cfg: config.Model, params: Params, outputs: Outputs, targets_BS: jax.Array, entropy: bool = False
+) -> ops.TokenScores:
     """Log-probabilities of the targets, [B, S] each; see `ops.token_logprobs`."""
     # Backwards, the barrier has the head's gradient made before those of the blocks, which need the room of the logits.
     hidden_BSD, head_DV = jax.lax.optimization_barrier((outputs.hidden, params["head"].astype(compute_dtype(cfg))))
     head_DV, parts = parallel.gathered(head_DV, "DV"), parallel.size("context")
-    return ops.token_logprobs(hidden_BSD, head_DV, targets_BS, parts=parts, chunk=cfg.logits_chunk)
+    return ops.token_logprobs(hidden_BSD, head_DV, targets_BS, parts=parts, chunk=cfg.logits_chunk, entropy=entropy)
+
+
+def mean_logits(cfg: config.Model, params: Params, outputs: Outputs) -> jax.Array:
+    """The mean over the vocabulary of each position's logits, [B, S] float32: the product with the mean of the head."""
+    mean_D = params["head"].astype(jnp.float32).mean(axis=1)
+    return jnp.einsum("BSD,D->BS", outputs.hidden.astype(jnp.float32), mean_D, precision="highest")
 
 
 def empty_cache(cfg: config.Model, batch_size: int, length: int) -> Cache:
@@ -243,7 +272,7 @@ def decode(
     """
     cfg = dataclasses.replace(cfg, capacity_factor=0.0)  # else an answer would depend on the other rows
     batch = {"tokens": tokens_BS, "positions": positions_BS, "segment_ids": jnp.ones_like(tokens_BS)}
-    hidden_BSD, cache, _ = cast(Any, Transformer(cfg).apply({"params": _by_run(cfg, params)}, batch, cache))
+    hidden_BSD, cache, _ = cast(Any, Transformer(cfg).apply(_variables(cfg, params), batch, cache))
     return hidden_BSD, cache
 
 
@@ -254,8 +283,11 @@ def count_parameters(cfg: config.Model) -> tuple[int, int]:
     return total, total - idle
 
 
-def flops_per_token(cfg: config.Model, seq_len: int) -> float:
-    """Model FLOPs of one training token: 6 x active parameters without the embedding, plus causal attention (halved)."""
+def flops_per_token(cfg: config.Model, seq_len: int, frozen: bool = False) -> float:
+    """Model FLOPs of one training token: 6 x active parameters without the embedding, plus causal attention (halved).
+
+    4 x where the parameters are frozen below adapters: they have no gradients of their own.
+    """
     _, active = count_parameters(cfg)
     attention = 6 * cfg.n_layers * cfg.n_heads * cfg.head_dim * seq_len
-    return 6.0 * (active - cfg.vocab_size * cfg.d_model) + attention
+    return (4.0 if frozen else 6.0) * (active - cfg.vocab_size * cfg.d_model) + attention

@@ -17,10 +17,18 @@ class TokenScores(NamedTuple):
     logprob: jax.Array  # natural log-probability of the target
     log_z: jax.Array  # log of the softmax's denominator
     correct: jax.Array  # 1 where the target is the likeliest token
+    entropy: jax.Array | None = None  # of the distribution, in nats, where it was asked for; without a gradient
 
 
 def token_logprobs(
-    x_BSD: jax.Array, head_DV: jax.Array, targets_BS: jax.Array, *, impl: str = "xla", parts: int = 1, chunk: int = 512
+    x_BSD: jax.Array,
+    head_DV: jax.Array,
+    targets_BS: jax.Array,
+    *,
+    impl: str = "xla",
+    parts: int = 1,
+    chunk: int = 512,
+    entropy: bool = False,
 ) -> TokenScores:
     """Scores of `targets` under softmax(x @ head).
 
@@ -31,9 +39,10 @@ def token_logprobs(
     Args:
       chunk: most positions of a row whose float32 logits exist at one time.
       parts: into how many equal parts the row is split over devices, so that every chunk takes some of each part.
+      entropy: whether to compute that of every distribution too.
     """
     if impl == "reference":
-        return _reference(x_BSD, head_DV, targets_BS)
+        return _reference(x_BSD, head_DV, targets_BS, entropy)
     (B, S), here = targets_BS.shape, targets_BS.shape[1] // parts
     most, chunk = chunk, next(size for size in range(min(here, chunk), 0, -1) if here % size == 0)
     if chunk < most // 8:  # a prime length is not worth so many small products
@@ -52,28 +61,29 @@ def token_logprobs(
     def join(a: jax.Array) -> jax.Array:
         return a.reshape(-1, B, parts, chunk).transpose(1, 2, 0, 3).reshape(B, S)
 
-    scores = _scores(split(x_BSD), head_DV.astype(x_BSD.dtype), split(targets_BS), keep)
-    return TokenScores(*(join(a) for a in scores))
+    scores = _scores(split(x_BSD), head_DV.astype(x_BSD.dtype), split(targets_BS), keep, entropy)
+    return jax.tree.map(join, scores)
 
 
-def _reference(x_BSD, head_DV, targets_BS):
+def _reference(x_BSD, head_DV, targets_BS, entropy):
     logits_BSV = (x_BSD @ head_DV.astype(x_BSD.dtype)).astype(jnp.float32)
     log_z = jax.nn.logsumexp(logits_BSV, axis=-1)
     target = jnp.take_along_axis(logits_BSV, targets_BS[..., None], axis=-1)[..., 0]
-    return TokenScores(target - log_z, log_z, (target >= logits_BSV.max(axis=-1)).astype(jnp.float32))
+    spread = jax.lax.stop_gradient(jax.scipy.special.entr(jax.nn.softmax(logits_BSV)).sum(axis=-1)) if entropy else None
+    return TokenScores(target - log_z, log_z, (target >= logits_BSV.max(axis=-1)).astype(jnp.float32), spread)
 
 
 # n counts chunks, T stands for the one or more axes of rows.
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _scores(x_nTD: jax.Array, head_DV: jax.Array, targets_nT: jax.Array, keep: bool) -> TokenScores:
-    return _forward(x_nTD, head_DV, targets_nT, keep)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _scores(x_nTD: jax.Array, head_DV: jax.Array, targets_nT: jax.Array, keep: bool, entropy: bool) -> TokenScores:
+    return _forward(x_nTD, head_DV, targets_nT, keep, entropy)[0]
 
 
-def _forward(x_nTD, head_DV, targets_nT, keep):
+def _forward(x_nTD, head_DV, targets_nT, keep, entropy):
     def one(part):
-        scores, (exp_TV, inverse_T) = _of_chunk(part[0], head_DV, part[1])
+        scores, (exp_TV, inverse_T) = _of_chunk(part[0], head_DV, part[1], entropy)
         return scores, (exp_TV.astype(x_nTD.dtype), inverse_T) if keep else None
 
     if len(x_nTD) == 1:
@@ -83,7 +93,7 @@ def _forward(x_nTD, head_DV, targets_nT, keep):
     return scores, (x_nTD, head_DV, targets_nT, kept)
 
 
-def _backward(keep, residuals, gradients):
+def _backward(keep, entropy, residuals, gradients):
     x_nTD, head_DV, targets_nT, kept = residuals
     by_target, by_log_z = gradients.logprob, gradients.log_z - gradients.logprob
 
@@ -100,7 +110,7 @@ def _backward(keep, residuals, gradients):
 
     def one(total_DV, part):
         x_TD, targets_T, by_target_T, by_log_z_T = part
-        _, (exp_TV, inverse_T) = _of_chunk(x_TD, head_DV, targets_T)
+        _, (exp_TV, inverse_T) = _of_chunk(x_TD, head_DV, targets_T, False)
         x_gradient, head_gradient = products(x_TD, exp_TV, inverse_T, targets_T, by_target_T, by_log_z_T)
         return total_DV + head_gradient, x_gradient
 
@@ -109,7 +119,7 @@ def _backward(keep, residuals, gradients):
     return x_gradient, head_gradient.astype(head_DV.dtype), None
 
 
-def _of_chunk(x_TD, head_DV, targets_T):
+def _of_chunk(x_TD, head_DV, targets_T, entropy):
     """The scores, and the softmax in two parts: exponentials of logits less the largest, and one over their sum.
 
     So that the pass over all logits that sums the exponentials is also the one that writes them.
@@ -123,7 +133,8 @@ def _of_chunk(x_TD, head_DV, targets_T):
         target = jnp.where(_vocabulary(logits_TV) == targets_T[..., None], logits_TV, 0).sum(axis=-1)
     else:
         target = jnp.take_along_axis(logits_TV, targets_T[..., None], axis=-1)[..., 0]
-    return TokenScores(target - log_z, log_z, (target >= most_T).astype(jnp.float32)), (exp_TV, 1 / sum_T)
+    spread = log_z - (exp_TV * logits_TV).sum(axis=-1) / sum_T if entropy else None
+    return TokenScores(target - log_z, log_z, (target >= most_T).astype(jnp.float32), spread), (exp_TV, 1 / sum_T)
 
 
 def _vocabulary(logits_TV):

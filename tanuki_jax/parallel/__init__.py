@@ -17,6 +17,7 @@ from tanuki_jax.parallel.rules import (
     size,
     spec,
     splits_batch,
+    stored,
     tree_shardings,
 )
 from tanuki_jax.parallel.xla import compiler_options
@@ -42,6 +43,7 @@ __all__ = [
     "size",
     "spec",
     "splits_batch",
+    "stored",
     "to_host",
     "tree_shardings",
 ]

@@ -122,6 +122,12 @@ def gathered(w: jax.Array, axes: str, whole: bool = False) -> jax.Array:
     return _reshard(w, used, spec(axes, "stored", mesh, w.shape))
 
 
+def stored(w: jax.Array, axes: str) -> jax.Array:
+    """A parameter that was just computed, split as it is stored."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return w if mesh.empty else jax.lax.with_sharding_constraint(w, spec(axes, "stored", mesh, w.shape))
+
+
 def rows_of(w_VD: jax.Array, index_BS: jax.Array) -> jax.Array:
     """w[index], [B, S, D]: every device looks up its part of D for the tokens of all, and sends each its own.
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from tanuki_jax import parallel, stage
 from tanuki_jax.config import Recipe
+from tanuki_jax.stage_data import sources_of
 
 PAIRS = 4  # pairs of a packed row; what a real store has depends on its lengths and hardly matters here
 COSTS = ("flops", "bytes", "seconds")
@@ -39,6 +40,8 @@ def batch_shapes(recipe: Recipe, name: str, mesh: jax.sharding.Mesh) -> dict[str
     shapes: dict[str, tuple[tuple[int, ...], Any]] = {n: ((B, S), dtype) for n, dtype in kinds.items()}
     if this.kind == "dpo":
         shapes |= {"pair_segments": ((B, PAIRS, 2), jnp.int32), "ref_logprobs": ((B, PAIRS, 2), jnp.float32)}
+    if len(sources_of(this)) > 1:
+        shapes["sources"] = ((B,), jnp.int32)
     rows = parallel.sharding(mesh, "B")
     return {n: jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for n, (shape, dtype) in shapes.items()}
 

@@ -73,7 +73,7 @@ def make_rebalance(
             found["moe/coefficient"] = balance["coefficient"]
             largest, xi = options.router_aux_loss, options.router_aux_adaptive
             balance = {"coefficient": adapted(balance["coefficient"], found["moe/overflow"], xi, largest)}
-        if cfg.router_bias:
+        if cfg.router_bias and "layers" in params:  # else it is frozen below adapters
             moe = params["layers"]["moe"]
             bias_LE = moved_bias(moe["bias"], load_LE, options.router_bias_rate)
             params = {**params, "layers": {**params["layers"], "moe": {**moe, "bias": bias_LE}}}

@@ -95,7 +95,7 @@ def run(
             if late:
                 report(*late)
             due = [probe for every, probe in probes if (step + 1) % every == 0 or step + 1 == job.steps]
-            late = (step + 1, metrics, {name: value for probe in due for name, value in probe(state.params).items()})
+            late = (step + 1, metrics, {name: value for probe in due for name, value in probe(state.model).items()})
             if (step + 1) % job.save_every == 0 or step + 1 == job.steps:
                 report(*late)
                 late = None

@@ -5,7 +5,7 @@ A metric is a pair (sum, weight) too, so that accumulation, packing, padding and
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,34 +17,63 @@ from tanuki_jax.train.preference import pair_loss
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
-LossFn = Callable[..., tuple[jax.Array, jax.Array, Metrics]]  # (params, batch), and the balance where there is one
+# (params, batch), the balance where there is one, and a key where something is drawn
+LossFn = Callable[..., tuple[jax.Array, jax.Array, Metrics]]
 
 
-def make_loss(kind: str, cfg: config.Model, options: config.Loss) -> LossFn:
-    """The loss of a stage kind: next-token prediction for pretrain and sft, preference for dpo."""
-    loss = preference(cfg, options) if kind == "dpo" else next_token(cfg, options)
-    return lambda params, batch, balance=None: loss(params, parallel.balanced(batch), balance)
+def make_loss(kind: str, cfg: config.Model, options: config.Loss, sources: Sequence[str] = (), dropout: float = 0.0) -> LossFn:
+    """The loss of a stage kind: next-token prediction for pretrain and sft, preference for dpo.
+
+    Args:
+      sources: names of what `batch["sources"]` [B] numbers; the loss of each is reported where there are several.
+      dropout: rate on the inputs of adapters, for calls with a key.
+    """
+    made = preference(cfg, options, sources) if kind == "dpo" else next_token(cfg, options, sources, entropy=kind == "sft")
+
+    def loss(
+        params: Any, batch: Batch, balance: Balance | None = None, key: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array, Metrics]:
+        return made(params, parallel.balanced(batch), balance, None if key is None else model.Dropout(dropout, key))
+
+    return loss
 
 
-def next_token(cfg: config.Model, options: config.Loss) -> LossFn:
+def _by_source(
+    batch: Batch, sources: Sequence[str], value_B: jax.Array, weight_B: jax.Array
+) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """`loss/NAME` of each source, where there are several."""
+    found = {}
+    for number, name in enumerate(sources if len(sources) > 1 else ()):
+        mine_B = batch["sources"] == number
+        found[f"loss/{name}"] = (value_B * mine_B).sum(), (weight_B * mine_B).sum()
+    return found
+
+
+def next_token(cfg: config.Model, options: config.Loss, sources: Sequence[str] = (), entropy: bool = False) -> LossFn:
     """Cross entropy of the labelled tokens, plus z_loss * (log Z)^2 and the router's losses.
 
     Pretraining and SFT differ only in the batch's `loss_weights`.  z-loss: PaLM section 5; Tanuki used 1e-4.
     """
 
-    def loss(params: Any, batch: Batch, balance: Balance | None = None) -> tuple[jax.Array, jax.Array, Metrics]:
-        outputs = model.apply(cfg, params, batch)
-        scores = model.token_scores(cfg, params, outputs, batch["targets"])
+    def loss(
+        params: Any, batch: Batch, balance: Balance | None = None, dropout: model.Dropout | None = None
+    ) -> tuple[jax.Array, jax.Array, Metrics]:
+        outputs = model.apply(cfg, params, batch, dropout)
+        scores = model.token_scores(cfg, params, outputs, batch["targets"], entropy)
         weights_BS = batch["loss_weights"].astype(jnp.float32)
-        weight = weights_BS.sum()
-        nll, z = -(scores.logprob * weights_BS).sum(), (scores.log_z**2 * weights_BS).sum()
+        weight_B = weights_BS.sum(axis=1)
+        weight = weight_B.sum()
+        nll_B, z = -(scores.logprob * weights_BS).sum(axis=1), (scores.log_z**2 * weights_BS).sum()
         metrics = {
-            "loss": (nll, weight),
+            "loss": (nll_B.sum(), weight),
             "mean_token_accuracy": ((scores.correct * weights_BS).sum(), weight),
             "z_loss": (z, weight),
+            **_by_source(batch, sources, nll_B, weight_B),
         }
-        router, router_metrics = _router_loss(cfg, outputs, options, weights_BS.sum(axis=1), balance)
-        return nll + options.z_loss * z + router, weight, metrics | router_metrics
+        if scores.entropy is not None:
+            metrics["entropy"] = (scores.entropy * weights_BS).sum(), weight
+        router, router_metrics = _router_loss(cfg, outputs, options, weight_B, balance)
+        return nll_B.sum() + options.z_loss * z + router, weight, metrics | router_metrics
 
     return loss
 
@@ -54,15 +83,22 @@ class PairScores(NamedTuple):
 
     logprobs: jax.Array  # [B, P, 2] summed over the labelled tokens, float32
     lengths: jax.Array  # [B, P, 2] labelled tokens, float32
+    correct: jax.Array  # [B, P, 2] of these, those that are the likeliest, float32
+    logits: jax.Array  # [B, P, 2] sum over these of the mean logit of the vocabulary, float32
+    entropy: jax.Array  # [B, P, 2] sum over these, float32
 
 
-def pair_scores(cfg: config.Model, params: Any, batch: Batch) -> tuple[PairScores, model.Outputs]:
-    """Log-probabilities and lengths of the answers of a batch of pairs.
+def pair_scores(
+    cfg: config.Model, params: Any, batch: Batch, dropout: model.Dropout | None = None
+) -> tuple[PairScores, model.Outputs]:
+    """Scores of the answers of a batch of pairs.
 
     `pair_segments` [B, P, 2] names the segment of each answer in its row, so pairs are packed like any other text.
     """
-    outputs = model.apply(cfg, params, batch)
-    scores = model.token_scores(cfg, params, outputs, batch["targets"])
+    outputs = model.apply(cfg, params, batch, dropout)
+    scores = model.token_scores(cfg, params, outputs, batch["targets"], entropy=True)
+    assert scores.entropy is not None
+    logits_BS = jax.lax.stop_gradient(model.mean_logits(cfg, params, outputs))
     weights_BS = batch["loss_weights"].astype(jnp.float32)
     segments = 2 * batch["pair_segments"].shape[1] + 1
 
@@ -72,17 +108,20 @@ def pair_scores(cfg: config.Model, params: Any, batch: Batch) -> tuple[PairScore
         found_BP2 = jax.vmap(lambda row, index: row[index])(per_segment_BM, batch["pair_segments"])
         return jnp.where(batch["pair_segments"] > 0, found_BP2, 0.0)
 
-    return PairScores(of_answers(scores.logprob * weights_BS), of_answers(weights_BS)), outputs
+    values = (scores.logprob, jnp.ones_like(weights_BS), scores.correct, logits_BS, scores.entropy)
+    return PairScores(*(of_answers(value_BS * weights_BS) for value_BS in values)), outputs
 
 
-def preference(cfg: config.Model, options: config.Loss) -> LossFn:
+def preference(cfg: config.Model, options: config.Loss, sources: Sequence[str] = ()) -> LossFn:
     """Direct preference optimisation: the weighted sum of losses that `options.preference` names (train/preference.py).
 
     The batch carries `ref_logprobs` [B, P, 2] of the reference model.  Metrics have TRL's names; weight counts pairs.
     """
 
-    def loss(params: Any, batch: Batch, balance: Balance | None = None) -> tuple[jax.Array, jax.Array, Metrics]:
-        (logp_BP2, lengths_BP2), outputs = pair_scores(cfg, params, batch)
+    def loss(
+        params: Any, batch: Batch, balance: Balance | None = None, dropout: model.Dropout | None = None
+    ) -> tuple[jax.Array, jax.Array, Metrics]:
+        (logp_BP2, lengths_BP2, correct_BP2, logits_BP2, entropy_BP2), outputs = pair_scores(cfg, params, batch, dropout)
         valid_BP = (batch["pair_segments"][..., 0] > 0).astype(jnp.float32)
         ratios_BP2 = logp_BP2 - batch["ref_logprobs"]
         rewards_BP2 = options.beta * ratios_BP2
@@ -103,6 +142,11 @@ def preference(cfg: config.Model, options: config.Loss) -> LossFn:
             "rewards/accuracies": mean((margin_BP > 0).astype(jnp.float32)),
             "logps/chosen": mean(logp_BP2[..., 0]),
             "logps/rejected": mean(logp_BP2[..., 1]),
+            "logits/chosen": (logits_BP2[..., 0].sum(), lengths_BP2[..., 0].sum()),
+            "logits/rejected": (logits_BP2[..., 1].sum(), lengths_BP2[..., 1].sum()),
+            "mean_token_accuracy": (correct_BP2[..., 0].sum(), lengths_BP2[..., 0].sum()),
+            "entropy": (entropy_BP2.sum(), lengths_BP2.sum()),
+            **_by_source(batch, sources, (per_pair_BP * valid_BP).sum(axis=1), valid_BP.sum(axis=1)),
         }
         router, router_metrics = _router_loss(cfg, outputs, options, valid_BP.sum(axis=1), balance)
         return metrics["loss"][0] + router, weight, metrics | router_metrics

@@ -77,9 +77,14 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
 
 
 def plain(metrics: dict[str, Any]) -> dict[str, Any]:
-    """Host values of a step's metrics: floats, or nested lists for arrays (the load of each expert)."""
-    host = jax.device_get(metrics)
-    return {name: float(value) if np.ndim(value) == 0 else np.round(value, 6).tolist() for name, value in host.items()}
+    """Host values of a step's metrics: floats, None where there is none (NaN), or nested lists for arrays (experts' load)."""
+
+    def one(value: Any) -> Any:
+        if np.ndim(value):
+            return np.round(value, 6).tolist()
+        return None if np.isnan(value) else float(value)
+
+    return {name: one(value) for name, value in jax.device_get(metrics).items()}
 
 
 def mfu(tokens_per_second: float, flops_per_token: float) -> float | None:

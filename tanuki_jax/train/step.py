@@ -28,43 +28,67 @@ class State:
     opt_state: Any
     key: jax.Array  # root of the stage's random draws; step n uses fold_in(key, n)
     balance: Balance = field(default_factory=dict)  # what balances the experts beside the losses
+    frozen: Any = field(default_factory=dict)  # parameters that are not trained: all below adapters (model/lora.py)
+
+    @property
+    def model(self) -> Any:
+        """All parameters, trained or not."""
+        return {**self.frozen, **self.params} if self.frozen else self.params
 
 
-def init_state(params: Any, optimizer: optax.GradientTransformation, key: jax.Array, balance: Balance | None = None) -> State:
+def init_state(
+    params: Any,
+    optimizer: optax.GradientTransformation,
+    key: jax.Array,
+    balance: Balance | None = None,
+    frozen: Any = None,
+) -> State:
     """The state before the first step."""
-    return State(jnp.int32(0), params, optimizer.init(params), key, balance or {})
+    return State(jnp.int32(0), params, optimizer.init(params), key, balance or {}, frozen or {})
 
 
 def gradients(
-    loss_fn: LossFn, params: Any, batch: Batch, microbatches: int = 1, balance: Balance | None = None
+    loss_fn: LossFn,
+    params: Any,
+    batch: Batch,
+    microbatches: int = 1,
+    balance: Balance | None = None,
+    frozen: Any = None,
+    key: jax.Array | None = None,
 ) -> tuple[Any, dict[str, jax.Array]]:
     """Gradients and metrics of the mean loss over the global batch.
+
+    With a `key` the loss gets one of its own for each microbatch.
 
     Microbatches are computed one after another inside jit; sums are added up in float32 and divided once.  Row r belongs
     to microbatch r mod M, so that each device's rows stay on it.
     """
 
-    def scaled(params: Any, part: Batch) -> tuple[jax.Array, tuple[jax.Array, Any]]:
-        total, weight, metrics = loss_fn(params, part, balance) if balance else loss_fn(params, part)
+    def scaled(params: Any, part: Batch, number: Any) -> tuple[jax.Array, tuple[jax.Array, Any]]:
+        drawn = {} if key is None else {"key": jax.random.fold_in(key, number)}
+        everything = {**frozen, **params} if frozen else params
+        total, weight, metrics = loss_fn(everything, part, *([balance] if balance else []), **drawn)
         return total, (weight, metrics)
 
     grad_fn = jax.grad(scaled, has_aux=True)
     if microbatches == 1:
-        grads, (weight, metrics) = grad_fn(params, batch)
+        grads, (weight, metrics) = grad_fn(params, batch, 0)
     else:
         parts = jax.tree.map(lambda a: a.reshape(-1, microbatches, *a.shape[1:]).swapaxes(0, 1), batch)
         zero = jax.tree.map(
             lambda s: jnp.zeros(s.shape, jnp.float32),
-            jax.eval_shape(grad_fn, params, jax.tree.map(lambda a: a[0], parts)),
+            jax.eval_shape(grad_fn, params, jax.tree.map(lambda a: a[0], parts), 0),
         )
 
-        def add(total: Any, part: Batch) -> tuple[Any, None]:
-            return jax.tree.map(lambda t, g: t + g.astype(jnp.float32), total, grad_fn(params, part)), None
+        def add(total: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+            return jax.tree.map(lambda t, g: t + g.astype(jnp.float32), total, grad_fn(params, *part)), None
 
-        (grads, (weight, metrics)), _ = jax.lax.scan(add, zero, parts)
+        (grads, (weight, metrics)), _ = jax.lax.scan(add, zero, (parts, jnp.arange(microbatches)))
     inverse = 1.0 / jnp.maximum(weight, 1.0)
     grads = jax.tree.map(lambda g: g.astype(jnp.float32) * inverse, grads)
     means = {name: total / jnp.maximum(count, 1.0) for name, (total, count) in metrics.items()}
+    for name in (n for n in means if n.startswith("loss/")):  # a source without a token in this batch has no loss
+        means[name] = jnp.where(metrics[name][1] > 0, means[name], jnp.nan)
     return grads, means | {"weight": weight}
 
 
@@ -97,7 +121,7 @@ def make_update(
             (params, opt_state, balance),
             (state.params, state.opt_state, state.balance),
         )
-        new = State(state.step + 1, params, opt_state, state.key, balance)
+        new = State(state.step + 1, params, opt_state, state.key, balance, state.frozen)
         return new, metrics | {"grad_norm": norm, "learning_rate": rate}
 
     return update
@@ -112,12 +136,17 @@ def make_train_step(
     state_shardings: Any = None,
     rebalance: Any = None,
     compiler_options: dict[str, Any] | None = None,
+    draws: bool = False,
 ) -> Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]:
-    """`train_step(state, batch) -> (state, metrics)`, jitted, the state donated; gradients, then `make_update`."""
+    """`train_step(state, batch) -> (state, metrics)`, jitted, the state donated; gradients, then `make_update`.
+
+    draws: whether the loss draws something (dropout), and so gets a key.
+    """
 
     update = make_update(optimizer, learning_rate, clip_norm, rebalance)
 
     def train_step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
-        return update(state, *gradients(loss_fn, state.params, batch, microbatches, state.balance))
+        key = jax.random.fold_in(state.key, state.step) if draws else None
+        return update(state, *gradients(loss_fn, state.params, batch, microbatches, state.balance, state.frozen, key))
 
     return jax.jit(train_step, donate_argnums=0, out_shardings=(state_shardings, None), compiler_options=compiler_options)

@@ -1,0 +1,50 @@
+"""Checkpoints: the only room that imports Orbax.
+
+A stage's directory holds `checkpoints/<step>/{params, optimizer, meta}` and `tokenizer/`.  `meta` has the step, the resolved
+model and stage, and the fingerprint of the data, so that resume, export and serving need nothing else.  Saves are
+asynchronous and atomic (Orbax writes to a temporary name and renames); a checkpoint restores on any mesh.  One of adapters
+holds them alone and names the checkpoint that they lie on.
+"""
+
+from tanuki_jax.checkpoint.loading import (
+    Adapters,
+    Loaded,
+    adapters_meta,
+    check_architecture,
+    load,
+    load_adapters,
+    locate,
+    parameter_shardings,
+    read_meta,
+    replicated,
+    save_params,
+    sharded_like,
+    single_device,
+)
+from tanuki_jax.checkpoint.stages import EVERY, Checkpoints, disk_errors
+from tanuki_jax.checkpoint.stored import Block, Opened, Stored, block_indices, open_stored, save_streamed
+
+__all__ = [
+    "EVERY",
+    "Adapters",
+    "Block",
+    "Checkpoints",
+    "Loaded",
+    "Opened",
+    "Stored",
+    "adapters_meta",
+    "block_indices",
+    "check_architecture",
+    "disk_errors",
+    "load",
+    "load_adapters",
+    "locate",
+    "open_stored",
+    "parameter_shardings",
+    "read_meta",
+    "replicated",
+    "save_params",
+    "save_streamed",
+    "sharded_like",
+    "single_device",
+]

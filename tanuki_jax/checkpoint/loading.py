@@ -1,0 +1,196 @@
+"""Parameters of a finished stage, or of one step, whole and onto a mesh; adapters with the base that they lie on."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from tanuki_jax import config, files, model, parallel
+from tanuki_jax.checkpoint.stages import EVERY, Checkpoints
+from tanuki_jax.errors import UserError
+
+# Keys of a model that do not change its tree of parameters.
+COMPUTED = (
+    *("dtype", "remat", "unroll", "logits_chunk", "attention", "experts", "capacity_factor"),
+    *("rope_theta", "init_std"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """Parameters from a directory, and what belongs to them."""
+
+    cfg: config.Model
+    params: Any
+    meta: dict[str, Any]
+    stage_directory: Path
+
+    @property
+    def tokenizer_directory(self) -> Path:
+        """Where the tokenizer lies."""
+        return self.stage_directory / "tokenizer"
+
+
+def locate(path: str | Path) -> tuple[Path, int]:
+    """Stage directory and step of a `--checkpoint`: a stage's directory (newest step) or one step's."""
+    path = Path(path).absolute()
+    if path.name.isdigit() and path.parent.name == "checkpoints" and path.is_dir():
+        return path.parent.parent, int(path.name)
+    steps = [int(p.name) for p in (path / "checkpoints").glob("*") if p.name.isdigit()] if path.is_dir() else []
+    if not steps:
+        raise UserError(
+            f"checkpoint: {path} has no checkpoints/<step>; give a stage's directory, runs/nano/stages/sft for example"
+        )
+    return path, max(steps)
+
+
+def load(path: str | Path, mesh: jax.sharding.Mesh | None = None) -> Loaded:
+    """Reads a checkpoint's parameters, onto the mesh where one is given; adapters come merged into what they lie on."""
+    stage_directory, step = locate(path)
+    meta = read_meta(stage_directory, step)
+    if "adapter" in meta:
+        found = load_adapters(path, mesh)
+        base = load(found.base, mesh)
+        everything = {**base.params, **found.params, **found.scales}
+        shardings = parameter_shardings(found.cfg, mesh) if mesh else None
+        return Loaded(found.cfg, jax.jit(model.lora.merge, out_shardings=shardings)(everything), meta, stage_directory)
+    cfg = config.from_dict(config.Model, meta["model"])
+    shapes = model.parameter_shapes(cfg)
+    shardings = parameter_shardings(cfg, mesh) if mesh else None
+    return Loaded(cfg, _restore(stage_directory, step, shapes, shardings), meta, stage_directory)
+
+
+def _restore(stage_directory: Path, step: int, shapes: Any, shardings: Any) -> Any:
+    """The item `params` of a step."""
+    checkpoints = Checkpoints(stage_directory, keep=EVERY)
+    try:
+        like = sharded_like(shapes, shardings) if shardings else single_device(shapes)
+        return checkpoints.restore_items(step, {"params": like})["params"]
+    except (ValueError, KeyError, FileNotFoundError) as error:
+        raise UserError(f"checkpoint: {stage_directory} step {step} cannot be read: {str(error).splitlines()[0]}") from error
+    finally:
+        checkpoints.close()
+
+
+def read_meta(stage_directory: Path, step: int) -> dict[str, Any]:
+    """What was saved beside the arrays of one step."""
+    checkpoints = Checkpoints(stage_directory, keep=EVERY)
+    try:
+        meta = checkpoints.meta(step)
+        config.from_dict(config.Model, meta["model"])
+    except (ValueError, KeyError, FileNotFoundError) as error:
+        raise UserError(f"checkpoint: {stage_directory} step {step} cannot be read: {str(error).splitlines()[0]}") from error
+    finally:
+        checkpoints.close()
+    return meta
+
+
+def save_params(stage_directory: Path, params: Any, meta: dict[str, Any]) -> None:
+    """Writes parameters alone as step 0 of a stage (an upcycled or imported model) and waits for it."""
+    checkpoints = Checkpoints(stage_directory)
+    try:
+        checkpoints.save_items(0, {"params": params}, meta)
+    finally:
+        checkpoints.close()
+
+
+# --- adapters -------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapters:
+    """Adapters from a directory, and the checkpoint that they lie on."""
+
+    cfg: config.Model
+    ranks: dict[str, int]
+    params: Any  # {"lora": ...}
+    scales: Any  # {"lora_scale": ...}
+    base: Path  # one step of a stage
+    meta: dict[str, Any]
+
+
+def adapters_meta(stage_directory: Path, base: Path, ranks: dict[str, int], scales: dict[str, list[float]]) -> dict[str, Any]:
+    """What the meta of a checkpoint of adapters says of them.
+
+    Args:
+      base: stage directory (its newest step) or step; within one workdir it is named relative to the adapters'.
+      scales: of each adapter, for each layer.
+    """
+    home, step = locate(base)
+    path = home / "checkpoints" / str(step)
+    near = home.parent == Path(stage_directory).absolute().parent
+    named = os.path.relpath(path, stage_directory) if near else str(path)
+    return {"base": named, "base_fingerprint": files.fingerprint(read_meta(home, step)), "ranks": ranks, "scales": scales}
+
+
+def base_of(stage_directory: Path, meta: dict[str, Any]) -> Path:
+    """The checkpoint on which the adapters of a stage lie; an error where it is gone, or another one is there."""
+    told = meta["adapter"]
+    path = Path(os.path.normpath(stage_directory / told["base"]))
+    if not path.is_dir():
+        raise UserError(f"checkpoint: {stage_directory} holds adapters of {path}, which is not there; bring it back")
+    home, step = locate(path)
+    if files.fingerprint(read_meta(home, step)) != told["base_fingerprint"]:
+        raise UserError(
+            f"checkpoint: {stage_directory} holds adapters of {path}, but another model has taken its place since; "
+            "bring back the one that they were trained on"
+        )
+    return path
+
+
+def load_adapters(path: str | Path, mesh: jax.sharding.Mesh | None = None) -> Adapters:
+    """The adapters of a checkpoint alone, float32, onto the mesh where one is given."""
+    stage_directory, step = locate(path)
+    meta = read_meta(stage_directory, step)
+    if "adapter" not in meta:
+        raise UserError(f"checkpoint: {path} holds a whole model, and no adapters")
+    cfg, told = config.from_dict(config.Model, meta["model"]), meta["adapter"]
+    shapes = model.lora.adapter_shapes(cfg, told["ranks"])
+    axes, _ = model.lora.adapter_axes(cfg, told["ranks"])
+    params = _restore(stage_directory, step, shapes, parallel.tree_shardings(mesh, axes, shapes) if mesh else None)
+    return Adapters(cfg, told["ranks"], params, model.lora.scale_tree(told["scales"]), base_of(stage_directory, meta), meta)
+
+
+# --- where parameters go --------------------------------------------------------------------------------------------
+
+
+def parameter_shardings(cfg: config.Model, mesh: jax.sharding.Mesh) -> Any:
+    """How a model's parameters are split over a mesh."""
+    return parallel.tree_shardings(mesh, model.logical_axes(cfg), model.parameter_shapes(cfg))
+
+
+def sharded_like(shapes: Any, shardings: Any) -> Any:
+    """ShapeDtypeStructs with shardings."""
+    return jax.tree.map(lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, shardings)
+
+
+def single_device(shapes: Any) -> Any:
+    """ShapeDtypeStructs on the first device."""
+    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes)
+
+
+def check_architecture(where: str, saved: dict[str, Any], cfg: config.Model) -> None:
+    """An error that names what differs between a checkpoint's model and the one asked for."""
+    wanted = config.to_dict(cfg)
+    saved = config.to_dict(config.from_dict(config.Model, saved))  # keys added since have their defaults
+    unused = () if cfg.n_experts else config.MIXTURE
+    differing = [
+        f"{name} {saved[name]} (here {value})"
+        for name, value in wanted.items()
+        if name not in (*COMPUTED, *unused) and saved[name] != value
+    ]
+    if differing:
+        raise UserError(
+            f"checkpoint: {where} is of another architecture: {', '.join(differing)}; use its config or another checkpoint"
+        )
+
+
+def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
+    """The sharding of scalars and other small things: whole on every device."""
+    return NamedSharding(mesh, PartitionSpec())

@@ -1,0 +1,135 @@
+"""The saves of a stage while it runs: asynchronous, atomic, restored on any mesh; by Orbax."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from tanuki_jax.errors import UserError
+
+ORBAX_THREADS = ("async_save", "save_finalize", "write_metadata_after_commits")
+CHUNK = 128 << 20  # bytes
+EVERY = 1_000_000  # keep all checkpoints: for opening without deleting
+
+
+class Checkpoints:
+    """The checkpoints of one stage."""
+
+    def __init__(self, stage_directory: Path, keep: int = 1) -> None:
+        self.directory = Path(stage_directory).absolute() / "checkpoints"
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=ocp.checkpoint_managers.LatestN(keep),
+            enable_async_checkpointing=True,
+            cleanup_tmp_directories=keep != EVERY,  # who only reads must not disturb a run that is saving
+        )
+        with disk_errors(self.directory):
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
+        self._given_up = False
+
+    def latest(self) -> int | None:
+        """The newest whole checkpoint's step."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
+        """Starts writing a train state (train/step.py); its arrays are copied before this returns, so it may be donated.
+
+        Errors of the save before come up here or in `close`.
+        """
+        optimizer = {"opt_state": state.opt_state, "step": state.step, "key": jax.random.key_data(state.key)}
+        balance = {"balance": state.balance} if state.balance else {}
+        self.save_items(step, {"params": state.params, "optimizer": optimizer, **balance}, meta)
+
+    def save_items(self, step: int, trees: dict[str, Any], meta: dict[str, Any]) -> None:
+        """The same for named trees of arrays."""
+        items = {name: ocp.args.StandardSave(tree, save_args=_by_layer(tree)) for name, tree in trees.items()}
+        with self._saving():
+            self._manager.save(step, args=ocp.args.Composite(**items, meta=ocp.args.JsonSave({"step": step, **meta})))
+
+    def restore(self, step: int, like: Any) -> Any:
+        """The state of a step, with the shardings of `like` (a tree of ShapeDtypeStructs)."""
+        key = jax.eval_shape(jax.random.key_data, like.key)
+        key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=like.step.sharding)
+        optimizer = {"opt_state": like.opt_state, "step": like.step, "key": key}
+        balance = {"balance": like.balance} if like.balance else {}
+        saved = self.restore_items(step, {"params": like.params, "optimizer": optimizer, **balance})
+        optimizer = saved.pop("optimizer")
+        return dataclasses.replace(like, **saved, **optimizer | {"key": jax.random.wrap_key_data(optimizer["key"])})
+
+    def restore_items(self, step: int, like: dict[str, Any]) -> dict[str, Any]:
+        """Some of the named trees of a step."""
+        items = {name: ocp.args.StandardRestore(tree) for name, tree in like.items()}
+        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        return {name: restored[name] for name in like}
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """What was saved beside the arrays."""
+        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+
+    def close(self) -> None:
+        """Waits for the last save to be durable."""
+        if self._given_up:
+            return
+        with self._saving():
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+            self._manager.close()
+
+    @contextmanager
+    def _saving(self) -> Iterator[None]:
+        """A save that fails leaves nothing half-written behind, and no thread that still writes."""
+        try:
+            with disk_errors(self.directory):
+                yield
+        except BaseException:
+            self._given_up = True
+            join_orbax()
+            with suppress(Exception):
+                self._manager.close()
+            for unfinished in self.directory.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+
+
+def join_orbax() -> None:
+    """Waits for Orbax's threads."""
+    for thread in threading.enumerate():
+        if type(thread).__module__.startswith("orbax") or thread.name in ORBAX_THREADS:
+            threading.Thread.join(thread, 30)  # Orbax's own join would raise the error once more
+
+
+def _by_layer(tree: Any) -> Any:
+    """Chunks on disk of at most CHUNK bytes; what is stacked is cut between layers, so that one can be read alone."""
+
+    def chunks(path: Any, leaf: Any) -> ocp.SaveArgs:
+        stacked = any(getattr(part, "key", None) == "layers" for part in path)
+        return ocp.SaveArgs(chunk_byte_size=CHUNK, shard_axes=(0,) if stacked else ())
+
+    return jax.tree_util.tree_map_with_path(chunks, tree)
+
+
+@contextmanager
+def disk_errors(directory: Path) -> Iterator[None]:
+    """Turns the many ways in which a full or closed disk shows itself into one message."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        text = str(error)
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if full or any(
+            sign in text for sign in ("No space left", "ENOSPC", "Disk quota", "RESOURCE_EXHAUSTED", "File too large")
+        ):
+            raise UserError(
+                f"checkpoint: the disk of {directory} is full; free some space and run the same command again"
+            ) from error
+        if isinstance(error, PermissionError) or "Permission denied" in text or "Read-only file system" in text:
+            raise UserError(f"checkpoint: {directory} cannot be written to; check its permissions") from error
+        raise

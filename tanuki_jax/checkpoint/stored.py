@@ -1,0 +1,200 @@
+"""Checkpoints of any size, read and written a layer at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import dataclasses
+import math
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore
+
+from tanuki_jax import config, files, model
+from tanuki_jax.checkpoint.loading import base_of, locate, read_meta
+from tanuki_jax.checkpoint.stages import disk_errors, join_orbax
+from tanuki_jax.errors import UserError
+
+AHEAD = 3  # blocks on their way to the disk while the next one is made: the matrices of an expert
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """An array that lies in a file; `read(i)` reads row i of its first axis (a layer), `read()` all of it."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    read: Callable[..., np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A checkpoint's parameters by path, "layers/attn/q" say, none of which has been read yet."""
+
+    cfg: config.Model
+    tree: dict[str, Stored]
+    meta: dict[str, Any]
+    stage_directory: Path
+
+    @property
+    def tokenizer_directory(self) -> Path:
+        """Where the tokenizer lies: in a directory of its own, or beside the weights."""
+        own = self.stage_directory / "tokenizer"
+        return own if own.is_dir() else self.stage_directory
+
+
+def open_stored(path: str | Path) -> Opened:
+    """A checkpoint of ours, to be read a layer at a time; adapters come merged into what they lie on."""
+    stage_directory, step = locate(path)
+    meta = read_meta(stage_directory, step)
+    cfg = config.from_dict(config.Model, meta["model"])
+    if "adapter" not in meta:
+        names = [name for name, _, _ in model.named_parameters(cfg)]
+        return Opened(cfg, _opened(stage_directory, step, names), meta, stage_directory)
+    tree = dict(open_stored(base_of(stage_directory, meta)).tree)
+    scales, ranks = meta["adapter"]["scales"], meta["adapter"]["ranks"]
+    sides = _opened(stage_directory, step, [f"lora/{name}/{side}" for name in ranks for side in "ab"])
+    for name in ranks:
+        a, b = sides[f"lora/{name}/a"], sides[f"lora/{name}/b"]
+        tree[name] = _merged(name, tree[name], a, b, np.array(scales[name]))
+    return Opened(cfg, tree, meta, stage_directory)
+
+
+def _merged(name: str, base: Stored, a: Stored, b: Stored, scale_L: np.ndarray) -> Stored:
+    def read(*row: int) -> np.ndarray:
+        scale = np.float32(scale_L[row[0]] if row else scale_L)
+        return np.asarray(model.lora.merged(name, base.read(*row), a.read(*row), b.read(*row), scale))
+
+    return Stored(base.shape, base.dtype, read)
+
+
+def _opened(stage_directory: Path, step: int, names: list[str]) -> dict[str, Stored]:
+    """Arrays of the item `params` of a step, by path."""
+    home = stage_directory / "checkpoints" / str(step) / "params"
+    try:
+        written = files.read_json(home / "_METADATA")
+    except OSError as error:
+        raise UserError(f"checkpoint: {stage_directory} step {step} cannot be read: {str(error).splitlines()[0]}") from error
+    driver = "zarr3" if written.get("use_zarr3") else "zarr"
+
+    def opened(name: str) -> Stored:
+        plain = {"driver": "file", "path": f"{home}/{name.replace('/', '.')}/"}
+        packed = {"driver": "ocdbt", "base": f"file://{home}/", "path": f"{name.replace('/', '.')}/"}
+        store = packed if (home / "manifest.ocdbt").is_file() else plain
+        try:
+            array = tensorstore.open({"driver": driver, "kvstore": store, "fill_missing_data_reads": False}, read=True).result()
+        except ValueError as error:
+            raise UserError(f"checkpoint: {stage_directory} step {step} has no parameter {name}, or it is damaged") from error
+
+        def read(*row: int) -> np.ndarray:
+            try:
+                return array[row].read().result() if row else array.read().result()
+            except ValueError as error:
+                raise UserError(f"checkpoint: {name} in {home} is damaged: {str(error).splitlines()[0]}") from error
+
+        return Stored(tuple(array.shape), array.dtype.name, read)
+
+    return {name: opened(name) for name in names}
+
+
+Block = tuple[str, tuple[int, ...], np.ndarray]  # name, leading indices, array
+
+
+class _Streamed:
+    """Stands for an array that comes in blocks; what Orbax asks of a leaf."""
+
+    def __init__(self, name: str, shape: tuple[int, ...], dtype: str, block: tuple[int, ...]) -> None:
+        self.name, self.shape, self.dtype, self.block = name, shape, np.dtype(dtype), block
+        self.ndim, self.size = len(shape), math.prod(shape)
+        self.nbytes = self.size * self.dtype.itemsize
+
+
+class _StreamHandler(ocp.type_handlers.NumpyHandler):
+    """Opens all arrays, then writes the blocks in the order in which they come; restored as any other array."""
+
+    def __init__(self, count: int, blocks: Iterator[Block]) -> None:
+        super().__init__(deepcopy_host_arrays=False)
+        self._count, self._blocks = count, blocks
+        self._stores: dict[str, Any] = {}
+
+    def typestr(self) -> str:
+        return "jax.Array"
+
+    async def _open_and_write(self, value: _Streamed, tspec: dict[str, Any], ts_context: Any) -> None:
+        tspec["metadata"] |= {"chunks": value.block, "compressor": None}  # weights hardly shrink
+        tspec["context"] = {"file_io_sync": False}  # once at the end is enough
+        self._stores[value.name] = await tensorstore.open(tspec, create=True, open=True, context=ts_context)
+        if len(self._stores) == self._count:
+            pending: collections.deque[Any] = collections.deque()
+            try:
+                for name, index, block in self._blocks:
+                    pending.append(self._stores[name][index].write(block))
+                    if len(pending) > AHEAD:
+                        await pending.popleft()
+            finally:  # after an error too, else a write would come back after the directory is removed
+                await asyncio.gather(*pending)
+
+
+def save_streamed(stage_directory: Path, cfg: config.Model, blocks: Iterator[Block], meta: dict[str, Any]) -> None:
+    """Writes a model's parameters as step 0 of a stage from blocks (name, leading indices, array), none of which is kept.
+
+    Experts come one by one (two leading indices), other layers whole (one), the rest at once (none).
+    """
+    shapes = {name: (shape, str(np.dtype(leaf.dtype))) for (name, _, shape), leaf in _with_leaves(cfg)}
+    leaves = {name: _Streamed(name, shape, dtype, _block(name, shape)) for name, (shape, dtype) in shapes.items()}
+    stopped = threading.Event()
+
+    def until_stopped() -> Iterator[Block]:
+        for block in blocks:
+            if stopped.is_set():
+                raise RuntimeError("stopped")
+            yield block
+
+    writing = (_Streamed, _StreamHandler(len(leaves), until_stopped()))
+    registry = ocp.type_handlers.create_type_handler_registry(writing)
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry)
+    directory = Path(stage_directory).absolute() / "checkpoints"
+    tree: dict[str, Any] = {}
+    for name, leaf in leaves.items():
+        *groups, last = name.split("/")
+        place = tree
+        for group in groups:
+            place = place.setdefault(group, {})
+        place[last] = leaf
+    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
+    handlers = {"params": handler, "meta": ocp.JsonCheckpointHandler()}
+    with disk_errors(directory), ocp.CheckpointManager(directory, options=options, item_handlers=handlers) as manager:
+        items = {"params": ocp.args.PyTreeSave(tree), "meta": ocp.args.JsonSave({**meta, "step": 0})}
+        try:
+            manager.save(0, args=ocp.args.Composite(**items))
+        except BaseException:  # Ctrl-C comes to this thread, while another one goes on writing
+            stopped.set()
+            join_orbax()
+            raise
+        files.sync(directory)
+
+
+def _with_leaves(cfg: config.Model) -> Iterator[tuple[tuple[str, str, tuple[int, ...]], Any]]:
+    yield from zip(model.named_parameters(cfg), jax.tree.leaves(model.parameter_shapes(cfg)), strict=True)
+
+
+def _leading(name: str, shape: tuple[int, ...]) -> int:
+    """How many indices a block has: layer and expert, layer, or none."""
+    return 0 if not name.startswith("layers/") else 2 if len(shape) == 4 and "/moe/" in name else 1
+
+
+def _block(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of a block, and of a chunk on disk."""
+    leading = _leading(name, shape)
+    return (*(1,) * leading, *shape[leading:])
+
+
+def block_indices(name: str, shape: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    """Leading indices of all blocks of a parameter, in order."""
+    yield from np.ndindex(*shape[: _leading(name, shape)])

@@ -1,0 +1,163 @@
+"""Low-rank adapters (LoRA, Hu et al. 2021): W + scale * A B beside any matrix of the layers.
+
+Two more branches of the parameter tree hold them: `lora/layers/attn/q/{a [L,D,r], b [L,r,N,H]}`, which is trained while all
+else is frozen, and `lora_scale/layers/attn/q [L]`, alpha / r or alpha / sqrt(r).  So whatever takes parameters takes these too,
+and without the two branches the model is the base, bit by bit.  Attention and the dense FFN add (x A) B to their product;
+experts and router, whose products are no plain ones, use W + scale * A B.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+
+from tanuki_jax import config
+from tanuki_jax.model.layers import compute_dtype
+from tanuki_jax.model.transformer import Params, named_parameters
+
+
+class Split(NamedTuple):
+    """The axes of a layer's matrix: those that number matrices, those of its input, those of its output."""
+
+    many: str
+    inner: str
+    outer: str
+
+
+SPLITS = {
+    "attn/q": Split("", "D", "NH"),
+    "attn/k": Split("", "D", "KH"),
+    "attn/v": Split("", "D", "KH"),
+    "attn/o": Split("", "NH", "D"),
+    "mlp/gate": Split("", "D", "F"),
+    "mlp/up": Split("", "D", "F"),
+    "mlp/down": Split("", "F", "D"),
+    "moe/gate": Split("E", "D", "F"),
+    "moe/up": Split("E", "D", "F"),
+    "moe/down": Split("E", "F", "D"),
+    "moe/router": Split("", "D", "E"),
+}
+
+
+class Target(NamedTuple):
+    """A matrix with an adapter: axis letters, r for the rank, and shapes of its two sides."""
+
+    path: str  # "layers/attn/q"
+    rank: int
+    a: tuple[str, tuple[int, ...]]
+    b: tuple[str, tuple[int, ...]]
+
+
+def ranks(cfg: config.Model, options: config.Lora) -> dict[str, int]:
+    """Path and rank of the adapters that a stage's options ask for; of several patterns that fit a matrix the last counts."""
+    found = {}
+    for path, _, _ in named_parameters(cfg):
+        name = path.removeprefix("layers/")
+        for pattern, rank in options.targets.items() if name in SPLITS else ():
+            if fnmatch.fnmatch(name, pattern):
+                found[path] = rank or options.rank
+    return found
+
+
+def targets(cfg: config.Model, ranks: Mapping[str, int]) -> Iterator[Target]:
+    """The adapters of these ranks, in the order of the parameters."""
+    for path, axes, shape in named_parameters(cfg):
+        if path in ranks:
+            sizes = {**dict(zip(axes, shape, strict=True)), "r": ranks[path]}
+            many, inner, outer = SPLITS[path.removeprefix("layers/")]
+            sides = ("L" + many + inner + "r", "L" + many + "r" + outer)
+            a, b = ((letters, tuple(sizes[x] for x in letters)) for letters in sides)
+            yield Target(path, ranks[path], a, b)
+
+
+def init_adapters(cfg: config.Model, options: config.Lora, key: jax.Array) -> tuple[Params, Params]:
+    """Fresh adapters and their scales, which are frozen; float32.  A is uniform within 1 / sqrt(inputs), B 0, as in PEFT."""
+    trained = {}
+    for number, one in enumerate(targets(cfg, ranks(cfg, options))):
+        inner = SPLITS[one.path.removeprefix("layers/")].inner
+        inputs = math.prod(size for letter, size in zip(*one.a, strict=True) if letter in inner)
+        draw = jax.random.fold_in(key, number)
+        a = jax.random.uniform(draw, one.a[1], jnp.float32, -(inputs**-0.5), inputs**-0.5)
+        trained[one.path] = {"a": a, "b": jnp.zeros(one.b[1], jnp.float32)}
+    return {"lora": _nested(trained)}, scale_tree(scales(cfg, options))
+
+
+def scales(cfg: config.Model, options: config.Lora) -> dict[str, list[float]]:
+    """By what each layer's adapter of each path is multiplied."""
+    return {
+        one.path: [options.alpha / (one.rank**0.5 if options.rslora else one.rank)] * one.a[1][0]
+        for one in targets(cfg, ranks(cfg, options))
+    }
+
+
+def scales_of(tree: Params) -> dict[str, list[float]]:
+    """The scales of a tree (of host arrays) by path."""
+    return {path: [float(s) for s in scale_L] for path, scale_L in flax.traverse_util.flatten_dict(tree, sep="/").items()}
+
+
+def scale_tree(scales: Mapping[str, list[float]]) -> Params:
+    """The branch of the parameters that holds them."""
+    return {"lora_scale": _nested({path: jnp.array(values, jnp.float32) for path, values in scales.items()})}
+
+
+def adapter_axes(cfg: config.Model, ranks: Mapping[str, int]) -> tuple[Params, Params]:
+    """The trees of axis letters of adapters and of their scales."""
+    found = list(targets(cfg, ranks))
+    letters = {one.path: {"a": tuple(one.a[0]), "b": tuple(one.b[0])} for one in found}
+    return {"lora": _nested(letters)}, {"lora_scale": _nested({one.path: ("L",) for one in found})}
+
+
+def adapter_shapes(cfg: config.Model, ranks: Mapping[str, int]) -> Params:
+    """The tree of ShapeDtypeStructs of adapters."""
+    shape = lambda side: jax.ShapeDtypeStruct(side[1], jnp.float32)  # noqa: E731
+    return {"lora": _nested({one.path: {"a": shape(one.a), "b": shape(one.b)} for one in targets(cfg, ranks)})}
+
+
+def frozen(cfg: config.Model, params: Params) -> Params:
+    """A base as it lies below adapters: what is cast to the compute dtype whenever it is used, is cast once."""
+
+    def cast(path: Any, w: jax.Array) -> jax.Array:
+        exact = path[-1].key == "router" or path[-1].key.startswith(("norm", "bias"))
+        return w if exact else w.astype(compute_dtype(cfg))
+
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
+def merge(params: Params) -> Params:
+    """Plain parameters that compute the same: every adapter added to its matrix, in float32, and cast back."""
+    base = {name: part for name, part in params.items() if name not in ("lora", "lora_scale")}
+    if "lora" not in params:
+        return base
+    flat = flax.traverse_util.flatten_dict(base, sep="/")
+    for path, adapter, scale_L in adapters(params):
+        flat[path] = merged(path, flat[path], adapter["a"], adapter["b"], scale_L)
+    return flax.traverse_util.unflatten_dict(flat, sep="/")
+
+
+def merged(path: str, w: Any, a: Any, b: Any, scale: Any) -> jax.Array:
+    """W + scale * A B, in the dtype of W; stacked over layers, or of one layer, or of one expert of it."""
+    split = SPLITS[path.removeprefix("layers/")]
+    r, inner, outer = a.shape[-1], len(split.inner), len(split.outer)
+    leading = w.shape[: w.ndim - inner - outer]
+    product = jnp.einsum("...ir,...ro->...io", a.reshape(*leading, -1, r), b.reshape(*leading, r, -1), precision="highest")
+    scale = jnp.reshape(scale, jnp.shape(scale) + (1,) * (w.ndim - jnp.ndim(scale)))
+    return (w.astype(jnp.float32) + scale * product.reshape(w.shape)).astype(w.dtype)
+
+
+def adapters(params: Params) -> Iterator[tuple[str, dict[str, jax.Array], jax.Array]]:
+    """Path, {a, b} and scale [L] of every adapter."""
+    flat = flax.traverse_util.flatten_dict({"lora": params["lora"], "scale": params["lora_scale"]}, sep="/")
+    for name, scale_L in flat.items():
+        if name.startswith("scale/"):
+            path = name.removeprefix("scale/")
+            yield path, {side: flat[f"lora/{path}/{side}"] for side in "ab"}, scale_L
+
+
+def _nested(flat: dict[str, Any]) -> Params:
+    return flax.traverse_util.unflatten_dict({tuple(path.split("/")): leaf for path, leaf in flat.items()})
