@@ -119,14 +119,22 @@ def _import(options: argparse.Namespace) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
     from tanuki_jax import interop
 
-    print(interop.import_huggingface(options.hf, _fresh(options.output)))
+    if interop.is_peft(options.hf):
+        if not options.base:
+            raise UserError("import: adapters need --base, the checkpoint of ours that they lie on")
+        print(interop.import_adapters(options.hf, options.base, _fresh(options.output)))
+    else:
+        print(interop.import_huggingface(options.hf, _fresh(options.output), options.vocab_size))
 
 
 def _export(options: argparse.Namespace) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
     from tanuki_jax import interop
 
-    print(interop.export_huggingface(options.checkpoint, _fresh(options.output)))
+    if options.format == "peft":
+        print(interop.export_adapters(options.checkpoint, _fresh(options.output), options.base_name))
+    else:
+        print(interop.export_huggingface(options.checkpoint, _fresh(options.output), options.vocab_size))
 
 
 def _fields(options: argparse.Namespace) -> Any:

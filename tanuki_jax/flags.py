@@ -59,12 +59,23 @@ def make_parser() -> Parser:
 
     _upcycle(verb(verbs, "upcycle", "upcycle", "turn a dense checkpoint into a mixture of experts"))
 
-    made = verb(verbs, "import", "import", "a Hugging Face Llama, Mixtral or Tanuki directory to a checkpoint; streamed, exact")
-    made.add_argument("--hf", type=Path, required=True, help="directory with config.json and safetensors")
+    made = verb(verbs, "import", "import", "a Hugging Face model, or PEFT's adapters, to a checkpoint; streamed, exact")
+    made.add_argument(
+        "--hf", type=Path, required=True, help="directory of a Llama, Mixtral or Tanuki (config.json) or of adapter_config.json"
+    )
+    made.add_argument("--base", type=Path, help="for adapters: the checkpoint of ours that they lie on")
+    _vocabulary(made)
     _add(made, "output")
     made = verb(verbs, "export", "export", "a checkpoint to a Hugging Face directory; streamed, exact")
     _add(made, "checkpoint", "output")
-    made.add_argument("--format", choices=("hf",), default="hf", help="what is written (default %(default)s)")
+    made.add_argument(
+        "--format",
+        choices=("hf", "peft"),
+        default="hf",
+        help="hf: all weights, adapters merged into them (default); peft: the adapters alone",
+    )
+    made.add_argument("--base_name", default="", help="peft: the model that adapter_config.json names")
+    _vocabulary(made)
 
     tokenizer = verbs.add_parser("tokenizer", help="train a tokenizer, or report on one").add_subparsers(
         dest="what", required=True, metavar="train|report"
@@ -161,6 +172,15 @@ def _upcycle(made: argparse.ArgumentParser) -> None:
     made.epilog = (
         "Layer by layer: memory holds one dense layer and one expert.  A few random tokens go through both models on the way, "
         "and how far their logits differ is told: nothing for copy and groups."
+    )
+
+
+def _vocabulary(made: Any) -> None:
+    made.add_argument(
+        "--vocab_size",
+        type=int,
+        default=0,
+        help="rows of embedding and head: less cuts padding off, more adds zeros; 0 = as is",
     )
 
 

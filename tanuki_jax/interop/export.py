@@ -35,6 +35,7 @@ from tanuki_jax.interop.huggingface import (
     sizes_of,
     transposed,
 )
+from tanuki_jax.interop.vocabulary import resized
 from tanuki_jax.progress import Progress
 
 SHARD = 4_000_000_000  # bytes of a file, at most, unless one tensor is larger
@@ -50,9 +51,9 @@ class Tensor(NamedTuple):
     pieces: Callable[[], Iterator[np.ndarray]]
 
 
-def export_huggingface(path: Path, output: Path) -> str:
+def export_huggingface(path: Path, output: Path, vocab_size: int = 0) -> str:
     """Writes the checkpoint at `path` as a Hugging Face directory and says what it is."""
-    opened = checkpoint.open_stored(path)
+    opened, exact = resized(checkpoint.open_stored(path), vocab_size, "export")
     kind = kind_of(opened.cfg)
     tensors = list(_tensors(opened, kind))
     with files.atomic_path(output) as temporary:
@@ -69,12 +70,16 @@ def export_huggingface(path: Path, output: Path) -> str:
     total, active = model.count_parameters(opened.cfg)
     how = ", load with trust_remote_code=True (the normalised gate is no Mixtral)" if kind == "tanuki" else ""
     counts = f"{total:,} parameters" + (f", {active:,} active" if active != total else "")
-    return f"{output}: {ARCHITECTURES[kind]}{how}; {counts}, {len(tensors)} tensors, {size / 1e9:,.2f} GB, exact"
+    return f"{output}: {ARCHITECTURES[kind]}{how}; {counts}, {len(tensors)} tensors, {size / 1e9:,.2f} GB, {exact}"
 
 
 def kind_of(cfg: config.Model) -> str:
     """llama, mixtral or tanuki; an error where no such class computes what the model does."""
     if not cfg.n_experts:
+        if cfg.d_model % cfg.n_heads:
+            raise UserError(
+                f"export: transformers has no Llama whose width {cfg.d_model} is not a multiple of its {cfg.n_heads} heads"
+            )
         return "llama"
     if len(config.mixture_layers(cfg)) != cfg.n_layers:
         raise UserError("export: some layers of this mixture are dense; neither Mixtral nor Tanuki's class holds that")

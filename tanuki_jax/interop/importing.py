@@ -9,12 +9,13 @@ import numpy as np
 
 from tanuki_jax import checkpoint, config, files, model
 from tanuki_jax.interop.huggingface import copy_tokenizer, open_huggingface
+from tanuki_jax.interop.vocabulary import resized
 from tanuki_jax.progress import Progress
 
 
-def import_huggingface(path: Path, output: Path) -> str:
+def import_huggingface(path: Path, output: Path, vocab_size: int = 0) -> str:
     """Writes a Llama, Mixtral or Tanuki directory as step 0 of a stage and says what it is."""
-    opened = open_huggingface(path)
+    opened, exact = resized(open_huggingface(path), vocab_size, "import")
     cfg = opened.cfg
     total, active = model.count_parameters(cfg)
     progress = Progress("import", total * np.dtype(cfg.param_dtype).itemsize, "MB", 1e6)
@@ -33,4 +34,4 @@ def import_huggingface(path: Path, output: Path) -> str:
         checkpoint.save_streamed(temporary, cfg, blocks(), meta)
         copy_tokenizer(path, temporary / "tokenizer")
     counts = f"{total:,} parameters" + (f", {active:,} active" if active != total else "")
-    return f"{output}: {counts}, {cfg.param_dtype}, exact"
+    return f"{output}: {counts}, {cfg.param_dtype}, {exact}"

@@ -85,7 +85,7 @@ def init_adapters(cfg: config.Model, options: config.Lora, key: jax.Array) -> tu
         draw = jax.random.fold_in(key, number)
         a = jax.random.uniform(draw, one.a[1], jnp.float32, -(inputs**-0.5), inputs**-0.5)
         trained[one.path] = {"a": a, "b": jnp.zeros(one.b[1], jnp.float32)}
-    return {"lora": _nested(trained)}, scale_tree(scales(cfg, options))
+    return {"lora": nested(trained)}, scale_tree(scales(cfg, options))
 
 
 def scales(cfg: config.Model, options: config.Lora) -> dict[str, list[float]]:
@@ -103,20 +103,20 @@ def scales_of(tree: Params) -> dict[str, list[float]]:
 
 def scale_tree(scales: Mapping[str, list[float]]) -> Params:
     """The branch of the parameters that holds them."""
-    return {"lora_scale": _nested({path: jnp.array(values, jnp.float32) for path, values in scales.items()})}
+    return {"lora_scale": nested({path: jnp.array(values, jnp.float32) for path, values in scales.items()})}
 
 
 def adapter_axes(cfg: config.Model, ranks: Mapping[str, int]) -> tuple[Params, Params]:
     """The trees of axis letters of adapters and of their scales."""
     found = list(targets(cfg, ranks))
     letters = {one.path: {"a": tuple(one.a[0]), "b": tuple(one.b[0])} for one in found}
-    return {"lora": _nested(letters)}, {"lora_scale": _nested({one.path: ("L",) for one in found})}
+    return {"lora": nested(letters)}, {"lora_scale": nested({one.path: ("L",) for one in found})}
 
 
 def adapter_shapes(cfg: config.Model, ranks: Mapping[str, int]) -> Params:
     """The tree of ShapeDtypeStructs of adapters."""
     shape = lambda side: jax.ShapeDtypeStruct(side[1], jnp.float32)  # noqa: E731
-    return {"lora": _nested({one.path: {"a": shape(one.a), "b": shape(one.b)} for one in targets(cfg, ranks)})}
+    return {"lora": nested({one.path: {"a": shape(one.a), "b": shape(one.b)} for one in targets(cfg, ranks)})}
 
 
 def frozen(cfg: config.Model, params: Params) -> Params:
@@ -159,5 +159,6 @@ def adapters(params: Params) -> Iterator[tuple[str, dict[str, jax.Array], jax.Ar
             yield path, {side: flat[f"lora/{path}/{side}"] for side in "ab"}, scale_L
 
 
-def _nested(flat: dict[str, Any]) -> Params:
+def nested(flat: dict[str, Any]) -> Params:
+    """The tree of arrays by path."""
     return flax.traverse_util.unflatten_dict({tuple(path.split("/")): leaf for path, leaf in flat.items()})

@@ -1,0 +1,40 @@
+"""A vocabulary's padding: rows of the embedding and columns of the head that belong to no piece, so that they divide evenly."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from tanuki_jax.checkpoint import Opened, Stored
+from tanuki_jax.data.tokenizer import Tokenizer
+from tanuki_jax.errors import UserError
+
+
+def resized(opened: Opened, vocab_size: int, verb: str) -> tuple[Opened, str]:
+    """The checkpoint with V rows, cut or padded with zeros, and what to tell of it; as it is where V is 0.
+
+    Neither is quite exact: an id that is cut off had a probability, and one that is added has a logit of 0.
+    """
+    old = opened.cfg.vocab_size
+    if vocab_size in (0, old):
+        return opened, "exact"
+    home = opened.tokenizer_directory
+    pieces = Tokenizer(home).vocab_size if (home / "tokenizer.json").is_file() else 0
+    if vocab_size < max(1, pieces):
+        raise UserError(f"{verb}: --vocab_size {vocab_size} is less than the {pieces:,} pieces of the tokenizer in {home}")
+
+    def stored(name: str, axis: int) -> Stored:
+        whole = opened.tree[name]
+        shape = tuple(vocab_size if i == axis else n for i, n in enumerate(whole.shape))
+
+        def read() -> np.ndarray:
+            array = whole.read()[:vocab_size] if axis == 0 else whole.read()[:, :vocab_size]
+            return np.pad(array, [(0, n - m) for n, m in zip(shape, array.shape, strict=True)])
+
+        return Stored(shape, whole.dtype, read)
+
+    tree = opened.tree | {"embed/table": stored("embed/table", 0), "head": stored("head", 1)}
+    how = f"vocabulary cut from {old:,} to {vocab_size:,}" if vocab_size < old else f"padded from {old:,} to {vocab_size:,}"
+    cfg = dataclasses.replace(opened.cfg, vocab_size=vocab_size)
+    return dataclasses.replace(opened, cfg=cfg, tree=tree), f"exact but for the {how}"
