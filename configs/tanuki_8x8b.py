@@ -18,8 +18,8 @@ Where the sources disagree, or say nothing (see tanuki_8b.py for the dense part)
 - Tokens inside a group of runs that share a description (6-8, 9-11) are split as the ledger splits them, their data alike.
 - SFT: 640 examples a batch is the 8B's; the mixture's batch is not recorded beyond 2 x 4 on a GPU, so it is taken over.
 - DPO: the paper has 30,078 pairs, the published config 10,000 from each of three sets, the ledger a row of 10,078 that is
-  labelled with an SFT set.  The config is followed.  It used LoRA (rank 128, alpha 256, dropout 0.05 on q, k, v) with 2e-6 for
-  two epochs; the ledger says "full".  LoRA is not here yet, so this stage trains all parameters, at a tenth of that rate.
+  labelled with an SFT set.  The config is followed: LoRA (rank 128, alpha 256, dropout 0.05 on q, k, v) with 2e-6 for two
+  epochs; the ledger says "full".  Its fan_in_fan_out=True, which PEFT resets for these layers, has no counterpart.
 """
 
 import runpy
@@ -99,7 +99,8 @@ def get_config(root="data"):
         batch_size=256,
         rope_theta=5e5,
         loss=dict(beta=0.1),
-        optimizer=DENSE["trl"](2e-7),
+        lora=dict(rank=128, alpha=256.0, dropout=0.05, targets={"attn/q": 0, "attn/k": 0, "attn/v": 0}),
+        optimizer=DENSE["trl"](2e-6),
         save_every=50,
     )
     return c

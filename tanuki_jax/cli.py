@@ -239,7 +239,7 @@ def _generate(options: argparse.Namespace) -> None:
 
     loaded = checkpoint.load(options.checkpoint)
     tokenizer = Tokenizer(loaded.tokenizer_directory)
-    prompt = tokenizer.encode(options.prompt) or [tokenizer.bos]
+    prompt = tokenizer.encode(options.prompt) or [tokenizer.eos if tokenizer.bos is None else tokenizer.bos]
     [ids] = model.generate(loaded.cfg, loaded.params, [prompt], _sampling(options, tokenizer.eos), options.seed)
     text = tokenizer.decode(ids)
     _print(options, {"prompt": options.prompt, "text": text, "tokens": len(ids)}, options.prompt + text)

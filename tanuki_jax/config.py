@@ -391,7 +391,7 @@ def _validate_lora(recipe: Recipe, name: str, this: Stage) -> None:
     model = model_of(recipe, name)
     mixtures = len(mixture_layers(model))
     known = [n for n in PROJECTED if mixtures < model.n_layers or not n.startswith("mlp/")] + [*ROUTED][: 4 * bool(mixtures)]
-    for pattern, rank in options.targets.items():
+    for pattern, rank in options.patterns().items():
         fits = fnmatch.filter(known, pattern)
         if not fits or rank < 0:
             raise UserError(
@@ -400,8 +400,6 @@ def _validate_lora(recipe: Recipe, name: str, this: Stage) -> None:
             )
         if options.dropout and set(fits) & set(ROUTED):
             raise UserError(f"{where}.lora.dropout is for attention and dense FFN; set it to 0 for {pattern!r}")
-    if not options.targets:
-        raise UserError(f"{where}.lora.targets is empty; name some of {', '.join(known)}")
 
 
 def _validate_mixture(recipe: Recipe, where: str, this: Stage) -> None:

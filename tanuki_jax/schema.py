@@ -169,8 +169,12 @@ class Lora:
     rslora: bool = key(False, "multiplied by alpha / sqrt(r) instead (Kalajdzievski 2023)")
     dropout: float = key(0.0, "share of an adapter's inputs that is dropped; attention and dense FFN only")
     targets: dict[str, int] = key(
-        lambda: {"attn/*": 0}, "pattern of matrices (attn/q, mlp/up, moe/down, moe/router, ...) -> their rank; 0 = `rank`"
+        dict, "pattern of matrices (attn/q, mlp/up, moe/down, moe/router, ...) -> rank, 0 = `rank`; empty = {'attn/*': 0}"
     )
+
+    def patterns(self) -> dict[str, int]:
+        """The targets, or attention where none is named."""
+        return self.targets or {"attn/*": 0}
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import numpy as np
 from tanuki_jax import checkpoint, config, files, model, parallel, placement, upcycle
 from tanuki_jax.config import Recipe
 from tanuki_jax.data import loader, packing
+from tanuki_jax.data.tokenizer import copy_tokenizer
 from tanuki_jax.errors import UserError
 from tanuki_jax.inputs import Inputs
 from tanuki_jax.progress import Progress
@@ -76,7 +77,7 @@ def run(
 ) -> dict[str, Any]:
     """Runs or resumes a stage and returns its part of the summary."""
     this, home = recipe.stages[name], directory(workdir, name)
-    parallel.once(lambda: files.copy_directory(inputs.tokenizer.directory, home / "tokenizer"))
+    parallel.once(lambda: copy_tokenizer(inputs.tokenizer.directory, home / "tokenizer"))
     if this.kind == "upcycle":
         return _upcycle(recipe, name, workdir, mesh)
     cfg = config.model_of(recipe, name)

@@ -58,7 +58,8 @@ def load(path: str | Path, mesh: jax.sharding.Mesh | None = None) -> Loaded:
         base = load(found.base, mesh)
         everything = {**base.params, **found.params, **found.scales}
         shardings = parameter_shardings(found.cfg, mesh) if mesh else None
-        return Loaded(found.cfg, jax.jit(model.lora.merge, out_shardings=shardings)(everything), meta, stage_directory)
+        params = jax.jit(model.lora.merge, out_shardings=shardings)(everything)
+        return Loaded(found.cfg, params, without_adapter(meta), stage_directory)
     cfg = config.from_dict(config.Model, meta["model"])
     shapes = model.parameter_shapes(cfg)
     shardings = parameter_shardings(cfg, mesh) if mesh else None
@@ -126,6 +127,11 @@ def adapters_meta(stage_directory: Path, base: Path, ranks: dict[str, int], scal
     near = home.parent == Path(stage_directory).absolute().parent
     named = os.path.relpath(path, stage_directory) if near else str(path)
     return {"base": named, "base_fingerprint": files.fingerprint(read_meta(home, step)), "ranks": ranks, "scales": scales}
+
+
+def without_adapter(meta: dict[str, Any]) -> dict[str, Any]:
+    """What is true of the whole model: that it came of adapters no longer shows."""
+    return {name: value for name, value in meta.items() if name != "adapter"}
 
 
 def base_of(stage_directory: Path, meta: dict[str, Any]) -> Path:

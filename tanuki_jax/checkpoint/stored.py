@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 
 from tanuki_jax import config, files, model
-from tanuki_jax.checkpoint.loading import base_of, locate, read_meta
+from tanuki_jax.checkpoint.loading import base_of, locate, read_meta, without_adapter
 from tanuki_jax.checkpoint.stages import disk_errors, join_orbax
 from tanuki_jax.errors import UserError
 
@@ -63,7 +63,7 @@ def open_stored(path: str | Path) -> Opened:
     for name in ranks:
         a, b = sides[f"lora/{name}/a"], sides[f"lora/{name}/b"]
         tree[name] = _merged(name, tree[name], a, b, np.array(scales[name]))
-    return Opened(cfg, tree, meta, stage_directory)
+    return Opened(cfg, tree, without_adapter(meta), stage_directory)
 
 
 def _merged(name: str, base: Stored, a: Stored, b: Stored, scale_L: np.ndarray) -> Stored:

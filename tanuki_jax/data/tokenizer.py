@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
@@ -14,6 +16,7 @@ from tanuki_jax.errors import UserError
 
 NEWLINE_CUT = {"type": "Split", "pattern": {"Regex": "\n"}, "behavior": "Isolated", "invert": False}
 PART = 1 << 15  # characters of a text that are encoded together, where newlines cut it
+FILES = ("tokenizer*", "special_tokens_map.json", "chat_template*")  # of a directory that may hold weights too
 LONGEST = 1 << 20  # the same for a line, or where newlines do not cut: longer ones are cut there, which a round trip survives
 
 
@@ -35,9 +38,12 @@ class Tokenizer:
         # Where a newline is always a token of its own, the ids of a text are those of its lines, one after another.
         self._cuts_at_newlines = json.loads(self._tokenizer.to_str())["pre_tokenizer"] == NEWLINE_CUT
         self.special = {a.content: i for i, a in self._tokenizer.get_added_tokens_decoder().items() if a.special}
-        self.bos_token, self.eos_token = config["bos_token"], config["eos_token"]
-        self.bos, self.eos, self.pad = (self.special[config[name]] for name in ("bos_token", "eos_token", "pad_token"))
-        self.chat_template: str = config.get("chat_template", "")
+        self.bos_token, eos_token, pad_token = (_spelling(config.get(f"{name}_token")) for name in ("bos", "eos", "pad"))
+        if eos_token not in self.special:
+            raise UserError(f"tokenizer: {directory} has no eos_token among its special tokens; every text must end with one")
+        self.eos_token, self.eos = eos_token, self.special[eos_token]
+        self.bos, self.pad = self.special.get(self.bos_token), self.special.get(pad_token)
+        self.chat_template: str = config.get("chat_template") or _text(directory / "chat_template.jinja")
         self.vocab_size: int = self._tokenizer.get_vocab_size()
         self.fingerprint = files.fingerprint(directory / "tokenizer.json", self.chat_template)
 
@@ -93,6 +99,24 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids; special tokens are spelt out."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copies a tokenizer's own files into a new directory, whole or not at all; nothing where there is no tokenizer.json."""
+    if (source / "tokenizer.json").is_file() and not target.is_dir():
+        with files.atomic_path(target) as temporary:
+            temporary.mkdir()
+            for file in (file for pattern in FILES for file in source.glob(pattern) if file.is_file()):
+                shutil.copy(file, temporary)
+
+
+def _spelling(token: Any) -> str:
+    """A special token of tokenizer_config.json: text, a dictionary with `content`, or nothing."""
+    return str(token["content"] if isinstance(token, dict) else token or "")
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
 def byte_of(piece: str) -> int | None:

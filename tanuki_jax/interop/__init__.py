@@ -1,12 +1,11 @@
 """Files of other projects, in and out."""
 
 from tanuki_jax.interop.export import export_huggingface
-from tanuki_jax.interop.huggingface import copy_tokenizer, is_huggingface, open_huggingface, open_llama
+from tanuki_jax.interop.huggingface import is_huggingface, open_huggingface, open_llama
 from tanuki_jax.interop.importing import import_huggingface
 from tanuki_jax.interop.peft import export_adapters, import_adapters, is_peft
 
 __all__ = [
-    "copy_tokenizer",
     "export_adapters",
     "export_huggingface",
     "import_adapters",

@@ -18,7 +18,7 @@ import numpy as np
 
 from tanuki_jax import checkpoint, config, files, model
 from tanuki_jax.checkpoint import Opened
-from tanuki_jax.data.tokenizer import Tokenizer
+from tanuki_jax.data.tokenizer import Tokenizer, copy_tokenizer
 from tanuki_jax.errors import UserError
 from tanuki_jax.interop.huggingface import (
     DOWN,
@@ -56,14 +56,13 @@ def export_huggingface(path: Path, output: Path, vocab_size: int = 0) -> str:
     opened, exact = resized(checkpoint.open_stored(path), vocab_size, "export")
     kind = kind_of(opened.cfg)
     tensors = list(_tensors(opened, kind))
-    with files.atomic_path(output) as temporary:
-        temporary.mkdir()
+    with checkpoint.disk_errors(output), files.atomic_path(output) as temporary:
+        copy_tokenizer(opened.tokenizer_directory, temporary)
+        temporary.mkdir(exist_ok=True)
         size = _write(temporary, tensors, opened.cfg.param_dtype)
         settings, generation = _settings(opened, kind)
         files.write_json(temporary / "config.json", settings)
         files.write_json(temporary / "generation_config.json", generation)
-        if (opened.tokenizer_directory / "tokenizer.json").is_file():
-            shutil.copytree(opened.tokenizer_directory, temporary, dirs_exist_ok=True)
         if kind == "tanuki":
             shutil.copy(Path(__file__).with_name("modeling_tanuki.py"), temporary)
         (temporary / "README.md").write_text(_card(opened, kind), encoding="utf-8")
@@ -204,13 +203,24 @@ def _settings(opened: Opened, kind: str) -> tuple[dict[str, Any], dict[str, Any]
     if (opened.tokenizer_directory / "tokenizer.json").is_file():
         tokenizer = Tokenizer(opened.tokenizer_directory)
         special = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}
+        special = {name: token for name, token in special.items() if token is not None}
     return settings | special, {"do_sample": False, **special}
 
 
 def _longest(opened: Opened) -> int:
-    """The longest row that the checkpoint's recipe trained on; 2048 where it is not known."""
+    """The longest row that the model was trained on, or that its publisher names; 2048 where it is not known."""
+    lengths = [stage["seq_len"] for stage in _stages(opened).values() if stage["kind"] != "upcycle"]
+    return max(lengths, default=opened.meta.get("longest") or 2048)
+
+
+def _stages(opened: Opened) -> dict[str, Any]:
+    """The stages of the recipe that the weights went through: the checkpoint's own and those it descends from."""
     stages = opened.meta.get("recipe", {}).get("stages", {})
-    return max((stage["seq_len"] for stage in stages.values() if stage["kind"] != "upcycle"), default=2048)
+    name, found = opened.meta.get("stage"), []
+    while name in stages and name not in found:
+        found.append(name)
+        name = stages[name]["init_from"]
+    return {name: stages[name] for name in reversed(found)} if found else stages
 
 
 def _card(opened: Opened, kind: str) -> str:
@@ -233,7 +243,7 @@ def _card(opened: Opened, kind: str) -> str:
         lines += ["", "Load with `trust_remote_code=True`: the gate is normalised over the experts, which Mixtral's is not."]
     if recipe:
         lines += ["", "## Training", "", "| stage | kind | budget | data |", "|---|---|---|---|"]
-        for name, stage in recipe["stages"].items():
+        for name, stage in _stages(opened).items():
             budget = next((f"{stage[key]:,} {key}" for key in ("tokens", "steps", "epochs") if stage[key]), "")
             data = ", ".join(f"{source} {'/'.join(f'{w:g}' for w in weights)}" for source, weights in stage["mixture"].items())
             lines.append(f"| {name} | {stage['kind']} | {budget} | {data} |")

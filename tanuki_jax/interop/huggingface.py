@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import math
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +20,6 @@ from tanuki_jax.errors import UserError
 
 STRIP = 32  # rows that are transposed together
 INDEX = "model.safetensors.index.json"
-TOKENIZER = ("tokenizer*", "special_tokens_map.json", "chat_template*")
 KINDS = ("llama", "mixtral", "tanuki")  # of config.json
 DTYPES = {"BF16": "bfloat16", "F32": "float32"}
 
@@ -68,14 +66,6 @@ def is_huggingface(path: Path) -> bool:
     return (Path(path) / "config.json").is_file()
 
 
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copies the files of a tokenizer that lie beside weights; none where there is no tokenizer.json."""
-    if (source / "tokenizer.json").is_file():
-        target.mkdir()
-        for file in (file for pattern in TOKENIZER for file in source.glob(pattern)):
-            shutil.copy(file, target)
-
-
 def open_llama(path: Path) -> Opened:
     """A dense Llama directory as parameters that are read when asked for, in our names and layouts."""
     settings = _settings(Path(path))
@@ -97,6 +87,7 @@ def open_huggingface(path: Path) -> Opened:
         outer["head"] = Name("model.embed_tokens.weight", "DV")
     cfg = _model(path, settings, weights.dtype(outer["embed/table"].theirs))
     sizes = sizes_of(cfg)
+    weights.only = cfg.param_dtype
     fused = weights.has(f"model.layers.0.{DOWN}")
 
     def ours(name: Name, array: np.ndarray) -> np.ndarray:
@@ -148,7 +139,8 @@ def open_huggingface(path: Path) -> Opened:
         tree["layers/moe/router"] = stacked(ROUTER_FUSED if fused else ROUTER)
         tree |= {f"layers/{part}": experts(part, name) for part, name in EXPERT.items()}
     weights.check_all_used()
-    return Opened(cfg, tree, {"huggingface": str(path)}, path)
+    meta = {"huggingface": str(path), "longest": settings.get("max_position_embeddings")}
+    return Opened(cfg, tree, meta, path)
 
 
 def transposed(matrix: np.ndarray) -> np.ndarray:
@@ -184,6 +176,8 @@ def sizes_of(cfg: config.Model) -> dict[str, int]:
 
 
 def _settings(path: Path) -> dict[str, Any]:
+    if not is_huggingface(path):
+        raise UserError(f"{path} has no config.json; give the directory of a Hugging Face model")
     settings = files.read_json(path / "config.json")
     if not isinstance(settings, dict):
         raise UserError(f"{path}/config.json is not a dictionary of settings")
@@ -199,6 +193,8 @@ def _model(path: Path, settings: dict[str, Any], dtype: str) -> config.Model:
         raise UserError(f"{path}: the weights are quantized; give a bfloat16 or float32 checkpoint")
     for key in ("rope_parameters", "rope_scaling"):
         rope = settings.get(key) or {}
+        if not isinstance(rope, dict):
+            raise UserError(f"{path}/config.json: {key} is {rope!r}; it must be a dictionary")
         scaling = rope.get("rope_type", rope.get("type", "default"))
         if scaling != "default":
             raise UserError(f"{path}: {key} of type {scaling!r} is not supported; plain rotary positions are")
@@ -213,24 +209,37 @@ def _model(path: Path, settings: dict[str, Any], dtype: str) -> config.Model:
             raise UserError(f"{path}/config.json: {key} is {settings.get(key)!r}; it must be a whole number above 0")
         return value
 
-    D, N = number("hidden_size"), number("num_attention_heads")
-    mixture = kind != "llama"
-    return config.Model(
+    def real(key: str, default: float, given: Any = None) -> float:
+        value = given if given is not None else settings.get(key, default)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+            raise UserError(f"{path}/config.json: {key} is {value!r}; it must be a number above 0")
+        return float(value)
+
+    D, N, mixture = number("hidden_size"), number("num_attention_heads"), kind != "llama"
+    cfg = config.Model(
         vocab_size=number("vocab_size"),
         n_layers=number("num_hidden_layers"),
         d_model=D,
         d_ff=number("intermediate_size"),
         n_heads=N,
-        n_kv_heads=number("num_key_value_heads", N),
+        n_kv_heads=number("num_key_value_heads", 8 if mixture else N),
         head_dim=number("head_dim", D // N),
-        rope_theta=float(rope.get("rope_theta") or settings.get("rope_theta") or 10_000.0),
-        norm_eps=float(settings.get("rms_norm_eps", 1e-6)),
+        rope_theta=real("rope_theta", 1e6 if mixture else 1e4, rope.get("rope_theta")),
+        norm_eps=real("rms_norm_eps", 1e-5 if mixture else 1e-6),
         param_dtype=dtype,
         n_experts=number("num_local_experts") if mixture else 0,
         top_k=number("num_experts_per_tok") if mixture else 2,
         normalized_gate=kind != "mixtral",
-        gate_scale=float(settings.get("gate_scale", 1.0)),
+        gate_scale=real("gate_scale", 1.0),
     )
+    if N % cfg.n_kv_heads:
+        raise UserError(f"{path}/config.json: num_attention_heads {N} is no multiple of num_key_value_heads {cfg.n_kv_heads}")
+    if mixture and (cfg.top_k > cfg.n_experts or (cfg.normalized_gate and cfg.n_experts < 2)):
+        raise UserError(
+            f"{path}/config.json: num_experts_per_tok {cfg.top_k} of num_local_experts {cfg.n_experts}; a token visits at most "
+            "all, and a normalised gate needs two"
+        )
+    return cfg
 
 
 class _Weights:
@@ -238,12 +247,13 @@ class _Weights:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.only = ""  # the dtype that all must have, once it is known
         self._used: set[str] = set()
         index = path / INDEX
         if index.is_file():
             found = files.read_json(index)
             named = found.get("weight_map") if isinstance(found, dict) else None
-            if not isinstance(named, dict):
+            if not isinstance(named, dict) or not all(isinstance(file, str) for file in named.values()):
                 raise UserError(f"{index} has no weight_map; is the download whole?")
             self._map: dict[str, str] = named
         elif (path / "model.safetensors").is_file():
@@ -257,7 +267,11 @@ class _Weights:
     def expect(self, name: str, shape: tuple[int, ...]) -> None:
         """An error unless there is such a tensor, of this shape and of a dtype that is read."""
         found = list(self._locate(name).get_slice(name).get_shape())
-        self.dtype(name)
+        if self.only and self.dtype(name) != self.only:
+            raise UserError(
+                f"{self.path}: {name} is {self.dtype(name)}, the embedding {self.only}; weights of one dtype are read, for "
+                "a cast would not be exact"
+            )
         if found != list(shape):
             raise UserError(f"{self.path}: {name} has shape {found}, where config.json asks for {list(shape)}")
         self._used.add(name)

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from tanuki_jax import checkpoint, config, files, model
-from tanuki_jax.interop.huggingface import copy_tokenizer, open_huggingface
+from tanuki_jax.data.tokenizer import copy_tokenizer
+from tanuki_jax.interop.huggingface import open_huggingface
 from tanuki_jax.interop.vocabulary import resized
 from tanuki_jax.progress import Progress
 
@@ -29,7 +30,7 @@ def import_huggingface(path: Path, output: Path, vocab_size: int = 0) -> str:
                 done += array.nbytes
                 progress.show(done)
 
-    with files.atomic_path(output) as temporary:
+    with checkpoint.disk_errors(output), files.atomic_path(output) as temporary:
         meta = {**opened.meta, "stage": "import", "model": config.to_dict(cfg), "data_fingerprint": ""}
         checkpoint.save_streamed(temporary, cfg, blocks(), meta)
         copy_tokenizer(path, temporary / "tokenizer")

@@ -59,7 +59,7 @@ def ranks(cfg: config.Model, options: config.Lora) -> dict[str, int]:
     found = {}
     for path, _, _ in named_parameters(cfg):
         name = path.removeprefix("layers/")
-        for pattern, rank in options.targets.items() if name in SPLITS else ():
+        for pattern, rank in options.patterns().items() if name in SPLITS else ():
             if fnmatch.fnmatch(name, pattern):
                 found[path] = rank or options.rank
     return found

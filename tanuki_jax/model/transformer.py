@@ -12,6 +12,7 @@ Where only some layers are mixtures, `mlp` is stacked over the dense layers and 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, cast
@@ -194,11 +195,13 @@ def init(cfg: config.Model, key: jax.Array) -> Params:
     return _by_kind(nn.unbox(_boxed_init(cfg, key)), lambda *leaves: jnp.concatenate(leaves))
 
 
+@functools.lru_cache(maxsize=32)
 def parameter_shapes(cfg: config.Model) -> Params:
     """The tree of `jax.ShapeDtypeStruct`s of the parameters; nothing is allocated."""
     return jax.eval_shape(lambda: init(cfg, jax.random.key(0)))
 
 
+@functools.lru_cache(maxsize=32)
 def logical_axes(cfg: config.Model) -> Any:
     """The tree of axis letters of the parameters, ("L", "D", "N", "H") say."""
     boxed = jax.eval_shape(lambda: _boxed_init(cfg, jax.random.key(0)))

@@ -19,6 +19,7 @@ import numpy as np
 
 from tanuki_jax import checkpoint, config, files, interop, model, upcycle
 from tanuki_jax.checkpoint import Opened
+from tanuki_jax.data.tokenizer import copy_tokenizer
 from tanuki_jax.errors import UserError
 from tanuki_jax.progress import Progress, duration
 from tanuki_jax.upcycle.probe import TOKENS, Identity, Probe
@@ -80,7 +81,7 @@ def run(job: Job, output: Path) -> str:
         meta = {**job.sources[0].meta, "stage": "upcycle", "model": config.to_dict(job.cfg), "data_fingerprint": ""}
         meta["upcycle"] = config.to_dict(job.options) | {"seed": job.seed, "from": str(job.sources[0].stage_directory)}
         identity = write(job, temporary, meta)
-        interop.copy_tokenizer(job.sources[0].tokenizer_directory, temporary / "tokenizer")
+        copy_tokenizer(job.sources[0].tokenizer_directory, temporary / "tokenizer")
     seconds = time.monotonic() - began
     size = _bytes(job.cfg)
     strategy, cfg = job.options.strategy, job.cfg
