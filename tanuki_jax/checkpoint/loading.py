@@ -91,6 +91,22 @@ def read_meta(stage_directory: Path, step: int) -> dict[str, Any]:
     return meta
 
 
+def lineage(meta: dict[str, Any]) -> dict[str, Any]:
+    """The stages of the recipe that a checkpoint's weights went through: its own and those it descends from, in order."""
+    stages = meta.get("recipe", {}).get("stages", {})
+    name, found = meta.get("stage"), []
+    while name in stages and name not in found:
+        found.append(name)
+        name = stages[name]["init_from"]
+    return {name: stages[name] for name in reversed(found)} if found else stages
+
+
+def longest_row(meta: dict[str, Any]) -> int:
+    """The longest row that a model was trained on, or that its publisher names; 2048 where it is not known."""
+    lengths = [stage["seq_len"] for stage in lineage(meta).values() if stage["kind"] != "upcycle"]
+    return max(lengths, default=meta.get("longest") or 2048)
+
+
 def save_params(stage_directory: Path, params: Any, meta: dict[str, Any]) -> None:
     """Writes parameters alone as step 0 of a stage (an upcycled or imported model) and waits for it."""
     checkpoints = Checkpoints(stage_directory)

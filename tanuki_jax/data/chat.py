@@ -34,6 +34,7 @@ def encode_chat(
 ) -> tuple[list[int], list[int]]:
     """Token ids of a conversation, and 1 for each id that the assistant says (its content and the end token), else 0.
 
+    A message of the assistant with `weight` 0 is not trained on, as in OpenAI's format.
     Text between special tokens is encoded in one piece, so that ids do not depend on where a message ends.
     """
     check_messages(messages)
@@ -66,7 +67,7 @@ def encode_chat(
             assistant_last = False
         elif part.startswith("\ue000"):
             message = messages[int(part[1:-1])]
-            assistant_last = message["role"] == "assistant"
+            assistant_last = message["role"] == "assistant" and message.get("weight", 1) != 0
             if assistant_last:
                 spans.append((len(text), len(text) + len(message["content"])))
             text += message["content"]
@@ -77,10 +78,20 @@ def encode_chat(
     return ids, mask
 
 
-def render(messages: Sequence[Mapping[str, Any]]) -> str:
-    """A conversation in Tanuki's template as plain text, without special tokens; what a tokenizer should learn from."""
+def render(
+    messages: Sequence[Mapping[str, Any]],
+    template: str = TEMPLATE,
+    bos_token: str = "",
+    eos_token: str = "",
+    add_generation_prompt: bool = False,
+) -> str:
+    """A conversation as text; by default in Tanuki's template without special tokens: what a tokenizer should learn from."""
     check_messages(messages)
-    return _template(TEMPLATE).render(messages=messages, bos_token="", eos_token="", add_generation_prompt=False)
+    return str(
+        _template(template).render(
+            messages=messages, bos_token=bos_token, eos_token=eos_token, add_generation_prompt=add_generation_prompt
+        )
+    )
 
 
 def encode_dialogue(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[int]]:
@@ -110,15 +121,17 @@ def text_of(fields: Mapping[str, Any]) -> str:
     return "\n".join(render([*prompt, *as_messages(fields[side], "assistant")]) for side in ("chosen", "rejected"))
 
 
-def conversation(fields: Mapping[str, Any]) -> list[dict[str, str]] | None:
+def conversation(fields: Mapping[str, Any]) -> list[dict[str, Any]] | None:
     """The messages of a row that spells a conversation in another way; None where it spells none.
 
-    `prompt` and `completion`; `instruction`, `input` (may be missing or empty) and `output`; `q1`, `a1`, `q2`, `a2` and so on.
+    `prompt` and `completion`, of which the completion alone is trained on; `instruction`, `input` (may be missing or empty) and
+    `output`; `q1`, `a1`, `q2`, `a2` and so on.
     """
     turns: list[Any] = []
     if "chosen" not in fields and "rejected" not in fields and {"prompt", "completion"} <= fields.keys():
         asked, said = as_messages(fields["prompt"], "user"), as_messages(fields["completion"], "assistant")
-        return [dict(message) for message in (*asked, *said)]
+        earlier = [{**m, "weight": 0} if m.get("role") == "assistant" else dict(m) for m in asked]
+        return [*earlier, *map(dict, said)]
     if {"instruction", "output"} <= fields.keys():
         asked = fields["instruction"]
         turns = [f"{asked}\n\n{fields['input']}" if asked and fields.get("input") else asked, fields["output"]]

@@ -177,7 +177,7 @@ def _row(record: formats.Record, fields: Fields, before: int) -> Row:
     return Row(where, value, before + record.bytes_read, language if isinstance(language, str) else "")
 
 
-def _conversation(value: dict[str, Any], where: str) -> list[dict[str, str]] | None:
+def _conversation(value: dict[str, Any], where: str) -> list[dict[str, Any]] | None:
     try:
         return chat.conversation(value)
     except UserError as error:

@@ -22,7 +22,8 @@ ROOM = 1 << 16  # tokens scored together, at most
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _logprobs(cfg: config.Model, params: Any, tokens_BS: jax.Array, weights_BS: jax.Array) -> jax.Array:
+def _sums(cfg: config.Model, params: Any, tokens_BS: jax.Array, weights_BS: jax.Array) -> jax.Array:
+    """Sums of log-probabilities, and how many tokens are not the likeliest, [2, B]."""
     B, S = tokens_BS.shape
     batch = {
         "tokens": tokens_BS,
@@ -31,19 +32,26 @@ def _logprobs(cfg: config.Model, params: Any, tokens_BS: jax.Array, weights_BS: 
     }
     hidden = model.apply(cfg, params, batch).hidden
     scores = ops.token_logprobs(hidden[:, :-1], params["head"], tokens_BS[:, 1:])
-    return (scores.logprob * weights_BS[:, 1:]).sum(axis=1)
+    return jnp.stack([(value * weights_BS[:, 1:]).sum(axis=1) for value in (scores.logprob, 1 - scores.correct)])
 
 
 def sequence_logprobs(
     cfg: config.Model, params: Any, sequences: Sequence[Sequence[int]], masks: Sequence[Sequence[int]]
 ) -> list[float]:
-    """Sum of the natural log-probabilities of the tokens of each sequence where its mask is 1.
+    """Sum of the natural log-probabilities of the tokens of each sequence where its mask is 1."""
+    return [logprob for logprob, _ in sequence_scores(cfg, params, sequences, masks)]
+
+
+def sequence_scores(
+    cfg: config.Model, params: Any, sequences: Sequence[Sequence[int]], masks: Sequence[Sequence[int]]
+) -> list[tuple[float, bool]]:
+    """The same sum, and whether each of these tokens is the likeliest at its place.
 
     A first token has nothing before it and is never counted.  Sequences are scored in order of length, padded to a
     power of two; causal attention keeps padding out of the result.
     """
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
-    result = [0.0] * len(sequences)
+    result = [(0.0, True)] * len(sequences)
     while order:
         width = 1 << max(4, (len(sequences[order[0]]) - 1).bit_length())
         count = max(1, min(BATCH, ROOM // width))
@@ -53,9 +61,9 @@ def sequence_logprobs(
         for row, i in enumerate(batch):
             tokens[row, : len(sequences[i])] = sequences[i]
             weights[row, : len(masks[i])] = masks[i]
-        sums = parallel.to_host(_logprobs(cfg, params, tokens, weights))
+        logprobs, missed = parallel.to_host(_sums(cfg, params, tokens, weights))
         for row, i in enumerate(batch):
-            result[i] = float(sums[row])
+            result[i] = float(logprobs[row]), missed[row] == 0
     return result
 
 

@@ -188,7 +188,7 @@ def _settings(opened: Opened, kind: str) -> tuple[dict[str, Any], dict[str, Any]
         "rms_norm_eps": cfg.norm_eps,
         "rope_theta": cfg.rope_theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": cfg.rope_theta},
-        "max_position_embeddings": _longest(opened),
+        "max_position_embeddings": checkpoint.longest_row(opened.meta),
         "tie_word_embeddings": False,
         "torch_dtype": cfg.param_dtype,
         "dtype": cfg.param_dtype,
@@ -205,22 +205,6 @@ def _settings(opened: Opened, kind: str) -> tuple[dict[str, Any], dict[str, Any]
         special = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}
         special = {name: token for name, token in special.items() if token is not None}
     return settings | special, {"do_sample": False, **special}
-
-
-def _longest(opened: Opened) -> int:
-    """The longest row that the model was trained on, or that its publisher names; 2048 where it is not known."""
-    lengths = [stage["seq_len"] for stage in _stages(opened).values() if stage["kind"] != "upcycle"]
-    return max(lengths, default=opened.meta.get("longest") or 2048)
-
-
-def _stages(opened: Opened) -> dict[str, Any]:
-    """The stages of the recipe that the weights went through: the checkpoint's own and those it descends from."""
-    stages = opened.meta.get("recipe", {}).get("stages", {})
-    name, found = opened.meta.get("stage"), []
-    while name in stages and name not in found:
-        found.append(name)
-        name = stages[name]["init_from"]
-    return {name: stages[name] for name in reversed(found)} if found else stages
 
 
 def _card(opened: Opened, kind: str) -> str:
@@ -243,7 +227,7 @@ def _card(opened: Opened, kind: str) -> str:
         lines += ["", "Load with `trust_remote_code=True`: the gate is normalised over the experts, which Mixtral's is not."]
     if recipe:
         lines += ["", "## Training", "", "| stage | kind | budget | data |", "|---|---|---|---|"]
-        for name, stage in _stages(opened).items():
+        for name, stage in checkpoint.lineage(opened.meta).items():
             budget = next((f"{stage[key]:,} {key}" for key in ("tokens", "steps", "epochs") if stage[key]), "")
             data = ", ".join(f"{source} {'/'.join(f'{w:g}' for w in weights)}" for source, weights in stage["mixture"].items())
             lines.append(f"| {name} | {stage['kind']} | {budget} | {data} |")

@@ -1,0 +1,117 @@
+"""A checkpoint of ours as a model of EleutherAI's lm-evaluation-harness (the extra `harness`).
+
+    from lm_eval import simple_evaluate
+    from tanuki_jax.evaluate.harness import Harness
+
+    simple_evaluate(model=Harness("runs/nano/stages/sft"), tasks=["jcommonsenseqa"])
+
+Log-likelihoods are those that its `hf` model gives of the exported checkpoint.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lm_eval.api.model import TemplateLM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from tanuki_jax import checkpoint, model
+from tanuki_jax.data import chat
+from tanuki_jax.data.tokenizer import Tokenizer
+from tanuki_jax.evaluate.score import sequence_scores
+from tanuki_jax.model import Sampling
+
+# Stand for the special tokens in a rendered conversation: what a task says can never become one.
+BOS, EOS = "\ue010", "\ue011"
+
+
+class Harness(TemplateLM):
+    """What the harness asks of a model.
+
+    max_length: longest row, prompt and answer; by default the longest that the checkpoint's stages trained on.
+    """
+
+    backend = "causal"
+
+    def __init__(self, path: str | Path, max_length: int = 0, max_new_tokens: int = 256, batch_size: int = 32) -> None:
+        super().__init__()
+        self._loaded = checkpoint.load(path)
+        self._tokenizer = Tokenizer(self._loaded.tokenizer_directory)
+        self.max_length = max_length or checkpoint.longest_row(self._loaded.meta)
+        self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
+
+    @property
+    def eot_token_id(self) -> int:
+        return self._tokenizer.eos
+
+    @property
+    def prefix_token_id(self) -> int:
+        return self._tokenizer.eos if self._tokenizer.bos is None else self._tokenizer.bos
+
+    def tok_encode(self, string: str, add_special_tokens: Any = None, **_: Any) -> list[int]:
+        ids: list[int] = []
+        for part in re.split(f"([{BOS}{EOS}])", string):
+            ids += (
+                [self.prefix_token_id] if part == BOS else [self.eot_token_id] if part == EOS else self._tokenizer.encode(part)
+            )
+        return ids
+
+    def _loglikelihood_tokens(self, requests: Sequence[Any], disable_tqdm: bool = False, **_: Any) -> list[tuple[float, bool]]:
+        sequences, masks = [], []
+        for _text, context, continuation in requests:
+            ids = [*context, *continuation][-self.max_length - 1 :]
+            sequences.append(ids)
+            masks.append([0] * (len(ids) - len(continuation)) + [1] * len(continuation))
+        return sequence_scores(self._loaded.cfg, self._loaded.params, sequences, masks)
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        windows, owners = [], []
+        for number, request in enumerate(requests):
+            (text,) = request.args
+            for window in get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.max_length, 1):
+                windows.append((None, *make_disjoint_window(window)))
+                owners.append(number)
+        totals = [0.0] * len(requests)
+        for owner, (logprob, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
+            totals[owner] += logprob
+        return totals
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        answers = [""] * len(requests)
+        groups: dict[Sampling, list[int]] = {}
+        for number, request in enumerate(requests):
+            groups.setdefault(self._sampling(request.args[1]), []).append(number)
+        for sampling, numbers in groups.items():
+            prompts = {n: self.tok_encode(requests[n].args[0])[-(self.max_length - sampling.max_new_tokens) :] for n in numbers}
+            numbers.sort(key=lambda n: len(prompts[n]))
+            for start in range(0, len(numbers), self.batch_size):
+                batch = numbers[start : start + self.batch_size]
+                given = [prompts[n] or [self.prefix_token_id] for n in batch]
+                for n, ids in zip(batch, model.generate(self._loaded.cfg, self._loaded.params, given, sampling), strict=True):
+                    answers[n] = _until(self._tokenizer.decode(ids), requests[n].args[1].get("until") or [])
+        return answers
+
+    def _sampling(self, options: dict[str, Any]) -> Sampling:
+        sampled = options.get("do_sample", options.get("temperature", 0) > 0)
+        most = int(options.get("max_gen_toks", self.max_new_tokens))
+        temperature = float(options.get("temperature", 1.0)) if sampled else 0.0
+        return Sampling(most, temperature, float(options.get("top_p", 1.0)), (self.eot_token_id,))
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        return chat.render(chat_history, self._tokenizer.chat_template, BOS, EOS, add_generation_prompt)
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        return self._tokenizer.chat_template
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self._tokenizer.fingerprint
+
+
+def _until(text: str, stops: str | Sequence[str]) -> str:
+    """The text before the first of these strings."""
+    found = [text.find(stop) for stop in ([stops] if isinstance(stops, str) else stops) if stop]
+    return text[: min((at for at in found if at >= 0), default=len(text))]
