@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -218,12 +219,25 @@ def _reference(recipe: Recipe, name: str, workdir: Path, inputs: Inputs, mesh: j
     assert parent is not None
     home, step = checkpoint.locate(parent)
     path = workdir / "data" / f"reference-{files.fingerprint(data.fingerprint, checkpoint.read_meta(home, step))}.npy"
-    if not path.is_file():
+    if not _is_reference(path, sum(len(rows.ref_logprobs) for rows in data.sources)):
         params = {**frozen, **trained_params(recipe, name, workdir, mesh)}
         with jax.set_mesh(mesh):
             logprobs = np.concatenate([_source_logprobs(cfg, params, rows, this.batch_size, mesh) for rows in data.sources])
         parallel.once(lambda: _save_array(path, logprobs))
     return np.load(path)
+
+
+def _is_reference(path: Path, pairs: int) -> bool:
+    """Whether there is a whole file with the log-probabilities of that many pairs; says so where it is a damaged one."""
+    if not path.is_file():
+        return False
+    try:
+        if np.load(path, mmap_mode="r").shape == (pairs, 2):
+            return True
+    except (ValueError, EOFError, OSError):
+        pass
+    print(f"{path} is damaged or of other pairs; reference log-probabilities are computed anew", file=sys.stderr)
+    return False
 
 
 def _source_logprobs(

@@ -83,7 +83,7 @@ def stage_data(recipe: Recipe, name: str, inputs: Inputs, cache: Path, reference
                 held_out[source] = packing.Held(rows)
         else:
             assert mask is not None
-            packed = _packed(name, source, this.kind, tokens, manifest, this.seq_len, cache)
+            packed = _packed(name, source, this.kind, tokens, mask, manifest, this.seq_len, cache)
             if this.kind == "sft":
                 rows = packing.PackedDialogues(tokens, mask, packed, this.seq_len)
             else:
@@ -92,6 +92,11 @@ def stage_data(recipe: Recipe, name: str, inputs: Inputs, cache: Path, reference
                 first_pair += pairs
                 widest = int(np.diff(packed.starts).max(initial=1))
                 rows = packing.PackedPairs(tokens, mask, packed, this.seq_len, widest, logprobs)
+        if this.kind != "pretrain" and not len(rows):
+            raise UserError(
+                f"stage {name}: no {'pair' if this.kind == 'dpo' else 'answer'} of source {source!r} fits into {this.seq_len} "
+                "tokens; raise seq_len"
+            )
         if not len(rows):
             raise UserError(
                 f"stage {name}: source {source!r} has too little text for one row of {this.seq_len} tokens"
@@ -176,24 +181,30 @@ def _seed(seed: int, *names: str) -> int:
 
 
 def _packed(
-    stage: str, source: str, kind: str, tokens: Store, manifest: Manifest, seq_len: int, cache: Path
+    stage: str, source: str, kind: str, tokens: Store, mask: Store, manifest: Manifest, seq_len: int, cache: Path
 ) -> packing.Packing:
     """The pack index of dialogues or pairs, from the cache where it is there; says what it wastes."""
     lengths = tokens.lengths
     units = np.minimum(lengths, seq_len) if kind == "sft" else lengths[::2] + lengths[1::2]
-    path = cache / f"pack-{files.fingerprint(manifest.content, seq_len, len(units))}.npz"
+    path = cache / f"pack-{files.fingerprint(manifest.content, kind, seq_len, len(units))}.npz"
     if not path.is_file():
-        made = packing.best_fit(units, seq_len)
+        room = units.copy()
+        for long in np.flatnonzero(lengths > seq_len).tolist() if kind == "sft" else ():
+            if not mask.document(long)[1:seq_len].any():  # what would be kept of it is all prompt
+                room[long] = seq_len + 1
+        made = packing.best_fit(room, seq_len)
         with files.atomic_path(path) as temporary, temporary.open("wb") as f:
             np.savez(f, starts=made.starts, units=made.units, dropped=made.dropped)
     with np.load(path) as saved:
         packed = packing.Packing(saved["starts"], saved["units"], int(saved["dropped"]))
     rows, noun = len(packed.starts) - 1, "dialogues" if kind == "sft" else "pairs"
     filled = int(units[packed.units].sum()) / max(1, rows * seq_len)
-    cut = int((lengths > seq_len).sum()) if kind == "sft" else packed.dropped
+    cut = int((lengths > seq_len).sum()) - packed.dropped if kind == "sft" else 0
+    why = f"with no answer in their first {seq_len} tokens" if kind == "sft" else f"longer than {seq_len} tokens"
     print(
         f"stage {stage}: {len(packed.units):,} {noun} of {source} in {rows:,} rows, {1 - filled:.1%} padding"
-        + (f"; {cut:,} longer than {seq_len} tokens {'cut' if kind == 'sft' else 'left out'}" if cut else ""),
+        + (f"; {cut:,} longer than {seq_len} tokens cut" if cut else "")
+        + (f"; {packed.dropped:,} {why} left out" if packed.dropped else ""),
         file=sys.stderr,
     )
     return packed

@@ -31,7 +31,7 @@ def said(content):
 
 
 DIALOGUES = [{"messages": said(f"{i}" + "狸" * (i % 40))} for i in range(1, 90)]
-PREFERENCES = [{"prompt": f"{i}+{i}?", "chosen": "正" * (i % 17 + 1), "rejected": "誤" * (i % 11)} for i in range(60)]
+PREFERENCES = [{"prompt": f"{i}+{i}?", "chosen": "正" * (i % 17 + 1), "rejected": "誤" * (i % 11 + 1)} for i in range(60)]
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +261,7 @@ def test_held_out_rows_are_the_end_of_each_source_and_never_trained_on(inputs, t
 
 def test_without_validation_and_in_fine_tuning_nothing_is_held_out(inputs, tmp_path):
     assert opened(recipe(BASE), "only", inputs, tmp_path).held_out == {}
-    made = recipe(dict(a={}, b=dict(kind="sft", mixture=dict(dialogues=(1.0,)))), validation__tokens=64)
+    made = recipe(dict(a={}, b=dict(kind="sft", mixture=dict(dialogues=(1.0,)), seq_len=64)), validation__tokens=64)
     assert opened(made, "b", inputs, tmp_path).held_out == {}
     assert opened(made, "a", inputs, tmp_path).held_out.keys() == TEXT.keys()
 
@@ -305,6 +305,18 @@ def test_padding_and_cut_dialogues_are_told(inputs, tmp_path, capsys):
     units, noun, number, told, longer, fate = printed(capsys, "dialogues")
     assert (units, noun, number, longer, fate) == (len(DIALOGUES), "dialogues", len(rows), cut, "cut")
     assert told == pytest.approx(100 * padding, abs=0.051)
+
+
+def test_dialogues_of_which_only_the_prompt_would_be_kept_are_left_out_and_told(new_inputs, tmp_path, capsys):
+    long = [{"role": "user", "content": "月" * 90}, {"role": "assistant", "content": "狸"}]
+    data = opened(
+        tuned("sft", ["dialogues"], seq_len=48), "b", new_inputs(dialogues=[*DIALOGUES, dict(messages=long)]), tmp_path
+    )
+    assert "; 1 with no answer in their first 48 tokens left out" in capsys.readouterr().err
+    [rows] = data.sources
+    for row in map(rows.__getitem__, range(len(rows))):
+        labelled = set(row["segment_ids"][row["loss_weights"] > 0])
+        assert labelled == set(row["segment_ids"]) - {0}
 
 
 def test_padding_and_pairs_left_out_are_told(inputs, tmp_path, capsys):
@@ -369,7 +381,7 @@ def test_sources_of_pairs_share_a_shape_and_each_has_its_part_of_the_reference(i
         ),
         (dict(a={}, b=dict(kind="sft", mixture=dict(ja=(1.0,)))), {}, "holds text rows; a sft stage needs dialogue rows"),
         (dict(a={}, b=dict(kind="dpo", mixture=dict(dialogues=(1.0,)))), {}, "a dpo stage needs pair rows"),
-        (dict(a={}, b=dict(kind="dpo", mixture=dict(pairs=(1.0,)), seq_len=16)), {}, "source 'pairs' has too little text"),
+        (dict(a={}, b=dict(kind="dpo", mixture=dict(pairs=(1.0,)), seq_len=16)), {}, "no pair of source 'pairs' fits"),
     ],
 )
 def test_a_source_that_cannot_serve_is_an_error_that_says_why(inputs, tmp_path, stages, changes, message):

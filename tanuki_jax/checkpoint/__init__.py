@@ -3,7 +3,8 @@
 A stage's directory holds `checkpoints/<step>/{params, optimizer, meta}` and `tokenizer/`.  `meta` has the step, the resolved
 model and stage, and the fingerprint of the data, so that resume, export and serving need nothing else.  Saves are
 asynchronous and atomic (Orbax writes to a temporary name and renames); a checkpoint restores on any mesh.  One of adapters
-holds them alone and names the checkpoint that they lie on.
+holds them alone and names the checkpoint that they lie on.  What came from files has an `id` in its meta, a new one each time,
+so that nothing that was computed from it is taken for another's.
 """
 
 from tanuki_jax.checkpoint.loading import (

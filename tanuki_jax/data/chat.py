@@ -95,8 +95,10 @@ def render(
 
 
 def encode_dialogue(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[int]]:
-    """A training conversation; one without an assistant turn is an error."""
+    """A training conversation; one without an assistant turn, or with an empty one, is an error."""
     ids, mask = encode_chat(tokenizer, messages)
+    if any(m["role"] == "assistant" and m.get("weight", 1) and not m["content"] for m in messages):
+        raise UserError("conversation with an empty answer of the assistant: it would learn to say nothing")
     if not any(mask):
         raise UserError("conversation without an assistant turn: there is nothing to learn from it")
     return ids, mask
@@ -104,13 +106,16 @@ def encode_dialogue(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]])
 
 def encode_pair(tokenizer: Tokenizer, row: Mapping[str, Any]) -> list[tuple[list[int], list[int]]]:
     """The chosen and the rejected conversation of a preference row; only the last answer is in the mask."""
-    result = []
-    prompt = as_messages(row["prompt"], "user")
-    for side in ("chosen", "rejected"):
-        start = len(encode_chat(tokenizer, prompt, add_generation_prompt=True)[0])
-        ids, mask = encode_dialogue(tokenizer, [*prompt, *as_messages(row[side], "assistant")])
-        result.append((ids, [0] * start + mask[start:]))
-    return result
+    if as_messages(row["chosen"], "assistant") == as_messages(row["rejected"], "assistant"):
+        raise UserError("pair whose chosen and rejected answers are the same: there is nothing to prefer")
+    prompt = _given(row["prompt"])
+    return [encode_dialogue(tokenizer, [*prompt, *as_messages(row[side], "assistant")]) for side in ("chosen", "rejected")]
+
+
+def _given(prompt: Any) -> list[Mapping[str, Any]]:
+    """The messages of a prompt, whose earlier answers are not trained on."""
+    messages = as_messages(prompt, "user")
+    return [{**m, "weight": 0} if isinstance(m, Mapping) and m.get("role") == "assistant" else m for m in messages]
 
 
 def text_of(fields: Mapping[str, Any]) -> str:
@@ -121,7 +126,7 @@ def text_of(fields: Mapping[str, Any]) -> str:
     return "\n".join(render([*prompt, *as_messages(fields[side], "assistant")]) for side in ("chosen", "rejected"))
 
 
-def conversation(fields: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+def conversation(fields: Mapping[str, Any]) -> list[Mapping[str, Any]] | None:
     """The messages of a row that spells a conversation in another way; None where it spells none.
 
     `prompt` and `completion`, of which the completion alone is trained on; `instruction`, `input` (may be missing or empty) and
@@ -129,9 +134,7 @@ def conversation(fields: Mapping[str, Any]) -> list[dict[str, Any]] | None:
     """
     turns: list[Any] = []
     if "chosen" not in fields and "rejected" not in fields and {"prompt", "completion"} <= fields.keys():
-        asked, said = as_messages(fields["prompt"], "user"), as_messages(fields["completion"], "assistant")
-        earlier = [{**m, "weight": 0} if m.get("role") == "assistant" else dict(m) for m in asked]
-        return [*earlier, *map(dict, said)]
+        return [*_given(fields["prompt"]), *as_messages(fields["completion"], "assistant")]
     if {"instruction", "output"} <= fields.keys():
         asked = fields["instruction"]
         turns = [f"{asked}\n\n{fields['input']}" if asked and fields.get("input") else asked, fields["output"]]

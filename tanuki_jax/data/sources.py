@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from tanuki_jax import files
@@ -177,7 +177,7 @@ def _row(record: formats.Record, fields: Fields, before: int) -> Row:
     return Row(where, value, before + record.bytes_read, language if isinstance(language, str) else "")
 
 
-def _conversation(value: dict[str, Any], where: str) -> list[dict[str, Any]] | None:
+def _conversation(value: dict[str, Any], where: str) -> list[Mapping[str, Any]] | None:
     try:
         return chat.conversation(value)
     except UserError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def import_huggingface(path: Path, output: Path, vocab_size: int = 0) -> str:
                 progress.show(done)
 
     with checkpoint.disk_errors(output), files.atomic_path(output) as temporary:
-        meta = {**opened.meta, "stage": "import", "model": config.to_dict(cfg), "data_fingerprint": ""}
+        meta = {**opened.meta, "stage": "import", "model": config.to_dict(cfg), "data_fingerprint": "", "id": uuid.uuid4().hex}
         checkpoint.save_streamed(temporary, cfg, blocks(), meta)
         copy_tokenizer(path, temporary / "tokenizer")
     counts = f"{total:,} parameters" + (f", {active:,} active" if active != total else "")

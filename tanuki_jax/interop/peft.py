@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import re
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -207,7 +208,7 @@ def import_adapters(path: Path, base: Path, output: Path) -> str:
     ranks, params, scales = _ours(Path(path), cfg, settings, tensors)
     with checkpoint.disk_errors(output), files.atomic_path(output) as temporary:
         told_of = checkpoint.adapters_meta(temporary, base, ranks, scales)
-        new = {**meta, "stage": "import", "data_fingerprint": "", "adapter": told_of}
+        new = {**meta, "stage": "import", "data_fingerprint": "", "id": uuid.uuid4().hex, "adapter": told_of}
         checkpoint.save_params(temporary, params, new)
         copy_tokenizer(home / "tokenizer", temporary / "tokenizer")
     return f"{output}: adapters on {base}; {count:,} parameters, exact"

@@ -10,6 +10,7 @@ import math
 import os
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -80,6 +81,7 @@ def run(job: Job, output: Path) -> str:
     with checkpoint.disk_errors(output), files.atomic_path(output) as temporary:
         meta = {**job.sources[0].meta, "stage": "upcycle", "model": config.to_dict(job.cfg), "data_fingerprint": ""}
         meta["upcycle"] = config.to_dict(job.options) | {"seed": job.seed, "from": str(job.sources[0].stage_directory)}
+        meta["id"] = uuid.uuid4().hex
         identity = write(job, temporary, meta)
         copy_tokenizer(job.sources[0].tokenizer_directory, temporary / "tokenizer")
     seconds = time.monotonic() - began

@@ -5,7 +5,7 @@ from itertools import groupby
 
 import jinja2
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tanuki_jax.data import chat
@@ -146,11 +146,37 @@ def test_a_conversation_without_an_assistant_turn_is_an_error(tokenizer):
 @quick
 @given(conversations(), CONTENT, CONTENT)
 def test_of_a_pair_only_the_last_answers_are_in_the_mask(tokenizer, messages, chosen, rejected):
+    assume(chosen and rejected and chosen != rejected)
     prompt = [*messages, user("?")]
     sides = chat.encode_pair(tokenizer, {"prompt": prompt, "chosen": chosen, "rejected": [assistant(rejected)]})
     for (ids, mask), answer in zip(sides, (chosen, rejected), strict=True):
         assert said(tokenizer, ids, mask) == [answer + "</s>"]
         assert tokenizer.decode(ids) == plain(tokenizer, [*prompt, assistant(answer)])
+
+
+@pytest.mark.parametrize("same", ["a", [assistant("a")]])
+def test_a_pair_of_equal_answers_is_refused(tokenizer, same):
+    with pytest.raises(UserError, match="chosen and rejected answers are the same"):
+        chat.encode_pair(tokenizer, {"prompt": "q", "chosen": "a", "rejected": same})
+
+
+def test_an_empty_answer_is_refused_where_it_would_be_trained_on(tokenizer):
+    for row in ({"prompt": "q", "chosen": "", "rejected": "a"}, {"prompt": "q", "chosen": "a", "rejected": ""}):
+        with pytest.raises(UserError, match="empty answer"):
+            chat.encode_pair(tokenizer, row)
+    with pytest.raises(UserError, match="empty answer"):
+        chat.encode_dialogue(tokenizer, chat.conversation({"prompt": "q", "completion": ""}))
+    earlier = chat.conversation({"prompt": [user("q"), assistant(""), user("r")], "completion": "a"})
+    ids, mask = chat.encode_dialogue(tokenizer, earlier)
+    assert said(tokenizer, ids, mask) == ["a</s>"]
+
+
+def test_a_prompts_earlier_answers_are_not_trained_on(tokenizer):
+    turns = [user("q"), assistant("earlier"), user("r")]
+    ids, mask = chat.encode_dialogue(tokenizer, chat.conversation({"prompt": turns, "completion": "later"}))
+    assert said(tokenizer, ids, mask) == ["later</s>"]
+    everything = chat.encode_dialogue(tokenizer, [*turns, assistant("later")])
+    assert everything[0] == ids and said(tokenizer, *everything) == ["earlier</s>", "later</s>"]
 
 
 def test_a_plain_string_prompt_is_one_user_message(tokenizer):
