@@ -47,6 +47,8 @@ def get_config():
     def adam(peak, **options):
         return dict(learning_rate=peak, learning_rate_floor=peak / 20, warmup_ratio=0.05, clip_norm=1.0, **options)
 
+    # What --config.stages.sft.lora.rank=16 would train: adapters of all matrices instead of the matrices.
+    adapters = dict(alpha=32.0, targets={"attn/*": 0, "moe/*": 0})
     row = dict(seq_len=128, batch_size=8, save_every=500, log_every=10)
     c.stages.pretrain = config.stage(
         "pretrain",
@@ -67,7 +69,13 @@ def get_config():
         **row,
     )
     c.stages.sft = config.stage(
-        "sft", init_from="continued", mixture=dict(dialogues=(1.0,)), tokens=600_000, optimizer=adam(1e-3), **row
+        "sft",
+        init_from="continued",
+        mixture=dict(dialogues=(1.0,)),
+        tokens=600_000,
+        optimizer=adam(1e-3),
+        lora=adapters,
+        **row,
     )
     c.stages.dpo = config.stage(
         "dpo",
@@ -76,6 +84,7 @@ def get_config():
         steps=80,
         loss=dict(beta=0.1, router_aux_loss=0.0),
         optimizer=adam(5e-5),
+        lora=adapters,
         **{**row, "seq_len": 256},
     )
     return c

@@ -11,8 +11,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tanuki_jax.errors import UserError
+from tanuki_jax.errors import Preempted, UserError
 from tanuki_jax.flags import make_parser
+
+PREEMPTED = 75  # EX_TEMPFAIL: try again
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,6 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except UserError as error:
         print(f"tanuki: {error}", file=sys.stderr)
+    except Preempted as stopped:
+        print(f"tanuki: {stopped}; the same command goes on from there", file=sys.stderr)
+        return PREEMPTED
     except BrokenPipeError:
         return 0
     except KeyboardInterrupt:
@@ -119,6 +124,8 @@ def _import(options: argparse.Namespace) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
     from tanuki_jax import interop
 
+    if options.vocab_size and (interop.is_peft(options.hf) or options.base):
+        raise UserError("--vocab_size: adapters have no vocabulary; set it where their base is imported")
     if interop.is_peft(options.hf):
         if not options.base:
             raise UserError("import: adapters need --base, the checkpoint of ours that they lie on")
@@ -131,6 +138,8 @@ def _export(options: argparse.Namespace) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
     from tanuki_jax import interop
 
+    if options.format == "peft" and options.vocab_size:
+        raise UserError("--vocab_size: adapters have no vocabulary; set it where their base is exported")
     if options.format == "peft":
         print(interop.export_adapters(options.checkpoint, _fresh(options.output), options.base_name))
     else:

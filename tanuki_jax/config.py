@@ -28,6 +28,7 @@ from tanuki_jax.schema import (
     PROJECTED,
     RESUMABLE,
     ROUTED,
+    Guard,
     Lora,
     Loss,
     Mesh,
@@ -49,6 +50,7 @@ __all__ = [
     "MIXTURE",
     "PREFERENCES",
     "RESUMABLE",
+    "Guard",
     "Lora",
     "Loss",
     "Mesh",
@@ -331,6 +333,8 @@ def _validate_stage(recipe: Recipe, name: str, this: Stage) -> None:
     if is_mixture(recipe, name) and not recipe.model.n_experts:
         raise UserError(f"{where} is a mixture of experts, but model.n_experts is 0")
     if this.kind == "upcycle":
+        if this.lora.rank:
+            raise UserError(f"{where}.lora.rank: nothing is trained when a model is upcycled; set it in a later stage")
         if not this.init_from or (parent and is_mixture(recipe, this.init_from)):
             raise UserError(f"{where}.init_from must name a dense stage or checkpoint to upcycle")
         check_upcycle(recipe.model, this.upcycle, f"{where}.upcycle: ")
@@ -370,6 +374,11 @@ def _validate_stage(recipe: Recipe, name: str, this: Stage) -> None:
         raise UserError(f"{where}.loss.label_smoothing is for cdpo and robust; set loss.preference to {{'cdpo': 1.0}}")
     if not 0 <= this.loss.label_smoothing < 0.5:
         raise UserError(f"{where}.loss.label_smoothing {this.loss.label_smoothing} must lie between 0 and 0.5")
+    for key in ("skip_limit", "spike", "spike_steps", "rollbacks", "hang_seconds"):
+        if not 0 <= getattr(this.guard, key) < math.inf:
+            raise UserError(f"{where}.guard.{key} is {getattr(this.guard, key)}; it must be a number and not negative")
+    if not 0 < this.guard.rollback_rate <= 1:
+        raise UserError(f"{where}.guard.rollback_rate is {this.guard.rollback_rate}; it must be above 0 and at most 1")
     _validate_lora(recipe, name, this)
     if this.epochs and this.kind == "pretrain":
         raise UserError(f"{where}.epochs is for sft and dpo; give a pretraining stage tokens or steps")

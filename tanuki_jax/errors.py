@@ -3,3 +3,7 @@
 
 class UserError(Exception):
     """Bad input.  The message says what is wrong, where, and how to fix it; the command line prints it and exits 1."""
+
+
+class Preempted(Exception):
+    """The run was told to stop, and all of it is saved; the same command goes on (exit code 75)."""

@@ -85,7 +85,8 @@ def state_shardings(
             frozen = model.lora.frozen(cfg, model.init(cfg, key)) | scales
         return init_state(params, optimizer, key, balance.initial(cfg, options), frozen)
 
-    shapes = jax.eval_shape(make)
+    with jax.set_mesh(mesh):  # the dtype of what is frozen depends on the devices
+        shapes = jax.eval_shape(make)
     split, whole = trained_shardings(cfg, lora, mesh), checkpoint.replicated(mesh)
     moments = optax.tree_utils.tree_map_params(
         optimizer, lambda _, s: s, shapes.opt_state, split, transform_non_params=lambda _: whole
@@ -97,6 +98,7 @@ def state_shardings(
         whole,  # type: ignore[arg-type]
         dict.fromkeys(shapes.balance, whole),  # type: ignore[arg-type]
         frozen_shardings(cfg, lora, mesh),
+        whole,  # type: ignore[arg-type]
     )
     return checkpoint.sharded_like(shapes, shardings), shardings
 

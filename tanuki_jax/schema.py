@@ -149,6 +149,22 @@ class Loss:
 
 
 @dataclass(frozen=True)
+class Guard:
+    """What is done about steps that go wrong; every event is a line of events.jsonl.  docs/long_runs.md."""
+
+    skip_limit: int = key(10, "steps in a row with a loss or gradient that is not finite, each left out, that end the run")
+    spike: float = key(
+        10.0, "robust deviations above the median of 200 steps at which loss or gradient norm is a spike; 0 = off"
+    )
+    spike_steps: int = key(5, "spikes in a row at which the run goes back to the checkpoint before them; 0 = never")
+    rollbacks: int = key(3, "times that a stage goes back; then it ends")
+    rollback_rate: float = key(1.0, "factor of the learning rate after each time")
+    hang_seconds: float = key(
+        0.0, "a step that takes longer ends the process, for its launcher to restart; 0 = it is only told"
+    )
+
+
+@dataclass(frozen=True)
 class Upcycle:
     """How a dense model becomes a mixture."""
 
@@ -201,8 +217,9 @@ class Stage:
     loss: Loss = key(Loss, "loss options")
     lora: Lora = key(Lora, "adapters instead of all parameters")
     upcycle: Upcycle = key(Upcycle, "kind upcycle only")
+    guard: Guard = key(Guard, "what is done about steps that go wrong")
     save_every: int = key(500, "steps between checkpoints; the last step is always saved")
-    keep: int = key(1, "newest checkpoints kept")
+    keep: int = key(2, "newest checkpoints kept; with two a damaged one costs no more than the steps since the other")
     log_every: int = key(10, "steps between lines of metrics.jsonl")
 
 
@@ -250,4 +267,4 @@ ROUTED = ("moe/gate", "moe/up", "moe/down", "moe/router")
 MIXTURE = ("expert_d_ff", "first_dense", "moe_every", "top_k", "normalized_gate", "gate_scale", "router_bias")
 # Keys that may differ between two runs of one workdir: they change neither the data nor the weights.
 COMPUTED = ("mesh", "remat", "unroll", "logits_chunk", "attention", "experts", "microbatches")
-RESUMABLE = (*COMPUTED, "tensorboard", "save_every", "keep", "log_every")
+RESUMABLE = (*COMPUTED, "tensorboard", "save_every", "keep", "log_every", "guard")

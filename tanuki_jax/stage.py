@@ -21,6 +21,7 @@ from tanuki_jax.inputs import Inputs
 from tanuki_jax.progress import Progress
 from tanuki_jax.stage_data import sources_of, stage_data
 from tanuki_jax.start import (
+    adapter_scales,
     base_directory,
     carried_moments,
     directory,
@@ -95,8 +96,8 @@ def run(
         "data_fingerprint": data.fingerprint,
     }
     if frozen:
-        base, scales = base_directory(recipe, name, workdir), jax.device_get(frozen["lora_scale"])
-        meta["adapter"] = checkpoint.adapters_meta(home, base, model.lora.ranks(cfg, this.lora), model.lora.scales_of(scales))
+        base, scales = base_directory(recipe, name, workdir), adapter_scales(recipe, name, workdir)
+        meta["adapter"] = checkpoint.adapters_meta(home, base, model.lora.ranks(cfg, this.lora), scales)
     job = loop.Job(
         name=name,
         directory=home,
@@ -109,6 +110,8 @@ def run(
         tensorboard=recipe.tensorboard,
         meta=meta,
         counters=data.counters,
+        guard=this.guard,
+        changes=tuple(start // (this.seq_len * this.batch_size) for start in this.mixture_starts[1:]),
     )
     rows, probes = this.batch_size // this.microbatches, []
     if data.held_out:
@@ -142,7 +145,7 @@ def run(
             dataclasses.replace(abstract, frozen=frozen),
             fresh_state,
             train_step,
-            lambda first: loader.batches(data.rows, mesh, this.batch_size, first, data.steps),
+            lambda first, number: loader.batches(data.rows, mesh, this.batch_size, first, data.steps, number),
             check_meta,
             probes,
         )

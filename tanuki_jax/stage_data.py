@@ -122,7 +122,7 @@ def stage_data(recipe: Recipe, name: str, inputs: Inputs, cache: Path, reference
         seeds = [_seed(recipe.seed, n) for n in names]
     else:  # packed rows differ from stage to stage, and so does their order
         first, runs, seeds = [0] * len(names), [1] * len(names), [_seed(recipe.seed, name, n) for n in names]
-    mixture = StagedMixture(weights, starts, steps * this.batch_size, first)
+    mixture = StagedMixture(weights, starts, loader.ENDLESS, first)  # a run that leaves batches out reads further
     ordered = [loader.Source(rows, seed, run) for rows, seed, run in zip(opened, seeds, runs, strict=True)]
     fingerprint = files.fingerprint(
         contents,

@@ -43,6 +43,14 @@ def base_directory(recipe: Recipe, name: str, workdir: Path) -> Path:
     return parent if recipe.stages[name].carry == "params" else _parents_adapters(recipe, name, workdir).base
 
 
+def adapter_scales(recipe: Recipe, name: str, workdir: Path) -> dict[str, list[float]]:
+    """By what a stage's adapters are multiplied: as its options say, or as it was where they are trained on."""
+    if recipe.stages[name].carry != "params":
+        scales: dict[str, list[float]] = _parents_adapters(recipe, name, workdir).meta["adapter"]["scales"]
+        return scales
+    return model.lora.scales(config.model_of(recipe, name), recipe.stages[name].lora)
+
+
 def frozen_params(recipe: Recipe, name: str, workdir: Path, mesh: jax.sharding.Mesh) -> Any:
     """The parameters that a stage does not train, on the mesh: none, or those below its adapters, and the adapters' scales.
 
@@ -51,15 +59,14 @@ def frozen_params(recipe: Recipe, name: str, workdir: Path, mesh: jax.sharding.M
     this, cfg = recipe.stages[name], config.model_of(recipe, name)
     if not this.lora.rank:
         return {}
-    scales = model.lora.scales(cfg, this.lora)
-    if this.carry != "params":
-        scales = _parents_adapters(recipe, name, workdir).meta["adapter"]["scales"]
+    scales = adapter_scales(recipe, name, workdir)
     base = base_directory(recipe, name, workdir)
     loaded = checkpoint.load(base, mesh)
     checkpoint.check_architecture(str(base), loaded.meta["model"], cfg)
     shardings = placement.frozen_shardings(cfg, this.lora, mesh)
     cast = jax.jit(lambda p, s: model.lora.frozen(cfg, p) | s, out_shardings=shardings, donate_argnums=0)
-    return cast(loaded.params, model.lora.scale_tree(scales))
+    with jax.set_mesh(mesh):
+        return cast(loaded.params, model.lora.scale_tree(scales))
 
 
 def trained_params(recipe: Recipe, name: str, workdir: Path, mesh: jax.sharding.Mesh) -> Any:

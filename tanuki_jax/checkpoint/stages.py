@@ -6,7 +6,8 @@ import dataclasses
 import errno
 import shutil
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,13 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from tanuki_jax import parallel
+from tanuki_jax.checkpoint import sums
 from tanuki_jax.errors import UserError
 
 ORBAX_THREADS = ("async_save", "save_finalize", "write_metadata_after_commits")
 CHUNK = 128 << 20  # bytes
+POLL = 0.02  # seconds
 EVERY = 1_000_000  # keep all checkpoints: for opening without deleting
 
 
@@ -34,17 +38,48 @@ class Checkpoints:
         with disk_errors(self.directory):
             self._manager = ocp.CheckpointManager(self.directory, options=options)
         self._given_up = False
+        self._sealing: threading.Thread | None = None
 
     def latest(self) -> int | None:
         """The newest whole checkpoint's step."""
         return self._manager.latest_step()
+
+    def steps(self) -> list[int]:
+        """All steps of which there is a checkpoint, the newest first."""
+        return sorted(self._manager.all_steps(), reverse=True)
+
+    def newest_good(self, told: Callable[[int, str], None]) -> int | None:
+        """The newest step whose files are those that were written; damaged ones are told and put aside as `damaged-<step>`."""
+        for step in self.steps():
+            wrong = parallel.first_of(sums.damage(self.directory / str(step), *parallel.share()))
+            if not wrong:
+                return step
+            told(step, wrong)
+            self._put_aside(step, "damaged")
+        return None
+
+    def go_back(self, step: int) -> None:
+        """Puts the checkpoints of later steps aside as `left-<step>`, once the last save is done."""
+        self._wait()
+        for later in (s for s in self.steps() if s > step):
+            self._put_aside(later, "left")
+
+    def _put_aside(self, step: int, why: str) -> None:
+        def move() -> None:
+            target = self.directory / f"{why}-{step}"
+            shutil.rmtree(target, ignore_errors=True)
+            (self.directory / str(step)).rename(target)
+
+        parallel.on_first(move)
+        self._manager.reload()
 
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
         """Starts writing a train state (train/step.py); its arrays are copied before this returns, so it may be donated.
 
         Errors of the save before come up here or in `close`.
         """
-        optimizer = {"opt_state": state.opt_state, "step": state.step, "key": jax.random.key_data(state.key)}
+        optimizer = {"opt_state": state.opt_state, "step": state.step, "rate": state.rate}
+        optimizer["key"] = jax.random.key_data(state.key)
         balance = {"balance": state.balance} if state.balance else {}
         self.save_items(step, {"params": state.params, "optimizer": optimizer, **balance}, meta)
 
@@ -52,17 +87,39 @@ class Checkpoints:
         """The same for named trees of arrays."""
         items = {name: ocp.args.StandardSave(tree, save_args=_by_layer(tree)) for name, tree in trees.items()}
         with self._saving():
+            self._wait()
             self._manager.save(step, args=ocp.args.Composite(**items, meta=ocp.args.JsonSave({"step": step, **meta})))
+            self._sealing = threading.Thread(target=self._seal, args=(step,), name="seal", daemon=True)
+            self._sealing.start()
+
+    def _seal(self, step: int) -> None:
+        """Once the save is whole, writes the sums of its files."""
+        home = self.directory / str(step)
+        while not home.is_dir():  # Orbax gives it its name last
+            if self._given_up:
+                return
+            time.sleep(POLL)
+        with suppress(FileNotFoundError):  # retention was faster
+            sums.seal(home, *parallel.share())
+
+    def _wait(self) -> None:
+        """Until the last save is durable and sealed; raises what went wrong with it."""
+        self._manager.wait_until_finished()
+        self._manager.check_for_errors()
+        if self._sealing:
+            self._sealing.join()
+            self._sealing = None
 
     def restore(self, step: int, like: Any) -> Any:
         """The state of a step, with the shardings of `like` (a tree of ShapeDtypeStructs)."""
         key = jax.eval_shape(jax.random.key_data, like.key)
         key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=like.step.sharding)
-        optimizer = {"opt_state": like.opt_state, "step": like.step, "key": key}
+        optimizer = {"opt_state": like.opt_state, "step": like.step, "rate": like.rate, "key": key}
         balance = {"balance": like.balance} if like.balance else {}
         saved = self.restore_items(step, {"params": like.params, "optimizer": optimizer, **balance})
         optimizer = saved.pop("optimizer")
-        return dataclasses.replace(like, **saved, **optimizer | {"key": jax.random.wrap_key_data(optimizer["key"])})
+        optimizer |= {"key": jax.random.wrap_key_data(optimizer["key"])}
+        return dataclasses.replace(like, **saved, **optimizer)
 
     def restore_items(self, step: int, like: dict[str, Any]) -> dict[str, Any]:
         """Some of the named trees of a step."""
@@ -79,8 +136,7 @@ class Checkpoints:
         if self._given_up:
             return
         with self._saving():
-            self._manager.wait_until_finished()
-            self._manager.check_for_errors()
+            self._wait()
             self._manager.close()
 
     @contextmanager

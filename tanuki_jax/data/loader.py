@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -49,15 +49,21 @@ def mixed_rows(sources: Sequence[Source], mixture: StagedMixture) -> grain.MapDa
 
 
 def batches(
-    rows: grain.MapDataset[Example], mesh: Mesh, batch_size: int, first_step: int, steps: int
+    rows: grain.MapDataset[Example],
+    mesh: Mesh,
+    batch_size: int,
+    first_step: int,
+    steps: int,
+    number: Callable[[int], int] = lambda step: step,
 ) -> Iterator[dict[str, jax.Array]]:
     """Global batches of the steps from `first_step`; each host reads only the rows of its own devices.
 
-    Batch `n` holds the rows n*B to (n+1)*B in order.  A few batches are on their way to the devices ahead of their step.
+    Batch `n` holds the rows n*B to (n+1)*B in order, and is that of step n, or of the step whose `number` it is.  A few
+    batches are on their way to the devices ahead of their step.
     """
     mine = _host_rows(mesh, batch_size)
     waiting: collections.deque[dict[str, jax.Array]] = collections.deque()
-    for batch in host_batches(rows, batch_size, mine, first_step, steps):
+    for batch in host_batches(rows, batch_size, mine, first_step, steps, number):
         waiting.append(on_devices(batch, mesh, batch_size, mine[0]))
         if len(waiting) > ON_DEVICE:
             yield waiting.popleft()
@@ -65,12 +71,17 @@ def batches(
 
 
 def host_batches(
-    rows: grain.MapDataset[Example], batch_size: int, mine: Sequence[int], first_step: int, steps: int
+    rows: grain.MapDataset[Example],
+    batch_size: int,
+    mine: Sequence[int],
+    first_step: int,
+    steps: int,
+    number: Callable[[int], int] = lambda step: step,
 ) -> Iterator[Example]:
     """The rows `mine` of each global batch, stacked, read ahead by a thread."""
     local = (
         grain.MapDataset.range(first_step, steps)
-        .map(lambda step: stack([rows[step * batch_size + row] for row in mine]))
+        .map(lambda step: stack([rows[number(step) * batch_size + row] for row in mine]))
         .to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCH))
     )
     yield from local

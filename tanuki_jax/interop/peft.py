@@ -36,7 +36,14 @@ PLAIN: dict[str, tuple[Any, ...]] = {
     "trainable_token_indices": (None,),
     "alora_invocation_tokens": (None,),
     "use_qalora": (False, None),
+    "use_bdlora": (False, None),
+    "layer_replication": (None,),
+    "kasa_config": (None,),
+    "velora_config": (None,),
+    "arrow_config": (None,),
 }
+# Ways to begin that take something out of the base, which is not in the files.
+TAKEN_OUT = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 # --- out ------------------------------------------------------------------------------------------------------------
@@ -63,7 +70,8 @@ def export_adapters(path: Path, output: Path, base_name: str = "") -> str:
         if short not in EXPERT:
             theirs = (LAYER | {"moe/router": ROUTER_FUSED if kind == "tanuki" else ROUTER})[short].theirs
             stem = theirs.removesuffix(".weight")
-            names[name] = [stem.rsplit(".", 1)[-1]]
+            if not (short == "moe/router" and kind == "tanuki"):
+                names[name] = [stem.rsplit(".", 1)[-1]]
             for layer, (a, b) in enumerate(zip(*_sides(sides), strict=True)):
                 tensors |= _pair(f"model.layers.{layer}.{stem}", a.reshape(-1, a.shape[-1]), b.reshape(b.shape[0], -1))
         elif kind == "mixtral":
@@ -141,11 +149,12 @@ def _settings(
     alphas = {target: scales[path] * found.ranks[path] for path, targets in names.items() for target in targets}
     parameters = {}
     if kind == "tanuki":
-        for part, name, factor in (("gate", "gate_up_proj", 2), ("down", "down_proj", 1)):
+        theirs = (("gate", f"{FUSED}.gate_up_proj", 2), ("down", f"{FUSED}.down_proj", 1), ("router", ROUTER_FUSED.theirs, 1))
+        for part, name, factor in theirs:
             path = f"layers/moe/{part}"
             if path in found.ranks:
-                parameters[f"mlp.experts.{name}"] = factor * found.ranks[path]
-                alphas[f"mlp.experts.{name}"] = scales[path] * factor * found.ranks[path]
+                parameters[name] = factor * found.ranks[path]
+                alphas[name] = scales[path] * factor * found.ranks[path]
     ranks |= parameters
     # PEFT's conversion of a Mixtral takes r for the rank of w1 and w3, and looks others up by their new names too.
     rank, ranks = _commonest(ranks, kind)
@@ -221,6 +230,11 @@ def _read_settings(path: Path) -> dict[str, Any]:
     for key, values in PLAIN.items():
         if settings.get(key, values[0]) not in values:
             raise UserError(f"{path / SETTINGS}: {key} {settings[key]!r} is not supported, {values[0]!r} is")
+    if str(settings.get("init_lora_weights")).startswith(TAKEN_OUT):
+        raise UserError(
+            f"{path / SETTINGS}: init_lora_weights {settings['init_lora_weights']!r} is not supported, it changes the base; convert "
+            "the adapters with PEFT's path_initial_model_for_weight_conversion"
+        )
     return settings
 
 
@@ -241,7 +255,8 @@ def _ours(
         (module, layer, stem), a, b = match.groups(), tensors.pop(key).T, tensors.pop(other).T
         numbered = next(((ours, m) for pattern, ours in each.items() if (m := re.fullmatch(pattern, stem))), None)
         if stem in single:
-            found.setdefault(single[stem], {})[(int(layer),)] = (a, b, _scale(settings, module, a.shape[1]))
+            named = f"{module}.weight" if stem == ROUTER_FUSED.theirs.removesuffix(".weight") else module  # a parameter there
+            found.setdefault(single[stem], {})[(int(layer),)] = (a, b, _scale(settings, named, a.shape[1]))
         elif numbered:
             ours, expert = numbered[0], int(numbered[1][1])
             found.setdefault(ours, {})[(int(layer), expert)] = (a, b, _scale(settings, module, a.shape[1]))

@@ -55,6 +55,8 @@ def project(
     if module.has_rng("dropout"):
         rate = adapter["dropout"]
         kept = jax.random.bernoulli(module.make_rng("dropout"), 1 - rate, x.shape)
+        if (parts := parallel.size("context")) > 1 and parallel.splits_batch(x.shape[0]):  # where the tokens lie there
+            kept = kept[:, parallel.balanced_order(x.shape[1], parts)]
         x = jnp.where(kept, x / (1 - rate).astype(x.dtype), 0)
     return y + adapter["scale"].astype(x.dtype) * ops.linear(ops.linear(x, a, inner), b)
 

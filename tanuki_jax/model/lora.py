@@ -96,11 +96,6 @@ def scales(cfg: config.Model, options: config.Lora) -> dict[str, list[float]]:
     }
 
 
-def scales_of(tree: Params) -> dict[str, list[float]]:
-    """The scales of a tree (of host arrays) by path."""
-    return {path: [float(s) for s in scale_L] for path, scale_L in flax.traverse_util.flatten_dict(tree, sep="/").items()}
-
-
 def scale_tree(scales: Mapping[str, list[float]]) -> Params:
     """The branch of the parameters that holds them."""
     return {"lora_scale": nested({path: jnp.array(values, jnp.float32) for path, values in scales.items()})}

@@ -1,6 +1,6 @@
 """Devices: the mesh, the table from axis letters to mesh axes, and multi-host bring-up."""
 
-from tanuki_jax.parallel.distributed import initialize, on_first, once, to_host
+from tanuki_jax.parallel.distributed import first_of, initialize, on_first, once, share, stop_notice, to_host
 from tanuki_jax.parallel.mesh import make_mesh, per_device_rows
 from tanuki_jax.parallel.rules import (
     BATCH_AXES,
@@ -31,6 +31,7 @@ __all__ = [
     "compiler_options",
     "constrain",
     "explain",
+    "first_of",
     "gathered",
     "gathered_within",
     "initialize",
@@ -39,10 +40,12 @@ __all__ = [
     "once",
     "per_device_rows",
     "rows_of",
+    "share",
     "sharding",
     "size",
     "spec",
     "splits_batch",
+    "stop_notice",
     "stored",
     "to_host",
     "tree_shardings",

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
 from typing import TypeVar, cast
 
 import jax
@@ -13,6 +16,7 @@ from jax.experimental import multihost_utils
 from tanuki_jax.errors import UserError
 
 T = TypeVar("T")
+TEXT = 256  # bytes of a text that all processes hear
 VARIABLES = ("TANUKI_COORDINATOR", "TANUKI_PROCESSES", "TANUKI_PROCESS_ID")
 
 
@@ -58,6 +62,42 @@ def once(work: Callable[[], T]) -> T:
     """Runs idempotent work on the first process, then on the others, who find it done (on a shared file system)."""
     result = on_first(work)
     return cast(T, result) if jax.process_index() == 0 else work()
+
+
+def share() -> tuple[int, int]:
+    """This process's number and how many there are: its part of work that is cut evenly."""
+    return jax.process_index(), jax.process_count()
+
+
+def first_of(found: str) -> str:
+    """The first text that is not empty, of those of all processes, the same on each of them."""
+    if jax.process_count() == 1:
+        return found
+    own = np.zeros(TEXT, np.uint8)
+    data = found.encode()[:TEXT]
+    own[: len(data)] = np.frombuffer(data, np.uint8)
+    texts = [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in multihost_utils.process_allgather(own)]
+    return next(filter(None, texts), "")
+
+
+@contextlib.contextmanager
+def stop_notice() -> Iterator[Callable[[int], bool]]:
+    """Asks after every step whether the run is to stop: SIGTERM came, or the platform's notice; all processes hear the same.
+
+    With several processes JAX's preemption service listens, and agrees on the step.
+    """
+    if jax.process_count() > 1:
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    noticed = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda step: False
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: noticed.set())
+    try:
+        yield lambda step: noticed.is_set()
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def to_host(array: jax.Array) -> np.ndarray:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import time
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from tanuki_jax import config, parallel
 from tanuki_jax.checkpoint import Checkpoints
-from tanuki_jax.errors import UserError
+from tanuki_jax.errors import Preempted, UserError
 from tanuki_jax.progress import Progress
+from tanuki_jax.train.clock import Clock
+from tanuki_jax.train.guard import Detours, Events, Guard, Watch
 from tanuki_jax.train.metrics import MetricsWriter, mfu, plain, read_metrics
 from tanuki_jax.train.step import State
 
@@ -32,11 +36,17 @@ class Job:
     keep: int
     tensorboard: bool
     meta: dict[str, Any]  # saved in every checkpoint
-    counters: Callable[[int], dict[str, float]] = lambda step: {}  # logged beside a step's metrics
+    counters: Callable[[int], dict[str, float]] = lambda batches: {}  # of so many batches; logged beside a step's metrics
+    guard: config.Guard = config.Guard()
+    changes: tuple[int, ...] = ()  # steps after which the data change, and with them the loss
 
 
 class NotFinite(UserError):
-    """The loss or its gradient became NaN or Inf; the step before is the last good one."""
+    """The loss or its gradient was NaN or Inf too often; nothing of these steps was kept."""
+
+
+class _GoBack(Exception):
+    """A spike that lasts."""
 
 
 def run(
@@ -44,7 +54,7 @@ def run(
     abstract_state: State,
     fresh_state: Callable[[], State],
     train_step: Callable[[State, Any], tuple[State, dict[str, jax.Array]]],
-    batches: Callable[[int], Iterator[Any]],
+    batches: Callable[[int, Callable[[int], int]], Iterator[Any]],
     check_meta: Callable[[dict[str, Any]], None] = lambda meta: None,
     probes: Sequence[tuple[int, Callable[[Any], dict[str, Any]]]] = (),
 ) -> State:
@@ -53,60 +63,176 @@ def run(
     Args:
       abstract_state: shapes and shardings of the state.
       fresh_state: makes the state before step 0.
-      batches: first step -> iterator of the global batches from there on.
+      batches: (first step, the number of the batch of each step) -> iterator of the global batches from there on.
       check_meta: sees the meta of the checkpoint that is resumed, and may refuse it.
       probes: pairs of (every so many steps and at the end, parameters -> figures that are logged with the step).
+
+    Raises:
+      Preempted: SIGTERM or the platform's notice came, and the step is saved.
+      NotFinite: more steps in a row than `job.guard` allows were not finite.
     """
     checkpoints = Checkpoints(job.directory, job.keep)
-    start = checkpoints.latest() or 0
-    if start:
-        check_meta(checkpoints.meta(start))
-        state = checkpoints.restore(start, abstract_state)
-    else:
-        state = fresh_state()
-    writer = MetricsWriter(job.directory, start, job.tensorboard) if jax.process_index() == 0 else None
-    progress = Progress(job.name, job.steps, quiet=jax.process_index() != 0)
-    clock = _Clock(job, writer.seconds if writer else 0.0)
-    late: tuple[int, dict[str, jax.Array], dict[str, Any]] | None = None
+    first = jax.process_index() == 0
+    events, clock = Events(job.directory, first), Clock(job.tokens_per_step)
+    watch = Watch(events, job.guard.hang_seconds)
 
-    def report(number: int, metrics: dict[str, jax.Array], probed: dict[str, Any]) -> None:
-        loss = float(metrics["loss"])
-        if not np.isfinite(loss) or not np.isfinite(float(metrics["grad_norm"])):
-            raise NotFinite(
-                f"stage {job.name}, step {number}: loss {loss}, gradient norm {float(metrics['grad_norm'])}; nothing of this "
-                f"step was kept, the last checkpoint is good; lower the learning rate or look at the batch of this step"
-            )
-        clock.done(number)
-        rate = clock.tokens_per_second
-        progress.show(number, f"loss {loss:.3f}  {rate:,.0f} tokens/s")
-        if writer and (number % job.log_every == 0 or number == job.steps or probed):
-            mean = {
+    def damaged(step: int, wrong: str) -> None:
+        events.add("damaged_checkpoint", step, what=wrong)
+
+    try:
+        with parallel.stop_notice() as told_to_stop:
+            while True:
+                detours, guard = Detours.read(job.directory), Guard(job.guard, job.changes)
+                with clock.of("restore"):
+                    start = checkpoints.newest_good(damaged) or 0
+                    if start:
+                        check_meta(checkpoints.meta(start))
+                        state = checkpoints.restore(start, abstract_state)
+                    else:
+                        state = fresh_state()
+                attempt = _Attempt(job, checkpoints, events, clock, watch, guard, detours, start, told_to_stop)
+                try:
+                    return attempt.run(state, train_step, batches(start, detours.batch), probes)
+                except _GoBack:
+                    del state
+                    _go_back(job, checkpoints, events, guard, detours, attempt.reported)
+    finally:
+        watch.close()
+        checkpoints.close()
+
+
+def _go_back(job: Job, checkpoints: Checkpoints, events: Events, guard: Guard, detours: Detours, step: int) -> None:
+    """To the checkpoint before the spike; its batches are left out when the run comes there again."""
+    if len(detours.entries) >= job.guard.rollbacks:
+        raise UserError(
+            f"stage {job.name}, step {guard.first_high}: the loss rises again after going back {len(detours.entries)} times "
+            f"(guard.rollbacks); lower the learning rate, or look at the batches that events.jsonl names"
+        )
+    good = max((s for s in checkpoints.steps() if s < guard.first_high), default=0)
+    checkpoints.go_back(good)
+    count = step - guard.first_high + 1
+    new = detours.plus(good, guard.first_high - 1, count, job.guard.rollback_rate)
+    parallel.on_first(new.write)
+    batches = [detours.batch(guard.first_high - 1), detours.batch(step - 1)]
+    events.add("rollback", step, to=good, batches_left_out=batches, learning_rate_times=new.rate(good))
+
+
+class _Attempt:
+    """The steps from one start on, until the end or until the run has to go back."""
+
+    def __init__(
+        self,
+        job: Job,
+        checkpoints: Checkpoints,
+        events: Events,
+        clock: Clock,
+        watch: Watch,
+        guard: Guard,
+        detours: Detours,
+        start: int,
+        told_to_stop: Callable[[int], bool],
+    ) -> None:
+        self.job, self.checkpoints, self.events, self.clock = job, checkpoints, events, clock
+        self.watch, self.guard, self.detours, self.start, self.told_to_stop = watch, guard, detours, start, told_to_stop
+        self.writer = MetricsWriter(job.directory, start, job.tensorboard) if jax.process_index() == 0 else None
+        rows = self.writer.kept if self.writer else read_metrics(job.directory)
+        guard.remember(row for row in rows if row["step"] <= start)
+        clock.resume(self.writer.last if self.writer else {}, self.writer.lost if self.writer else 0.0)
+        self.progress = Progress(job.name, job.steps, quiet=jax.process_index() != 0)
+        self.reported = start
+
+    def run(self, state: State, train_step: Any, batches: Iterator[Any], probes: Any) -> State:
+        job, clock = self.job, self.clock
+        late: tuple[Any, ...] | None = None
+        rate = 1.0
+        try:
+            for step, batch in zip(range(self.start, job.steps), clock.waiting(batches), strict=False):
+                if rate != (rate := self.detours.rate(step)):
+                    state = dataclasses.replace(state, rate=jnp.full_like(state.rate, rate))
+                with clock.of("compile" if step == self.start else "step"):
+                    state, metrics = train_step(state, batch)
+                if late:
+                    self.report(*late)
+                number, ends = step + 1, step + 1 == job.steps
+                stop = self.told_to_stop(number)
+                with clock.of("score"):
+                    due = [probe for every, probe in probes if number % every == 0 or ends]
+                    probed = {name: value for probe in due for name, value in probe(state.model).items()}
+                late = (number, metrics, probed, batch)
+                if number % job.save_every == 0 or ends or stop:
+                    self.report(*late)
+                    late = None
+                    self.watch.pause()
+                    with clock.of("save"):
+                        self.checkpoints.save(number, state, job.meta)
+                if stop and not ends:
+                    self.checkpoints.close()
+                    self.events.add("preempted", number)
+                    raise Preempted(f"stage {job.name} was told to stop, and is saved at step {number}")
+            if late:
+                self.report(*late)
+        finally:
+            if self.writer:
+                self.writer.close()
+        return state
+
+    def report(self, number: int, metrics: dict[str, jax.Array], probed: dict[str, Any], batch: Any) -> None:
+        """Judges a step that has ended, and logs it."""
+        loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
+        verdict = self.guard.look(number, loss, norm)
+        self.reported = number
+        self.clock.done(number)
+        self.watch.beat(number)
+        if verdict == "not_finite":
+            self._not_finite(number, loss, norm, batch)
+            return
+        if verdict == "spike" and self.guard.high == 1:
+            self.events.add("spike", number, loss=round(loss, 4), grad_norm=round(norm, 4))
+        if self.job.guard.spike_steps and self.guard.high >= self.job.guard.spike_steps:
+            raise _GoBack
+        self._log(number, loss, metrics, probed)
+
+    def _log(self, number: int, loss: float, metrics: dict[str, jax.Array], probed: dict[str, Any]) -> None:
+        job, clock = self.job, self.clock
+        self.progress.show(number, f"loss {loss:.3f}  {clock.tokens_per_second:,.0f} tokens/s")
+        if self.writer and (number % job.log_every == 0 or number == job.steps or probed):
+            rate = clock.tokens_per_second
+            how = {
                 "tokens_per_second": round(rate, 1),
                 "mfu": mfu(rate, job.flops_per_token),
                 "input_wait": round(clock.mean_wait(), 6),
+                "goodput": clock.goodput(),
                 "seconds": round(clock.seconds, 3),
+                "times": clock.times(),
             }
             first = {"step": number, "tokens": number * job.tokens_per_step}
-            writer.write({**first, **plain(metrics), **job.counters(number), **plain(probed), **mean})
+            seen = job.counters(self.detours.batch(number - 1) + 1)
+            self.writer.write({**first, **plain(metrics), **seen, **plain(probed), **how})
 
-    try:
-        for step, batch in zip(range(start, job.steps), clock.waiting(batches(start)), strict=False):
-            state, metrics = train_step(state, batch)
-            if late:
-                report(*late)
-            due = [probe for every, probe in probes if (step + 1) % every == 0 or step + 1 == job.steps]
-            late = (step + 1, metrics, {name: value for probe in due for name, value in probe(state.model).items()})
-            if (step + 1) % job.save_every == 0 or step + 1 == job.steps:
-                report(*late)
-                late = None
-                checkpoints.save(step + 1, state, job.meta)
-        if late:
-            report(*late)
-    finally:
-        if writer:
-            writer.close()
-        checkpoints.close()
-    return state
+    def _not_finite(self, number: int, loss: float, norm: float, batch: Any) -> None:
+        batch_number = self.detours.batch(number - 1)
+        path = self.job.directory / "events" / f"batch-{batch_number}-{jax.process_index()}.npz"
+        _record(path, batch)
+        self.events.add("not_finite", number, loss=str(loss), grad_norm=str(norm), batch=batch_number, kept_in=path.name)
+        if self.guard.bad > self.job.guard.skip_limit:
+            raise NotFinite(
+                f"stage {self.job.name}, step {number}: loss {loss}, gradient norm {norm}, {self.guard.bad} steps in a row "
+                f"(guard.skip_limit {self.job.guard.skip_limit}); nothing of them was kept, the last checkpoint is good; lower "
+                f"the learning rate or look at the batches in {path.parent}"
+            )
+
+
+def _record(path: Path, batch: Any) -> None:
+    """Keeps this process's rows of a batch."""
+    if not isinstance(batch, dict):
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found: dict[str, Any] = {}
+    for name, array in batch.items():
+        parts = [np.asarray(part.data) for part in array.addressable_shards if part.replica_id == 0]
+        if parts:
+            found[name] = np.concatenate(parts)
+    np.savez(path, **found)
 
 
 def summary(job: Job) -> dict[str, Any]:
@@ -120,41 +246,6 @@ def summary(job: Job) -> dict[str, Any]:
         "tokens": tokens,
         "seconds": round(seconds, 1),
         "tokens_per_second": round(tokens / seconds, 1) if seconds else None,
+        "goodput": rows[-1]["goodput"] if rows else None,
         "final_loss": round(float(np.mean([row["loss"] for row in last])), 4) if rows else None,
     }
-
-
-class _Clock:
-    """Time spent in steps, the first one's compilation included, the recent rate, and the time that steps waited for input."""
-
-    def __init__(self, job: Job, seconds: float) -> None:
-        self._job, self.seconds = job, seconds
-        self._last = time.monotonic()
-        self._recent: list[tuple[float, int]] = []
-        self.tokens_per_second = 0.0
-        self._waits: list[float] = []
-
-    def waiting(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """The batches, with the time that each made the loop wait."""
-        while True:
-            since = time.monotonic()
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            self._waits.append(time.monotonic() - since)
-            yield batch
-
-    def mean_wait(self) -> float:
-        """Seconds a step that input was waited for, since the last call."""
-        waits, self._waits = self._waits, []
-        return sum(waits) / max(1, len(waits))
-
-    def done(self, step: int) -> None:
-        now = time.monotonic()
-        self.seconds += now - self._last
-        self._last = now
-        self._recent = [*self._recent[-20:], (now, step)]
-        (since, first), (until, last) = self._recent[0], self._recent[-1]
-        if until > since:
-            self.tokens_per_second = (last - first) * self._job.tokens_per_step / (until - since)

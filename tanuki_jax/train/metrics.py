@@ -29,15 +29,17 @@ PEAK_FLOPS = {
 class MetricsWriter:
     """Appends to metrics.jsonl and TensorBoard, where a list becomes a curve for each layer.
 
-    Lines of steps after `step` (an interrupted run's) are removed first.
-    `seconds` counts the time spent in training over all runs of the stage.
+    Lines of steps after `step` (an interrupted run's) are removed first; `last` is the one before them, and `lost` the
+    seconds that they took.
     """
 
     def __init__(self, directory: Path, step: int, tensorboard: bool) -> None:
         self.path = directory / "metrics.jsonl"
-        kept = [row for row in read_metrics(directory) if row["step"] <= step]
-        self.seconds = kept[-1]["seconds"] if kept else 0.0
-        files.write_jsonl(self.path, kept)
+        rows = read_metrics(directory)
+        self.kept = [row for row in rows if row["step"] <= step]
+        self.last: dict[str, Any] = self.kept[-1] if self.kept else {}
+        self.lost = max(0.0, rows[-1]["seconds"] - self.last.get("seconds", 0.0)) if rows else 0.0
+        files.write_jsonl(self.path, self.kept)
         self._file = self.path.open("a", encoding="utf-8")
         self._board = None
         if tensorboard:

@@ -7,7 +7,7 @@ the loss is a sum over rows and a weight; XLA inserts the collectives.  Nothing 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -29,6 +29,7 @@ class State:
     key: jax.Array  # root of the stage's random draws; step n uses fold_in(key, n)
     balance: Balance = field(default_factory=dict)  # what balances the experts beside the losses
     frozen: Any = field(default_factory=dict)  # parameters that are not trained: all below adapters (model/lora.py)
+    rate: jax.Array = field(default_factory=lambda: jnp.float32(1))  # factor of the learning rate, less after going back
 
     @property
     def model(self) -> Any:
@@ -101,7 +102,7 @@ def make_update(
     """`update(state, gradients, metrics) -> (state, metrics)`: what a step does once it has its gradients.
 
     `rebalance` (train/balance.py) then looks at the load of the experts.
-    Gradients that are not finite change nothing but the step number; the metrics show it and the loop stops.
+    Gradients that are not finite change nothing but the step number; the metrics show it, and the loop counts them.
     """
 
     def update(state: State, grads: Any, metrics: dict[str, jax.Array]) -> tuple[State, dict[str, jax.Array]]:
@@ -111,7 +112,7 @@ def make_update(
             scale = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-12))
             grads = jax.tree.map(lambda g: g * scale, grads)
         directions, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        rate = learning_rate(state.step)
+        rate = state.rate * learning_rate(state.step)
         params = jax.tree.map(lambda p, d: (p - rate * d).astype(p.dtype), state.params, directions)
         balance = state.balance
         if rebalance:
@@ -121,7 +122,7 @@ def make_update(
             (params, opt_state, balance),
             (state.params, state.opt_state, state.balance),
         )
-        new = State(state.step + 1, params, opt_state, state.key, balance, state.frozen)
+        new = replace(state, step=state.step + 1, params=params, opt_state=opt_state, balance=balance)
         return new, metrics | {"grad_norm": norm, "learning_rate": rate}
 
     return update

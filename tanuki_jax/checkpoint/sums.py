@@ -1,0 +1,58 @@
+"""Sizes and check sums of a checkpoint's files, written once it is whole and compared whenever it is read."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tanuki_jax import files
+
+PIECE = 16 << 20  # bytes read at a time
+THREADS = 8
+
+
+def seal(step: Path, process: int, processes: int) -> None:
+    """Writes the sums of this process's share of the files of a step: every so many-th."""
+    mine = _contents(step)[process::processes]
+    with ThreadPoolExecutor(THREADS) as pool:
+        sums = list(pool.map(_sum, mine))
+    found = {str(path.relative_to(step)): entry for path, entry in zip(mine, sums, strict=True)}
+    files.write_json(step / f"sums-{process}.json", found)
+
+
+def damage(step: Path, process: int = 0, processes: int = 1, item: str = "") -> str:
+    """What is wrong with this process's share of a step's files (of one item), or nothing; a step without sums is trusted."""
+    told: dict[str, list[int]] = {}
+    for path in step.glob("sums-*.json"):
+        try:
+            told |= json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            return f"{path.name} cannot be read"
+    names = sorted(name for name in told if not item or name.startswith(f"{item}/"))[process::processes]
+    with ThreadPoolExecutor(THREADS) as pool:
+        for name, found in zip(names, pool.map(lambda n: _sum(step / n), names), strict=True):
+            if found is None:
+                return f"{name} is missing"
+            if found[0] != told[name][0]:
+                return f"{name} has {found[0]:,} bytes, and had {told[name][0]:,}"
+            if found != told[name]:
+                return f"{name} has other contents than were written"
+    return ""
+
+
+def _contents(step: Path) -> list[Path]:
+    return sorted(path for path in step.rglob("*") if path.is_file() and not path.name.startswith("sums-"))
+
+
+def _sum(path: Path) -> list[int] | None:
+    """Size and CRC-32 of a file, or None where there is none."""
+    size = crc = 0
+    try:
+        with path.open("rb") as f:
+            while piece := f.read(PIECE):
+                size, crc = size + len(piece), zlib.crc32(piece, crc)
+    except FileNotFoundError:
+        return None
+    return [size, crc]
