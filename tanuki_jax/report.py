@@ -16,6 +16,8 @@ from markupsafe import Markup
 from tanuki_jax import files, report_experts
 from tanuki_jax.config import Recipe
 from tanuki_jax.progress import duration
+from tanuki_jax.train.clock import KINDS
+from tanuki_jax.train.guard import read_events
 from tanuki_jax.train.metrics import read_metrics
 
 matplotlib.use("svg")
@@ -50,6 +52,8 @@ def write_report(recipe: Recipe, summary: dict[str, Any], workdir: Path) -> Path
         load=_svg(report_experts.load_picture(plt, mixtures)) if mixtures else "",
         health=_svg(report_experts.health_picture(plt, mixtures)) if mixtures else "",
         samples=_samples(done),
+        kinds=KINDS,
+        events=[(name, event) for name, home in homes.items() for event in read_events(home)],
         config=json.dumps(summary["config"], ensure_ascii=False, indent=1),
         versions=summary["versions"],
         duration=duration,

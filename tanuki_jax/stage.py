@@ -188,6 +188,8 @@ def _upcycle(recipe: Recipe, name: str, workdir: Path, mesh: jax.sharding.Mesh) 
         "tokens": 0,
         "seconds": round(time.monotonic() - began, 1),
         "tokens_per_second": None,
+        "goodput": None,
+        "times": {},
         "final_loss": None,
     }
 

@@ -148,11 +148,37 @@ def damage_meta(step):
     (step / "meta").rmdir()
 
 
-@pytest.mark.parametrize("damage", [damage_arrays, damage_meta])
-def test_a_damaged_checkpoint_is_one_message(damage, tmp_path):
+def without_sums(step):
+    """As a run leaves it that is killed between the save and its sums."""
+    (step / "sums-0.json").unlink()
+    damage_arrays(step)
+
+
+def flip_a_bit(step):
+    path = max((step / "params").rglob("d/*"), key=lambda p: p.stat().st_size)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+def lose_a_file(step):
+    max((step / "params").rglob("d/*"), key=lambda p: p.stat().st_size).unlink()
+
+
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (damage_arrays, "checkpoints/1 is damaged, params/.* has 10 bytes, and had"),
+        (flip_a_bit, "checkpoints/1 is damaged, params/.* has other contents than were written"),
+        (lose_a_file, "checkpoints/1 is damaged, params/.* is missing"),
+        (without_sums, "step 1.*cannot be read"),
+        (damage_meta, "step 1.*cannot be read"),
+    ],
+)
+def test_a_damaged_checkpoint_is_one_message(damage, words, tmp_path):
     save(tmp_path, state_on(mesh(1, 1))[0])
     damage(tmp_path / "checkpoints/1")
-    with pytest.raises(UserError, match=f"{tmp_path}.*step 1.*cannot be read"):
+    with pytest.raises(UserError, match=f"{tmp_path}.*{words}"):
         checkpoint.load(tmp_path)
 
 

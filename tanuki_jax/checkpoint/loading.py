@@ -11,6 +11,7 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tanuki_jax import config, files, model, parallel
+from tanuki_jax.checkpoint import sums
 from tanuki_jax.checkpoint.stages import EVERY, Checkpoints
 from tanuki_jax.errors import UserError
 
@@ -68,6 +69,7 @@ def load(path: str | Path, mesh: jax.sharding.Mesh | None = None) -> Loaded:
 
 def _restore(stage_directory: Path, step: int, shapes: Any, shardings: Any) -> Any:
     """The item `params` of a step."""
+    check_sums(stage_directory, step)
     checkpoints = Checkpoints(stage_directory, keep=EVERY)
     try:
         like = sharded_like(shapes, shardings) if shardings else single_device(shapes)
@@ -76,6 +78,15 @@ def _restore(stage_directory: Path, step: int, shapes: Any, shardings: Any) -> A
         raise UserError(f"checkpoint: {stage_directory} step {step} cannot be read: {str(error).splitlines()[0]}") from error
     finally:
         checkpoints.close()
+
+
+def check_sums(stage_directory: Path, step: int) -> None:
+    """An error where the files of a step's parameters are not those that were written."""
+    home = Path(stage_directory) / "checkpoints" / str(step)
+    if wrong := parallel.first_of(sums.damage(home, *parallel.share(), item="params")):
+        others = sorted((int(p.name) for p in home.parent.iterdir() if p.name.isdigit() and p != home), reverse=True)
+        fix = f"use {home.parent / str(others[0])}" if others else "bring back another copy"
+        raise UserError(f"checkpoint: {home} is damaged, {wrong}; {fix}")
 
 
 def read_meta(stage_directory: Path, step: int) -> dict[str, Any]:

@@ -17,7 +17,8 @@ import orbax.checkpoint as ocp
 import tensorstore
 
 from tanuki_jax import config, files, model
-from tanuki_jax.checkpoint.loading import base_of, locate, read_meta, without_adapter
+from tanuki_jax.checkpoint import sums
+from tanuki_jax.checkpoint.loading import base_of, check_sums, locate, read_meta, without_adapter
 from tanuki_jax.checkpoint.stages import disk_errors, join_orbax
 from tanuki_jax.errors import UserError
 
@@ -77,6 +78,7 @@ def _merged(name: str, base: Stored, a: Stored, b: Stored, scale_L: np.ndarray) 
 def _opened(stage_directory: Path, step: int, names: list[str]) -> dict[str, Stored]:
     """Arrays of the item `params` of a step, by path."""
     home = stage_directory / "checkpoints" / str(step) / "params"
+    check_sums(stage_directory, step)
     try:
         written = files.read_json(home / "_METADATA")
     except OSError as error:
@@ -177,6 +179,7 @@ def save_streamed(stage_directory: Path, cfg: config.Model, blocks: Iterator[Blo
             stopped.set()
             join_orbax()
             raise
+        sums.seal(directory / "0", 0, 1)
         files.sync(directory)
 
 

@@ -232,8 +232,8 @@ def _read_settings(path: Path) -> dict[str, Any]:
             raise UserError(f"{path / SETTINGS}: {key} {settings[key]!r} is not supported, {values[0]!r} is")
     if str(settings.get("init_lora_weights")).startswith(TAKEN_OUT):
         raise UserError(
-            f"{path / SETTINGS}: init_lora_weights {settings['init_lora_weights']!r} is not supported, it changes the base; convert "
-            "the adapters with PEFT's path_initial_model_for_weight_conversion"
+            f"{path / SETTINGS}: init_lora_weights {settings['init_lora_weights']!r} is not supported, it changes the base; "
+            "convert the adapters with PEFT's path_initial_model_for_weight_conversion"
         )
     return settings
 

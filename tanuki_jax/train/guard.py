@@ -14,7 +14,8 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -181,9 +182,12 @@ class Watch:
             self._took.append(now - self._last)
         self._step, self._last, self._told = step, now, False
 
-    def pause(self) -> None:
-        """What comes next may take long: a save, a scoring."""
-        self._last = None
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside may take long: a save, a scoring."""
+        watching, self._last = self._last is not None, None
+        yield
+        self._last = time.monotonic() if watching else None
 
     def close(self) -> None:
         """Ends the thread."""

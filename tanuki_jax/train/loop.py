@@ -155,15 +155,16 @@ class _Attempt:
                     self.report(*late)
                 number, ends = step + 1, step + 1 == job.steps
                 stop = self.told_to_stop(number)
-                with clock.of("score"):
-                    due = [probe for every, probe in probes if number % every == 0 or ends]
-                    probed = {name: value for probe in due for name, value in probe(state.model).items()}
+                due = [probe for every, probe in probes if number % every == 0 or ends]
+                probed: dict[str, Any] = {}
+                if due:
+                    with clock.of("score"), self.watch.paused():
+                        probed = {name: value for probe in due for name, value in probe(state.model).items()}
                 late = (number, metrics, probed, batch)
                 if number % job.save_every == 0 or ends or stop:
                     self.report(*late)
                     late = None
-                    self.watch.pause()
-                    with clock.of("save"):
+                    with clock.of("save"), self.watch.paused():
                         self.checkpoints.save(number, state, job.meta)
                 if stop and not ends:
                     self.checkpoints.close()
@@ -247,5 +248,6 @@ def summary(job: Job) -> dict[str, Any]:
         "seconds": round(seconds, 1),
         "tokens_per_second": round(tokens / seconds, 1) if seconds else None,
         "goodput": rows[-1]["goodput"] if rows else None,
+        "times": rows[-1]["times"] if rows else {},
         "final_loss": round(float(np.mean([row["loss"] for row in last])), 4) if rows else None,
     }

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import signal
 import time
 
 import jax
@@ -10,7 +12,10 @@ import numpy as np
 import pytest
 
 from tanuki_jax import config
+from tanuki_jax.errors import Preempted, UserError
+from tanuki_jax.train import guard as guards
 from tanuki_jax.train import loop
+from tanuki_jax.train.guard import Guard
 from tanuki_jax.train.step import State
 
 
@@ -141,3 +146,175 @@ def test_no_batch_is_taken_beyond_the_last_step(tmp_path):
     taken = []
     run(job(tmp_path), lambda first: (taken.append(n) or n for n in range(first, 1000)))
     assert taken == list(range(9))
+
+
+# --- steps that go wrong --------------------------------------------------------------------------------------------------
+
+
+def events(directory):
+    path = directory / "events.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def noisy(seed, bad=None):
+    """Losses around 2 by the number of the batch; `bad` gives those of some batches."""
+    values = 2 + 0.02 * np.random.default_rng(seed).standard_normal(1000)
+    return {**dict(enumerate(values.tolist())), **(bad or {})}
+
+
+def watched(this, losses):
+    """Runs with batches that are losses; says which batches each step got."""
+    seen = []
+
+    def batches(first, number):
+        for step in range(first, 1000):
+            yield losses[number(step)]
+
+    def step(state, batch):
+        seen.append(next(n for n, value in losses.items() if value == batch or value != value and batch != batch))
+        return train_step(state, batch)
+
+    return loop.run(this, ABSTRACT, fresh_state, step, batches), seen
+
+
+def test_a_step_that_is_not_finite_is_left_out_and_told(tmp_path):
+    state, _ = watched(job(tmp_path, steps=12), noisy(0, {4: float("nan"), 8: float("inf")}))
+    assert [(e["event"], e["step"], e["batch"]) for e in events(tmp_path)] == [("not_finite", 5, 4), ("not_finite", 9, 8)]
+    assert logged(tmp_path) == [1, 2, 3, 4, 6, 7, 8, 10, 11, 12]
+    expected = sum(noisy(0)[n] for n in range(12) if n not in (4, 8))
+    np.testing.assert_allclose(state.params["w"], expected, rtol=1e-6)
+
+
+def test_so_many_in_a_row_end_the_run(tmp_path):
+    losses = noisy(0, dict.fromkeys(range(4, 9), float("nan")))
+    with pytest.raises(loop.NotFinite, match="step 8: loss nan.*4 steps in a row"):
+        watched(job(tmp_path, steps=12, guard=config.Guard(skip_limit=3)), losses)
+    assert watched(job(tmp_path, steps=12), losses)[0].step == 12  # the same command with more patience goes on
+
+
+def test_a_spike_that_lasts_is_gone_around(tmp_path):
+    """The run goes back to the checkpoint before it, and leaves out the batches from there to where it noticed."""
+    losses = noisy(1, {n: 20.0 + n for n in range(41, 46)})
+    state, seen = watched(job(tmp_path, steps=60, save_every=10, keep=2), losses)
+    assert [(e["event"], e["step"]) for e in events(tmp_path)] == [("spike", 42), ("rollback", 46)]
+    assert events(tmp_path)[1]["to"] == 40 and events(tmp_path)[1]["batches_left_out"] == [41, 45]
+    assert seen[-20:] == [40, *range(46, 65)]
+    trained = [*range(41), *range(46, 65)]
+    np.testing.assert_allclose(state.params["w"], sum(losses[n] for n in trained), rtol=1e-5)
+    assert logged(tmp_path) == list(range(1, 61))
+
+
+def test_a_run_killed_after_it_went_back_knows_the_batches_to_leave_out(tmp_path):
+    losses = noisy(1, {n: 20.0 + n for n in range(41, 46)})
+    whole, _ = watched(job(tmp_path / "whole", steps=60, save_every=10, keep=2), losses)
+    with pytest.raises(KeyError):
+        watched(job(tmp_path / "cut", steps=60, save_every=10, keep=2), {n: v for n, v in losses.items() if n < 50})
+    state, seen = watched(job(tmp_path / "cut", steps=60, save_every=10, keep=2), losses)
+    np.testing.assert_array_equal(state.params["w"], whole.params["w"])
+    assert set(seen).isdisjoint(range(41, 46))
+
+
+def test_one_high_step_is_told_and_nothing_else_happens(tmp_path):
+    state, seen = watched(job(tmp_path, steps=60), noisy(2, {41: 20.0}))
+    assert [(e["event"], e["step"]) for e in events(tmp_path)] == [("spike", 42)] and seen == list(range(60))
+
+
+def test_going_back_ends_after_so_many_times(tmp_path):
+    losses = noisy(1, {n: 20.0 + n for n in range(41, 100)})
+    with pytest.raises(UserError, match="step 42: the loss rises again after going back 2 times"):
+        watched(job(tmp_path, steps=60, save_every=10, guard=config.Guard(rollbacks=2)), losses)
+    assert [e["event"] for e in events(tmp_path)].count("rollback") == 2
+
+
+def test_the_rate_falls_each_time_from_where_the_run_went_back_to(tmp_path):
+    rates = {}
+
+    def step(state, batch):
+        rates[int(state.step)] = float(state.rate)
+        return train_step(state, batch)
+
+    losses = noisy(1, {n: 20.0 + n for n in range(41, 46)})
+    this = job(tmp_path, steps=60, save_every=10, guard=config.Guard(rollback_rate=0.5))
+    loop.run(this, ABSTRACT, fresh_state, step, lambda first, number: (losses[number(s)] for s in range(first, 1000)))
+    assert [rates[n] for n in (39, 40, 59)] == [1.0, 0.5, 0.5]
+
+
+def test_a_change_of_the_data_is_no_spike(tmp_path):
+    losses = {n: value + 8.0 * (n >= 40) for n, value in noisy(3).items()}
+    state, seen = watched(job(tmp_path, steps=80, changes=(40,)), losses)
+    assert events(tmp_path) == [] and seen == list(range(80))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_there_is_no_false_alarm_in_noise_that_falls(tmp_path, seed):
+    """Heavier tails than training has, over a loss that falls by half."""
+    rng = np.random.default_rng(seed)
+    guard = Guard(config.Guard())
+    for step in range(1, 2001):
+        loss = 3 / (1 + step / 1000) + 0.05 * rng.standard_t(5)
+        norm = np.exp(0.3 * rng.standard_t(5) - step / 1000)
+        assert guard.look(step, loss, norm) == "good", step
+
+
+def test_a_damaged_newest_checkpoint_costs_the_steps_since_the_one_before(tmp_path):
+    run(job(tmp_path, steps=4, keep=2))
+    whole = run(job(tmp_path / "whole", steps=8))
+    for path in (tmp_path / "checkpoints/4/params").rglob("d/*"):
+        path.write_bytes(path.read_bytes()[:-1] + b"!")
+    began = []
+    state = run(job(tmp_path, steps=8, keep=2), lambda first: began.append(first) or iter(range(first, 1000)))
+    assert began == [2] and [e["event"] for e in events(tmp_path)] == ["damaged_checkpoint"]
+    np.testing.assert_array_equal(state.params["w"], whole.params["w"])
+    assert (tmp_path / "checkpoints/damaged-4").is_dir()
+
+
+# --- being told to stop ---------------------------------------------------------------------------------------------------
+
+
+def test_sigterm_saves_the_step_and_the_same_command_goes_on(tmp_path):
+    def step(state, batch):
+        if batch == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(state, batch)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Preempted, match="saved at step 5"):
+        run(job(tmp_path, save_every=100), step=step)
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert events(tmp_path)[-1]["event"] == "preempted" and logged(tmp_path) == [1, 2, 3, 4, 5]
+    began = []
+    state = run(job(tmp_path), lambda first: began.append(first) or iter(range(first, 1000)))
+    assert began == [5] and state.step == 9
+    np.testing.assert_array_equal(state.params["w"], np.full(4, sum(range(9))))
+
+
+def test_the_times_add_up_and_lost_ones_are_told(tmp_path):
+    def step(state, batch):
+        time.sleep(0.02)
+        if batch == 7:
+            raise RuntimeError("lost")
+        return train_step(state, batch)
+
+    with pytest.raises(RuntimeError, match="lost"):
+        run(job(tmp_path, save_every=4), step=step)
+    first = rows(tmp_path)[-1]
+    assert first["step"] == 6 and first["times"]["lost"] == 0
+    run(job(tmp_path, save_every=4))
+    last = rows(tmp_path)[-1]
+    times = last["times"]
+    assert times["lost"] == pytest.approx(first["seconds"] - rows(tmp_path)[3]["seconds"], abs=2e-3)
+    assert sum(times.values()) - times["lost"] == pytest.approx(last["seconds"], abs=1e-2)
+    assert 0 < last["goodput"] < 1 and all(value >= 0 for value in times.values())
+
+
+def test_a_step_that_hangs_is_told_with_all_stacks(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(guards, "PATIENCE", 0.2)
+
+    def step(state, batch):
+        if batch == 5:
+            time.sleep(0.8)
+        return train_step(state, batch)
+
+    run(job(tmp_path), step=step)
+    assert [(e["event"], e["step"]) for e in events(tmp_path)] == [("hang", 5)]  # the last that is known to have ended is 4
+    assert "Thread" in capfd.readouterr().err
