@@ -86,8 +86,9 @@ def _opened(stage_directory: Path, step: int, names: list[str]) -> dict[str, Sto
     driver = "zarr3" if written.get("use_zarr3") else "zarr"
 
     def opened(name: str) -> Stored:
-        plain = {"driver": "file", "path": f"{home}/{name.replace('/', '.')}/"}
-        packed = {"driver": "ocdbt", "base": f"file://{home}/", "path": f"{name.replace('/', '.')}/"}
+        mapped = {"driver": "file", "file_io_mode": {"mode": "memmap"}}  # half the time of reading
+        plain = {**mapped, "path": f"{home}/{name.replace('/', '.')}/"}
+        packed = {"driver": "ocdbt", "base": {**mapped, "path": f"{home}/"}, "path": f"{name.replace('/', '.')}/"}
         store = packed if (home / "manifest.ocdbt").is_file() else plain
         try:
             array = tensorstore.open({"driver": driver, "kvstore": store, "fill_missing_data_reads": False}, read=True).result()

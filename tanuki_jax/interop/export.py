@@ -7,10 +7,12 @@ written with the small modelling file beside it, to be loaded with `trust_remote
 
 from __future__ import annotations
 
+import collections
 import json
 import shutil
 import struct
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,17 +40,21 @@ from tanuki_jax.interop.huggingface import (
 from tanuki_jax.interop.vocabulary import resized
 from tanuki_jax.progress import Progress
 
+AHEAD = 2  # pieces that are read while one is written
 SHARD = 4_000_000_000  # bytes of a file, at most, unless one tensor is larger
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "mixtral": "MixtralForCausalLM", "tanuki": "TanukiForCausalLM"}
 CODE = {"AutoConfig": "modeling_tanuki.TanukiConfig", "AutoModelForCausalLM": "modeling_tanuki.TanukiForCausalLM"}
 
 
+Read = Callable[[], np.ndarray]
+
+
 class Tensor(NamedTuple):
-    """A published tensor, and its contents in the pieces in which they are written."""
+    """A published tensor, and how its contents are read, in the pieces in which they are written."""
 
     name: str
     shape: tuple[int, ...]
-    pieces: Callable[[], Iterator[np.ndarray]]
+    pieces: list[Read]
 
 
 def export_huggingface(path: Path, output: Path, vocab_size: int = 0) -> str:
@@ -93,18 +99,19 @@ def _tensors(opened: Opened, kind: str) -> Iterator[Tensor]:
     sizes = sizes_of(cfg) | {"F": cfg.expert_d_ff or cfg.d_ff if cfg.n_experts else cfg.d_ff}
 
     def one(path: str, name: Name, theirs: str, *at: int) -> Tensor:
-        return Tensor(theirs, published_shape(name, sizes), lambda: iter([_published(name, tree[path].read(*at))]))
+        return Tensor(theirs, published_shape(name, sizes), [read(path, name, *at)])
+
+    def read(path: str, name: Name, *at: int) -> Read:
+        return lambda: _published(name, tree[path].read(*at))
 
     def fused(layer: int) -> Iterator[Tensor]:
         E, F, D = cfg.n_experts, sizes["F"], cfg.d_model
 
-        def pieces(*parts: str) -> Iterator[np.ndarray]:
-            for number in range(E):
-                for part in parts:
-                    yield _published(EXPERT[part], tree[f"layers/{part}"].read(layer, number))
+        def pieces(*parts: str) -> list[Read]:
+            return [read(f"layers/{part}", EXPERT[part], layer, number) for number in range(E) for part in parts]
 
-        yield Tensor(f"model.layers.{layer}.{GATE_UP}", (E, 2 * F, D), lambda: pieces("moe/gate", "moe/up"))
-        yield Tensor(f"model.layers.{layer}.{DOWN}", (E, D, F), lambda: pieces("moe/down"))
+        yield Tensor(f"model.layers.{layer}.{GATE_UP}", (E, 2 * F, D), pieces("moe/gate", "moe/up"))
+        yield Tensor(f"model.layers.{layer}.{DOWN}", (E, D, F), pieces("moe/down"))
 
     yield one("embed/table", OUTER["embed/table"], OUTER["embed/table"].theirs)
     for layer in range(cfg.n_layers):
@@ -128,9 +135,21 @@ def _tensors(opened: Opened, kind: str) -> Iterator[Tensor]:
 def _published(name: Name, array: np.ndarray) -> np.ndarray:
     """An array of ours in the published layout."""
     if not name.transposed:
-        return array
+        return np.ascontiguousarray(array)
     inward = array.shape[:1] if name.axes[0] == "D" else array.shape[:-1]
     return transposed(array.reshape(int(np.prod(inward)), -1))
+
+
+def _ahead(reads: Iterator[Read]) -> Iterator[np.ndarray]:
+    """The results in order; while one is written, others are read and transposed."""
+    with ThreadPoolExecutor(AHEAD) as pool:
+        waiting: collections.deque[Future[np.ndarray]] = collections.deque()
+        for read in reads:
+            waiting.append(pool.submit(read))
+            if len(waiting) > AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def _write(directory: Path, tensors: list[Tensor], dtype: str) -> int:
@@ -161,11 +180,10 @@ def _write(directory: Path, tensors: list[Tensor], dtype: str) -> int:
         text += b" " * (-len(text) % 8)
         with (directory / file).open("wb") as f:
             f.write(struct.pack("<Q", len(text)) + text)
-            for tensor in shard:
-                for piece in tensor.pieces():
-                    f.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
-                    done += piece.nbytes
-                    progress.show(done)
+            for piece in _ahead(read for tensor in shard for read in tensor.pieces):
+                f.write(piece.reshape(-1).view(np.uint8).data)
+                done += piece.nbytes
+                progress.show(done)
     if len(shards) > 1:
         files.write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
     return total
