@@ -43,6 +43,7 @@ check: setup
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/shellcheck -x launch/*.sh
 
 format: setup
 	$(BIN)/ruff check --fix

@@ -1,9 +1,10 @@
 #!/bin/bash
-# Runs a recipe on a Cloud TPU slice: creates it, installs the project on every worker, trains, deletes it again.
+# Runs a recipe on one Cloud TPU slice: creates it, installs the project on every worker, trains, deletes it again.
+# For slices that are queued for, or several of them, see queued.sh.
 #
-#   launch/tpu_vm.sh [--dry_run] create|install|run|status|delete
+#   launch/tpu_vm.sh [--dry_run] [--settings=FILE] create|install|run|status|delete
 #
-# Set in the environment:
+# Set in the environment, or in FILE (environment.example):
 #   TPU_NAME   name of the slice                 ZONE      for example us-east5-a
 #   TPU_TYPE   accelerator type, v5p-256 say     RUNTIME   runtime version (default v2-alpha-tpuv5)
 #   PROJECT    Google Cloud project (default: gcloud's own)
@@ -13,30 +14,16 @@
 #
 # --dry_run prints the commands and runs none.
 set -euo pipefail
+# shellcheck source=launch/common.sh
+source "$(dirname "$0")/common.sh"
+begin "create install run status delete" "$@"
 
-usage() { sed -n '2,15s/^# \{0,1\}//p' "$0"; }
-fail() { echo "tpu_vm: $1" >&2; exit 1; }
-need() { for name in "$@"; do [[ -n "${!name:-}" ]] || fail "$name is not set; $0 --help says what is needed"; done; }
-
-dry=0
-action=
-for argument in "$@"; do
-  case "$argument" in
-    --dry_run) dry=1 ;;
-    -h | --help) usage; exit 0 ;;
-    create | install | run | status | delete) action=$argument ;;
-    *) fail "unknown argument '$argument'; $0 --help" ;;
-  esac
-done
-[[ -n "$action" ]] || { usage >&2; exit 1; }
-
-execute() {
-  if ((dry)); then printf '%q ' "$@"; echo; else "$@"; fi
-}
+where() { echo --zone="$ZONE" ${PROJECT:+--project="$PROJECT"}; }
 tpu() {
   local verb=$1
   shift
-  execute gcloud compute tpus tpu-vm "$verb" "$TPU_NAME" --zone="$ZONE" ${PROJECT:+--project="$PROJECT"} "$@"
+  # shellcheck disable=SC2046  # several words
+  execute gcloud compute tpus tpu-vm "$verb" "$TPU_NAME" $(where) "$@"
 }
 everywhere() { tpu ssh --worker=all --command="$1"; }
 
@@ -50,16 +37,14 @@ case "$action" in
     tpu create --accelerator-type="$TPU_TYPE" --version="${RUNTIME:-v2-alpha-tpuv5}" "${spot[@]}"
     ;;
   install)
-    # The committed state of this checkout, nothing else, goes to every worker.
-    archive=${TMPDIR:-/tmp}/tanuki_jax.tar.gz
-    execute git -C "$(dirname "$0")/.." archive --format=tar.gz --output="$archive" HEAD
-    execute gcloud compute tpus tpu-vm scp "$archive" "$TPU_NAME": --zone="$ZONE" ${PROJECT:+--project="$PROJECT"} --worker=all
-    everywhere "mkdir -p tanuki_jax && tar -xzf tanuki_jax.tar.gz -C tanuki_jax && cd tanuki_jax && python3 -m venv .venv && .venv/bin/pip install --quiet --constraint requirements.lock --editable '.[tpu]'"
+    pack
+    # shellcheck disable=SC2046
+    execute gcloud compute tpus tpu-vm scp "$archive" "$TPU_NAME": $(where) --worker=all
+    everywhere "$(install_command)"
     ;;
   run)
     need CONFIG WORKDIR
-    # JAX finds the other workers of a slice by itself.
-    everywhere "cd tanuki_jax && TANUKI_COORDINATOR=auto .venv/bin/tanuki run --config=$(printf %q "$CONFIG") --workdir=$(printf %q "$WORKDIR")"
+    everywhere "$(run_command)"
     ;;
   status) tpu describe --format='value(state)' ;;
   delete) tpu delete --quiet ;;

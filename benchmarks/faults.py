@@ -1,0 +1,350 @@
+"""A run of several processes on this machine, disturbed again and again, beside the same run left in peace.
+
+python benchmarks/faults.py --workdir=runs/faults [--moments=10] [--seed=0] [--kinds=kill_one,full_disk] [--patience=150]
+
+It starts 2 processes with 2 CPU devices each, breaks something at random steps, and starts them again as a launcher would,
+until the run ends.  Then every loss and every counter of the data is compared.  Full and read-only disks need root (mount);
+without it they are left out.  About 30 seconds a moment on 2 cores.  It is its own config file.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import platform
+import random
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+STAGE, SAVE_EVERY, DEVICES = "pretrain", 10, 4
+LAYOUTS = (2, 1, 4)  # numbers of processes, over the same devices
+STEPS = 12  # a moment
+LIMIT = 240  # seconds in which a start must come to its first step
+KINDS = {
+    "kill_one": "SIGKILL of one process",
+    "kill_all": "SIGKILL of all",
+    "term_one": "SIGTERM of one process",
+    "term_all": "SIGTERM of all",
+    "stop": "SIGSTOP of one, SIGCONT seconds later",
+    "starting": "SIGKILL of one while the run starts",
+    "truncated": "SIGKILL of all, newest checkpoint truncated",
+    "flipped": "SIGKILL of all, a bit of the newest checkpoint flipped",
+    "layout": "SIGTERM of all, then another number of processes",
+    "full_disk": "disk full (small tmpfs, filled)",
+    "read_only": "checkpoints read-only (bind mount)",
+}
+NEED_ROOT = ("full_disk", "read_only")
+
+
+def get_config() -> Any:
+    """A mixture of a few thousand parameters."""
+    from tanuki_jax import config
+
+    c = config.recipe(name="faults", seed=0, tensorboard=False)
+    c.model.update(dict(vocab_size=768, n_layers=2, d_model=16, d_ff=24, n_heads=2, n_kv_heads=1, head_dim=8, init_std=0.05))
+    c.model.update(dict(n_experts=4, dtype="float32"))
+    c.data = dict(ja="rules:documents_ja", synthetic="rules:synthetic_en")
+    c.rules.update(dict(documents=150))
+    c.tokenizer.update(dict(vocab_size=720, character_coverage=1.0, sources=("ja", "synthetic")))
+    c.scoring.update(dict(prompts=0, pairs=0))
+    c.mesh.update(dict(data=2, fsdp=2))
+    c.stages[STAGE] = config.stage(
+        "pretrain",
+        mixture=dict(ja=(0.5,), synthetic=(0.5,)),
+        mixture_of_experts=True,
+        seq_len=64,
+        batch_size=8,
+        steps=STEPS,
+        save_every=SAVE_EVERY,
+        log_every=1,
+        keep=3,
+        optimizer=dict(learning_rate=1e-3),
+    )
+    return c
+
+
+# --- starting and watching --------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """The processes of one start."""
+
+    def __init__(self, workdir: Path, steps: int, processes: int, errors: Path) -> None:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        errors.mkdir(parents=True, exist_ok=True)
+        self.home, self.errors = workdir / "stages" / STAGE, errors
+        command = [sys.executable, "-m", "tanuki_jax.cli", "run", f"--config={__file__}", f"--workdir={workdir}"]
+        command.append(f"--config.stages.{STAGE}.steps={steps}")
+        self.processes = []
+        for process in range(processes):
+            env = {
+                **os.environ,
+                "JAX_PLATFORMS": "cpu",
+                "JAX_CPU_ENABLE_ASYNC_DISPATCH": "0",
+                "NPROC": "16",  # with fewer threads than devices XLA's CPU collectives would deadlock
+                "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES // processes}",
+                "JAX_COMPILATION_CACHE_DIR": str(errors.parent / "compiled"),
+                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+                "PYTHONPATH": str(ROOT),
+                "PYTHONFAULTHANDLER": "1",  # SIGABRT prints the stacks
+                "TANUKI_COORDINATOR": f"127.0.0.1:{port}" if processes > 1 else "",
+                "TANUKI_PROCESSES": str(processes),
+                "TANUKI_PROCESS_ID": str(process),
+            }
+            with (errors / f"{process}.txt").open("w") as file:
+                self.processes.append(subprocess.Popen(command, env=env, cwd=ROOT, stdout=file, stderr=file))
+
+    def alive(self) -> list[subprocess.Popen[bytes]]:
+        """Processes that have not ended."""
+        return [p for p in self.processes if p.poll() is None]
+
+    def step(self) -> int:
+        """The last step that is logged."""
+        found = rows(self.home)
+        return found[-1]["step"] if found else 0
+
+    def restores(self) -> float:
+        """Seconds that restoring took so far; more of them once a new start has made a step."""
+        return max((row["times"]["restore"] for row in rows(self.home)), default=0.0)
+
+    def signal(self, number: int, chosen: list[subprocess.Popen[bytes]]) -> None:
+        """To some of the processes."""
+        for process in chosen:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    def end(self, patience: float) -> tuple[float, int]:
+        """Waits until all have ended; seconds that it took, and how many had to be killed."""
+        began = time.monotonic()
+        while self.alive() and time.monotonic() - began < patience:
+            time.sleep(0.05)
+        hung = self.alive()
+        self.signal(signal.SIGABRT, hung)
+        time.sleep(2 if hung else 0)
+        self.signal(signal.SIGKILL, hung)
+        for process in self.processes:
+            process.wait()
+        return time.monotonic() - began, len(hung)
+
+
+def rows(home: Path) -> list[dict[str, Any]]:
+    """The whole lines of metrics.jsonl."""
+    path = home / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def newest(home: Path) -> int:
+    """The newest whole checkpoint."""
+    return max((int(p.name) for p in (home / "checkpoints").glob("*") if p.name.isdigit()), default=0)
+
+
+# --- what is done to it -----------------------------------------------------------------------------------------------------
+
+
+def can_mount(place: Path) -> bool:
+    """Whether this user may mount."""
+    place.mkdir(parents=True, exist_ok=True)
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", place], capture_output=True).returncode:
+        return False
+    subprocess.run(["umount", place], check=True)
+    return True
+
+
+@contextlib.contextmanager
+def full(disk: Path) -> Iterator[None]:
+    """Fills a file system."""
+    filler = disk / "filler"
+    free = shutil.disk_usage(disk).free
+    with filler.open("wb") as f, contextlib.suppress(OSError):
+        os.posix_fallocate(f.fileno(), 0, max(1, free))
+    try:
+        yield
+    finally:
+        filler.unlink()
+
+
+@contextlib.contextmanager
+def read_only(directory: Path) -> Iterator[None]:
+    """Nothing can be written below a directory."""
+    subprocess.run(["mount", "--bind", directory, directory], check=True)
+    try:
+        subprocess.run(["mount", "-o", "remount,ro,bind", directory], check=True)
+        yield
+    finally:
+        subprocess.run(["umount", "-l", directory], check=True)
+
+
+def hurt(step: Path, how: str, rng: random.Random) -> None:
+    """Truncates a file of a checkpoint, or flips one of its bits."""
+    path = rng.choice(sorted(p for p in step.rglob("*") if p.is_file() and p.stat().st_size))
+    data = bytearray(path.read_bytes())
+    if how == "truncated":
+        del data[rng.randrange(len(data)) :]
+    else:
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    path.write_bytes(data)
+
+
+def disturb(run: Run, kind: str, rng: random.Random, disk: Path, patience: float) -> tuple[float, int]:
+    """Does it, and waits until all processes have ended (but for `stop`); seconds that it took, and how many hung."""
+    one = [rng.choice(run.processes)]
+    if kind == "stop":
+        run.signal(signal.SIGSTOP, one)
+        time.sleep(rng.uniform(2, 8))
+        run.signal(signal.SIGCONT, one)
+        return 0.0, 0
+    if kind == "full_disk":
+        with full(disk):
+            return run.end(patience)
+    if kind == "read_only":
+        (run.home / "checkpoints").mkdir(parents=True, exist_ok=True)
+        with read_only(run.home / "checkpoints"):
+            return run.end(patience)
+    number = signal.SIGTERM if kind in ("term_one", "term_all", "layout") else signal.SIGKILL
+    run.signal(number, one if kind in ("kill_one", "term_one", "starting") else run.processes)
+    ended = run.end(patience)
+    if kind in ("truncated", "flipped") and newest(run.home):
+        hurt(run.home / "checkpoints" / str(newest(run.home)), kind, rng)
+    return ended
+
+
+# --- the whole --------------------------------------------------------------------------------------------------------------
+
+
+def chaos(workdir: Path, disk: Path, kinds: list[str], steps: int, rng: random.Random, patience: float) -> list[dict[str, Any]]:
+    """Runs to the end through one moment of each of `kinds`; what was found of each."""
+    found: list[dict[str, Any]] = []
+    targets = sorted(rng.sample(range(2, steps - 2), len(kinds)))
+    layout, starts = 0, 0
+    run = Run(disk / "run", steps, LAYOUTS[0], workdir / f"start-{starts}")
+    for kind, target in zip(kinds, targets, strict=True):
+        if kind == "starting":
+            time.sleep(rng.uniform(0.5, 10))
+        else:
+            wait(run, "step", target)
+        done = run.step()
+        began = time.monotonic()
+        ended, hung = disturb(run, kind, rng, disk, patience)
+        codes = sorted(p.returncode for p in run.processes) if kind != "stop" else []
+        if kind != "stop":
+            done = max(done, run.step())
+            starts += 1
+            layout += kind == "layout"
+            run = Run(disk / "run", steps, LAYOUTS[layout % 3], workdir / f"start-{starts}")
+        before = run.restores()
+        running = wait(run, "step", run.step() + 1) if kind == "stop" else wait(run, "restores", before)
+        new = [row["step"] for row in rows(run.home) if row["times"]["restore"] > before]
+        lost = 0 if kind == "stop" or not new else done - (new[0] - 1)
+        seconds = time.monotonic() - began
+        one = dict(kind=kind, step=done, ended=ended, hung=hung, codes=codes, lost=lost)
+        found.append({**one, "seconds": seconds, "running": running})
+        print(f"step {done}: {found[-1]}, errors in {run.errors}", file=sys.stderr, flush=True)
+    run.end(LIMIT)
+    assert all(p.returncode == 0 for p in run.processes), f"the last start failed; see {run.errors}"
+    return found
+
+
+def wait(run: Run, what: str, least: float) -> bool:
+    """Until the run has come so far, or has ended; False where it does not come there, or ends with an error."""
+    until, far = time.monotonic() + LIMIT, getattr(run, what)
+    while True:
+        alive = run.alive()
+        if far() > least if what == "restores" else far() >= least:
+            return True
+        if not alive or time.monotonic() > until:
+            return all(p.returncode == 0 for p in run.processes)
+        time.sleep(0.02)
+
+
+def compared(home: Path, whole: Path, steps: int) -> list[str]:
+    """What differs from the run in peace, and what must not be."""
+    mine, theirs = rows(home), rows(whole)
+    wrong = []
+    if [row["step"] for row in mine] != list(range(1, steps + 1)):
+        wrong.append("steps are missing or double in metrics.jsonl")
+    far = [(abs(a["loss"] / b["loss"] - 1), a["step"]) for a, b in zip(mine, theirs, strict=False)]
+    print(f"\nLargest relative difference of a loss: {max(far)[0]:.1e} (step {max(far)[1]}).")
+    wrong += [f"the loss of step {step} differs by {by:.1e}" for by, step in far if by > 1e-5][:3]
+    for a, b in zip(mine, theirs, strict=False):
+        names = [n for n in b if n.startswith("data/") or n == "tokens"]
+        wrong += [f"{name} of step {a['step']} is {a.get(name)}, not {b[name]}" for name in names if a.get(name) != b[name]]
+    path = home / "events.jsonl"
+    events = [json.loads(line)["event"] for line in path.read_text().splitlines()] if path.is_file() else []
+    print(f"Events: {', '.join(f'{events.count(e)} {e}' for e in sorted(set(events))) or 'none'}.")
+    print(f"Goodput: {mine[-1]['goodput']}; times {mine[-1]['times']}.\n")
+    return wrong + [f"an event that has no cause: {e}" for e in set(events) & {"rollback", "not_finite", "spike"}]
+
+
+def table(found: list[dict[str, Any]]) -> list[str]:
+    """Prints what was found by kind; returns what is wrong."""
+    print("| fault | times | s until all had ended, median (most) | hung | exit codes | s to run again | steps lost, most |")
+    print("|---|---|---|---|---|---|---|")
+    wrong = []
+    for kind, told in KINDS.items():
+        of = [f for f in found if f["kind"] == kind]
+        if not of:
+            continue
+        ended, again = [f["ended"] for f in of], [f["seconds"] for f in of]
+        codes = sorted({" ".join(map(str, f["codes"])) or "none ended" for f in of})
+        most, hung = max(f["lost"] for f in of), sum(f["hung"] for f in of)
+        spread = f"{statistics.median(ended):.1f} ({max(ended):.1f}) | {hung} | {', '.join(codes)}"
+        again_told = f"{statistics.median(again):.0f} ({max(again):.0f})"
+        print(f"| {told} | {len(of)} | {spread} | {again_told} | {most} |")
+        # A save under way when all are killed is lost, and so are the steps made meanwhile.
+        allowed = SAVE_EVERY * (3 if kind in ("truncated", "flipped") else 2) - 1
+        wrong += [f"{kind}: {most} steps were lost"] * (most > allowed) + [f"{kind}: {hung} processes hung"] * bool(hung)
+        wrong += [f"{kind}: the run did not go on"] * any(not f["running"] for f in of)
+    return wrong
+
+
+def main() -> None:
+    """Runs both and prints a report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", type=Path, required=True)
+    parser.add_argument("--moments", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kinds", default=",".join(KINDS))
+    parser.add_argument("--patience", type=float, default=150.0, help="seconds until a process that does not end has hung")
+    options = parser.parse_args()
+    workdir, rng = options.workdir.absolute(), random.Random(options.seed)
+    mounted = can_mount(workdir / "disk")
+    usable = [k for k in options.kinds.split(",") if mounted or k not in NEED_ROOT]
+    kinds = (usable * math.ceil(options.moments / len(usable)))[: options.moments]
+    rng.shuffle(kinds)
+    steps = STEPS * options.moments + 20
+    print(f"# A run that is disturbed, {time.strftime('%Y-%m-%d')}\n\n{platform.machine()}, {os.cpu_count()} cores\n")
+    print(f"    python benchmarks/faults.py {' '.join(a for a in sys.argv[1:] if not a.startswith('--workdir'))}\n", flush=True)
+    if not mounted:
+        print(f"Left out, for this user may not mount: {', '.join(NEED_ROOT)}.\n")
+    peace = Run(workdir / "peace", steps, LAYOUTS[0], workdir / "start-peace")
+    peace.end(10 * LIMIT)
+    assert all(p.returncode == 0 for p in peace.processes), f"the run in peace failed; see {peace.errors}"
+    if mounted:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", workdir / "disk"], check=True)
+    try:
+        found = chaos(workdir, workdir / "disk", kinds, steps, rng, options.patience)
+        wrong = table(found) + compared(workdir / "disk" / "run" / "stages" / STAGE, peace.home, steps)
+    finally:
+        shutil.rmtree(workdir / "kept", ignore_errors=True)
+        shutil.copytree(workdir / "disk", workdir / "kept", ignore_dangling_symlinks=True)
+        if mounted:
+            subprocess.run(["umount", "-l", workdir / "disk"], check=True)
+    print("Result: " + ("; ".join(wrong) if wrong else "as if nothing had happened"))
+    sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""Sums of a checkpoint's files, and which checkpoint is the newest good one."""
+
+import dataclasses
+import errno
+import shutil
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tanuki_jax.checkpoint import Checkpoints, sums
+from tanuki_jax.errors import UserError
+from tanuki_jax.train.step import State
+
+
+def state_of(value):
+    return State(jnp.int32(0), {"w": jnp.full(4, value)}, {"m": jnp.zeros(4)}, jax.random.key(0))
+
+
+STATE = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state_of(0.0))
+
+
+def saved(directory, *steps, keep=2):
+    """Checkpoints of some steps, whose parameters are the step."""
+    checkpoints = Checkpoints(directory, keep)
+    for step in steps:
+        checkpoints.save(step, state_of(float(step)), {"model": {}})
+    checkpoints.go_back(max(steps))  # waits until all is sealed
+    return checkpoints
+
+
+@pytest.fixture(scope="module")
+def step(tmp_path_factory):
+    """A real checkpoint of a tiny state."""
+    saved(tmp_path_factory.mktemp("sums"), 1).close()
+    [found] = tmp_path_factory.getbasetemp().glob("sums*/checkpoints/1")
+    return found
+
+
+def contents(step):
+    return sorted(path for path in step.rglob("*") if path.is_file())
+
+
+def test_what_was_written_is_good(step):
+    assert sums.damage(step) == "" and contents(step)
+
+
+def test_every_bit_of_small_files_counts_and_some_of_large_ones(step):
+    rng = np.random.default_rng(0)
+    for path in contents(step):
+        data = path.read_bytes()
+        bits = 8 * len(data)
+        for bit in range(bits) if bits < 1000 else rng.choice(bits, 100, replace=False).tolist():
+            changed = bytearray(data)
+            changed[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(changed)
+            assert sums.damage(step), (path, bit)
+        path.write_bytes(data)
+    assert sums.damage(step) == ""
+
+
+def test_a_file_cut_anywhere_or_gone_is_found(step):
+    for path in contents(step):
+        data = path.read_bytes()
+        for length in {0, len(data) // 2, len(data) - 1} - {len(data)}:
+            path.write_bytes(data[:length])
+            assert sums.damage(step), (path, length)
+        if not path.name.startswith("sums-"):
+            path.unlink()
+            assert sums.damage(step) == f"{path.relative_to(step)} is missing"
+        path.write_bytes(data)
+    assert sums.damage(step) == ""
+
+
+@given(st.lists(st.binary(max_size=40), min_size=1, max_size=12), st.integers(1, 5), st.integers(1, 5), st.data())
+@settings(max_examples=40, deadline=None)
+def test_every_file_is_looked_at_by_one_process_whoever_wrote_the_sums(tmp_path_factory, blobs, writers, readers, data):
+    step = tmp_path_factory.mktemp("shared")
+    for n, blob in enumerate(blobs):
+        path = step / f"item{n % 3}" / f"{n}"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(blob)
+    for process in range(writers):
+        sums.seal(step, process, writers)
+    assert not any(sums.damage(step, n, readers) for n in range(readers))
+    hurt = data.draw(st.sampled_from(sorted(p for p in step.rglob("item*/*"))))
+    hurt.write_bytes(hurt.read_bytes() + b"!")
+    assert sum(bool(sums.damage(step, n, readers)) for n in range(readers)) == 1
+    item = hurt.parent.name
+    assert sums.damage(step, item=item) and not sums.damage(step, item="item" + str((int(item[4:]) + 1) % 3))
+
+
+def test_a_disk_that_cannot_read_a_file_is_damage_too(step, monkeypatch):
+    opened = type(step).open
+
+    def bad_sector(path, mode="r", *args, **more):
+        if mode == "rb" and path.name == "_METADATA":
+            raise OSError(errno.EIO, "Input/output error")
+        return opened(path, mode, *args, **more)
+
+    monkeypatch.setattr(type(step), "open", bad_sector)
+    assert "_METADATA" in sums.damage(step)
+
+
+def test_sealing_a_step_that_retention_removed_leaves_nothing(tmp_path):
+    gone = tmp_path / "checkpoints" / "4"
+    gone.parent.mkdir()
+    try:
+        sums.seal(gone, 0, 1)
+    except FileNotFoundError:
+        pass
+    assert not gone.exists()
+
+
+def test_sums_of_a_file_that_goes_while_they_are_made_do_not_break_reading(step, tmp_path, monkeypatch):
+    home = tmp_path / "1"
+    shutil.copytree(step, home)
+    monkeypatch.setattr(sums, "_contents", lambda step, real=sums._contents: [*real(step), step / "gone"])
+    sums.seal(home, 0, 1)
+    (home / "gone").write_bytes(b"back")
+    assert isinstance(sums.damage(home), str)
+
+
+# --- which checkpoint -----------------------------------------------------------------------------------------------------
+
+
+def hurt(step):
+    path = next(p for p in contents(step / "params") if p.stat().st_size > 20)
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def test_the_newest_good_one_is_taken_and_the_others_put_aside(tmp_path):
+    saved(tmp_path, 2, 4, 6, keep=5).close()
+    for step in (4, 6):
+        hurt(tmp_path / "checkpoints" / str(step))
+    told, checkpoints = [], Checkpoints(tmp_path, keep=5)
+    assert checkpoints.newest_good(lambda step, wrong: told.append(step)) == 2 and told == [6, 4]
+    assert float(checkpoints.restore(2, STATE).params["w"][0]) == 2.0
+    checkpoints.close()
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2", "damaged-4", "damaged-6"]
+    again = Checkpoints(tmp_path, keep=5)
+    assert again.newest_good(pytest.fail) == 2
+    again.close()
+
+
+def test_where_all_are_damaged_there_is_none(tmp_path):
+    saved(tmp_path, 2, 4).close()
+    for step in (2, 4):
+        hurt(tmp_path / "checkpoints" / str(step))
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.newest_good(lambda step, wrong: None) is None and checkpoints.steps() == []
+    checkpoints.save(2, state_of(7.0), {})  # the run starts anew
+    checkpoints.close()
+    assert sums.damage(tmp_path / "checkpoints" / "2") == "" and (tmp_path / "checkpoints/2/sums-0.json").is_file()
+
+
+def test_damage_to_a_step_that_was_put_aside_before_replaces_it(tmp_path):
+    for value in (1.0, 2.0):
+        checkpoints = Checkpoints(tmp_path)
+        checkpoints.save(2, state_of(value), {})
+        checkpoints.close()
+        hurt(tmp_path / "checkpoints/2")
+        checkpoints = Checkpoints(tmp_path)
+        assert checkpoints.newest_good(lambda step, wrong: None) is None
+        checkpoints.close()
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["damaged-2"]
+
+
+def test_every_checkpoint_that_is_kept_has_its_sums(tmp_path):
+    saved(tmp_path, *range(1, 9), keep=3).close()
+    kept = sorted(p for p in (tmp_path / "checkpoints").iterdir())
+    assert [p.name for p in kept] == ["6", "7", "8"] and all((p / "sums-0.json").is_file() for p in kept)
+
+
+def test_a_save_that_fails_leaves_no_thread_that_waits_for_it(tmp_path, monkeypatch):
+    checkpoints = saved(tmp_path, 2)
+
+    def full(self):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(type(checkpoints._manager), "check_for_errors", full)
+    monkeypatch.setattr(sums, "seal", lambda *args: time.sleep(0.1))
+    checkpoints._sealing = threading.Thread(target=checkpoints._seal, args=(4,), name="seal")  # of a step that never comes
+    checkpoints._sealing.start()
+    with pytest.raises(UserError, match="is full"):
+        checkpoints.save(6, dataclasses.replace(state_of(6.0)), {})
+    time.sleep(0.2)
+    assert "seal" not in {thread.name for thread in threading.enumerate()}

@@ -1,0 +1,349 @@
+"""What watches a run: properties of the guard, of batches left out, of events, of the clock, and of going back."""
+
+import dataclasses
+import functools
+import json
+import math
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tanuki_jax import config
+from tanuki_jax.checkpoint import Checkpoints
+from tanuki_jax.train import clock as clocks
+from tanuki_jax.train import guard as guards
+from tanuki_jax.train import loop
+from tanuki_jax.train.clock import Clock
+from tanuki_jax.train.guard import Detours, Events, Guard, Watch, read_events
+from tanuki_jax.train.metrics import MetricsWriter
+from tanuki_jax.train.step import init_state, make_train_step
+from tests.test_sums import STATE, saved, state_of
+
+# --- the guard ------------------------------------------------------------------------------------------------------------
+
+
+def quiet(steps, level=2.0, seed=0):
+    """Losses and norms without a spike."""
+    rng = np.random.default_rng(seed)
+    return [(level + 0.01 * rng.standard_normal(), math.exp(0.1 * rng.standard_normal())) for _ in range(steps)]
+
+
+def looked(guard, values, first=1):
+    return [guard.look(step, loss, norm) for step, (loss, norm) in enumerate(values, first)]
+
+
+@pytest.mark.parametrize("spike", [(1000.0, 1.0), (2.0, 1e4), (1e30, 1e30)])
+@pytest.mark.parametrize("at", [21, 150, 900])
+def test_a_spike_is_found_wherever_it_is(spike, at):
+    guard = Guard(config.Guard())
+    values = quiet(1000)
+    values[at - 1] = spike
+    assert [step for step, verdict in enumerate(looked(guard, values), 1) if verdict != "good"] == [at]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_never_compared_with(bad):
+    guard, values = Guard(config.Guard()), quiet(300)
+    for n in range(0, 300, 3):
+        values[n] = (bad, 1.0) if n % 2 else (1.0, bad)
+    verdicts = looked(guard, values)
+    assert all((verdict == "not_finite") == (n % 3 == 0) for n, verdict in enumerate(verdicts))
+    assert set(verdicts) == {"not_finite", "good"} and guard.bad == 0
+
+
+def test_spikes_in_a_row_are_counted_from_their_first():
+    guard = Guard(config.Guard())
+    looked(guard, quiet(50))
+    assert looked(guard, [(30.0, 1.0)] * 3, 51) == ["spike"] * 3 and (guard.high, guard.first_high) == (3, 51)
+    looked(guard, quiet(1), 54)
+    looked(guard, [(30.0, 1.0)], 55)
+    assert (guard.high, guard.first_high) == (1, 55)
+
+
+@given(st.integers(20, 400), st.integers(0, 5))
+@settings(max_examples=20, deadline=None)
+def test_a_resumed_run_judges_like_one_that_was_not_interrupted(cut, seed):
+    values = quiet(400, seed=seed) + [(2.5, 1.0), (3.0, 1.0), (2.0, 50.0), (2.0, 2.0)]
+    whole, resumed = Guard(config.Guard()), Guard(config.Guard())
+    looked(whole, values[:cut])
+    resumed.remember(dict(step=n, loss=loss, grad_norm=norm) for n, (loss, norm) in enumerate(values[:cut], 1))
+    assert looked(whole, values[cut:], cut + 1) == looked(resumed, values[cut:], cut + 1)
+
+
+def test_a_logged_spike_is_not_compared_with_after_a_restart_either():
+    values = [(2.0 + 40 * (n % 3 == 0 and n >= 60), 1.0) for n in range(150)]
+    whole, resumed = Guard(config.Guard()), Guard(config.Guard())
+    looked(whole, values)
+    resumed.remember(dict(step=n, loss=loss, grad_norm=norm) for n, (loss, norm) in enumerate(values, 1))
+    assert looked(whole, [(2.9, 1.0)], 151) == looked(resumed, [(2.9, 1.0)], 151)
+
+
+@pytest.mark.parametrize("log_every", [1, 2, 10])
+@pytest.mark.parametrize("change", [40, 45])
+def test_a_resumed_run_knows_nothing_of_losses_before_the_data_changed(log_every, change):
+    """Whether or not the step of the change was logged."""
+    values = quiet(change) + quiet(25, level=4.0)
+    resumed = Guard(config.Guard(), (change,))
+    logged = [n for n in range(1, len(values) + 1) if n % log_every == 0]
+    resumed.remember(dict(step=n, loss=values[n - 1][0], grad_norm=values[n - 1][1]) for n in logged)
+    assert all(loss > 3 for loss in resumed._losses)
+    assert set(looked(resumed, quiet(60, level=4.0), len(values) + 1)) == {"good"}
+
+
+# --- batches left out -----------------------------------------------------------------------------------------------------
+
+detours = st.lists(st.tuples(st.integers(0, 60), st.integers(1, 9), st.sampled_from([1.0, 0.5])), max_size=6)
+
+
+def left_out(entries):
+    """The detours after going back again and again, and the batches that each leaves out, by its own event."""
+    found, gone = Detours(None), set()
+    for first, count, rate in entries:
+        gone |= {found.batch(step) for step in range(first, first + count)}
+        found = found.plus(max(0, first - 3), first, count, rate)
+    return found, gone
+
+
+@given(detours)
+def test_steps_are_a_bijection_onto_the_batches_not_left_out(entries):
+    found, gone = left_out(entries)
+    batches = [found.batch(step) for step in range(150)]
+    assert batches == sorted(set(batches))
+    assert batches == [n for n in range(300) if n not in gone][:150]
+
+
+@given(detours)
+def test_detours_come_back_from_their_file(tmp_path_factory, entries):
+    directory = tmp_path_factory.mktemp("detours")
+    found = dataclasses.replace(left_out(entries)[0], path=directory / "detours.json")
+    found.write()
+    assert Detours.read(directory) == found
+    assert [found.rate(s) for s in range(80)] == [math.prod(e[3] for e in found.entries if s >= e[0]) for s in range(80)]
+
+
+# --- events ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_last_line_cut_anywhere_costs_that_line_only(tmp_path):
+    events = Events(tmp_path)
+    events.add("spike", 1, loss=2.0)
+    events.add("damaged_checkpoint", 2, what="狸が化けた")
+    whole = events.path.read_bytes()
+    first = whole.index(b"\n") + 1
+    for cut in range(first, len(whole) - 1):
+        events.path.write_bytes(whole[:cut])
+        assert [e["step"] for e in read_events(tmp_path) if e["event"] == "spike"] == [1], cut
+        events.add("preempted", 3)  # by the run that goes on
+        assert [e["step"] for e in read_events(tmp_path)] == [1, 3], cut
+
+
+def test_processes_but_the_first_write_no_events(tmp_path):
+    Events(tmp_path / "stage", active=False).add("spike", 1)
+    assert read_events(tmp_path / "stage") == [] and not (tmp_path / "stage").exists()
+
+
+# --- the watch ------------------------------------------------------------------------------------------------------------
+
+
+class Told:
+    """Events in memory."""
+
+    def __init__(self, fails=False):
+        self.events, self.fails = [], fails
+
+    def add(self, event, step, **more):
+        if self.fails:
+            raise OSError(28, "No space left on device")
+        self.events.append((event, step))
+
+
+@pytest.fixture
+def exits(monkeypatch):
+    found = []
+    monkeypatch.setattr(guards.os, "_exit", found.append)
+    return found
+
+
+def eventually(true, seconds=3.0):
+    until = time.monotonic() + seconds
+    while not true() and time.monotonic() < until:
+        time.sleep(0.02)
+    return true()
+
+
+def test_a_step_that_hangs_is_told_once_and_ends_the_process(exits):
+    told = Told()
+    watch = Watch(told, seconds=0.2)
+    for step in range(1, 4):
+        watch.beat(step)
+    assert eventually(lambda: exits)
+    time.sleep(0.3)
+    watch.close()
+    assert told.events == [("hang", 4)] and exits == [guards.HANGS]
+
+
+def test_a_disk_that_is_full_does_not_keep_a_hanging_process_alive(exits):
+    watch = Watch(Told(fails=True), seconds=0.2)
+    watch.beat(1)
+    assert eventually(lambda: exits)
+    watch.close()
+
+
+def test_what_may_take_long_and_the_time_before_the_first_step_do_not_hang(exits):
+    told = Told()
+    watch = Watch(told, seconds=0.2)
+    time.sleep(0.5)
+    watch.beat(1)
+    with watch.paused():
+        time.sleep(0.5)
+    watch.close()
+    assert not told.events and not exits
+    assert "watch" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_a_step_may_take_twenty_times_the_median_and_at_least_five_minutes():
+    watch = Watch(Told(), seconds=0)
+    assert watch.limit() == 300
+    watch._took.extend([20.0, 20.0, 21.0])
+    assert watch.limit() == 400
+    watch.close()
+
+
+def test_restoring_after_going_back_does_not_hang(tmp_path, exits, monkeypatch):
+    restore = Checkpoints.restore
+    monkeypatch.setattr(Checkpoints, "restore", lambda *args: time.sleep(1.0) or restore(*args))
+    losses = {n: 2.0 + 30 * (41 <= n < 46) for n in range(100)}
+    watched(tmp_path, losses, config.Guard(hang_seconds=0.6))
+    assert not exits
+
+
+# --- the clock ------------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.tuples(st.sampled_from(clocks.KINDS[:-1]), st.floats(0.001, 50)), min_size=1, max_size=30))
+@settings(deadline=None)
+def test_times_add_up_to_all_seconds(parts):
+    with pytest.MonkeyPatch.context() as patch:
+        now = [100.0]
+        patch.setattr(clocks.time, "monotonic", lambda: now[0])
+        clock = Clock(10)
+        for step, (kind, seconds) in enumerate(parts):
+            with clock.of(kind):
+                now[0] += seconds
+            clock.done(step)
+        times = clock.times()
+    assert sum(times.values()) == pytest.approx(clock.seconds, abs=0.01)
+    assert 0 <= clock.goodput() <= 1
+
+
+def test_time_lost_in_several_kills_without_a_save_between_is_all_told(tmp_path):
+    """A run that is killed twice after the same checkpoint lost both times."""
+    seen = []
+    for lasts in (15, 17, 19):
+        writer = MetricsWriter(tmp_path, 10, tensorboard=False)
+        seconds = writer.last.get("seconds", 0.0)
+        clock = Clock(1)
+        clock.resume(writer.last, writer.lost)
+        lost = clock.times()["lost"]
+        seen.append(lost)
+        for step in range(11 if writer.last else 1, lasts + 1):
+            seconds += 1.0
+            writer.write(dict(step=step, seconds=seconds, times={**clock.times(), "lost": lost}))
+        writer.close()
+    assert seen == [0.0, 5.0, 5.0 + 7.0]
+
+
+# --- going back -----------------------------------------------------------------------------------------------------------
+
+
+def watched(directory, losses, options=None, steps=60, **more):
+    """The loop with a step that adds its batch, whose number is looked up among `losses`; the batches of its last attempt."""
+    seen = []
+
+    def batches(first, number):
+        seen.clear()
+        for step in range(first, steps):
+            seen.append(number(step))
+            yield losses[number(step)]
+
+    def step(state, batch):
+        return dataclasses.replace(state, step=state.step + 1), {"loss": jnp.float32(batch), "grad_norm": jnp.float32(1)}
+
+    settings = dict(save_every=10, log_every=1, keep=2, tensorboard=False, meta={"model": {}}) | more
+    job = loop.Job("toy", directory, steps, 10, 1.0, guard=options or config.Guard(), **settings)
+    return loop.run(job, STATE, lambda: state_of(0.0), step, batches), seen
+
+
+def test_two_spikes_soon_after_one_another_leave_out_just_their_batches(tmp_path):
+    """The second lies behind the first on the way from the same checkpoint."""
+    high = [*range(41, 46), *range(53, 58)]
+    losses = {n: 2.0 + 30 * (n in high) for n in range(100)}
+    _, seen = watched(tmp_path, losses)
+    left = [event["batches_left_out"] for event in read_events(tmp_path) if event["event"] == "rollback"]
+    assert left == [[41, 45], [53, 57]]
+    trained = [n for n in range(100) if n not in high][:60]
+    assert seen == trained[-len(seen) :]
+
+
+def test_saves_during_a_spike_do_not_push_out_the_one_before_it(tmp_path):
+    losses = {n: 2.0 + 30 * (41 <= n < 46) for n in range(100)}
+    watched(tmp_path, losses, save_every=2, keep=1)
+    [back] = [event for event in read_events(tmp_path) if event["event"] == "rollback"]
+    assert back["to"] == 40
+
+
+def test_going_back_puts_later_steps_aside_and_the_run_saves_them_anew(tmp_path):
+    checkpoints = saved(tmp_path, 2, 4, 6, keep=5)
+    checkpoints.go_back(2)
+    assert checkpoints.steps() == [2] and checkpoints.newest_good(pytest.fail) == 2
+    checkpoints.save(4, state_of(40.0), {})
+    checkpoints.close()
+    again = Checkpoints(tmp_path, keep=5)
+    assert float(again.restore(4, STATE).params["w"][0]) == 40.0
+    again.close()
+    assert sorted(p.name for p in again.directory.iterdir()) == ["2", "4", "left-4", "left-6"]
+
+
+# --- a real step ----------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def regression():
+    """A least-squares problem with the real train step; its rows [B, 4] and their targets."""
+    truth = jnp.arange(1.0, 5.0)
+
+    def loss_fn(params, batch):
+        error = (batch @ params["w"] - batch @ truth) ** 2
+        return error.sum(), jnp.float32(len(batch)), {"loss": (error.sum(), jnp.float32(len(batch)))}
+
+    from tanuki_jax.train.optimizer import make_optimizer
+
+    optimizer = make_optimizer(config.Optimizer(weight_decay=0.0))
+    return optimizer, make_train_step(loss_fn, optimizer, lambda step: 0.1, clip_norm=1.0)
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf, 1e30])
+def test_poisoned_batches_are_told_and_the_run_converges(tmp_path, poison):
+    """1e30 is finite, but its square is not."""
+    optimizer, train_step = regression()
+    fresh = lambda: init_state({"w": jnp.zeros(4)}, optimizer, jax.random.key(0))  # noqa: E731
+    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), fresh())
+
+    def batches(first, number):
+        for step in range(first, 300):
+            rows = np.random.default_rng(number(step)).standard_normal((8, 4)).astype(np.float32)
+            rows[3, 2] = poison if number(step) in (5, 70, 71, 72) else rows[3, 2]
+            yield jnp.asarray(rows)
+
+    job = loop.Job("toy", tmp_path, 300, 8, 1.0, 100, 1, 2, False, {"model": {}})
+    state = loop.run(job, abstract, fresh, train_step, batches)
+    told = [(event["event"], event["step"]) for event in read_events(tmp_path)]
+    assert [step for event, step in told if event == "not_finite"] == [6, 71, 72, 73]
+    np.testing.assert_allclose(state.params["w"], np.arange(1.0, 5.0), atol=0.02)
+    assert all(math.isfinite(json.loads(line)["loss"]) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
