@@ -65,13 +65,6 @@ def write_jsonl(path: Path, rows: Iterable[Any]) -> int:
     return count
 
 
-def copy_directory(source: Path, target: Path) -> None:
-    """Copies a directory, whole or not at all; does nothing where the target is there."""
-    if not target.is_dir():
-        with atomic_path(target) as temporary:
-            shutil.copytree(source, temporary)
-
-
 def sync(directory: Path) -> None:
     """Waits until every file of a directory is on the disk."""
     for path in (path for path in directory.rglob("*") if path.is_file()):

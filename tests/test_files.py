@@ -66,16 +66,6 @@ def test_json_keeps_japanese_readable(tmp_path):
     assert "狸" in (tmp_path / "a.json").read_text(encoding="utf-8")
 
 
-def test_a_directory_that_is_there_is_not_copied_over(tmp_path):
-    source, target = tmp_path / "source", tmp_path / "target"
-    source.mkdir()
-    (source / "a").write_text("new")
-    files.copy_directory(source, target)
-    (target / "a").write_text("kept")
-    files.copy_directory(source, target)
-    assert (target / "a").read_text() == "kept" and names(tmp_path) == ["source", "target"]
-
-
 @settings(max_examples=50, deadline=None)
 @given(a=st.lists(JSON, max_size=3), b=st.lists(JSON, max_size=3))
 def test_fingerprints_are_equal_exactly_where_the_values_are(a, b):

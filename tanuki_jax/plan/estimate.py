@@ -94,7 +94,7 @@ def _costs(recipe: Recipe, name: str, topology: Topology, mesh: Any) -> dict[str
     per_layer = {k: (moved_long.get(k, 0) - moved_short.get(k, 0)) / (LONG - SHORT) for k in kinds}
     moved = {k: round(microbatches * (moved_short.get(k, 0) + (cfg.n_layers - SHORT) * per_layer[k])) for k in kinds}
     tokens = this.batch_size * this.seq_len
-    model_flops = model.flops_per_token(cfg, this.seq_len) * tokens
+    model_flops = model.flops_per_token(cfg, this.seq_len, frozen=this.lora.rank > 0) * tokens
     attention = 6 * cfg.n_layers * cfg.n_heads * cfg.head_dim * this.seq_len * tokens
     return {
         "flops_per_step_per_chip": step["flops"],
