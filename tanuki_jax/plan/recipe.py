@@ -47,7 +47,7 @@ def _program(recipe: Recipe, name: str) -> str:
     """What two stages must share to be one program but for constants."""
     this = recipe.stages[name]
     shape = (this.kind, this.seq_len, this.batch_size, this.microbatches, this.reset_attention, this.optimizer.moment_dtype)
-    return repr((shape, config.is_mixture(recipe, name), bool(this.optimizer.clip_norm)))
+    return repr((shape, this.lora, config.is_mixture(recipe, name), bool(this.optimizer.clip_norm)))
 
 
 def problems(found: dict[str, Any]) -> list[str]:
