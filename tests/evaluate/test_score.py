@@ -110,7 +110,7 @@ def test_margins_are_the_difference_of_the_last_answers_alone(tokenizer):
         {"prompt": "山", "chosen": "狸が。", "rejected": "The moon."},
         {"prompt": [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}, {"role": "user", "content": "3"}],
          "chosen": [{"role": "assistant", "content": "6"}], "rejected": "合計は6です。"},
-        {"prompt": "山", "chosen": "狸", "rejected": "狸"},
+        {"prompt": "山", "chosen": "狸", "rejected": "月"},
     ]  # fmt: skip
     expected = []
     for pair in pairs:
@@ -125,4 +125,3 @@ def test_margins_are_the_difference_of_the_last_answers_alone(tokenizer):
         expected.append(sides[0] - sides[1])
     margins = score.pair_margins(CFG, PARAMS, tokenizer, pairs)
     np.testing.assert_allclose(margins, expected, rtol=1e-4, atol=1e-4)
-    assert margins[2] == 0

@@ -16,7 +16,7 @@ def test_chunks_equal_whole_logits_in_value_and_gradient(S):
 
     def total(impl):
         def f(x, head):
-            scores = ops.token_logprobs(x, head, targets, impl=impl, chunk=8)
+            scores = ops.token_logprobs(x, head, targets, impl=impl, chunk=8, entropy=True)
             return (scores.logprob * 2 + 0.1 * scores.log_z**2).sum(), scores
 
         return jax.jit(jax.value_and_grad(f, (0, 1), has_aux=True))(x, head)
@@ -55,7 +55,7 @@ def test_the_masked_sum_of_tpus_equals_the_gather(monkeypatch):
     keys = jax.random.split(jax.random.key(0), 3)
     x, head = jax.random.normal(keys[0], (2, 6, 8)), jax.random.normal(keys[1], (8, 30))
     targets = jax.random.randint(keys[2], (2, 6), 0, 30)
-    gathered = ops.token_logprobs(x, head, targets)
+    gathered = ops.token_logprobs(x, head, targets, entropy=True)
     monkeypatch.setattr(cross_entropy, "on_tpu", lambda: True)
-    for a, b in zip(gathered, ops.token_logprobs(x, head, targets), strict=True):
+    for a, b in zip(gathered, ops.token_logprobs(x, head, targets, entropy=True), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6)
