@@ -28,7 +28,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 STAGE, SAVE_EVERY, DEVICES = "pretrain", 10, 4
 LAYOUTS = (2, 1, 4)  # numbers of processes, over the same devices
-STEPS = 12  # a moment
+STEPS = 30  # a moment; the next one comes at most half of them after the run goes on
 LIMIT = 240  # seconds in which a start must come to its first step
 KINDS = {
     "kill_one": "SIGKILL of one process",
@@ -103,7 +103,7 @@ class Run:
                 "TANUKI_PROCESSES": str(processes),
                 "TANUKI_PROCESS_ID": str(process),
             }
-            with (errors / f"{process}.txt").open("w") as file:
+            with (errors / f"{process}.txt").open("a") as file:
                 self.processes.append(subprocess.Popen(command, env=env, cwd=ROOT, stdout=file, stderr=file))
 
     def alive(self) -> list[subprocess.Popen[bytes]]:
@@ -115,9 +115,9 @@ class Run:
         found = rows(self.home)
         return found[-1]["step"] if found else 0
 
-    def restores(self) -> float:
-        """Seconds that restoring took so far; more of them once a new start has made a step."""
-        return max((row["times"]["restore"] for row in rows(self.home)), default=0.0)
+    def attempts(self) -> set[float]:
+        """The starts whose steps are logged, by the seconds that restoring had taken until then."""
+        return {row["times"]["restore"] for row in rows(self.home)}
 
     def signal(self, number: int, chosen: list[subprocess.Popen[bytes]]) -> None:
         """To some of the processes."""
@@ -139,10 +139,9 @@ class Run:
         return time.monotonic() - began, len(hung)
 
 
-def rows(home: Path) -> list[dict[str, Any]]:
-    """The whole lines of metrics.jsonl."""
-    path = home / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.is_file() else []
+def rows(home: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    """The whole lines of a file of a stage."""
+    lines = (home / name).read_text().splitlines() if (home / name).is_file() else []
     return [json.loads(line) for line in lines if line.endswith("}")]
 
 
@@ -227,26 +226,30 @@ def disturb(run: Run, kind: str, rng: random.Random, disk: Path, patience: float
 def chaos(workdir: Path, disk: Path, kinds: list[str], steps: int, rng: random.Random, patience: float) -> list[dict[str, Any]]:
     """Runs to the end through one moment of each of `kinds`; what was found of each."""
     found: list[dict[str, Any]] = []
-    targets = sorted(rng.sample(range(2, steps - 2), len(kinds)))
     layout, starts = 0, 0
     run = Run(disk / "run", steps, LAYOUTS[0], workdir / f"start-{starts}")
-    for kind, target in zip(kinds, targets, strict=True):
+    for kind in kinds:
         if kind == "starting":
+            run.signal(signal.SIGKILL, run.processes)
+            run.end(patience)
+            run = Run(disk / "run", steps, LAYOUTS[layout % 3], run.errors)
             time.sleep(rng.uniform(0.5, 10))
         else:
-            wait(run, "step", target)
+            wait(run, run.step() + rng.randrange(1, STEPS // 2))
+        if not run.alive():
+            break
         done = run.step()
         began = time.monotonic()
+        before: set[float] = set()
         ended, hung = disturb(run, kind, rng, disk, patience)
         codes = sorted(p.returncode for p in run.processes) if kind != "stop" else []
         if kind != "stop":
-            done = max(done, run.step())
+            done, before = max(done, run.step()), run.attempts()
             starts += 1
             layout += kind == "layout"
             run = Run(disk / "run", steps, LAYOUTS[layout % 3], workdir / f"start-{starts}")
-        before = run.restores()
-        running = wait(run, "step", run.step() + 1) if kind == "stop" else wait(run, "restores", before)
-        new = [row["step"] for row in rows(run.home) if row["times"]["restore"] > before]
+        running = wait(run, run.step() + 1) if kind == "stop" else wait(run, before)
+        new = [row["step"] for row in rows(run.home) if row["times"]["restore"] not in before]
         lost = 0 if kind == "stop" or not new else done - (new[0] - 1)
         seconds = time.monotonic() - began
         one = dict(kind=kind, step=done, ended=ended, hung=hung, codes=codes, lost=lost)
@@ -257,16 +260,16 @@ def chaos(workdir: Path, disk: Path, kinds: list[str], steps: int, rng: random.R
     return found
 
 
-def wait(run: Run, what: str, least: float) -> bool:
-    """Until the run has come so far, or has ended; False where it does not come there, or ends with an error."""
-    until, far = time.monotonic() + LIMIT, getattr(run, what)
+def wait(run: Run, until: int | set[float]) -> bool:
+    """Until a step is logged, or one of a start that is not in `until`; False where a process fails or time is up."""
+    end = time.monotonic() + LIMIT
     while True:
         alive = run.alive()
-        if far() > least if what == "restores" else far() >= least:
+        if run.attempts() - until if isinstance(until, set) else run.step() >= until:
             return True
-        if not alive or time.monotonic() > until:
+        if not alive or time.monotonic() > end:
             return all(p.returncode == 0 for p in run.processes)
-        time.sleep(0.02)
+        time.sleep(0.05)
 
 
 def compared(home: Path, whole: Path, steps: int) -> list[str]:
@@ -281,18 +284,17 @@ def compared(home: Path, whole: Path, steps: int) -> list[str]:
     for a, b in zip(mine, theirs, strict=False):
         names = [n for n in b if n.startswith("data/") or n == "tokens"]
         wrong += [f"{name} of step {a['step']} is {a.get(name)}, not {b[name]}" for name in names if a.get(name) != b[name]]
-    path = home / "events.jsonl"
-    events = [json.loads(line)["event"] for line in path.read_text().splitlines()] if path.is_file() else []
+    events = [row["event"] for row in rows(home, "events.jsonl")]
     print(f"Events: {', '.join(f'{events.count(e)} {e}' for e in sorted(set(events))) or 'none'}.")
     print(f"Goodput: {mine[-1]['goodput']}; times {mine[-1]['times']}.\n")
     return wrong + [f"an event that has no cause: {e}" for e in set(events) & {"rollback", "not_finite", "spike"}]
 
 
-def table(found: list[dict[str, Any]]) -> list[str]:
+def table(found: list[dict[str, Any]], moments: int) -> list[str]:
     """Prints what was found by kind; returns what is wrong."""
     print("| fault | times | s until all had ended, median (most) | hung | exit codes | s to run again | steps lost, most |")
     print("|---|---|---|---|---|---|---|")
-    wrong = []
+    wrong = [] if len(found) == moments else [f"only {len(found)} moments came before the end"]
     for kind, told in KINDS.items():
         of = [f for f in found if f["kind"] == kind]
         if not of:
@@ -304,7 +306,7 @@ def table(found: list[dict[str, Any]]) -> list[str]:
         again_told = f"{statistics.median(again):.0f} ({max(again):.0f})"
         print(f"| {told} | {len(of)} | {spread} | {again_told} | {most} |")
         # A save under way when all are killed is lost, and so are the steps made meanwhile.
-        allowed = SAVE_EVERY * (3 if kind in ("truncated", "flipped") else 2) - 1
+        allowed = SAVE_EVERY * (3 if kind in ("truncated", "flipped") else 2)
         wrong += [f"{kind}: {most} steps were lost"] * (most > allowed) + [f"{kind}: {hung} processes hung"] * bool(hung)
         wrong += [f"{kind}: the run did not go on"] * any(not f["running"] for f in of)
     return wrong
@@ -322,13 +324,11 @@ def main() -> None:
     workdir, rng = options.workdir.absolute(), random.Random(options.seed)
     mounted = can_mount(workdir / "disk")
     usable = [k for k in options.kinds.split(",") if mounted or k not in NEED_ROOT]
-    kinds = (usable * math.ceil(options.moments / len(usable)))[: options.moments]
-    rng.shuffle(kinds)
+    kinds = rng.sample(usable * math.ceil(options.moments / len(usable)), options.moments)
     steps = STEPS * options.moments + 20
     print(f"# A run that is disturbed, {time.strftime('%Y-%m-%d')}\n\n{platform.machine()}, {os.cpu_count()} cores\n")
     print(f"    python benchmarks/faults.py {' '.join(a for a in sys.argv[1:] if not a.startswith('--workdir'))}\n", flush=True)
-    if not mounted:
-        print(f"Left out, for this user may not mount: {', '.join(NEED_ROOT)}.\n")
+    print("" if mounted else f"Left out, for this user may not mount: {', '.join(NEED_ROOT)}.\n")
     peace = Run(workdir / "peace", steps, LAYOUTS[0], workdir / "start-peace")
     peace.end(10 * LIMIT)
     assert all(p.returncode == 0 for p in peace.processes), f"the run in peace failed; see {peace.errors}"
@@ -336,10 +336,9 @@ def main() -> None:
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", workdir / "disk"], check=True)
     try:
         found = chaos(workdir, workdir / "disk", kinds, steps, rng, options.patience)
-        wrong = table(found) + compared(workdir / "disk" / "run" / "stages" / STAGE, peace.home, steps)
+        wrong = table(found, options.moments) + compared(workdir / "disk" / "run" / "stages" / STAGE, peace.home, steps)
     finally:
-        shutil.rmtree(workdir / "kept", ignore_errors=True)
-        shutil.copytree(workdir / "disk", workdir / "kept", ignore_dangling_symlinks=True)
+        shutil.copytree(workdir / "disk", workdir / "kept", dirs_exist_ok=True)
         if mounted:
             subprocess.run(["umount", "-l", workdir / "disk"], check=True)
     print("Result: " + ("; ".join(wrong) if wrong else "as if nothing had happened"))

@@ -156,10 +156,12 @@ class Checkpoints:
 
 
 def join_orbax() -> None:
-    """Waits for Orbax's threads."""
+    """Waits for Orbax's threads, half a minute for all together."""
+    until = time.monotonic() + 30
     for thread in threading.enumerate():
         if type(thread).__module__.startswith("orbax") or thread.name in ORBAX_THREADS:
-            threading.Thread.join(thread, 30)  # Orbax's own join would raise the error once more
+            # Orbax's own join would raise the error once more
+            threading.Thread.join(thread, max(0.0, until - time.monotonic()))
 
 
 def _by_layer(tree: Any) -> Any:

@@ -7,8 +7,6 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tanuki_jax import files
-
 PIECE = 16 << 20  # bytes read at a time
 THREADS = 8
 
@@ -18,8 +16,10 @@ def seal(step: Path, process: int, processes: int) -> None:
     mine = _contents(step)[process::processes]
     with ThreadPoolExecutor(THREADS) as pool:
         sums = list(pool.map(_sum, mine))
-    found = {str(path.relative_to(step)): entry for path, entry in zip(mine, sums, strict=True)}
-    files.write_json(step / f"sums-{process}.json", found)
+    found = {str(path.relative_to(step)): entry for path, entry in zip(mine, sums, strict=True) if entry}
+    temporary = step / f".sums-{process}"
+    temporary.write_text(json.dumps(found), encoding="utf-8")  # retention may have removed the directory, which then fails
+    temporary.replace(step / f"sums-{process}.json")
 
 
 def damage(step: Path, process: int = 0, processes: int = 1, item: str = "") -> str:
@@ -43,16 +43,16 @@ def damage(step: Path, process: int = 0, processes: int = 1, item: str = "") -> 
 
 
 def _contents(step: Path) -> list[Path]:
-    return sorted(path for path in step.rglob("*") if path.is_file() and not path.name.startswith("sums-"))
+    return sorted(path for path in step.rglob("*") if path.is_file() and not path.name.startswith(("sums-", ".sums-")))
 
 
 def _sum(path: Path) -> list[int] | None:
-    """Size and CRC-32 of a file, or None where there is none."""
+    """Size and CRC-32 of a file, or None where it cannot be read."""
     size = crc = 0
     try:
         with path.open("rb") as f:
             while piece := f.read(PIECE):
                 size, crc = size + len(piece), zlib.crc32(piece, crc)
-    except FileNotFoundError:
+    except OSError:
         return None
     return [size, crc]

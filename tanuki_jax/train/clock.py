@@ -28,7 +28,7 @@ class Clock:
         self._waited, self._steps = 0.0, 0
 
     def resume(self, row: dict[str, Any], lost: float) -> None:
-        """Takes up the times of an earlier run from the row of its last step that counts; `lost` seconds after it do not.
+        """Takes up the times of an earlier run from the row of its last step that counts; `lost` seconds in all did not.
 
         What was timed last, the restoring of its state, comes on top.
         """
@@ -36,7 +36,7 @@ class Clock:
         self.seconds = row.get("seconds", 0.0) + self._took
         self._times = {kind: before.get(kind, 0.0) for kind in KINDS}
         self._times["restore"] += self._took
-        self._times["lost"] += lost
+        self._times["lost"] = lost
         self._last, self._recent = time.monotonic(), []
 
     @contextmanager

@@ -15,7 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,21 +40,22 @@ class Events:
         if not self._active:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as f:
-            now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-            f.write(json.dumps({"event": event, "step": step, "time": now, **more}, ensure_ascii=False) + "\n")
+        now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        line = json.dumps({"event": event, "step": step, "time": now, **more}, ensure_ascii=False)
+        with self.path.open("ab+") as f:
+            f.seek(max(0, f.seek(0, os.SEEK_END) - 1))
+            after_a_cut = f.read(1) not in (b"", b"\n")
+            f.write((b"\n" if after_a_cut else b"") + line.encode() + b"\n")
         told = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in more.items())
         print(f"step {step}: {event.replace('_', ' ')}{told and ': '}{told}", file=sys.stderr, flush=True)
 
 
 def read_events(directory: Path) -> list[dict[str, Any]]:
-    """The events of a stage; a last line cut short by a kill is left out."""
+    """The events of a stage; lines cut short by a kill are left out."""
     path, found = Path(directory) / "events.jsonl", []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
+        with suppress(ValueError):
             found.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
     return found
 
 
@@ -70,21 +71,20 @@ class Guard:
     bad: int = 0  # steps in a row that were not finite
     high: int = 0  # steps in a row that were spikes
     first_high: int = 0
+    _seen: int = 0  # the last step that was looked at
     _losses: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
     _norms: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
 
     def remember(self, rows: Iterable[dict[str, Any]]) -> None:
         """Takes up the logged steps of an interrupted run."""
         for row in rows:
-            if row["step"] in self.changes:
-                self._forget()
+            self._reach(row["step"])
             if row.get("loss") is not None and row.get("grad_norm"):
                 self._take(row["loss"], row["grad_norm"])
 
     def look(self, step: int, loss: float, norm: float) -> str:
         """`good`, `not_finite` or `spike`; only good steps count in what later ones are compared with."""
-        if step - 1 in self.changes:
-            self._forget()
+        self._reach(step)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self.bad += 1
             return "not_finite"
@@ -109,10 +109,13 @@ class Guard:
         self._losses.append(loss)
         self._norms.append(math.log(max(norm, 1e-30)))
 
-    def _forget(self) -> None:
-        self._losses.clear()
-        self._norms.clear()
-        self.high = 0
+    def _reach(self, step: int) -> None:
+        """Forgets what was before a change of the data."""
+        if any(self._seen <= change < step for change in self.changes):
+            self._losses.clear()
+            self._norms.clear()
+            self.high = 0
+        self._seen = step
 
 
 def _deviation(values: Iterable[float], middle: float) -> float:
@@ -127,7 +130,7 @@ def _deviation(values: Iterable[float], middle: float) -> float:
 class Detours:
     """Batches that a run leaves out after it went back, kept in a file: the batch of a step stays a function of the step.
 
-    entries: step to which the run went back, first step whose batch is left out, how many are, factor of the learning rate.
+    entries: step to which the run went back, first and last batch that are left out, factor of the learning rate.
     """
 
     path: Path
@@ -138,19 +141,23 @@ class Detours:
         path = directory / "detours.json"
         return cls(path, tuple(map(tuple, files.read_json(path))) if path.is_file() else ())
 
-    def plus(self, *entry: Any) -> Detours:
-        """With one more."""
-        return Detours(self.path, (*self.entries, tuple(entry)))
+    def plus(self, back: int, first: int, count: int, factor: float) -> Detours:
+        """With one more: back to step `back`, and without the batches that `count` steps from `first` on have now."""
+        return Detours(self.path, (*self.entries, (back, self.batch(first), self.batch(first + count - 1), factor)))
 
     def write(self) -> None:
         """Keeps them."""
         files.write_json(self.path, self.entries)
 
     def batch(self, step: int) -> int:
-        """The number of the batch of a step, both counted from 0."""
-        for _, first, count, _ in self.entries:
-            step += count if step >= first else 0
-        return step
+        """The number of the batch of a step, both counted from 0: of those that are not left out, the step-th."""
+        batch, end = step, -1
+        for first, last in sorted((first, last) for _, first, last, _ in self.entries):
+            if batch < first:
+                break
+            batch += max(0, last - max(first, end + 1) + 1)
+            end = max(end, last)
+        return batch
 
     def rate(self, step: int) -> float:
         """By what the learning rate of a step is multiplied."""
@@ -204,7 +211,8 @@ class Watch:
             if last is None or self._told or time.monotonic() - last <= self.limit():
                 continue
             self._told = True
-            self._events.add("hang", self._step + 1, seconds=round(time.monotonic() - last, 1))
+            with suppress(OSError):  # a full disk must not keep a hanging process alive
+                self._events.add("hang", self._step + 1, seconds=round(time.monotonic() - last, 1))
             faulthandler.dump_traceback(all_threads=True)
             if self._seconds:
                 os._exit(HANGS)

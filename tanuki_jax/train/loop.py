@@ -17,7 +17,7 @@ from tanuki_jax.checkpoint import Checkpoints
 from tanuki_jax.errors import Preempted, UserError
 from tanuki_jax.progress import Progress
 from tanuki_jax.train.clock import Clock
-from tanuki_jax.train.guard import Detours, Events, Guard, Watch
+from tanuki_jax.train.guard import Detours, Events, Guard, Watch, read_events
 from tanuki_jax.train.metrics import MetricsWriter, mfu, plain, read_metrics
 from tanuki_jax.train.step import State
 
@@ -83,7 +83,7 @@ def run(
         with parallel.stop_notice() as told_to_stop:
             while True:
                 detours, guard = Detours.read(job.directory), Guard(job.guard, job.changes)
-                with clock.of("restore"):
+                with clock.of("restore"), watch.paused():
                     start = checkpoints.newest_good(damaged) or 0
                     if start:
                         check_meta(checkpoints.meta(start))
@@ -137,7 +137,10 @@ class _Attempt:
         self.writer = MetricsWriter(job.directory, start, job.tensorboard) if jax.process_index() == 0 else None
         rows = self.writer.kept if self.writer else read_metrics(job.directory)
         guard.remember(row for row in rows if row["step"] <= start)
-        clock.resume(self.writer.last if self.writer else {}, self.writer.lost if self.writer else 0.0)
+        if self.writer and self.writer.lost:
+            events.add("resumed", start, lost_seconds=round(self.writer.lost, 3))
+        lost = sum(event.get("lost_seconds", 0.0) for event in read_events(job.directory))
+        clock.resume(self.writer.last if self.writer else {}, lost)
         self.progress = Progress(job.name, job.steps, quiet=jax.process_index() != 0)
         self.reported = start
 
@@ -164,8 +167,9 @@ class _Attempt:
                 if number % job.save_every == 0 or ends or stop:
                     self.report(*late)
                     late = None
-                    with clock.of("save"), self.watch.paused():
-                        self.checkpoints.save(number, state, job.meta)
+                    if not self.guard.high or ends or stop:  # what is saved in a spike would push out what was before it
+                        with clock.of("save"), self.watch.paused():
+                            self.checkpoints.save(number, state, job.meta)
                 if stop and not ends:
                     self.checkpoints.close()
                     self.events.add("preempted", number)

