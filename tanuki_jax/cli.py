@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from tanuki_jax.errors import Preempted, UserError
 from tanuki_jax.flags import make_parser
 
 PREEMPTED = 75  # EX_TEMPFAIL: try again
+PEER_LOST = 77  # another process of the run is gone: start all again
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,9 +39,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except UserError as error:
         print(f"tanuki: {error}", file=sys.stderr)
+        _leave(1)
     except Preempted as stopped:
         print(f"tanuki: {stopped}; the same command goes on from there", file=sys.stderr)
+        _leave(PREEMPTED)
         return PREEMPTED
+    except RuntimeError as error:
+        if not _several_processes():
+            raise
+        traceback.print_exception(error)
+        _leave(1 if "RESOURCE_EXHAUSTED" in str(error) else PEER_LOST)
     except BrokenPipeError:
         return 0
     except KeyboardInterrupt:
@@ -48,6 +57,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"\ntanuki: interrupted; {what}", file=sys.stderr)
         return 130
     return 1
+
+
+def _several_processes() -> bool:
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def _leave(code: int) -> None:
+    """Ends one of several processes at once: JAX's own shutdown would wait for the others, who may wait for this one."""
+    if _several_processes():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _use_huge_pages() -> None:

@@ -16,7 +16,7 @@ import numpy as np
 
 from tanuki_jax import __version__, checkpoint, config, files, inputs, parallel, placement, stage, start
 from tanuki_jax.config import Recipe
-from tanuki_jax.errors import UserError
+from tanuki_jax.errors import Preempted, UserError
 from tanuki_jax.evaluate import score
 from tanuki_jax.model import Sampling
 from tanuki_jax.report import write_report
@@ -43,19 +43,22 @@ def run(recipe: Recipe, workdir: Path, only: str = "", allow_data_change: bool =
     sources = {source for name in wanted for source, weights in recipe.stages[name].mixture.items() if any(weights)}
     needed = any(not _done(workdir, name) for name in wanted)
     ready = parallel.once(lambda: inputs.prepare(recipe, workdir, sources)) if needed else None
-    for name in wanted:
-        if _done(workdir, name):
-            continue
-        parent = recipe.stages[name].init_from
-        if parent in recipe.stages and not _done(workdir, parent):
-            raise UserError(f"stage {name} starts from {parent}, which is not finished in {workdir}; run it first")
-        assert ready is not None
-        entry = stage.run(recipe, name, workdir, ready, meshes[name], allow_data_change)
-        entry["scores"], samples = _scores(recipe, name, workdir, ready, mesh)
-        result = {"entry": entry, "samples": samples}
-        parallel.on_first(functools.partial(files.write_json, start.directory(workdir, name) / "done.json", result))
-        if first:
-            print(_line(entry), file=sys.stderr, flush=True)
+    with parallel.listening():
+        for name in wanted:
+            if _done(workdir, name):
+                continue
+            if parallel.told_to_stop():
+                raise Preempted(f"the run was told to stop before stage {name}")
+            parent = recipe.stages[name].init_from
+            if parent in recipe.stages and not _done(workdir, parent):
+                raise UserError(f"stage {name} starts from {parent}, which is not finished in {workdir}; run it first")
+            assert ready is not None
+            entry = stage.run(recipe, name, workdir, ready, meshes[name], allow_data_change)
+            entry["scores"], samples = _scores(recipe, name, workdir, ready, mesh)
+            result = {"entry": entry, "samples": samples}
+            parallel.on_first(functools.partial(files.write_json, start.directory(workdir, name) / "done.json", result))
+            if first:
+                print(_line(entry), file=sys.stderr, flush=True)
     entries = [done["entry"] for name in recipe.stages if (done := _done(workdir, name))]
     summary = {"stages": entries, "config": config.to_dict(recipe), "versions": versions()}
     if first:

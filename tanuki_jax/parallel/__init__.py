@@ -1,6 +1,15 @@
 """Devices: the mesh, the table from axis letters to mesh axes, and multi-host bring-up."""
 
-from tanuki_jax.parallel.distributed import first_of, initialize, on_first, once, share, stop_notice, to_host
+from tanuki_jax.parallel.distributed import (
+    first_of,
+    initialize,
+    listening,
+    on_first,
+    once,
+    share,
+    to_host,
+    told_to_stop,
+)
 from tanuki_jax.parallel.mesh import make_mesh, per_device_rows
 from tanuki_jax.parallel.rules import (
     BATCH_AXES,
@@ -35,6 +44,7 @@ __all__ = [
     "gathered",
     "gathered_within",
     "initialize",
+    "listening",
     "make_mesh",
     "on_first",
     "once",
@@ -45,8 +55,8 @@ __all__ = [
     "size",
     "spec",
     "splits_batch",
-    "stop_notice",
     "stored",
     "to_host",
+    "told_to_stop",
     "tree_shardings",
 ]

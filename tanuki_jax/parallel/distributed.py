@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
@@ -16,6 +17,8 @@ from jax.experimental import multihost_utils
 from tanuki_jax.errors import UserError
 
 T = TypeVar("T")
+_listening: list[Any] = []  # the handler of SIGTERM before
+_noticed, _asked = threading.Event(), itertools.count(1)  # the service counts over the whole run
 TEXT = 256  # bytes of a text that all processes hear
 VARIABLES = ("TANUKI_COORDINATOR", "TANUKI_PROCESSES", "TANUKI_PROCESS_ID")
 
@@ -81,23 +84,30 @@ def first_of(found: str) -> str:
 
 
 @contextlib.contextmanager
-def stop_notice() -> Iterator[Callable[[int], bool]]:
-    """Asks after every step whether the run is to stop: SIGTERM came, or the platform's notice; all processes hear the same.
+def listening() -> Iterator[None]:
+    """While inside, SIGTERM does not end the process but is noticed by `told_to_stop`; may be nested.
 
-    With several processes JAX's preemption service listens, and agrees on the step.
+    With several processes JAX's preemption service listens instead, and agrees on the step.
+    """
+    if _listening or jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _noticed.clear()
+    _listening.append(signal.signal(signal.SIGTERM, lambda *_: _noticed.set()))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, _listening.pop())
+
+
+def told_to_stop() -> bool:
+    """Whether the run is to stop: SIGTERM came, or the platform's notice; to be asked by all processes, after every step.
+
+    All hear the same.
     """
     if jax.process_count() > 1:
-        yield multihost_utils.reached_preemption_sync_point
-        return
-    noticed = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda step: False
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: noticed.set())
-    try:
-        yield lambda step: noticed.is_set()
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        return bool(multihost_utils.reached_preemption_sync_point(next(_asked)))
+    return _noticed.is_set()
 
 
 def to_host(array: jax.Array) -> np.ndarray:

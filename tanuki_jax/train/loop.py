@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tanuki_jax import config, parallel
-from tanuki_jax.checkpoint import Checkpoints
+from tanuki_jax.checkpoint import Checkpoints, disk_errors
 from tanuki_jax.errors import Preempted, UserError
 from tanuki_jax.progress import Progress
 from tanuki_jax.train.clock import Clock
@@ -80,7 +80,7 @@ def run(
         events.add("damaged_checkpoint", step, what=wrong)
 
     try:
-        with parallel.stop_notice() as told_to_stop:
+        with parallel.listening():
             while True:
                 detours, guard = Detours.read(job.directory), Guard(job.guard, job.changes)
                 with clock.of("restore"), watch.paused():
@@ -90,9 +90,10 @@ def run(
                         state = checkpoints.restore(start, abstract_state)
                     else:
                         state = fresh_state()
-                attempt = _Attempt(job, checkpoints, events, clock, watch, guard, detours, start, told_to_stop)
+                attempt = _Attempt(job, checkpoints, events, clock, watch, guard, detours, start)
                 try:
-                    return attempt.run(state, train_step, batches(start, detours.batch), probes)
+                    with disk_errors(job.directory):
+                        return attempt.run(state, train_step, batches(start, detours.batch), probes)
                 except _GoBack:
                     del state
                     _go_back(job, checkpoints, events, guard, detours, attempt.reported)
@@ -130,10 +131,9 @@ class _Attempt:
         guard: Guard,
         detours: Detours,
         start: int,
-        told_to_stop: Callable[[int], bool],
     ) -> None:
         self.job, self.checkpoints, self.events, self.clock = job, checkpoints, events, clock
-        self.watch, self.guard, self.detours, self.start, self.told_to_stop = watch, guard, detours, start, told_to_stop
+        self.watch, self.guard, self.detours, self.start = watch, guard, detours, start
         self.writer = MetricsWriter(job.directory, start, job.tensorboard) if jax.process_index() == 0 else None
         rows = self.writer.kept if self.writer else read_metrics(job.directory)
         guard.remember(row for row in rows if row["step"] <= start)
@@ -157,7 +157,7 @@ class _Attempt:
                 if late:
                     self.report(*late)
                 number, ends = step + 1, step + 1 == job.steps
-                stop = self.told_to_stop(number)
+                stop = parallel.told_to_stop()
                 due = [probe for every, probe in probes if number % every == 0 or ends]
                 probed: dict[str, Any] = {}
                 if due:
@@ -170,7 +170,7 @@ class _Attempt:
                     if not self.guard.high or ends or stop:  # what is saved in a spike would push out what was before it
                         with clock.of("save"), self.watch.paused():
                             self.checkpoints.save(number, state, job.meta)
-                if stop and not ends:
+                if stop:
                     self.checkpoints.close()
                     self.events.add("preempted", number)
                     raise Preempted(f"stage {job.name} was told to stop, and is saved at step {number}")
