@@ -157,7 +157,7 @@ print("last", seen, float(parallel.to_host(state.params["w"])[0]))
 
 @pytest.mark.slow
 def test_two_processes_go_back_together(tmp_path):
-    """Around a spike, with half the learning rate from there; also where the newest checkpoint is damaged."""
+    """Around a spike, with half the learning rate from there."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]

@@ -92,8 +92,10 @@ def run(
                         state = fresh_state()
                 attempt = _Attempt(job, checkpoints, events, clock, watch, guard, detours, start)
                 try:
+                    return attempt.run(state, train_step, batches(start, detours.batch), probes)
+                except OSError:  # of metrics or events; a device out of memory is no full disk
                     with disk_errors(job.directory):
-                        return attempt.run(state, train_step, batches(start, detours.batch), probes)
+                        raise
                 except _GoBack:
                     del state
                     _go_back(job, checkpoints, events, guard, detours, attempt.reported)
