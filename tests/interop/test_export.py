@@ -201,7 +201,7 @@ def test_upcycled_checkpoints_are_exported(tmp_path):
     assert again == dataclasses.replace(found, d_ff=20, expert_d_ff=0)
 
 
-def test_one_matrix_is_in_memory_at_a_time(tmp_path, monkeypatch):
+def test_a_few_matrices_are_in_memory_at_a_time(tmp_path, monkeypatch):
     cfg, _, mine, _ = made("tanuki")
     home, read, sizes, most = save(tmp_path / "ours", cfg, mine), [], [], []
 
@@ -223,7 +223,7 @@ def test_one_matrix_is_in_memory_at_a_time(tmp_path, monkeypatch):
     export(home, tmp_path / "back")
     assert len(read) == 3 + cfg.n_layers * (7 + 3 * cfg.n_experts)
     assert max(sizes) <= mine["embed/table"].nbytes < mine["layers/moe/up"][0].nbytes  # expert by expert
-    assert max(most) <= 2  # one is written while the next is read
+    assert max(most) <= module.AHEAD + 2  # one is written while the next ones are read
 
 
 # --- the model card -------------------------------------------------------------------------------------------------
