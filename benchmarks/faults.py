@@ -28,7 +28,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 STAGE, SAVE_EVERY, DEVICES = "pretrain", 10, 4
 LAYOUTS = (2, 1, 4)  # numbers of processes, over the same devices
-STEPS = 30  # a moment; the next one comes at most half of them after the run goes on
+STEPS = 40  # a moment; the next one comes at most a third of them after the run goes on
 LIMIT = 240  # seconds in which a start must come to its first step
 KINDS = {
     "kill_one": "SIGKILL of one process",
@@ -227,20 +227,24 @@ def chaos(workdir: Path, disk: Path, kinds: list[str], steps: int, rng: random.R
     """Runs to the end through one moment of each of `kinds`; what was found of each."""
     found: list[dict[str, Any]] = []
     layout, starts = 0, 0
+    before: set[float]
     run = Run(disk / "run", steps, LAYOUTS[0], workdir / f"start-{starts}")
     for kind in kinds:
         if kind == "starting":
             run.signal(signal.SIGKILL, run.processes)
             run.end(patience)
+            before = run.attempts()
             run = Run(disk / "run", steps, LAYOUTS[layout % 3], run.errors)
-            time.sleep(rng.uniform(0.5, 10))
+            until = time.monotonic() + rng.uniform(0.5, 10)
+            while time.monotonic() < until and not run.attempts() - before:
+                time.sleep(0.05)
         else:
-            wait(run, run.step() + rng.randrange(1, STEPS // 2))
+            wait(run, run.step() + rng.randrange(1, STEPS // 3))
         if not run.alive():
             break
         done = run.step()
         began = time.monotonic()
-        before: set[float] = set()
+        before = set()
         ended, hung = disturb(run, kind, rng, disk, patience)
         codes = sorted(p.returncode for p in run.processes) if kind != "stop" else []
         if kind != "stop":

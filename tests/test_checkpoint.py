@@ -150,7 +150,7 @@ def damage_meta(step):
 
 def without_sums(step):
     """As a run leaves it that is killed between the save and its sums."""
-    (step / "sums-0.json").unlink()
+    (step / "sums-0-of-1.json").unlink()
     damage_arrays(step)
 
 

@@ -266,7 +266,7 @@ def test_a_layer_is_read_without_the_others(in_blocks, tmp_path):
     (home / "checkpoints/0/params/layers.mlp.up/1.0.0").write_bytes(b"damaged")
     with pytest.raises(UserError, match="layers.mlp.up/1.0.0 has 7 bytes"):
         checkpoint.open_stored(home)
-    (home / "checkpoints/0/sums-0.json").unlink()
+    (home / "checkpoints/0/sums-0-of-1.json").unlink()
     stored = checkpoint.open_stored(home).tree["layers/mlp/up"]
     expected = params_of(DENSE)["layers/mlp/up"]
     np.testing.assert_array_equal(stored.read(0), expected[0])

@@ -48,15 +48,38 @@ class Checkpoints:
         """All steps of which there is a checkpoint, the newest first."""
         return sorted(self._manager.all_steps(), reverse=True)
 
-    def newest_good(self, told: Callable[[int, str], None]) -> int | None:
-        """The newest step whose files are those that were written; damaged ones are told and put aside as `damaged-<step>`."""
-        for step in self.steps():
-            wrong = parallel.first_of(sums.damage(self.directory / str(step), *parallel.share()))
+    def resume(
+        self, like: Any, check: Callable[[dict[str, Any]], None], told: Callable[[int, str], None]
+    ) -> tuple[int, Any] | None:
+        """The newest step that is whole and its state, with the shardings of `like`; `check` sees the meta before.
+
+        Damaged steps are told and put aside as `damaged-<step>`.  A step whose sums were not written, because the run was
+        killed in between, cannot be verified; it is tried only where there is no other.
+        """
+        for step in sorted(self.steps(), key=lambda step: (self._sealed(step), step), reverse=True):
+            wrong, state = parallel.first_of(sums.damage(self.directory / str(step), *parallel.share())), None
             if not wrong:
-                return step
+                try:
+                    check(self.meta(step))
+                    state = self.restore(step, like)
+                except UserError:
+                    raise
+                except Exception as error:  # whatever a damaged file makes of Orbax
+                    if self._sealed(step):
+                        raise
+                    wrong = str(error) or type(error).__name__
+                wrong = parallel.first_of(wrong)
+            if not wrong:
+                for later in (s for s in self.steps() if s > step):
+                    told(later, "the run was killed before its check sums were written")
+                    self._put_aside(later, "damaged")
+                return step, state
             told(step, wrong)
             self._put_aside(step, "damaged")
         return None
+
+    def _sealed(self, step: int) -> bool:
+        return not parallel.first_of("" if sums.sealed(self.directory / str(step)) else "no")
 
     def go_back(self, step: int) -> None:
         """Puts the checkpoints of later steps aside as `left-<step>`, once the last save is done."""

@@ -19,7 +19,16 @@ def seal(step: Path, process: int, processes: int) -> None:
     found = {str(path.relative_to(step)): entry for path, entry in zip(mine, sums, strict=True) if entry}
     temporary = step / f".sums-{process}"
     temporary.write_text(json.dumps(found), encoding="utf-8")  # retention may have removed the directory, which then fails
-    temporary.replace(step / f"sums-{process}.json")
+    temporary.replace(step / f"sums-{process}-of-{processes}.json")
+
+
+def sealed(step: Path) -> bool:
+    """Whether every process came to write its sums; a kill just after a save can prevent it."""
+    return any(len(list(step.glob(f"sums-*-of-{count}.json"))) == int(count) for count in _counts(step))
+
+
+def _counts(step: Path) -> set[str]:
+    return {path.stem.rpartition("-")[2] for path in step.glob("sums-*-of-*.json")}
 
 
 def damage(step: Path, process: int = 0, processes: int = 1, item: str = "") -> str:

@@ -84,12 +84,8 @@ def run(
             while True:
                 detours, guard = Detours.read(job.directory), Guard(job.guard, job.changes)
                 with clock.of("restore"), watch.paused():
-                    start = checkpoints.newest_good(damaged) or 0
-                    if start:
-                        check_meta(checkpoints.meta(start))
-                        state = checkpoints.restore(start, abstract_state)
-                    else:
-                        state = fresh_state()
+                    start, state = checkpoints.resume(abstract_state, check_meta, damaged) or (0, None)
+                    state = state or fresh_state()
                 attempt = _Attempt(job, checkpoints, events, clock, watch, guard, detours, start)
                 try:
                     return attempt.run(state, train_step, batches(start, detours.batch), probes)
