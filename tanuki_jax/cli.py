@@ -7,12 +7,13 @@ import json
 import logging
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tanuki_jax.errors import Preempted, UserError
+from tanuki_jax.errors import PeerLost, Preempted, UserError
 from tanuki_jax.flags import make_parser
 
 PREEMPTED = 75  # EX_TEMPFAIL: try again
@@ -44,11 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"tanuki: {stopped}; the same command goes on from there", file=sys.stderr)
         _leave(PREEMPTED)
         return PREEMPTED
-    except RuntimeError as error:
-        if not _several_processes():
-            raise
-        traceback.print_exception(error)
-        _leave(1 if "RESOURCE_EXHAUSTED" in str(error) else PEER_LOST)
+    except PeerLost as error:
+        print(f"tanuki: {error}; start all processes again", file=sys.stderr)
+        _leave(PEER_LOST)
+        return PEER_LOST
     except BrokenPipeError:
         return 0
     except KeyboardInterrupt:
@@ -56,6 +56,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         what = "the same command goes on from where it was" if resumes else "no output was written"
         print(f"\ntanuki: interrupted; {what}", file=sys.stderr)
         return 130
+    except Exception as error:
+        if not _several_processes():
+            raise
+        traceback.print_exception(error)
+        lost = isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error)  # of a collective, most likely
+        _leave(PEER_LOST if lost else 1)
     return 1
 
 
@@ -69,6 +75,8 @@ def _leave(code: int) -> None:
     if _several_processes():
         sys.stdout.flush()
         sys.stderr.flush()
+        if sys.modules["jax"].process_index() == 0:
+            time.sleep(1)  # the others meet here: without it JAX would end them before they have said why
         os._exit(code)
 
 

@@ -1,4 +1,4 @@
-"""The one exception for bad input; it imports nothing, so that every room and the command line may use it."""
+"""Exceptions that end a command with one message; this imports nothing, so that every room and the command line may use it."""
 
 
 class UserError(Exception):
@@ -7,3 +7,7 @@ class UserError(Exception):
 
 class Preempted(Exception):
     """The run was told to stop, and all of it is saved; the same command goes on (exit code 75)."""
+
+
+class PeerLost(Exception):
+    """Another process of the run did not come where all meet; all are to be started again (exit code 77)."""

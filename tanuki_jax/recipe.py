@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from tanuki_jax import __version__, checkpoint, config, files, inputs, parallel, placement, stage, start
+from tanuki_jax import __version__, checkpoint, config, files, inputs, parallel, placement, preflight, stage, start
 from tanuki_jax.config import Recipe
 from tanuki_jax.errors import Preempted, UserError
 from tanuki_jax.evaluate import score
@@ -30,8 +30,20 @@ def run(recipe: Recipe, workdir: Path, only: str = "", allow_data_change: bool =
     if only and only not in recipe.stages:
         raise UserError(f"--stage: the recipe has no stage {only!r}; it has {', '.join(recipe.stages)}")
     parallel.initialize()
+    with parallel.watching(_hangs):
+        return _run(recipe, workdir, only, allow_data_change)
+
+
+def _hangs(found: dict[str, Any]) -> None:
+    """Between stages, whose own events have a file."""
+    print("takes long: " + ", ".join(f"{name} {value}" for name, value in found.items()), file=sys.stderr, flush=True)
+
+
+def _run(recipe: Recipe, workdir: Path, only: str, allow_data_change: bool) -> dict[str, Any]:
     first = jax.process_index() == 0
-    parallel.once(lambda: _claim(recipe, workdir))
+    parallel.at("the start")
+    parallel.once(lambda: _claim(recipe, workdir), f"--workdir {workdir}")
+    preflight.check(recipe, workdir, versions())
     mesh = parallel.make_mesh(recipe.mesh)
     wanted = [only] if only else list(recipe.stages)
     meshes = {name: placement.make_mesh(recipe, name) for name in wanted}
@@ -42,7 +54,10 @@ def run(recipe: Recipe, workdir: Path, only: str = "", allow_data_change: bool =
         _announce(recipe, mesh, meshes)
     sources = {source for name in wanted for source, weights in recipe.stages[name].mixture.items() if any(weights)}
     needed = any(not _done(workdir, name) for name in wanted)
-    ready = parallel.once(lambda: inputs.prepare(recipe, workdir, sources)) if needed else None
+    parallel.at("preparing data")
+    ready = parallel.once(lambda: inputs.prepare(recipe, workdir, sources), "preparing data") if needed else None
+    if ready:
+        parallel.agree("fingerprint of the tokenizer", ready.tokenizer.fingerprint)
     with parallel.listening():
         for name in wanted:
             if _done(workdir, name):
@@ -53,10 +68,13 @@ def run(recipe: Recipe, workdir: Path, only: str = "", allow_data_change: bool =
             if parent in recipe.stages and not _done(workdir, parent):
                 raise UserError(f"stage {name} starts from {parent}, which is not finished in {workdir}; run it first")
             assert ready is not None
+            parallel.at(f"the start of stage {name}")
             entry = stage.run(recipe, name, workdir, ready, meshes[name], allow_data_change)
+            parallel.at(f"the scores of stage {name}")
             entry["scores"], samples = _scores(recipe, name, workdir, ready, mesh)
             result = {"entry": entry, "samples": samples}
-            parallel.on_first(functools.partial(files.write_json, start.directory(workdir, name) / "done.json", result))
+            finish = functools.partial(files.write_json, start.directory(workdir, name) / "done.json", result)
+            parallel.on_first(finish, f"the end of stage {name}")
             if first:
                 print(_line(entry), file=sys.stderr, flush=True)
     entries = [done["entry"] for name in recipe.stages if (done := _done(workdir, name))]

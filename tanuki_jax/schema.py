@@ -160,7 +160,7 @@ class Guard:
     rollbacks: int = key(3, "times that a stage goes back; then it ends")
     rollback_rate: float = key(1.0, "factor of the learning rate after each time")
     hang_seconds: float = key(
-        0.0, "a step that takes longer ends the process, for its launcher to restart; 0 = it is only told"
+        1800.0, "a step that takes longer ends the process, for its launcher to restart; 0 = it is only told"
     )
 
 

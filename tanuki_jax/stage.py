@@ -79,14 +79,15 @@ def run(
 ) -> dict[str, Any]:
     """Runs or resumes a stage and returns its part of the summary."""
     this, home = recipe.stages[name], directory(workdir, name)
-    parallel.once(lambda: copy_tokenizer(inputs.tokenizer.directory, home / "tokenizer"))
+    parallel.once(lambda: copy_tokenizer(inputs.tokenizer.directory, home / "tokenizer"), "the tokenizer")
     if this.kind == "upcycle":
         return _upcycle(recipe, name, workdir, mesh)
     cfg = config.model_of(recipe, name)
     placement.check_mesh(recipe, name, mesh)
     frozen = frozen_params(recipe, name, workdir, mesh)
     reference = _reference(recipe, name, workdir, inputs, mesh, frozen) if this.kind == "dpo" else None
-    data = parallel.once(lambda: stage_data(recipe, name, inputs, workdir / "data", reference))
+    data = parallel.once(lambda: stage_data(recipe, name, inputs, workdir / "data", reference), f"the data of stage {name}")
+    parallel.agree(f"fingerprint of the data of stage {name}", data.fingerprint)
     train_step, abstract, shardings = program(recipe, name, data.steps, mesh)
     optimizer = make_optimizer(this.optimizer)
     meta = {
@@ -219,7 +220,7 @@ def _check_finite(where: str, params: Any) -> None:
 def _reference(recipe: Recipe, name: str, workdir: Path, inputs: Inputs, mesh: jax.sharding.Mesh, frozen: Any) -> np.ndarray:
     """Log-probabilities [pairs, 2] of every pair under the model that the stage starts from, computed once and cached."""
     this, cfg = recipe.stages[name], config.model_of(recipe, name)
-    data = parallel.once(lambda: stage_data(recipe, name, inputs, workdir / "data"))
+    data = parallel.once(lambda: stage_data(recipe, name, inputs, workdir / "data"), f"the data of stage {name}")
     parent = parent_directory(recipe, name, workdir)
     assert parent is not None
     home, step = checkpoint.locate(parent)
@@ -228,7 +229,7 @@ def _reference(recipe: Recipe, name: str, workdir: Path, inputs: Inputs, mesh: j
         params = {**frozen, **trained_params(recipe, name, workdir, mesh)}
         with jax.set_mesh(mesh):
             logprobs = np.concatenate([_source_logprobs(cfg, params, rows, this.batch_size, mesh) for rows in data.sources])
-        parallel.once(lambda: _save_array(path, logprobs))
+        parallel.once(lambda: _save_array(path, logprobs), "reference log-probabilities")
     return np.load(path)
 
 

@@ -20,6 +20,7 @@ LAYERS = (
         "start",
         "validation",
         "placement",
+        "preflight",
         "inputs",
         "report",
         "report_experts",

@@ -83,7 +83,7 @@ def _restore(stage_directory: Path, step: int, shapes: Any, shardings: Any) -> A
 def check_sums(stage_directory: Path, step: int) -> None:
     """An error where the files of a step's parameters are not those that were written."""
     home = Path(stage_directory) / "checkpoints" / str(step)
-    if wrong := parallel.first_of(sums.damage(home, *parallel.share(), item="params")):
+    if wrong := parallel.first_of(sums.damage(home, *parallel.share(), item="params"), "check sums"):
         others = sorted((int(p.name) for p in home.parent.iterdir() if p.name.isdigit() and p != home), reverse=True)
         fix = f"use {home.parent / str(others[0])}" if others else "bring back another copy"
         raise UserError(f"checkpoint: {home} is damaged, {wrong}; {fix}")

@@ -22,6 +22,7 @@ from tanuki_jax.errors import UserError
 ORBAX_THREADS = ("async_save", "save_finalize", "write_metadata_after_commits")
 CHUNK = 128 << 20  # bytes
 POLL = 0.02  # seconds
+SAVE_SECONDS = 1800  # that a save may take in the background, before it is an error
 EVERY = 1_000_000  # keep all checkpoints: for opening without deleting
 
 
@@ -33,6 +34,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=ocp.checkpoint_managers.LatestN(keep),
             enable_async_checkpointing=True,
+            async_options=ocp.AsyncOptions(timeout_secs=SAVE_SECONDS),
             cleanup_tmp_directories=keep != EVERY,  # who only reads must not disturb a run that is saving
         )
         with disk_errors(self.directory):
@@ -57,7 +59,7 @@ class Checkpoints:
         killed in between, cannot be verified; it is tried only where there is no other.
         """
         for step in sorted(self.steps(), key=lambda step: (self._sealed(step), step), reverse=True):
-            wrong, state = parallel.first_of(sums.damage(self.directory / str(step), *parallel.share())), None
+            wrong, state = parallel.first_of(sums.damage(self.directory / str(step), *parallel.share()), "check sums"), None
             if not wrong:
                 try:
                     check(self.meta(step))
@@ -68,7 +70,7 @@ class Checkpoints:
                     if self._sealed(step):
                         raise
                     wrong = str(error) or type(error).__name__
-                wrong = parallel.first_of(wrong)
+                wrong = parallel.first_of(wrong, "restoring")
             if not wrong:
                 for later in (s for s in self.steps() if s > step):
                     told(later, "the run was killed before its check sums were written")
@@ -79,7 +81,7 @@ class Checkpoints:
         return None
 
     def _sealed(self, step: int) -> bool:
-        return not parallel.first_of("" if sums.sealed(self.directory / str(step)) else "no")
+        return not parallel.first_of("" if sums.sealed(self.directory / str(step)) else "no", "check sums")
 
     def go_back(self, step: int) -> None:
         """Puts the checkpoints of later steps aside as `left-<step>`, once the last save is done."""
@@ -93,7 +95,7 @@ class Checkpoints:
             shutil.rmtree(target, ignore_errors=True)
             (self.directory / str(step)).rename(target)
 
-        parallel.on_first(move)
+        parallel.on_first(move, "putting a checkpoint aside")
         self._manager.reload()
 
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
@@ -111,9 +113,23 @@ class Checkpoints:
         items = {name: ocp.args.StandardSave(tree, save_args=_by_layer(tree)) for name, tree in trees.items()}
         with self._saving():
             self._wait()
+            self._probe(trees)
             self._manager.save(step, args=ocp.args.Composite(**items, meta=ocp.args.JsonSave({"step": step, **meta})))
             self._sealing = threading.Thread(target=self._seal, args=(step,), name="seal", daemon=True)
             self._sealing.start()
+
+    def _probe(self, trees: dict[str, Any]) -> None:
+        """An OSError where this process cannot write here, or there is no room: of several processes, some would find out in
+        the middle of a save, and the others wait for them.
+        """
+        probe = self.directory / f".probe-{jax.process_index()}"
+        try:
+            probe.write_bytes(bytes(4096))
+        finally:
+            probe.unlink(missing_ok=True)
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
+        if shutil.disk_usage(self.directory).free < size / 2:  # it may be compressed
+            raise OSError(errno.ENOSPC, "No space left on device")
 
     def _seal(self, step: int) -> None:
         """Once the save is whole, writes the sums of its files."""

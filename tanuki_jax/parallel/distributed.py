@@ -1,4 +1,4 @@
-"""Several processes: bring-up, and doing shared work once."""
+"""Several processes: bring-up, and the notice to stop."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import itertools
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any, TypeVar, cast
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from tanuki_jax.errors import UserError
+from tanuki_jax.parallel import peers
 
-T = TypeVar("T")
 _listening: list[Any] = []  # the handler of SIGTERM before
 _noticed, _asked = threading.Event(), itertools.count(1)  # the service counts over the whole run
-TEXT = 256  # bytes of a text that all processes hear
+HEARTBEAT = 100  # seconds after which a process that is not heard of is taken for dead; TANUKI_HEARTBEAT_SECONDS
 VARIABLES = ("TANUKI_COORDINATOR", "TANUKI_PROCESSES", "TANUKI_PROCESS_ID")
 
 
@@ -28,59 +28,27 @@ def initialize() -> None:
 
     On TPU pods, Slurm and GKE, JAX finds them by itself where TANUKI_COORDINATOR=auto.  Elsewhere set
     TANUKI_COORDINATOR=host:port, TANUKI_PROCESSES and TANUKI_PROCESS_ID.  Without these there is one process.
+
+    When a process dies, or its machine stops, JAX ends all others within the time of its heart beat, and names it.
     """
     coordinator, processes, process = (os.environ.get(v) for v in VARIABLES)
     if not coordinator:
         return
+    text = os.environ.get("TANUKI_HEARTBEAT_SECONDS", "") or str(HEARTBEAT)
+    if not text.isdigit() or not int(text):
+        raise UserError(f"TANUKI_HEARTBEAT_SECONDS is {text!r}; set it to a whole number of seconds above 0")
+    heartbeat = int(text)
     if coordinator == "auto":
-        jax.distributed.initialize()
+        jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat)
+        peers.introduce()
         return
     if not (processes or "").isdigit() or not (process or "").isdigit():
         raise UserError(
             "TANUKI_COORDINATOR is set; set TANUKI_PROCESSES and TANUKI_PROCESS_ID to whole numbers too, "
             "or TANUKI_COORDINATOR=auto"
         )
-    jax.distributed.initialize(coordinator, int(processes or 0), int(process or 0))
-
-
-def on_first(work: Callable[[], T]) -> T | None:
-    """Runs work on the first process while the others wait; its result there, None elsewhere.  If it fails, all fail."""
-    if jax.process_count() == 1:
-        return work()
-    result, error = None, None
-    if jax.process_index() == 0:
-        try:
-            result = work()
-        except Exception as raised:  # the others must hear of it before it goes on
-            error = raised
-    failed = multihost_utils.broadcast_one_to_all(np.int32(error is not None))
-    if error is not None:
-        raise error
-    if failed:
-        raise UserError("the first process could not go on; its message says why")
-    return result
-
-
-def once(work: Callable[[], T]) -> T:
-    """Runs idempotent work on the first process, then on the others, who find it done (on a shared file system)."""
-    result = on_first(work)
-    return cast(T, result) if jax.process_index() == 0 else work()
-
-
-def share() -> tuple[int, int]:
-    """This process's number and how many there are: its part of work that is cut evenly."""
-    return jax.process_index(), jax.process_count()
-
-
-def first_of(found: str) -> str:
-    """The first text that is not empty, of those of all processes, the same on each of them."""
-    if jax.process_count() == 1:
-        return found
-    own = np.zeros(TEXT, np.uint8)
-    data = found.encode()[:TEXT]
-    own[: len(data)] = np.frombuffer(data, np.uint8)
-    texts = [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in multihost_utils.process_allgather(own)]
-    return next(filter(None, texts), "")
+    jax.distributed.initialize(coordinator, int(processes or 0), int(process or 0), heartbeat_timeout_seconds=heartbeat)
+    peers.introduce()
 
 
 @contextlib.contextmanager

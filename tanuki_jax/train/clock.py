@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
+from tanuki_jax import parallel
+
+PATIENCE, LONG = 300.0, 20.0  # a step takes long: so many seconds, and so many times the median
 # `step` is what is left: the time that trains.  `lost` was spent on steps that a later run, or going back, made anew.
 KINDS = ("compile", "input", "step", "score", "save", "restore", "lost")
 
 
 class Clock:
-    """Seconds by kind, the recent rate, and the wait for input.
+    """Seconds by kind, the recent rate, and the wait for input; it also tells parallel/watch.py where the run is.
 
+    hang_seconds: a step that takes longer ends the process; 0 = never.
     seconds: of all kinds but `lost`, as `times` (KINDS but `step`) of earlier runs has them.
     """
 
-    def __init__(self, tokens_per_step: int) -> None:
-        self._tokens_per_step = tokens_per_step
+    def __init__(self, tokens_per_step: int, hang_seconds: float = 0.0) -> None:
+        self._tokens_per_step, self._hang_seconds, self.step = tokens_per_step, hang_seconds, 0
         self.seconds = 0.0
         self._times = dict.fromkeys(KINDS, 0.0)
         self._took = 0.0  # by what was timed last
@@ -43,24 +49,36 @@ class Clock:
     def of(self, kind: str) -> Iterator[None]:
         """What happens inside counts as `kind`."""
         since = time.monotonic()
+        self._at(kind)
         try:
             yield
         finally:
             self._took = time.monotonic() - since
             self._times[kind] += self._took
+            self._at("step")
+
+    def _at(self, kind: str) -> None:
+        what, end = f"{kind} after step {self.step}", self._hang_seconds
+        if kind in ("step", "input"):
+            limit = max(PATIENCE, LONG * self.seconds_per_step())
+            parallel.at(what, min(limit, end) if end else limit, end)
+        else:
+            parallel.at(what, end=end and max(end, parallel.wait_seconds()))
 
     def waiting(self, batches: Iterator[Any]) -> Iterator[Any]:
         """The batches, with the time that each made the loop wait."""
         while True:
-            since = time.monotonic()
-            try:
-                batch = next(batches)
-            except StopIteration:
+            with self.of("input"):
+                batch = next(batches, None)
+            if batch is None:
                 return
-            waited = time.monotonic() - since
-            self._times["input"] += waited
-            self._waited, self._steps = self._waited + waited, self._steps + 1
+            self._waited, self._steps = self._waited + self._took, self._steps + 1
             yield batch
+
+    def seconds_per_step(self) -> float:
+        """Of recent steps, the median; 0 where there are none."""
+        times = [time for time, _ in self._recent]
+        return statistics.median(after - before for before, after in pairwise(times)) if len(times) > 1 else 0.0
 
     def mean_wait(self) -> float:
         """Seconds a step that input was waited for, since the last call."""
@@ -69,6 +87,7 @@ class Clock:
 
     def done(self, step: int) -> None:
         """A step has ended."""
+        self.step = step
         now = time.monotonic()
         self.seconds += now - self._last
         self._last = now

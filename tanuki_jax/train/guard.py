@@ -1,32 +1,28 @@
-"""What watches a run: steps that are not finite, spikes of loss and gradient norm, steps that do not end.
+"""What judges a run: steps that are not finite, spikes of loss and gradient norm; and the events of a stage.
 
 All of it looks at metrics that the loop has read anyway, one step late.
 """
 
 from __future__ import annotations
 
-import faulthandler
 import json
 import math
 import os
 import statistics
 import sys
-import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tanuki_jax import config, files
+from tanuki_jax import config
 
 WINDOW = 200  # steps whose median a step is compared with
 LEAST = 20  # steps without which there is no judgement
 LOSS_FLOOR, NORM_FLOOR = 0.02, 0.2  # least deviation: of the loss as a share of its median, of the norm's logarithm
-PATIENCE, LONG = 300.0, 20.0  # a step hangs that takes so many seconds, and so many times the median
-HANGS = 76  # exit code of a process that ended itself
 
 
 class Events:
@@ -121,98 +117,3 @@ class Guard:
 def _deviation(values: Iterable[float], middle: float) -> float:
     """The median distance from the median, as large as the standard deviation would be of a normal distribution."""
     return 1.4826 * statistics.median(abs(value - middle) for value in values)
-
-
-# --- going back -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Detours:
-    """Batches that a run leaves out after it went back, kept in a file: the batch of a step stays a function of the step.
-
-    entries: step to which the run went back, first and last batch that are left out, factor of the learning rate.
-    """
-
-    path: Path
-    entries: tuple[tuple[int, int, int, float], ...] = ()
-
-    @classmethod
-    def read(cls, directory: Path) -> Detours:
-        path = directory / "detours.json"
-        return cls(path, tuple(map(tuple, files.read_json(path))) if path.is_file() else ())
-
-    def plus(self, back: int, first: int, count: int, factor: float) -> Detours:
-        """With one more: back to step `back`, and without the batches that `count` steps from `first` on have now."""
-        return Detours(self.path, (*self.entries, (back, self.batch(first), self.batch(first + count - 1), factor)))
-
-    def write(self) -> None:
-        """Keeps them."""
-        files.write_json(self.path, self.entries)
-
-    def batch(self, step: int) -> int:
-        """The number of the batch of a step, both counted from 0: of those that are not left out, the step-th."""
-        batch, end = step, -1
-        for first, last in sorted((first, last) for _, first, last, _ in self.entries):
-            if batch < first:
-                break
-            batch += max(0, last - max(first, end + 1) + 1)
-            end = max(end, last)
-        return batch
-
-    def rate(self, step: int) -> float:
-        """By what the learning rate of a step is multiplied."""
-        return math.prod(factor for back, _, _, factor in self.entries if step >= back)
-
-
-# --- steps that do not end ------------------------------------------------------------------------------------------
-
-
-class Watch:
-    """A thread that looks whether steps still end; where one does not, it prints the stacks of all threads.
-
-    seconds: then it also ends the process, with exit code HANGS, for a launcher to start it anew; 0 = it only tells.
-    """
-
-    def __init__(self, events: Events, seconds: float) -> None:
-        self._events, self._seconds = events, seconds
-        self._took: deque[float] = deque(maxlen=WINDOW)
-        self._last: float | None = None  # when a step ended; None while nothing is watched
-        self._step, self._told = 0, False
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
-        self._thread.start()
-
-    def beat(self, step: int) -> None:
-        """A step has ended."""
-        now = time.monotonic()
-        if self._last is not None:
-            self._took.append(now - self._last)
-        self._step, self._last, self._told = step, now, False
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """What happens inside may take long: a save, a scoring."""
-        watching, self._last = self._last is not None, None
-        yield
-        self._last = time.monotonic() if watching else None
-
-    def close(self) -> None:
-        """Ends the thread."""
-        self._stop.set()
-        self._thread.join()
-
-    def limit(self) -> float:
-        """Seconds after which a step counts as hanging."""
-        return self._seconds or max(PATIENCE, LONG * statistics.median(self._took or [0.0]))
-
-    def _watch(self) -> None:
-        while not self._stop.wait(min(1.0, self.limit() / 10)):
-            last = self._last
-            if last is None or self._told or time.monotonic() - last <= self.limit():
-                continue
-            self._told = True
-            with suppress(OSError):  # a full disk must not keep a hanging process alive
-                self._events.add("hang", self._step + 1, seconds=round(time.monotonic() - last, 1))
-            faulthandler.dump_traceback(all_threads=True)
-            if self._seconds:
-                os._exit(HANGS)

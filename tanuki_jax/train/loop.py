@@ -17,9 +17,12 @@ from tanuki_jax.checkpoint import Checkpoints, disk_errors
 from tanuki_jax.errors import Preempted, UserError
 from tanuki_jax.progress import Progress
 from tanuki_jax.train.clock import Clock
-from tanuki_jax.train.guard import Detours, Events, Guard, Watch, read_events
+from tanuki_jax.train.detours import Detours
+from tanuki_jax.train.guard import Events, Guard, read_events
 from tanuki_jax.train.metrics import MetricsWriter, mfu, plain, read_metrics
 from tanuki_jax.train.step import State
+
+SLOW = 0.2  # share of a step for which a process that waits for its input holds the others up
 
 
 @dataclass(frozen=True)
@@ -73,20 +76,22 @@ def run(
     """
     checkpoints = Checkpoints(job.directory, job.keep)
     first = jax.process_index() == 0
-    events, clock = Events(job.directory, first), Clock(job.tokens_per_step)
-    watch = Watch(events, job.guard.hang_seconds)
+    events, clock = Events(job.directory, first), Clock(job.tokens_per_step, job.guard.hang_seconds)
 
     def damaged(step: int, wrong: str) -> None:
         events.add("damaged_checkpoint", step, what=wrong)
 
+    def hangs(found: dict[str, Any]) -> None:
+        events.add("hang", clock.step + 1, **found)
+
     try:
-        with parallel.listening():
+        with parallel.listening(), parallel.watching(hangs):
             while True:
                 detours, guard = Detours.read(job.directory), Guard(job.guard, job.changes)
-                with clock.of("restore"), watch.paused():
+                with clock.of("restore"):
                     start, state = checkpoints.resume(abstract_state, check_meta, damaged) or (0, None)
                     state = state or fresh_state()
-                attempt = _Attempt(job, checkpoints, events, clock, watch, guard, detours, start)
+                attempt = _Attempt(job, checkpoints, events, clock, guard, detours, start)
                 try:
                     return attempt.run(state, train_step, batches(start, detours.batch), probes)
                 except OSError:  # of metrics or events; a device out of memory is no full disk
@@ -96,7 +101,6 @@ def run(
                     del state
                     _go_back(job, checkpoints, events, guard, detours, attempt.reported)
     finally:
-        watch.close()
         checkpoints.close()
 
 
@@ -111,7 +115,7 @@ def _go_back(job: Job, checkpoints: Checkpoints, events: Events, guard: Guard, d
     checkpoints.go_back(good)
     count = step - guard.first_high + 1
     new = detours.plus(good, guard.first_high - 1, count, job.guard.rollback_rate)
-    parallel.on_first(new.write)
+    parallel.on_first(new.write, "detours")
     batches = [detours.batch(guard.first_high - 1), detours.batch(step - 1)]
     events.add("rollback", step, to=good, batches_left_out=batches, learning_rate_times=new.rate(good))
 
@@ -125,13 +129,12 @@ class _Attempt:
         checkpoints: Checkpoints,
         events: Events,
         clock: Clock,
-        watch: Watch,
         guard: Guard,
         detours: Detours,
         start: int,
     ) -> None:
         self.job, self.checkpoints, self.events, self.clock = job, checkpoints, events, clock
-        self.watch, self.guard, self.detours, self.start = watch, guard, detours, start
+        self.guard, self.detours, self.start = guard, detours, start
         self.writer = MetricsWriter(job.directory, start, job.tensorboard) if jax.process_index() == 0 else None
         rows = self.writer.kept if self.writer else read_metrics(job.directory)
         guard.remember(row for row in rows if row["step"] <= start)
@@ -140,7 +143,7 @@ class _Attempt:
         lost = sum(event.get("lost_seconds", 0.0) for event in read_events(job.directory))
         clock.resume(self.writer.last if self.writer else {}, lost)
         self.progress = Progress(job.name, job.steps, quiet=jax.process_index() != 0)
-        self.reported = start
+        self.reported, self.slow = start, False
 
     def run(self, state: State, train_step: Any, batches: Iterator[Any], probes: Any) -> State:
         job, clock = self.job, self.clock
@@ -159,14 +162,14 @@ class _Attempt:
                 due = [probe for every, probe in probes if number % every == 0 or ends]
                 probed: dict[str, Any] = {}
                 if due:
-                    with clock.of("score"), self.watch.paused():
+                    with clock.of("score"):
                         probed = {name: value for probe in due for name, value in probe(state.model).items()}
                 late = (number, metrics, probed, batch)
                 if number % job.save_every == 0 or ends or stop:
                     self.report(*late)
                     late = None
                     if not self.guard.high or ends or stop:  # what is saved in a spike would push out what was before it
-                        with clock.of("save"), self.watch.paused():
+                        with clock.of("save"):
                             self.checkpoints.save(number, state, job.meta)
                 if stop:
                     self.checkpoints.close()
@@ -185,7 +188,6 @@ class _Attempt:
         verdict = self.guard.look(number, loss, norm)
         self.reported = number
         self.clock.done(number)
-        self.watch.beat(number)
         if verdict == "not_finite":
             self._not_finite(number, loss, norm, batch)
             return
@@ -198,19 +200,33 @@ class _Attempt:
     def _log(self, number: int, loss: float, metrics: dict[str, jax.Array], probed: dict[str, Any]) -> None:
         job, clock = self.job, self.clock
         self.progress.show(number, f"loss {loss:.3f}  {clock.tokens_per_second:,.0f} tokens/s")
-        if self.writer and (number % job.log_every == 0 or number == job.steps or probed):
-            rate = clock.tokens_per_second
+        if not (number % job.log_every == 0 or number == job.steps or probed):
+            return
+        waited, rate = clock.mean_wait(), clock.tokens_per_second
+        parallel.spends(waited)
+        if self.writer:
             how = {
                 "tokens_per_second": round(rate, 1),
                 "mfu": mfu(rate, job.flops_per_token),
-                "input_wait": round(clock.mean_wait(), 6),
+                "input_wait": round(waited, 6),
                 "goodput": clock.goodput(),
                 "seconds": round(clock.seconds, 3),
                 "times": clock.times(),
             }
             first = {"step": number, "tokens": number * job.tokens_per_step}
             seen = job.counters(self.detours.batch(number - 1) + 1)
-            self.writer.write({**first, **plain(metrics), **seen, **plain(probed), **how})
+            self.writer.write({**first, **plain(metrics), **seen, **plain(probed), **how, **self._slowest(number)})
+
+    def _slowest(self, number: int) -> dict[str, Any]:
+        """The process that waits longest for its input, of several; an event where it begins to hold the others up."""
+        found = parallel.slowest()
+        if not found:
+            return {}
+        slow = found["seconds"] > max(2 * found["median"], SLOW * self.clock.seconds_per_step())
+        if slow and not self.slow:
+            self.events.add("slow_host", number, **found)
+        self.slow = slow
+        return {"slowest_process": found["process"], "slowest_input_wait": round(found["seconds"], 6)}
 
     def _not_finite(self, number: int, loss: float, norm: float, batch: Any) -> None:
         batch_number = self.detours.batch(number - 1)

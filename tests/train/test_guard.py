@@ -1,10 +1,9 @@
-"""What watches a run: properties of the guard, of batches left out, of events, and of going back."""
+"""What judges a run: properties of the guard, of batches left out, of events, and of going back."""
 
 import dataclasses
 import functools
 import json
 import math
-import threading
 import time
 
 import jax
@@ -16,9 +15,10 @@ from hypothesis import strategies as st
 
 from tanuki_jax import config
 from tanuki_jax.checkpoint import Checkpoints
-from tanuki_jax.train import guard as guards
+from tanuki_jax.parallel import watch
 from tanuki_jax.train import loop
-from tanuki_jax.train.guard import Detours, Events, Guard, Watch, read_events
+from tanuki_jax.train.detours import Detours
+from tanuki_jax.train.guard import Events, Guard, read_events
 from tanuki_jax.train.optimizer import make_optimizer
 from tanuki_jax.train.step import init_state, make_train_step
 from tests.test_sums import STATE, state_of
@@ -146,74 +146,17 @@ def test_processes_but_the_first_write_no_events(tmp_path):
     assert read_events(tmp_path / "stage") == [] and not (tmp_path / "stage").exists()
 
 
-# --- the watch ------------------------------------------------------------------------------------------------------------
+# --- going back -----------------------------------------------------------------------------------------------------------
 
 
-class Told:
-    """Events in memory."""
-
-    def __init__(self, fails=False):
-        self.events, self.fails = [], fails
-
-    def add(self, event, step, **more):
-        if self.fails:
-            raise OSError(28, "No space left on device")
-        self.events.append((event, step))
-
-
-@pytest.fixture
-def exits(monkeypatch):
-    found = []
-    monkeypatch.setattr(guards.os, "_exit", found.append)
-    return found
-
-
-def eventually(true, seconds=1.5):
-    until = time.monotonic() + seconds
-    while not true() and time.monotonic() < until:
-        time.sleep(0.02)
-    return true()
-
-
-def test_a_step_that_hangs_is_told_once_and_ends_the_process(exits):
-    told = Told()
-    watch = Watch(told, seconds=0.2)
-    for step in range(1, 4):
-        watch.beat(step)
-    assert eventually(lambda: exits)
-    time.sleep(0.3)
-    watch.close()
-    assert told.events == [("hang", 4)] and exits == [guards.HANGS]
-
-
-def test_a_disk_that_is_full_does_not_keep_a_hanging_process_alive(exits):
-    watch = Watch(Told(fails=True), seconds=0.2)
-    watch.beat(1)
-    assert eventually(lambda: exits)
-    watch.close()
-
-
-def test_what_may_take_long_and_the_time_before_the_first_step_do_not_hang(exits):
-    told = Told()
-    watch = Watch(told, seconds=0.2)
-    time.sleep(0.5)
-    watch.beat(1)
-    with watch.paused():
-        time.sleep(0.5)
-    watch.close()
-    assert not told.events and not exits
-    assert "watch" not in {thread.name for thread in threading.enumerate()}
-
-
-def test_restoring_after_going_back_does_not_hang(tmp_path, exits, monkeypatch):
+def test_restoring_after_going_back_does_not_hang(tmp_path, monkeypatch):
+    exits = []
+    monkeypatch.setattr(watch.os, "_exit", exits.append)
     restore = Checkpoints.restore
     monkeypatch.setattr(Checkpoints, "restore", lambda *args: time.sleep(1.0) or restore(*args))
     losses = {n: 2.0 + 30 * (41 <= n < 46) for n in range(100)}
     watched(tmp_path, losses, config.Guard(hang_seconds=0.6))
     assert not exits
-
-
-# --- going back -----------------------------------------------------------------------------------------------------------
 
 
 def watched(directory, losses, options=None, steps=60, **more):

@@ -13,8 +13,7 @@ import pytest
 
 from tanuki_jax import config
 from tanuki_jax.errors import Preempted, UserError
-from tanuki_jax.train import guard as guards
-from tanuki_jax.train import loop
+from tanuki_jax.train import clock, loop
 from tanuki_jax.train.guard import Guard
 from tanuki_jax.train.step import State
 
@@ -308,7 +307,7 @@ def test_the_times_add_up_and_lost_ones_are_told(tmp_path):
 
 
 def test_a_step_that_hangs_is_told_with_all_stacks(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(guards, "PATIENCE", 0.2)
+    monkeypatch.setattr(clock, "PATIENCE", 0.2)
 
     def step(state, batch):
         if batch == 5:

@@ -1,0 +1,133 @@
+"""Short texts between the processes of a run, and doing shared work once.
+
+They go through JAX's coordination service (the key-value store of process 0), not through the devices, so that every wait has
+a time-out and names the process that did not come.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import socket
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import jax
+from jax._src import distributed  # the store has no public name; Orbax and multihost_utils reach it the same way
+
+from tanuki_jax.errors import PeerLost, UserError
+
+T = TypeVar("T")
+WAIT = 3600.0  # seconds that processes wait for each other; TANUKI_WAIT_SECONDS sets another limit
+_numbers = itertools.count()
+
+
+def wait_seconds() -> float:
+    """How long processes wait for each other."""
+    text = os.environ.get("TANUKI_WAIT_SECONDS", "") or str(WAIT)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not seconds > 0:
+        raise UserError(f"TANUKI_WAIT_SECONDS is {text!r}; set it to a number of seconds above 0")
+    return seconds
+
+
+def share() -> tuple[int, int]:
+    """This process's number and how many there are: its part of work that is cut evenly."""
+    return jax.process_index(), jax.process_count()
+
+
+def host() -> str:
+    """The name of this machine."""
+    return socket.gethostname()
+
+
+def exchange(text: str, what: str) -> list[str]:
+    """The texts of all processes, in their order; each must come here within `wait_seconds`.
+
+    Raises:
+      PeerLost: not all came; the message says who did not, and that it was for `what`.
+    """
+    if jax.process_count() == 1:
+        return [text]
+    client, number, seconds = store(), next(_numbers), wait_seconds()
+    key, me = f"tanuki/{number}", jax.process_index()
+    try:
+        client.key_value_set(f"{key}/{me}", text)
+        client.wait_at_barrier(key, int(1000 * seconds))
+        found = read(f"{key}/")
+    except jax.errors.JaxRuntimeError as error:
+        raise PeerLost(f"{what}: {_missing(key, seconds)}") from error
+    if me == 0 and number:
+        client.key_value_delete(f"tanuki/{number - 1}/")  # all have read it, for they are here
+    return [found[process] for process in range(jax.process_count())]
+
+
+def _missing(key: str, seconds: float) -> str:
+    try:
+        came = read(f"{key}/")
+    except jax.errors.JaxRuntimeError:
+        return "process 0, which the others meet at, does not answer"
+    named = [name(process) for process in range(jax.process_count()) if process not in came]
+    who = ", ".join(named) or "a process"
+    return f"{who} did not come within {seconds:g} s (TANUKI_WAIT_SECONDS), or is gone"
+
+
+def store() -> Any:
+    """The client of the coordination service."""
+    return distributed.global_state.client
+
+
+def read(directory: str) -> dict[int, str]:
+    """What processes have put below `directory` of the store, by process."""
+    return {int(key.rpartition("/")[2]): value for key, value in store().key_value_dir_get(directory)}
+
+
+def name(process: int) -> str:
+    """A process and its machine, for messages."""
+    known = read("tanuki/host/") if jax.process_count() > 1 else {}
+    return f"process {process} ({known[process]})" if process in known else f"process {process}"
+
+
+def introduce() -> None:
+    """Tells the others the name of this machine."""
+    store().key_value_set(f"tanuki/host/{jax.process_index()}", host(), allow_overwrite=True)
+
+
+def first_of(found: str, what: str = "a check") -> str:
+    """The first text that is not empty, of those of all processes, the same on each of them."""
+    return next(filter(None, exchange(found, what)), "")
+
+
+def agree(what: str, text: str) -> None:
+    """An error that names the process whose text is another than that of process 0."""
+    texts = exchange(text, what)
+    for process, other in enumerate(texts):
+        if other != texts[0]:
+            raise UserError(f"{what}: {name(process)} has {other}, {name(0)} has {texts[0]}; all must be the same")
+
+
+def on_first(work: Callable[[], T], what: str = "work done once") -> T | None:
+    """Runs work on the first process while the others wait; its result there, None elsewhere.  If it fails, all fail."""
+    if jax.process_count() == 1:
+        return work()
+    result, error = None, None
+    if jax.process_index() == 0:
+        try:
+            result = work()
+        except Exception as raised:  # the others must hear of it before it goes on
+            error = raised
+    failed = first_of("failed" if error else "", what)
+    if error is not None:
+        raise error
+    if failed:
+        raise UserError(f"the first process could not go on ({what}); its message says why")
+    return result
+
+
+def once(work: Callable[[], T], what: str = "work done once") -> T:
+    """Runs idempotent work on the first process, then on the others, who find it done (on a shared file system)."""
+    result = on_first(work, what)
+    return cast(T, result) if jax.process_index() == 0 else work()
