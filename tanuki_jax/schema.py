@@ -27,6 +27,7 @@ class Model:
     head_dim: int = key(128, "H")
     rope_theta: float = key(10_000.0, "base of the rotary position encoding; a stage may set its own")
     norm_eps: float = key(1e-5, "epsilon of RMSNorm")
+    qk_norm: bool = key(False, "RMSNorm of every head's query and key, against growing attention logits (Qwen3's)")
     init_std: float = key(0.008, "standard deviation of the initial weights; residual outputs are divided by sqrt(2L)")
     n_experts: int = key(0, "E: experts per block of the mixture; 0 where there is none (dense stages ignore it)")
     expert_d_ff: int = key(0, "F of an expert where it is not d_ff: virtual groups split the dense block into parts")

@@ -22,6 +22,8 @@ def turned(x, positions, theta):
 
 def attention(cfg, weights, x, batch):
     q, k, v = (jnp.einsum("bsd,dnh->bsnh", x, weights[name]) for name in "qkv")
+    if cfg.qk_norm:
+        q, k = (norm(w, weights[f"norm_{name}"], cfg.norm_eps) for w, name in ((q, "q"), (k, "k")))
     q, k = (turned(w, batch["positions"], cfg.rope_theta) for w in (q, k))
     k, v = (jnp.repeat(w, cfg.n_heads // cfg.n_kv_heads, axis=2) for w in (k, v))
     segments, order = batch["segment_ids"], jnp.arange(x.shape[1])
@@ -52,7 +54,7 @@ def forward(cfg, params, batch):
     x = params["embed"]["table"][batch["tokens"]]
     for layer in range(cfg.n_layers):
         h = norm(x, layers["norm_attn"][layer], cfg.norm_eps)
-        x = x + attention(cfg, {name: layers["attn"][name][layer] for name in "qkvo"}, h, batch)
+        x = x + attention(cfg, {name: layers["attn"][name][layer] for name in layers["attn"]}, h, batch)
         h = norm(x, layers["norm_mlp"][layer], cfg.norm_eps)
         kind = "moe" if is_mixture(cfg, layer) else "mlp"
         mine = {name: stack[seen[kind]] for name, stack in layers[kind].items()}

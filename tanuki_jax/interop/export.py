@@ -80,6 +80,8 @@ def export_huggingface(path: Path, output: Path, vocab_size: int = 0) -> str:
 
 def kind_of(cfg: config.Model) -> str:
     """llama, mixtral or tanuki; an error where no such class computes what the model does."""
+    if cfg.qk_norm:
+        raise UserError("export: model.qk_norm norms queries and keys; neither Llama, Mixtral nor Tanuki's class does")
     if not cfg.n_experts:
         if cfg.d_model % cfg.n_heads:
             raise UserError(

@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tanuki_jax import config, ops, parallel
-from tanuki_jax.model.layers import project, rotate
+from tanuki_jax.model.layers import parameter, project, rms_norm, rotate
 
 Cache = Any
 Batch = dict[str, jax.Array]
@@ -28,6 +28,9 @@ class Attention(nn.Module):
         cfg = self.cfg
         names = (("q", "DNH"), ("k", "DKH"), ("v", "DKH"))
         q_BSNH, k_BSKH, v_BSKH = (project(self, cfg, x_BSD, name, axes) for name, axes in names)
+        if cfg.qk_norm:
+            q_BSNH = rms_norm(q_BSNH, parameter(self, cfg, "norm_q", "H", "scale"), cfg.norm_eps)
+            k_BSKH = rms_norm(k_BSKH, parameter(self, cfg, "norm_k", "H", "scale"), cfg.norm_eps)
         positions_BS = batch["positions"]
         q_BSNH = rotate(q_BSNH, positions_BS, cfg.rope_theta, scale=cfg.head_dim**-0.5)
         k_BSKH = rotate(k_BSKH, positions_BS, cfg.rope_theta)

@@ -4,7 +4,7 @@ The parameter tree is stacked over layers, leading axis L:
 
     embed/table [V,D]   layers/attn/{q [L,D,N,H], k, v [L,D,K,H], o [L,N,H,D]}   layers/{norm_attn, norm_mlp} [L,D]
     layers/mlp/{gate, up [L,D,F], down [L,F,D]}   or   layers/moe/{router [L,D,E], gate, up [L,E,D,F], down [L,E,F,D]}
-    norm_final [D]   head [D,V]
+    norm_final [D]   head [D,V]   and, with qk_norm, layers/attn/{norm_q, norm_k} [L,H]
 
 Where only some layers are mixtures, `mlp` is stacked over the dense layers and `moe` over the others, each in order.
 """

@@ -42,7 +42,8 @@ class Probe:
 
     def enter(self, layer: dict[str, np.ndarray], dense: dict[str, np.ndarray], router: np.ndarray | None = None) -> None:
         """A layer's attention in both, and the dense FFN; without a router the layer stays dense."""
-        tree = {"attn": {name: layer[f"attn/{name}"] for name in "qkvo"}, **{n: layer[n] for n in ("norm_attn", "norm_mlp")}}
+        attn = {name.removeprefix("attn/"): array for name, array in layer.items() if name.startswith("attn/")}
+        tree = {"attn": attn, **{name: layer[name] for name in ("norm_attn", "norm_mlp")}}
         x, h = self._attend(tree, self._of_dense, self._batch)
         self._of_mixture, self._h = self._attend(tree, self._of_mixture, self._batch)
         said, of_mixture = self._ffn(self._dense, dense, jnp.stack([h[0], self._h[0]]))

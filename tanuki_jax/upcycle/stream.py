@@ -26,6 +26,7 @@ from tanuki_jax.progress import Progress, duration
 from tanuki_jax.upcycle.probe import TOKENS, Identity, Probe
 
 SHARED = ("attn/q", "attn/k", "attn/v", "attn/o", "norm_attn", "norm_mlp")
+QK_NORM = ("attn/norm_q", "attn/norm_k")
 
 
 def open_dense(path: str) -> Opened:
@@ -180,7 +181,7 @@ def _blocks(
     yield "embed/table", (), table
     del table
     for layer in range(cfg.n_layers):
-        rest = {name: shared(f"layers/{name}", layer) for name in SHARED}
+        rest = {name: shared(f"layers/{name}", layer) for name in SHARED + QK_NORM * cfg.qk_norm}
         for name, array in rest.items():
             yield f"layers/{name}", (layer,), array
         if layer in mixtures:
