@@ -20,6 +20,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +29,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 STAGE, SAVE_EVERY, DEVICES = "pretrain", 10, 4
 LAYOUTS = (2, 1, 4)  # numbers of processes, over the same devices
-STEPS = 40  # a moment; the next one comes at most a third of them after the run goes on
+STEPS = 30  # a moment; the next one comes at most half of them after the run goes on
 LIMIT = 240  # seconds in which a start must come to its first step
 KINDS = {
     "kill_one": "SIGKILL of one process",
@@ -47,7 +48,11 @@ NEED_ROOT = ("full_disk", "read_only")
 
 
 def get_config() -> Any:
-    """A mixture of a few thousand parameters."""
+    """A mixture of a few thousand parameters.
+
+    Its learning rate is small: another number of processes sums in another order, and over thousands of large steps the last
+    bit of a sum becomes another choice of an expert, and another curve.
+    """
     from tanuki_jax import config
 
     c = config.recipe(name="faults", seed=0, tensorboard=False)
@@ -68,7 +73,7 @@ def get_config() -> Any:
         save_every=SAVE_EVERY,
         log_every=1,
         keep=3,
-        optimizer=dict(learning_rate=1e-3),
+        optimizer=dict(learning_rate=1e-4),
     )
     return c
 
@@ -164,15 +169,25 @@ def can_mount(place: Path) -> bool:
 
 @contextlib.contextmanager
 def full(disk: Path) -> Iterator[None]:
-    """Fills a file system."""
-    filler = disk / "filler"
-    free = shutil.disk_usage(disk).free
-    with filler.open("wb") as f, contextlib.suppress(OSError):
-        os.posix_fallocate(f.fileno(), 0, max(1, free))
+    """Keeps a file system full, whatever is removed from it meanwhile."""
+    done = threading.Event()
+
+    def fill() -> None:
+        with (disk / "filler").open("wb", buffering=0) as f:
+            while not done.is_set():
+                with contextlib.suppress(OSError):
+                    while not done.is_set():
+                        f.write(bytes(4096))
+                time.sleep(0.005)
+
+    thread = threading.Thread(target=fill)
+    thread.start()
     try:
         yield
     finally:
-        filler.unlink()
+        done.set()
+        thread.join()
+        (disk / "filler").unlink()
 
 
 @contextlib.contextmanager
@@ -239,7 +254,7 @@ def chaos(workdir: Path, disk: Path, kinds: list[str], steps: int, rng: random.R
             while time.monotonic() < until and not run.attempts() - before:
                 time.sleep(0.05)
         else:
-            wait(run, run.step() + rng.randrange(1, STEPS // 3))
+            wait(run, run.step() + rng.randrange(1, STEPS // 2))
         if not run.alive():
             break
         done = run.step()

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from tanuki_jax import __version__, checkpoint, config, files, inputs, parallel, placement, preflight, stage, start
+from tanuki_jax import __version__, checkpoint, config, files, inputs, observe, parallel, placement, preflight, stage, start
 from tanuki_jax.config import Recipe
 from tanuki_jax.errors import Preempted, UserError
 from tanuki_jax.evaluate import score
@@ -58,7 +58,7 @@ def _run(recipe: Recipe, workdir: Path, only: str, allow_data_change: bool) -> d
     ready = parallel.once(lambda: inputs.prepare(recipe, workdir, sources), "preparing data") if needed else None
     if ready:
         parallel.agree("fingerprint of the tokenizer", ready.tokenizer.fingerprint)
-    with parallel.listening():
+    with parallel.listening(), observe.observers(recipe, workdir) as tell:
         for name in wanted:
             if _done(workdir, name):
                 continue
@@ -69,7 +69,7 @@ def _run(recipe: Recipe, workdir: Path, only: str, allow_data_change: bool) -> d
                 raise UserError(f"stage {name} starts from {parent}, which is not finished in {workdir}; run it first")
             assert ready is not None
             parallel.at(f"the start of stage {name}")
-            entry = stage.run(recipe, name, workdir, ready, meshes[name], allow_data_change)
+            entry = stage.run(recipe, name, workdir, ready, meshes[name], allow_data_change, tell)
             parallel.at(f"the scores of stage {name}")
             entry["scores"], samples = _scores(recipe, name, workdir, ready, mesh)
             result = {"entry": entry, "samples": samples}
@@ -198,6 +198,9 @@ def _line(entry: dict[str, Any]) -> str:
         parts.append(f"loss {entry['final_loss']:.3f}")
     if scores:
         parts.append(f"exact answers {scores['exact']:.1%} of {scores['prompts']} held-out prompts")
+    if found := entry.get("learning_rate_range"):
+        lowest, steepest, suggested = (f"{found[name]:g}" for name in ("lowest_at", "steepest_at", "suggested"))
+        parts.append(f"learning rate: lowest loss at {lowest}, steepest fall at {steepest}, try {suggested}")
     for key in ("pair_accuracy", "reward_accuracy"):
         if key in scores:
             parts.append(f"{key.replace('_', ' ')} {scores[key]:.1%}")

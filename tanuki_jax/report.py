@@ -16,6 +16,7 @@ from markupsafe import Markup
 from tanuki_jax import files, report_experts
 from tanuki_jax.config import Recipe
 from tanuki_jax.progress import duration
+from tanuki_jax.train import lr_range
 from tanuki_jax.train.clock import KINDS
 from tanuki_jax.train.guard import read_events
 from tanuki_jax.train.metrics import read_metrics
@@ -51,6 +52,7 @@ def write_report(recipe: Recipe, summary: dict[str, Any], workdir: Path) -> Path
         scores=_score_picture(scored) if scored else "",
         load=_svg(report_experts.load_picture(plt, mixtures)) if mixtures else "",
         health=_svg(report_experts.health_picture(plt, mixtures)) if mixtures else "",
+        ranges=_range_picture(summary["stages"], metrics),
         samples=_samples(done),
         kinds=KINDS,
         events=[(name, event) for name, home in homes.items() for event in read_events(home)],
@@ -104,6 +106,26 @@ def _loss_picture(stages: list[dict[str, Any]], metrics: dict[str, list[dict[str
     axes.set_xlabel("百万トークン (million tokens)")
     axes.set_ylabel("損失 (loss)")
     axes.set_ylim(0, top * 1.05)
+    axes.spines[["top", "right"]].set_visible(False)
+    return _svg(figure)
+
+
+def _range_picture(stages: list[dict[str, Any]], metrics: dict[str, list[dict[str, Any]]]) -> Markup | str:
+    """Loss over the learning rate of every LR-range test."""
+    tested = [entry for entry in stages if entry.get("learning_rate_range")]
+    if not tested:
+        return ""
+    figure, axes = plt.subplots(figsize=(9, 3.0))
+    for entry in tested:
+        rates, losses = lr_range.smoothed(metrics[entry["name"]])
+        axes.plot(rates, losses, label=entry["name"])
+        axes.set_ylim(losses.min() * 0.9, losses[0] * 1.2)
+        for name, colour in (("suggested", "#3ca951"), ("lowest_at", "#999999")):
+            axes.axvline(entry["learning_rate_range"][name], color=colour, linestyle=":")
+    axes.set_xscale("log")
+    axes.set_xlabel("学習率 (learning rate)")
+    axes.set_ylabel("損失 (loss)")
+    axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     return _svg(figure)
 

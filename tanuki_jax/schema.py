@@ -118,7 +118,9 @@ class Optimizer:
 
     learning_rate: float = key(1e-4, "peak")
     learning_rate_floor: float = key(0.0, "final value of the schedule")
-    schedule: str = key("cosine", "cosine, wsd (warm-up, stable, linear decay) or constant")
+    schedule: str = key(
+        "cosine", "cosine, wsd (warm-up, stable, linear decay), constant, or range: rises from the floor (LR-range test)"
+    )
     warmup_steps: int = key(0, "steps of linear warm-up from 0")
     warmup_ratio: float = key(0.0, "the same as a share of the stage's steps, where warmup_steps is 0")
     decay_steps: int = key(
@@ -221,7 +223,11 @@ class Stage:
     guard: Guard = key(Guard, "what is done about steps that go wrong")
     save_every: int = key(500, "steps between checkpoints; the last step is always saved")
     keep: int = key(2, "newest checkpoints kept; with two a damaged one costs no more than the steps since the other")
+    keep_every: int = key(0, "checkpoints of every so many steps are kept for ever; 0 = none")
+    keep_best: int = key(0, "so many checkpoints with the lowest validation loss are kept beside the newest")
     log_every: int = key(10, "steps between lines of metrics.jsonl")
+    profile_start: int = key(0, "step before which a profile begins (TensorBoard reads it); 0 = none but on SIGUSR1")
+    profile_steps: int = key(5, "steps of a profile")
 
 
 @dataclass(frozen=True)
@@ -239,12 +245,14 @@ class Recipe:
     stages: dict[str, Stage] = key(dict, "stage name -> stage")
     scoring: Scoring = key(Scoring, "held-out prompts answered after every stage")
     tensorboard: bool = key(True, "write TensorBoard files beside metrics.jsonl")
+    prometheus_port: int = key(0, "port on which the first process answers Prometheus; 0 = none")
+    wandb_project: str = key("", "project of Weights & Biases that metrics go to, too (extra wandb); empty = none")
 
 
 CHOICES = {
     "kind": ("pretrain", "upcycle", "sft", "dpo"),
     "carry": ("params", "adapter", "all"),
-    "schedule": ("cosine", "wsd", "constant"),
+    "schedule": ("cosine", "wsd", "constant", "range"),
     "strategy": ("copy", "noise", "drop", "groups"),
     "router_init": ("normal", "uniform"),
     "level": ("morpheme", "predicate", "bunsetsu", "none"),
@@ -268,4 +276,29 @@ ROUTED = ("moe/gate", "moe/up", "moe/down", "moe/router")
 MIXTURE = ("expert_d_ff", "first_dense", "moe_every", "top_k", "normalized_gate", "gate_scale", "router_bias")
 # Keys that may differ between two runs of one workdir: they change neither the data nor the weights.
 COMPUTED = ("mesh", "remat", "unroll", "logits_chunk", "attention", "experts", "microbatches")
-RESUMABLE = (*COMPUTED, "tensorboard", "save_every", "keep", "log_every", "guard")
+OBSERVED = ("tensorboard", "prometheus_port", "wandb_project", "log_every", "profile_start", "profile_steps")
+RESUMABLE = (*COMPUTED, *OBSERVED, "save_every", "keep", "keep_every", "keep_best", "guard")
+
+
+# --- what follows from a recipe -------------------------------------------------------------------------------------
+
+
+def is_mixture(recipe: Recipe, name: str) -> bool:
+    """Whether stage `name` ends as a mixture of experts."""
+    this = recipe.stages[name]
+    if this.kind == "upcycle" or this.mixture_of_experts:
+        return True
+    return this.init_from in recipe.stages and is_mixture(recipe, this.init_from)
+
+
+def model_of(recipe: Recipe, name: str) -> Model:
+    """The model that stage `name` ends with: dense or mixture, with the stage's RoPE base."""
+    experts = recipe.model.n_experts if is_mixture(recipe, name) else 0
+    theta = recipe.stages[name].rope_theta or recipe.model.rope_theta
+    return dataclasses.replace(recipe.model, n_experts=experts, rope_theta=theta)
+
+
+def mixture_layers(model: Model) -> tuple[int, ...]:
+    """The layers whose FFN is a mixture, in order; none of a dense model."""
+    first = model.first_dense + model.moe_every - 1
+    return tuple(range(first, model.n_layers, model.moe_every)) if model.n_experts else ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 import time
 from pathlib import Path
@@ -18,6 +19,7 @@ from tanuki_jax.data import loader, packing
 from tanuki_jax.data.tokenizer import copy_tokenizer
 from tanuki_jax.errors import UserError
 from tanuki_jax.inputs import Inputs
+from tanuki_jax.observe import Tell
 from tanuki_jax.progress import Progress
 from tanuki_jax.stage_data import sources_of, stage_data
 from tanuki_jax.start import (
@@ -30,7 +32,8 @@ from tanuki_jax.start import (
     parent_directory,
     trained_params,
 )
-from tanuki_jax.train import balance, loop, losses
+from tanuki_jax.train import balance, loop, losses, lr_range
+from tanuki_jax.train.metrics import read_metrics
 from tanuki_jax.train.optimizer import learning_rate, make_optimizer
 from tanuki_jax.train.step import State, init_state, make_train_step, make_update
 from tanuki_jax.validation import make_validation
@@ -75,9 +78,15 @@ def update(recipe: Recipe, name: str, mesh: jax.sharding.Mesh) -> tuple[Any, Sta
 
 
 def run(
-    recipe: Recipe, name: str, workdir: Path, inputs: Inputs, mesh: jax.sharding.Mesh, allow_data_change: bool = False
+    recipe: Recipe,
+    name: str,
+    workdir: Path,
+    inputs: Inputs,
+    mesh: jax.sharding.Mesh,
+    allow_data_change: bool = False,
+    tell: Tell = lambda stage, row: None,
 ) -> dict[str, Any]:
-    """Runs or resumes a stage and returns its part of the summary."""
+    """Runs or resumes a stage and returns its part of the summary; `tell` hears every row of its metrics."""
     this, home = recipe.stages[name], directory(workdir, name)
     parallel.once(lambda: copy_tokenizer(inputs.tokenizer.directory, home / "tokenizer"), "the tokenizer")
     if this.kind == "upcycle":
@@ -112,6 +121,10 @@ def run(
         meta=meta,
         counters=data.counters,
         guard=this.guard,
+        observe=functools.partial(tell, name),
+        keep_every=this.keep_every,
+        keep_best=this.keep_best,
+        profile=(this.profile_start, this.profile_steps),
         changes=tuple(start // (this.seq_len * this.batch_size) for start in this.mixture_starts[1:]),
     )
     rows, probes = this.batch_size // this.microbatches, []
@@ -150,7 +163,10 @@ def run(
             check_meta,
             probes,
         )
-    return {"name": name, "kind": this.kind, **loop.summary(job)}
+    entry = {"name": name, "kind": this.kind, **loop.summary(job)}
+    if this.optimizer.schedule == "range":
+        entry["learning_rate_range"] = lr_range.result(read_metrics(home))
+    return entry
 
 
 def _upcycle(recipe: Recipe, name: str, workdir: Path, mesh: jax.sharding.Mesh) -> dict[str, Any]:

@@ -21,6 +21,7 @@ LAYERS = (
         "validation",
         "placement",
         "preflight",
+        "observe",
         "inputs",
         "report",
         "report_experts",
@@ -37,6 +38,7 @@ LAYERS = (
     (
         "config",
         "schema",
+        "checks",
         "files",
         "progress",
         "errors",

@@ -26,13 +26,26 @@ SAVE_SECONDS = 1800  # that a save may take in the background, before it is an e
 EVERY = 1_000_000  # keep all checkpoints: for opening without deleting
 
 
+class _Pinned(ocp.checkpoint_managers.PreservationPolicy):
+    """Keeps chosen steps."""
+
+    def __init__(self) -> None:
+        self.steps: set[int] = set()
+
+    def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
+        """One answer for each checkpoint."""
+        return [info.step in self.steps for info in checkpoints]
+
+
 class Checkpoints:
-    """The checkpoints of one stage."""
+    """The checkpoints of one stage: the `keep` newest, and those that `pin` chose."""
 
     def __init__(self, stage_directory: Path, keep: int = 1) -> None:
         self.directory = Path(stage_directory).absolute() / "checkpoints"
+        self._pinned = _Pinned()
+        policies = [ocp.checkpoint_managers.LatestN(keep), self._pinned]
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=ocp.checkpoint_managers.LatestN(keep),
+            preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
             enable_async_checkpointing=True,
             async_options=ocp.AsyncOptions(timeout_secs=SAVE_SECONDS),
             cleanup_tmp_directories=keep != EVERY,  # who only reads must not disturb a run that is saving
@@ -82,6 +95,10 @@ class Checkpoints:
 
     def _sealed(self, step: int) -> bool:
         return not parallel.first_of("" if sums.sealed(self.directory / str(step)) else "no", "check sums")
+
+    def pin(self, steps: set[int]) -> None:
+        """From the next save on, these are kept however old they are; all others are not."""
+        self._pinned.steps = steps
 
     def go_back(self, step: int) -> None:
         """Puts the checkpoints of later steps aside as `left-<step>`, once the last save is done."""

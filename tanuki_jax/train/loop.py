@@ -19,7 +19,8 @@ from tanuki_jax.progress import Progress
 from tanuki_jax.train.clock import Clock
 from tanuki_jax.train.detours import Detours
 from tanuki_jax.train.guard import Events, Guard, read_events
-from tanuki_jax.train.metrics import MetricsWriter, mfu, plain, read_metrics
+from tanuki_jax.train.metrics import MetricsWriter, mfu, plain, read_metrics, validation_loss
+from tanuki_jax.train.profile import Profile
 from tanuki_jax.train.step import State
 
 SLOW = 0.2  # share of a step for which a process that waits for its input holds the others up
@@ -41,6 +42,10 @@ class Job:
     meta: dict[str, Any]  # saved in every checkpoint
     counters: Callable[[int], dict[str, float]] = lambda batches: {}  # of so many batches; logged beside a step's metrics
     guard: config.Guard = config.Guard()
+    observe: Callable[[dict[str, Any]], None] = lambda row: None  # sees every row of metrics.jsonl
+    keep_every: int = 0
+    keep_best: int = 0
+    profile: tuple[int, int] = (0, 0)  # first step and number of steps
     changes: tuple[int, ...] = ()  # steps after which the data change, and with them the loss
 
 
@@ -144,6 +149,8 @@ class _Attempt:
         clock.resume(self.writer.last if self.writer else {}, lost)
         self.progress = Progress(job.name, job.steps, quiet=jax.process_index() != 0)
         self.reported, self.slow = start, False
+        self.profile = Profile(job.directory, *job.profile)
+        self.validated = {row["step"]: loss for row in rows if (loss := validation_loss(row)) is not None}
 
     def run(self, state: State, train_step: Any, batches: Iterator[Any], probes: Any) -> State:
         job, clock = self.job, self.clock
@@ -153,8 +160,10 @@ class _Attempt:
             for step, batch in zip(range(self.start, job.steps), clock.waiting(batches), strict=False):
                 if rate != (rate := self.detours.rate(step)):
                     state = dataclasses.replace(state, rate=jnp.full_like(state.rate, rate))
+                self.profile.before(step + 1)
                 with clock.of("compile" if step == self.start else "step"):
                     state, metrics = train_step(state, batch)
+                self.profile.after(step + 1, metrics)
                 if late:
                     self.report(*late)
                 number, ends = step + 1, step + 1 == job.steps
@@ -169,6 +178,7 @@ class _Attempt:
                     self.report(*late)
                     late = None
                     if not self.guard.high or ends or stop:  # what is saved in a spike would push out what was before it
+                        self.checkpoints.pin(self.worth_keeping(number, probed))
                         with clock.of("save"):
                             self.checkpoints.save(number, state, job.meta)
                 if stop:
@@ -178,9 +188,20 @@ class _Attempt:
             if late:
                 self.report(*late)
         finally:
+            self.profile.close()
             if self.writer:
                 self.writer.close()
         return state
+
+    def worth_keeping(self, number: int, probed: dict[str, Any]) -> set[int]:
+        """Of all steps up to this one, those whose checkpoints are kept however old they are."""
+        job = self.job
+        if (loss := validation_loss(probed)) is not None:
+            self.validated[number] = loss
+        there = {*self.checkpoints.steps(), number}
+        best = sorted(there.intersection(self.validated), key=lambda step: (self.validated[step], step))
+        every = range(job.keep_every, number + 1, job.keep_every) if job.keep_every else ()
+        return {*best[: job.keep_best], *every}
 
     def report(self, number: int, metrics: dict[str, jax.Array], probed: dict[str, Any], batch: Any) -> None:
         """Judges a step that has ended, and logs it."""
@@ -215,7 +236,9 @@ class _Attempt:
             }
             first = {"step": number, "tokens": number * job.tokens_per_step}
             seen = job.counters(self.detours.batch(number - 1) + 1)
-            self.writer.write({**first, **plain(metrics), **seen, **plain(probed), **how, **self._slowest(number)})
+            row = {**first, **plain(metrics), **seen, **plain(probed), **how, **self._slowest(number)}
+            self.writer.write(row)
+            job.observe(row)
 
     def _slowest(self, number: int) -> dict[str, Any]:
         """The process that waits longest for its input, of several; an event where it begins to hold the others up."""

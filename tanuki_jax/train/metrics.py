@@ -78,6 +78,12 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def validation_loss(row: dict[str, Any]) -> float | None:
+    """The mean over the sources of a row's validation losses, where it has some."""
+    losses = [value for name, value in row.items() if name.startswith("validation/") and name.endswith("/loss")]
+    return float(np.mean(losses)) if losses else None
+
+
 def plain(metrics: dict[str, Any]) -> dict[str, Any]:
     """Host values of a step's metrics: floats, None where there is none (NaN), or nested lists for arrays (experts' load)."""
 

@@ -46,7 +46,8 @@ def learning_rate(options: config.Optimizer, total_steps: int) -> Callable[[jax.
     """Step (from 0) -> learning rate, float32.
 
     Linear warm-up reaches the peak at its last step.  cosine falls to the floor at `decay_steps` (0: the stage's end);
-    wsd stays at the peak and falls linearly over the last `decay_steps` (0: a tenth of the stage).  With `schedule_start`
+    wsd stays at the peak and falls linearly over the last `decay_steps` (0: a tenth of the stage); range rises
+    exponentially from the floor to the peak (Smith 2017, section 3.3).  With `schedule_start`
     the stage is the last part of a longer schedule, whose steps the other options count.
     """
     total_steps += options.schedule_start
@@ -63,6 +64,8 @@ def learning_rate(options: config.Optimizer, total_steps: int) -> Callable[[jax.
             length = options.decay_steps or max(total_steps // 10, 1)
             done = jnp.clip((step - (total_steps - length)) / length, 0, 1)
             value = peak - (peak - floor) * done
+        elif options.schedule == "range":
+            value = floor * (peak / floor) ** (step / max(total_steps - 1, 1))
         else:
             value = jnp.full_like(step, peak)
         return value * jnp.minimum(1.0, (step + 1) / max(warmup, 1))

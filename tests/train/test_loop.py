@@ -307,11 +307,11 @@ def test_the_times_add_up_and_lost_ones_are_told(tmp_path):
 
 
 def test_a_step_that_hangs_is_told_with_all_stacks(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(clock, "PATIENCE", 0.2)
+    monkeypatch.setattr(clock, "PATIENCE", 0.5)
 
     def step(state, batch):
         if batch == 5:
-            time.sleep(0.8)
+            time.sleep(1.5)
         return train_step(state, batch)
 
     run(job(tmp_path), step=step)
