@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
+import re
 from pathlib import Path
 
 from tanuki_jax.errors import UserError
@@ -19,6 +20,9 @@ from tanuki_jax.schema import (
     mixture_layers,
     model_of,
 )
+
+NAME = re.compile(r"\w[\w.-]{0,99}")
+CREDENTIALS = re.compile(r"://[^/@,]*@|[?&](?:[^=&]*(?:key|token|secret|signature|password))=", re.IGNORECASE)
 
 
 def check_mixture(model: Model, where: str) -> None:
@@ -60,6 +64,16 @@ def check_upcycle(model: Model, options: Upcycle, where: str) -> None:
         )
 
 
+def check_names(recipe: Recipe) -> None:
+    """An error about a name that would lead out of the workdir."""
+    for group, names in (("stages", recipe.stages), ("data", recipe.data)):
+        for name in names:
+            if not NAME.fullmatch(name):
+                raise UserError(
+                    f"config: {group}: the name {name!r} becomes a file's; use letters, digits, _, - and . after the first"
+                )
+
+
 def check_recipe(recipe: Recipe) -> None:
     """An error about the first key of a recipe whose value cannot be, with the fix."""
     model = recipe.model
@@ -74,6 +88,12 @@ def check_recipe(recipe: Recipe) -> None:
     if model.head_dim % 2:
         raise UserError(f"config: model.head_dim {model.head_dim} must be even, rotary position encoding turns pairs")
     check_mixture(model, "config: model.")
+    for name, source in recipe.data.items():
+        if CREDENTIALS.search(source.files):
+            raise UserError(
+                f"config: data.{name}.files has a password or key in its address, and configs are stored in every checkpoint; "
+                "give it in the environment, as the file system asks for it"
+            )
     if not recipe.stages:
         raise UserError("config: the recipe has no stages; add one, for example c.stages.pretrain = config.stage('pretrain')")
     for field, least in (("prompts", 0), ("pairs", 0), ("max_new_tokens", 1), ("batch_size", 1)):

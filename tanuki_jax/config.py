@@ -17,7 +17,7 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_flags
 
-from tanuki_jax.checks import check_mixture, check_recipe, check_upcycle
+from tanuki_jax.checks import check_mixture, check_names, check_recipe, check_upcycle
 from tanuki_jax.errors import UserError
 from tanuki_jax.schema import (
     CHOICES,
@@ -143,6 +143,7 @@ def load(arguments: Sequence[str]) -> Recipe:
 def resolve(config: ConfigDict | Mapping[str, Any]) -> Recipe:
     """The typed, validated recipe of a config (a ConfigDict, or the nested dict that `to_dict` wrote)."""
     result = _typed(Recipe, config, "")
+    check_names(result)
     result = dataclasses.replace(result, stages=_ordered(result.stages))
     check_recipe(result)
     return result

@@ -39,7 +39,8 @@ def encode_chat(
     """
     check_messages(messages)
     slots = [{**m, "content": _SLOT.format(i)} for i, m in enumerate(messages)]
-    rendered = _template(tokenizer.chat_template).render(
+    rendered = _rendered(
+        tokenizer.chat_template,
         messages=slots,
         bos_token=tokenizer.bos_token,
         eos_token=tokenizer.eos_token,
@@ -166,6 +167,15 @@ def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping) or message.get("role") not in ROLES or not isinstance(message.get("content"), str):
             raise UserError(f"message {i} must be {{'role': {' | '.join(ROLES)}, 'content': text}}, not {str(message)[:80]}")
+
+
+def _rendered(source: str, **values: Any) -> str:
+    from jinja2.exceptions import TemplateError
+
+    try:
+        return str(_template(source).render(**values))
+    except (TemplateError, TypeError, ValueError) as error:  # a template is the tokenizer's, and may be anybody's
+        raise UserError(f"chat_template: {error}; mend it in tokenizer_config.json") from error
 
 
 @functools.lru_cache(maxsize=8)

@@ -255,6 +255,8 @@ class _Weights:
             named = found.get("weight_map") if isinstance(found, dict) else None
             if not isinstance(named, dict) or not all(isinstance(file, str) for file in named.values()):
                 raise UserError(f"{index} has no weight_map; is the download whole?")
+            if outside := next((file for file in named.values() if file == ".." or Path(file).name != file), None):
+                raise UserError(f"{index} names {outside!r}; weights must lie beside it")
             self._map: dict[str, str] = named
         elif (path / "model.safetensors").is_file():
             self._map = dict.fromkeys(self._open("model.safetensors").keys(), "model.safetensors")
