@@ -1,5 +1,5 @@
 #!/bin/bash
-# Runs a recipe on TPU slices of a GKE cluster as a JobSet, which starts failed slices again.
+# Runs a recipe on TPU slices of a GKE cluster as a JobSet, which starts failed slices again, but for exit code 1: bad input.
 #
 #   launch/jobset.sh [--dry_run] [--settings=FILE] run|status|delete|manifest
 #
@@ -35,6 +35,9 @@ metadata:
 spec:
   failurePolicy:
     maxRestarts: ${RESTARTS:-100}
+    rules:
+      - action: FailJobSet
+        onJobFailureReasons: [PodFailurePolicy]
   replicatedJobs:
     - name: slice
       replicas: ${SLICES:-1}
@@ -43,6 +46,10 @@ spec:
           parallelism: $HOSTS
           completions: $HOSTS
           backoffLimit: 0
+          podFailurePolicy:
+            rules:
+              - action: FailJob
+                onExitCodes: {containerName: tanuki, operator: In, values: [1]}
           template:
             spec:
               restartPolicy: Never

@@ -179,7 +179,7 @@ def _upcycle(recipe: Recipe, name: str, workdir: Path, mesh: jax.sharding.Mesh) 
     more = [directory(workdir, n) if n in recipe.stages else Path(n) for n in this.upcycle.experts_from]
     loaded = []
     for path in (parent, *more):
-        one = checkpoint.load(path, mesh)
+        one = checkpoint.load(path, mesh, cfg.param_dtype)
         mixture = upcycle.mixture_of(one.cfg, **{key: getattr(cfg, key) for key in upcycle.SHAPE})
         checkpoint.check_architecture(str(path), config.to_dict(mixture), cfg)
         _check_finite(str(path), one.params)

@@ -61,8 +61,7 @@ def frozen_params(recipe: Recipe, name: str, workdir: Path, mesh: jax.sharding.M
         return {}
     scales = adapter_scales(recipe, name, workdir)
     base = base_directory(recipe, name, workdir)
-    loaded = checkpoint.load(base, mesh)
-    checkpoint.check_architecture(str(base), loaded.meta["model"], cfg)
+    loaded = checkpoint.load_as(base, cfg, mesh)
     shardings = placement.frozen_shardings(cfg, this.lora, mesh)
     cast = jax.jit(lambda p, s: model.lora.frozen(cfg, p) | s, out_shardings=shardings, donate_argnums=0)
     with jax.set_mesh(mesh):
@@ -85,9 +84,7 @@ def trained_params(recipe: Recipe, name: str, workdir: Path, mesh: jax.sharding.
     if parent is None:
         initialize = jax.jit(model.init, static_argnums=0, out_shardings=checkpoint.parameter_shardings(cfg, mesh))
         return initialize(cfg, key)
-    loaded = checkpoint.load(parent, mesh)
-    checkpoint.check_architecture(str(parent), loaded.meta["model"], cfg)
-    return loaded.params
+    return checkpoint.load_as(parent, cfg, mesh).params
 
 
 def _parents_adapters(recipe: Recipe, name: str, workdir: Path, mesh: jax.sharding.Mesh | None = None) -> checkpoint.Adapters:

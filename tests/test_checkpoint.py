@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import os
 import resource
 import subprocess
@@ -9,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from tanuki_jax import checkpoint, config, parallel, placement
+from tanuki_jax import checkpoint, config, model, parallel, placement
 from tanuki_jax.errors import UserError
 from tanuki_jax.train.optimizer import make_optimizer
 from tests.tiny import init, small
@@ -129,6 +130,21 @@ def test_another_architecture_is_named_by_the_key_that_differs(key, value):
     other = config.to_dict(small(**{"n_experts": 4, key: value}))
     with pytest.raises(UserError, match=f"runs/sft is of another architecture: {key} {value} .here {getattr(CFG, key)}.;"):
         checkpoint.check_architecture("runs/sft", other, CFG)
+
+
+@pytest.mark.parametrize("kept", ["float32", "bfloat16"])
+def test_a_checkpoint_is_restored_in_another_dtype(tmp_path, kept):
+    """The router's bias is float32 in either."""
+    cfg = small(n_experts=4, router_bias=True, param_dtype=kept)
+    params = model.init(cfg, jax.random.key(0))
+    checkpoint.save_params(tmp_path, params, {"model": config.to_dict(cfg)})
+    other = dataclasses.replace(cfg, param_dtype="float32" if kept == "bfloat16" else "bfloat16")
+    mesh = parallel.make_mesh(config.Mesh(fsdp=4, tensor=2))
+    loaded = checkpoint.load_as(tmp_path, other, mesh)
+    assert loaded.cfg == other
+    wanted = jax.tree.map(lambda p, s: p.astype(s.dtype), params, model.parameter_shapes(other))
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, wanted)
+    assert jax.tree.map(lambda p: p.dtype, loaded.params) == jax.tree.map(lambda p: p.dtype, wanted)
 
 
 def test_how_it_is_computed_may_differ():

@@ -18,7 +18,7 @@ from tanuki_jax.errors import UserError
 # Keys of a model that do not change its tree of parameters.
 COMPUTED = (
     *("dtype", "remat", "unroll", "logits_chunk", "attention", "experts", "capacity_factor"),
-    *("rope_theta", "init_std"),
+    *("rope_theta", "init_std", "param_dtype"),
 )
 
 
@@ -50,8 +50,11 @@ def locate(path: str | Path) -> tuple[Path, int]:
     return path, max(steps)
 
 
-def load(path: str | Path, mesh: jax.sharding.Mesh | None = None) -> Loaded:
-    """Reads a checkpoint's parameters, onto the mesh where one is given; adapters come merged into what they lie on."""
+def load(path: str | Path, mesh: jax.sharding.Mesh | None = None, param_dtype: str = "") -> Loaded:
+    """Reads a checkpoint's parameters, onto the mesh where one is given; adapters come merged into what they lie on.
+
+    They have the dtype in which they were saved, or `param_dtype`.
+    """
     stage_directory, step = locate(path)
     meta = read_meta(stage_directory, step)
     if "adapter" in meta:
@@ -60,11 +63,30 @@ def load(path: str | Path, mesh: jax.sharding.Mesh | None = None) -> Loaded:
         everything = {**base.params, **found.params, **found.scales}
         shardings = parameter_shardings(found.cfg, mesh) if mesh else None
         params = jax.jit(model.lora.merge, out_shardings=shardings)(everything)
-        return Loaded(found.cfg, params, without_adapter(meta), stage_directory)
+        return _cast(Loaded(found.cfg, params, without_adapter(meta), stage_directory), param_dtype, mesh)
     cfg = config.from_dict(config.Model, meta["model"])
     shapes = model.parameter_shapes(cfg)
     shardings = parameter_shardings(cfg, mesh) if mesh else None
-    return Loaded(cfg, _restore(stage_directory, step, shapes, shardings), meta, stage_directory)
+    return _cast(Loaded(cfg, _restore(stage_directory, step, shapes, shardings), meta, stage_directory), param_dtype, mesh)
+
+
+def _cast(loaded: Loaded, param_dtype: str, mesh: jax.sharding.Mesh | None) -> Loaded:
+    """With its parameters in another dtype."""
+    if param_dtype in ("", loaded.cfg.param_dtype):
+        return loaded
+    cfg = dataclasses.replace(loaded.cfg, param_dtype=param_dtype)
+    shapes, shardings = model.parameter_shapes(cfg), parameter_shardings(cfg, mesh) if mesh else None
+    convert = jax.jit(
+        lambda params: jax.tree.map(lambda p, s: p.astype(s.dtype), params, shapes), out_shardings=shardings, donate_argnums=0
+    )
+    return dataclasses.replace(loaded, cfg=cfg, params=convert(loaded.params))
+
+
+def load_as(path: str | Path, cfg: config.Model, mesh: jax.sharding.Mesh) -> Loaded:
+    """A checkpoint for the model `cfg`, in its dtype; an error where it is of another architecture."""
+    loaded = load(path, mesh, cfg.param_dtype)
+    check_architecture(str(path), loaded.meta["model"], cfg)
+    return loaded
 
 
 def _restore(stage_directory: Path, step: int, shapes: Any, shardings: Any) -> Any:

@@ -52,6 +52,10 @@ def test_the_jobset_has_a_pod_for_each_machine_of_each_slice(spot):
     [job] = made["spec"]["replicatedJobs"]
     spec = job["template"]["spec"]
     assert (job["replicas"], spec["parallelism"], spec["completions"], spec["backoffLimit"]) == (2, 32, 32, 0)
+    [rule] = spec["podFailurePolicy"]["rules"]  # bad input fails anew each time
+    assert rule == {"action": "FailJob", "onExitCodes": {"containerName": "tanuki", "operator": "In", "values": [1]}}
+    [rule] = made["spec"]["failurePolicy"]["rules"]
+    assert rule == {"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
     pod = spec["template"]["spec"]
     where = {"cloud.google.com/gke-tpu-accelerator": "tpu-v5p-slice", "cloud.google.com/gke-tpu-topology": "4x4x8"}
     assert pod["nodeSelector"] == where | ({"cloud.google.com/gke-spot": "true"} if spot == "1" else {})

@@ -40,7 +40,7 @@ elif verb == "describe":
 elif verb == "ssh" and "tanuki run" in arguments[-1]:
     assert state["states"] == ["ACTIVE"], state
     end = state["runs"].pop(0)
-    code = {"done": 0, "stopped": 75, "hung": 76, "preempted": 255, "lost while it was stopped": 75}.get(end, 1)
+    code = {"done": 0, "stopped": 75, "hung": 76, "silent": 134, "preempted": 255, "lost while it was stopped": 75}.get(end, 1)
     if "preempted" in end or "lost" in end:
         state["states"] = ["SUSPENDING", "SUSPENDED"]
 (home / "state").write_text(json.dumps(state))
@@ -86,7 +86,7 @@ def test_a_preempted_run_gets_new_slices_and_goes_on(launch):
     assert "--config=configs/tanuki_8x8b.py:/mnt/my data" in shlex.split(remote) and "TANUKI_COORDINATOR=auto" in remote
 
 
-@pytest.mark.parametrize("end", ["stopped", "hung"])
+@pytest.mark.parametrize("end", ["stopped", "hung", "silent"])
 def test_a_run_that_was_stopped_goes_on_where_it_is(launch, end):
     done, commands = launch("until_done", runs=[end, "done"])
     assert done.returncode == 0 and verbs(commands) == ["create", *ROUND, *ROUND]
