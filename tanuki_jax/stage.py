@@ -111,20 +111,14 @@ def run(
     job = loop.Job(
         name=name,
         directory=home,
+        options=this,
         steps=data.steps,
         tokens_per_step=this.seq_len * this.batch_size,
         flops_per_token=model.flops_per_token(cfg, this.seq_len, frozen=bool(frozen)),
-        save_every=this.save_every,
-        log_every=this.log_every,
-        keep=this.keep,
-        tensorboard=recipe.tensorboard,
         meta=meta,
+        tensorboard=recipe.tensorboard,
         counters=data.counters,
-        guard=this.guard,
         observe=functools.partial(tell, name),
-        keep_every=this.keep_every,
-        keep_best=this.keep_best,
-        profile=(this.profile_start, this.profile_steps),
         changes=tuple(start // (this.seq_len * this.batch_size) for start in this.mixture_starts[1:]),
     )
     rows, probes = this.batch_size // this.microbatches, []

@@ -148,7 +148,8 @@ def batches(first, number):
         seen.append(number(n))
         yield jnp.float32(20 if 31 <= number(n) < 36 else 2)
 
-job = loop.Job("toy", Path(sys.argv[1]), 60, 10, 1.0, 10, 1, 2, False, {"model": {}}, guard=config.Guard(rollback_rate=0.5))
+options = config.Stage(save_every=10, log_every=1, guard=config.Guard(rollback_rate=0.5))
+job = loop.Job("toy", Path(sys.argv[1]), options, 60, 10, 1.0, {"model": {}})
 with jax.set_mesh(mesh):
     state = loop.run(job, like, fresh, step, batches)
 print("last", seen, float(parallel.to_host(state.params["w"])[0]))

@@ -32,20 +32,14 @@ class Job:
 
     name: str
     directory: Path
+    options: config.Stage  # what is saved, kept, logged, profiled, and what the guard does
     steps: int
     tokens_per_step: int
     flops_per_token: float
-    save_every: int
-    log_every: int
-    keep: int
-    tensorboard: bool
     meta: dict[str, Any]  # saved in every checkpoint
+    tensorboard: bool = False
     counters: Callable[[int], dict[str, float]] = lambda batches: {}  # of so many batches; logged beside a step's metrics
-    guard: config.Guard = config.Guard()
     observe: Callable[[dict[str, Any]], None] = lambda row: None  # sees every row of metrics.jsonl
-    keep_every: int = 0
-    keep_best: int = 0
-    profile: tuple[int, int] = (0, 0)  # first step and number of steps
     changes: tuple[int, ...] = ()  # steps after which the data change, and with them the loss
 
 
@@ -77,11 +71,11 @@ def run(
 
     Raises:
       Preempted: SIGTERM or the platform's notice came, and the step is saved.
-      NotFinite: more steps in a row than `job.guard` allows were not finite.
+      NotFinite: more steps in a row than the guard allows were not finite.
     """
-    checkpoints = Checkpoints(job.directory, job.keep)
+    checkpoints = Checkpoints(job.directory, job.options.keep)
     first = jax.process_index() == 0
-    events, clock = Events(job.directory, first), Clock(job.tokens_per_step, job.guard.hang_seconds)
+    events, clock = Events(job.directory, first), Clock(job.tokens_per_step, job.options.guard.hang_seconds)
 
     def damaged(step: int, wrong: str) -> None:
         events.add("damaged_checkpoint", step, what=wrong)
@@ -92,7 +86,7 @@ def run(
     try:
         with parallel.listening(), parallel.watching(hangs):
             while True:
-                detours, guard = Detours.read(job.directory), Guard(job.guard, job.changes)
+                detours, guard = Detours.read(job.directory), Guard(job.options.guard, job.changes)
                 with clock.of("restore"):
                     start, state = checkpoints.resume(abstract_state, check_meta, damaged) or (0, None)
                     state = state or fresh_state()
@@ -111,7 +105,7 @@ def run(
 
 def _go_back(job: Job, checkpoints: Checkpoints, events: Events, guard: Guard, detours: Detours, step: int) -> None:
     """To the checkpoint before the spike; its batches are left out when the run comes there again."""
-    if len(detours.entries) >= job.guard.rollbacks:
+    if len(detours.entries) >= job.options.guard.rollbacks:
         raise UserError(
             f"stage {job.name}, step {guard.first_high}: the loss rises again after going back {len(detours.entries)} times "
             f"(guard.rollbacks); lower the learning rate, or look at the batches that events.jsonl names"
@@ -119,7 +113,7 @@ def _go_back(job: Job, checkpoints: Checkpoints, events: Events, guard: Guard, d
     good = max((s for s in checkpoints.steps() if s < guard.first_high), default=0)
     checkpoints.go_back(good)
     count = step - guard.first_high + 1
-    new = detours.plus(good, guard.first_high - 1, count, job.guard.rollback_rate)
+    new = detours.plus(good, guard.first_high - 1, count, job.options.guard.rollback_rate)
     parallel.on_first(new.write, "detours")
     batches = [detours.batch(guard.first_high - 1), detours.batch(step - 1)]
     events.add("rollback", step, to=good, batches_left_out=batches, learning_rate_times=new.rate(good))
@@ -149,7 +143,7 @@ class _Attempt:
         clock.resume(self.writer.last if self.writer else {}, lost)
         self.progress = Progress(job.name, job.steps, quiet=jax.process_index() != 0)
         self.reported, self.slow = start, False
-        self.profile = Profile(job.directory, *job.profile)
+        self.profile = Profile(job.directory, job.options.profile_start, job.options.profile_steps)
         self.validated = {row["step"]: loss for row in rows if (loss := validation_loss(row)) is not None}
 
     def run(self, state: State, train_step: Any, batches: Iterator[Any], probes: Any) -> State:
@@ -174,7 +168,7 @@ class _Attempt:
                     with clock.of("score"):
                         probed = {name: value for probe in due for name, value in probe(state.model).items()}
                 late = (number, metrics, probed, batch)
-                if number % job.save_every == 0 or ends or stop:
+                if number % job.options.save_every == 0 or ends or stop:
                     self.report(*late)
                     late = None
                     if not self.guard.high or ends or stop:  # what is saved in a spike would push out what was before it
@@ -195,13 +189,13 @@ class _Attempt:
 
     def worth_keeping(self, number: int, probed: dict[str, Any]) -> set[int]:
         """Of all steps up to this one, those whose checkpoints are kept however old they are."""
-        job = self.job
+        options = self.job.options
         if (loss := validation_loss(probed)) is not None:
             self.validated[number] = loss
         there = {*self.checkpoints.steps(), number}
         best = sorted(there.intersection(self.validated), key=lambda step: (self.validated[step], step))
-        every = range(job.keep_every, number + 1, job.keep_every) if job.keep_every else ()
-        return {*best[: job.keep_best], *every}
+        every = range(0, number + 1, options.keep_every) if options.keep_every else ()
+        return {*best[: options.keep_best], *every}
 
     def report(self, number: int, metrics: dict[str, jax.Array], probed: dict[str, Any], batch: Any) -> None:
         """Judges a step that has ended, and logs it."""
@@ -214,14 +208,14 @@ class _Attempt:
             return
         if verdict == "spike" and self.guard.high == 1:
             self.events.add("spike", number, loss=round(loss, 4), grad_norm=round(norm, 4))
-        if self.job.guard.spike_steps and self.guard.high >= self.job.guard.spike_steps:
+        if self.job.options.guard.spike_steps and self.guard.high >= self.job.options.guard.spike_steps:
             raise _GoBack
         self._log(number, loss, metrics, probed)
 
     def _log(self, number: int, loss: float, metrics: dict[str, jax.Array], probed: dict[str, Any]) -> None:
         job, clock = self.job, self.clock
         self.progress.show(number, f"loss {loss:.3f}  {clock.tokens_per_second:,.0f} tokens/s")
-        if not (number % job.log_every == 0 or number == job.steps or probed):
+        if not (number % job.options.log_every == 0 or number == job.steps or probed):
             return
         waited, rate = clock.mean_wait(), clock.tokens_per_second
         parallel.spends(waited)
@@ -256,11 +250,12 @@ class _Attempt:
         path = self.job.directory / "events" / f"batch-{batch_number}-{jax.process_index()}.npz"
         _record(path, batch)
         self.events.add("not_finite", number, loss=str(loss), grad_norm=str(norm), batch=batch_number, kept_in=path.name)
-        if self.guard.bad > self.job.guard.skip_limit:
+        limit = self.job.options.guard.skip_limit
+        if self.guard.bad > limit:
             raise NotFinite(
                 f"stage {self.job.name}, step {number}: loss {loss}, gradient norm {norm}, {self.guard.bad} steps in a row "
-                f"(guard.skip_limit {self.job.guard.skip_limit}); nothing of them was kept, the last checkpoint is good; lower "
-                f"the learning rate or look at the batches in {path.parent}"
+                f"(guard.skip_limit {limit}); nothing of them was kept, the last checkpoint is good; lower the learning rate or "
+                f"look at the batches in {path.parent}"
             )
 
 

@@ -172,8 +172,8 @@ def watched(directory, losses, options=None, steps=60, **more):
     def step(state, batch):
         return dataclasses.replace(state, step=state.step + 1), {"loss": jnp.float32(batch), "grad_norm": jnp.float32(1)}
 
-    settings = dict(save_every=10, log_every=1, keep=2, tensorboard=False, meta={"model": {}}) | more
-    job = loop.Job("toy", directory, steps, 10, 1.0, guard=options or config.Guard(), **settings)
+    settings = dict(save_every=10, log_every=1, guard=options or config.Guard()) | more
+    job = loop.Job("toy", directory, config.Stage(**settings), steps, 10, 1.0, {"model": {}})
     return loop.run(job, STATE, lambda: state_of(0.0), step, batches), seen
 
 
@@ -224,7 +224,7 @@ def test_poisoned_batches_are_told_and_the_run_converges(tmp_path, poison):
             rows[3, 2] = poison if number(step) in (5, 70, 71, 72) else rows[3, 2]
             yield jnp.asarray(rows)
 
-    job = loop.Job("toy", tmp_path, 300, 8, 1.0, 100, 1, 2, False, {"model": {}})
+    job = loop.Job("toy", tmp_path, config.Stage(save_every=100, log_every=1), 300, 8, 1.0, {"model": {}})
     state = loop.run(job, abstract, fresh, train_step, batches)
     told = [(event["event"], event["step"]) for event in read_events(tmp_path)]
     assert [step for event, step in told if event == "not_finite"] == [6, 71, 72, 73]

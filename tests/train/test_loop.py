@@ -19,8 +19,10 @@ from tanuki_jax.train.step import State
 
 
 def job(directory, steps=9, **options):
-    values = dict(save_every=2, log_every=1, keep=1, tensorboard=False, meta={"model": {}})
-    return loop.Job("toy", directory, steps, tokens_per_step=10, flops_per_token=1.0, **{**values, **options})
+    """Options are keys of a stage, or of a job."""
+    own = {name: options.pop(name) for name in ("counters", "changes") if name in options}
+    stage = config.Stage(**{**dict(save_every=2, log_every=1, keep=1), **options})
+    return loop.Job("toy", directory, stage, steps, 10, 1.0, {"model": {}}, **own)
 
 
 def fresh_state():

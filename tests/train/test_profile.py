@@ -25,7 +25,7 @@ def traces(monkeypatch):
 
 def test_a_window_of_steps(tmp_path, traces):
     found, step = traces
-    run(job(tmp_path, profile=(3, 2)), step=step)
+    run(job(tmp_path, profile_start=3, profile_steps=2), step=step)
     assert found == [[str(tmp_path / "profile/step-3"), 2, 4]]
 
 
@@ -44,11 +44,11 @@ def test_a_signal_begins_one_and_the_end_of_the_run_ends_it(tmp_path, traces):
                 os.kill(os.getpid(), signal.SIGUSR1)
             yield n
 
-    run(job(tmp_path, profile=(0, 100)), batches, step=step)
+    run(job(tmp_path, profile_steps=100), batches, step=step)
     assert found == [[str(tmp_path / "profile/step-5"), 4, 9]]
     assert signal.getsignal(signal.SIGUSR1) == before
 
 
 def test_a_real_profile_is_written(tmp_path):
-    run(job(tmp_path, profile=(2, 3)))
+    run(job(tmp_path, profile_start=2, profile_steps=3))
     assert list((tmp_path / "profile/step-2").rglob("*.xplane.pb"))
