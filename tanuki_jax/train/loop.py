@@ -254,8 +254,8 @@ class _Attempt:
         if self.guard.bad > limit:
             raise NotFinite(
                 f"stage {self.job.name}, step {number}: loss {loss}, gradient norm {norm}, {self.guard.bad} steps in a row "
-                f"(guard.skip_limit {limit}); nothing of them was kept, the last checkpoint is good; lower the learning rate or "
-                f"look at the batches in {path.parent}"
+                f"(guard.skip_limit {limit}); nothing of them was kept, the last checkpoint is good; lower the learning rate "
+                f"or look at the batches in {path.parent}"
             )
 
 
