@@ -42,7 +42,7 @@ def _hangs(found: dict[str, Any]) -> None:
 def _run(recipe: Recipe, workdir: Path, only: str, allow_data_change: bool) -> dict[str, Any]:
     first = jax.process_index() == 0
     parallel.at("the start")
-    parallel.once(lambda: _claim(recipe, workdir), f"--workdir {workdir}")
+    parallel.once(lambda: _claim(recipe, workdir), "the workdir")
     preflight.check(recipe, workdir, versions())
     mesh = parallel.make_mesh(recipe.mesh)
     wanted = [only] if only else list(recipe.stages)

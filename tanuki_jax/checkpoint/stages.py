@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import json
 import shutil
 import threading
 import time
@@ -71,7 +72,10 @@ class Checkpoints:
         Damaged steps are told and put aside as `damaged-<step>`.  A step whose sums were not written, because the run was
         killed in between, cannot be verified; it is tried only where there is no other.
         """
-        for step in sorted(self.steps(), key=lambda step: (self._sealed(step), step), reverse=True):
+        mine = [(sums.sealed(self.directory / str(step)), step) for step in self.steps()]
+        waiting = sorted(json.loads(parallel.exchange(json.dumps(mine), "checkpoints")[0]))  # what process 0 sees, on all
+        while waiting:
+            sealed, step = waiting.pop()
             wrong, state = parallel.first_of(sums.damage(self.directory / str(step), *parallel.share()), "check sums"), None
             if not wrong:
                 try:
@@ -80,21 +84,18 @@ class Checkpoints:
                 except UserError:
                     raise
                 except Exception as error:  # whatever a damaged file makes of Orbax
-                    if self._sealed(step):
+                    if sealed:
                         raise
-                    wrong = str(error) or type(error).__name__
+                    wrong = f"it cannot be read: {' '.join(str(error).split())[:200] or type(error).__name__}"
                 wrong = parallel.first_of(wrong, "restoring")
             if not wrong:
-                for later in (s for s in self.steps() if s > step):
+                for later in (s for _, s in waiting if s > step):
                     told(later, "the run was killed before its check sums were written")
                     self._put_aside(later, "damaged")
                 return step, state
             told(step, wrong)
             self._put_aside(step, "damaged")
         return None
-
-    def _sealed(self, step: int) -> bool:
-        return not parallel.first_of("" if sums.sealed(self.directory / str(step)) else "no", "check sums")
 
     def pin(self, steps: set[int]) -> None:
         """From the next save on, these are kept however old they are; all others are not."""

@@ -45,7 +45,7 @@ def host() -> str:
 
 
 def exchange(text: str, what: str) -> list[str]:
-    """The texts of all processes, in their order; each must come here within `wait_seconds`.
+    """The texts of all processes, in their order; each must come here, with the same `what`, within `wait_seconds`.
 
     Raises:
       PeerLost: not all came; the message says who did not, and that it was for `what`.
@@ -53,7 +53,7 @@ def exchange(text: str, what: str) -> list[str]:
     if jax.process_count() == 1:
         return [text]
     client, number, seconds = store(), next(_numbers), wait_seconds()
-    key, me = f"tanuki/{number}", jax.process_index()
+    key, me = f"tanuki/{number}/{what}", jax.process_index()
     try:
         client.key_value_set(f"{key}/{me}", text)
         client.wait_at_barrier(key, int(1000 * seconds))
