@@ -65,3 +65,10 @@ def problem(kind, cfg, rows=8):
     if kind == "sft":
         batch["loss_weights"] *= rng.random(batch["loss_weights"].shape) < np.linspace(0.05, 0.9, rows)[:, None]
     return batch
+
+
+def assert_close(found, expected, tolerance):
+    """Relative to the largest number of each leaf."""
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True):
+        wrong = np.abs(np.asarray(a) - np.asarray(b)).max()
+        assert wrong <= tolerance * (np.abs(np.asarray(b)).max() + 1e-9), (jax.tree_util.keystr(path), wrong)

@@ -1,9 +1,9 @@
 """Recipes whose stages train adapters, in a few steps, itself a config file; `trained` runs one once for all tests."""
 
-import functools
 from pathlib import Path
 
 from tanuki_jax import config
+from tests import tiny_recipe
 
 CONFIG = f"--config={__file__}"
 LORA = dict(rank=2, alpha=8.0, targets={"attn/*": 0, "mlp/*": 3})
@@ -35,11 +35,6 @@ def get_config(argument="dense"):
     return c
 
 
-@functools.cache
 def trained(base: Path) -> Path:
     """The workdir of a finished run, under pytest's base directory."""
-    from tanuki_jax import cli
-
-    workdir = base / "tiny-lora"
-    assert cli.main(["run", CONFIG, f"--workdir={workdir}"]) == 0
-    return workdir
+    return tiny_recipe.trained(base, CONFIG, "tiny-lora")

@@ -29,12 +29,12 @@ def get_config():
 
 
 @functools.cache
-def trained(base: Path) -> Path:
+def trained(base: Path, config_flag: str = CONFIG, name: str = "tiny-run") -> Path:
     """The workdir of a finished run, under pytest's base directory."""
     from tanuki_jax import cli
 
-    workdir = base / "tiny-run"
-    assert cli.main(["run", CONFIG, f"--workdir={workdir}"]) == 0
+    workdir = base / name
+    assert cli.main(["run", config_flag, f"--workdir={workdir}"]) == 0
     return workdir
 
 

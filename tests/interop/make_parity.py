@@ -5,6 +5,7 @@ as they were published, and of our checkpoint what is random: the router, and th
 beside the logits.
 """
 
+import dataclasses
 import tempfile
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from tanuki_jax import checkpoint, cli
 from tests.interop.llama import dense, drawn, write
+from tests.model.make_parity import published
 
 HERE = Path(__file__).parent / "parity"
 CFG = dense(vocab_size=64, n_layers=2, d_model=16, d_ff=20, n_heads=4, n_kv_heads=2, head_dim=8)
@@ -63,25 +65,8 @@ def mixtral(arrays, random):
 def transformers_logits(state):
     """Logits [B, S, V] of Mixtral in float32 with plain attention."""
     import torch
-    import transformers
 
-    settings = transformers.MixtralConfig(
-        vocab_size=CFG.vocab_size,
-        hidden_size=CFG.d_model,
-        intermediate_size=CFG.d_ff,
-        num_hidden_layers=CFG.n_layers,
-        num_attention_heads=CFG.n_heads,
-        num_key_value_heads=CFG.n_kv_heads,
-        head_dim=CFG.head_dim,
-        rms_norm_eps=CFG.norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": CFG.rope_theta},
-        tie_word_embeddings=False,
-        num_local_experts=E,
-        num_experts_per_tok=2,
-        attn_implementation="eager",
-        dtype="float32",
-    )
-    model = transformers.MixtralForCausalLM(settings).eval()
+    model = published(dataclasses.replace(CFG, n_experts=E, top_k=2))
     model.load_state_dict({name: torch.tensor(np.ascontiguousarray(w)) for name, w in state.items()}, strict=True)
     with torch.no_grad():
         return model(torch.tensor(ids())).logits.numpy()

@@ -10,21 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
+from tests.interop.make_export import SHAPE
+
 HERE = Path(__file__).parent / "peft"
-# Every size is another one, and no setting is the default of a class.
-SHAPE = dict(
-    vocab_size=28,
-    hidden_size=12,
-    intermediate_size=10,
-    num_hidden_layers=2,
-    num_attention_heads=6,
-    num_key_value_heads=2,
-    head_dim=4,
-    max_position_embeddings=96,
-    rms_norm_eps=1e-3,
-    rope_parameters={"rope_type": "default", "rope_theta": 50.0},
-    tie_word_embeddings=False,
-)
 EXPERTS = dict(num_local_experts=3, num_experts_per_tok=2)
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 # Case -> class of the base, and what PEFT is told.

@@ -8,15 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.launch import given
+
 SCRIPT = Path(__file__).parents[2] / "launch" / "queued.sh"
-GIVEN = {
-    "TPU_NAME": "tanuki",
-    "ZONE": "us-east5-a",
-    "TPU_TYPE": "v5p-256",
-    "CONFIG": "configs/tanuki_8x8b.py:/mnt/my data",
-    "WORKDIR": "/mnt/run",
-    "POLL": "0",
-}
+GIVEN = {**given.GIVEN, "POLL": "0"}
 # Keeps its state in FAKE: a request waits, is provisioned and becomes active as it is looked at; `runs` says how each run ends.
 GCLOUD = """#!/usr/bin/env python3
 import json, os, pathlib, sys
@@ -83,7 +78,7 @@ def test_a_preempted_run_gets_new_slices_and_goes_on(launch):
     again = [c[-1] for c in commands if "tanuki run" in c[-1]]
     assert len(set(again)) == 1  # the same command: the run itself knows where it was
     [remote] = {word.removeprefix("--command=") for word in again}
-    assert "--config=configs/tanuki_8x8b.py:/mnt/my data" in shlex.split(remote) and "TANUKI_COORDINATOR=auto" in remote
+    assert "--config=configs/tanuki_8b.py:/mnt/my data" in shlex.split(remote) and "TANUKI_COORDINATOR=auto" in remote
 
 
 @pytest.mark.parametrize("end", ["stopped", "hung", "silent"])

@@ -7,14 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.launch.given import GIVEN
+
 SCRIPT = Path(__file__).parents[2] / "launch" / "tpu_vm.sh"
-GIVEN = {
-    "TPU_NAME": "tanuki",
-    "ZONE": "us-east5-a",
-    "TPU_TYPE": "v5p-256",
-    "CONFIG": "configs/tanuki_8b.py:/mnt/my data",
-    "WORKDIR": "/mnt/run",
-}
 
 
 def launch(*arguments, **env):

@@ -43,9 +43,8 @@ def ids(cfg):
     return np.random.RandomState(1).randint(0, cfg.vocab_size, (ROWS, LENGTH))
 
 
-def transformers_logits(cfg):
-    """Logits [B, S, V] in float32 with plain attention."""
-    import torch
+def published(cfg):
+    """An untrained model of transformers of this architecture, in float32 with plain attention."""
     import transformers
 
     kind = "Mixtral" if cfg.n_experts else "Llama"
@@ -65,7 +64,14 @@ def transformers_logits(cfg):
         dtype="float32",
         **experts,
     )
-    model = getattr(transformers, f"{kind}ForCausalLM")(settings).eval()
+    return getattr(transformers, f"{kind}ForCausalLM")(settings).eval()
+
+
+def transformers_logits(cfg):
+    """Logits [B, S, V] in float32 with plain attention."""
+    import torch
+
+    model = published(cfg)
     state = {name: torch.tensor(w) for name, w in weights(cfg).items()}
     for layer in [f"model.layers.{i}.mlp.experts" for i in range(cfg.n_layers) if cfg.n_experts]:
         gate, up, down = (

@@ -13,7 +13,7 @@ from tanuki_jax import checkpoint, config, model, parallel
 from tanuki_jax.data import loader
 from tanuki_jax.model import transformer
 from tests import plain
-from tests.tiny import apply, init, packed_batch, small
+from tests.tiny import apply, assert_close, init, packed_batch, small
 
 MODELS = {
     "dense first": small(n_layers=3, n_experts=4, first_dense=1),
@@ -227,13 +227,6 @@ def plain_loss(cfg, params, batch):
 @functools.cache
 def gradient_of(name):
     return gradient(MODELS[name], params_of(name), batch_of(MODELS[name]))
-
-
-def assert_close(found, expected, tolerance):
-    """Relative to the largest number of each leaf."""
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True):
-        wrong = np.abs(np.asarray(a) - np.asarray(b)).max()
-        assert wrong <= tolerance * (np.abs(np.asarray(b)).max() + 1e-9), (jax.tree_util.keystr(path), wrong)
 
 
 @pytest.mark.parametrize("name", MODELS)

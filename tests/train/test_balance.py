@@ -15,7 +15,7 @@ from tanuki_jax.train import balance, losses
 from tanuki_jax.train.optimizer import learning_rate, make_optimizer
 from tanuki_jax.train.step import gradients, init_state, make_train_step
 from tests import plain
-from tests.tiny import init, packed_batch, pair_batch, small
+from tests.tiny import assert_close, init, packed_batch, pair_batch, small
 
 
 def as_arrays(batch):
@@ -138,13 +138,6 @@ def params_of(name):
     if "bias" in params["layers"]["moe"]:
         params["layers"]["moe"]["bias"] = jax.random.normal(jax.random.key(1), (2, 5))
     return params
-
-
-def assert_close(found, expected, tolerance):
-    """Relative to the largest number of each leaf."""
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True):
-        wrong = np.abs(np.asarray(a) - np.asarray(b)).max()
-        assert wrong <= tolerance * (np.abs(np.asarray(b)).max() + 1e-9), (jax.tree_util.keystr(path), wrong)
 
 
 @pytest.mark.parametrize("name", MODELS)

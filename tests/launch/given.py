@@ -1,0 +1,9 @@
+"""Settings that the scripts of Cloud TPUs need."""
+
+GIVEN = {
+    "TPU_NAME": "tanuki",
+    "ZONE": "us-east5-a",
+    "TPU_TYPE": "v5p-256",
+    "CONFIG": "configs/tanuki_8b.py:/mnt/my data",
+    "WORKDIR": "/mnt/run",
+}
