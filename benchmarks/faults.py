@@ -29,7 +29,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 STAGE, SAVE_EVERY, DEVICES = "pretrain", 10, 4
 LAYOUTS = (2, 1, 4)  # numbers of processes, over the same devices
-STEPS = 30  # a moment; the next one comes at most half of them after the run goes on
+STEPS = 45  # a moment; the next one comes at most a third of them after the run goes on
 LIMIT = 240  # seconds in which a start must come to its first step
 KINDS = {
     "kill_one": "SIGKILL of one process",
@@ -105,6 +105,8 @@ class Run:
                 "PYTHONPATH": str(ROOT),
                 "PYTHONFAULTHANDLER": "1",  # SIGABRT prints the stacks
                 "TANUKI_COORDINATOR": f"127.0.0.1:{port}" if processes > 1 else "",
+                "TANUKI_JOIN_SECONDS": "60",
+                "TANUKI_HEARTBEAT_SECONDS": "30",
                 "TANUKI_PROCESSES": str(processes),
                 "TANUKI_PROCESS_ID": str(process),
             }
@@ -195,7 +197,9 @@ def read_only(directory: Path) -> Iterator[None]:
     """Nothing can be written below a directory."""
     subprocess.run(["mount", "--bind", directory, directory], check=True)
     try:
-        subprocess.run(["mount", "-o", "remount,ro,bind", directory], check=True)
+        command = ["mount", "-o", "remount,ro,bind", directory]
+        while subprocess.run(command, capture_output=True).returncode:  # busy while a file is open for writing
+            time.sleep(0.01)
         yield
     finally:
         subprocess.run(["umount", "-l", directory], check=True)
@@ -254,7 +258,7 @@ def chaos(workdir: Path, disk: Path, kinds: list[str], steps: int, rng: random.R
             while time.monotonic() < until and not run.attempts() - before:
                 time.sleep(0.05)
         else:
-            wait(run, run.step() + rng.randrange(1, STEPS // 2))
+            wait(run, run.step() + rng.randrange(1, STEPS // 3))
         if not run.alive():
             break
         done = run.step()

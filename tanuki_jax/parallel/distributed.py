@@ -19,7 +19,6 @@ from tanuki_jax.parallel import peers
 
 _listening: list[Any] = []  # the handler of SIGTERM before
 _noticed, _asked = threading.Event(), itertools.count(1)  # the service counts over the whole run
-HEARTBEAT = 100  # seconds after which a process that is not heard of is taken for dead; TANUKI_HEARTBEAT_SECONDS
 VARIABLES = ("TANUKI_COORDINATOR", "TANUKI_PROCESSES", "TANUKI_PROCESS_ID")
 
 
@@ -34,12 +33,9 @@ def initialize() -> None:
     coordinator, processes, process = (os.environ.get(v) for v in VARIABLES)
     if not coordinator:
         return
-    text = os.environ.get("TANUKI_HEARTBEAT_SECONDS", "") or str(HEARTBEAT)
-    if not text.isdigit() or not int(text):
-        raise UserError(f"TANUKI_HEARTBEAT_SECONDS is {text!r}; set it to a whole number of seconds above 0")
-    heartbeat = int(text)
+    join, heartbeat = peers.limit("TANUKI_JOIN_SECONDS"), peers.limit("TANUKI_HEARTBEAT_SECONDS")
     if coordinator == "auto":
-        jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat)
+        jax.distributed.initialize(initialization_timeout=join, heartbeat_timeout_seconds=heartbeat)
         peers.introduce()
         return
     if not (processes or "").isdigit() or not (process or "").isdigit():
@@ -47,7 +43,13 @@ def initialize() -> None:
             "TANUKI_COORDINATOR is set; set TANUKI_PROCESSES and TANUKI_PROCESS_ID to whole numbers too, "
             "or TANUKI_COORDINATOR=auto"
         )
-    jax.distributed.initialize(coordinator, int(processes or 0), int(process or 0), heartbeat_timeout_seconds=heartbeat)
+    jax.distributed.initialize(
+        coordinator,
+        int(processes or 0),
+        int(process or 0),
+        initialization_timeout=join,
+        heartbeat_timeout_seconds=heartbeat,
+    )
     peers.introduce()
 
 

@@ -18,20 +18,22 @@ from jax._src import distributed  # the store has no public name; Orbax and mult
 from tanuki_jax.errors import PeerLost, UserError
 
 T = TypeVar("T")
-WAIT = 3600.0  # seconds that processes wait for each other; TANUKI_WAIT_SECONDS sets another limit
+# Seconds that processes wait: where they meet, to join at the start, and to hear of each other at all.
+LIMITS = {"TANUKI_WAIT_SECONDS": 3600, "TANUKI_JOIN_SECONDS": 300, "TANUKI_HEARTBEAT_SECONDS": 100}
 _numbers = itertools.count()
 
 
-def wait_seconds() -> float:
-    """How long processes wait for each other."""
-    text = os.environ.get("TANUKI_WAIT_SECONDS", "") or str(WAIT)
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not seconds > 0:
-        raise UserError(f"TANUKI_WAIT_SECONDS is {text!r}; set it to a number of seconds above 0")
-    return seconds
+def limit(name: str) -> int:
+    """One of LIMITS, or what the environment says in its place."""
+    text = os.environ.get(name, "") or str(LIMITS[name])
+    if not text.isdecimal() or not int(text):
+        raise UserError(f"{name} is {text!r}; set it to a whole number of seconds above 0")
+    return int(text)
+
+
+def wait_seconds() -> int:
+    """How long processes wait where they meet."""
+    return limit("TANUKI_WAIT_SECONDS")
 
 
 def share() -> tuple[int, int]:
@@ -56,7 +58,7 @@ def exchange(text: str, what: str) -> list[str]:
     key, me = f"tanuki/{number}/{what}", jax.process_index()
     try:
         client.key_value_set(f"{key}/{me}", text)
-        client.wait_at_barrier(key, int(1000 * seconds))
+        client.wait_at_barrier(key, 1000 * seconds)
         found = read(f"{key}/")
     except jax.errors.JaxRuntimeError as error:
         raise PeerLost(f"{what}: {_missing(key, seconds)}") from error
@@ -65,14 +67,14 @@ def exchange(text: str, what: str) -> list[str]:
     return [found[process] for process in range(jax.process_count())]
 
 
-def _missing(key: str, seconds: float) -> str:
+def _missing(key: str, seconds: int) -> str:
     try:
         came = read(f"{key}/")
     except jax.errors.JaxRuntimeError:
         return "process 0, which the others meet at, does not answer"
     named = [name(process) for process in range(jax.process_count()) if process not in came]
     who = ", ".join(named) or "a process"
-    return f"{who} did not come within {seconds:g} s (TANUKI_WAIT_SECONDS), or is gone"
+    return f"{who} did not come within {seconds} s (TANUKI_WAIT_SECONDS), or is gone"
 
 
 def store() -> Any:

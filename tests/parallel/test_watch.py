@@ -59,7 +59,7 @@ def test_a_disk_that_is_full_does_not_keep_a_hanging_process_alive(exits):
 
 def test_a_single_process_may_take_long_where_no_limit_is_named(exits, monkeypatch):
     """Nobody waits for it; it is told, for it may be a mistake."""
-    monkeypatch.setenv("TANUKI_WAIT_SECONDS", "0.1")
+    monkeypatch.setattr(watch.peers, "wait_seconds", lambda: 0.1)
     told = []
     with watch.watching(told.append):
         watch.at("preparing data")
@@ -96,7 +96,7 @@ def test_the_slowest_process_is_the_one_that_spends_most_beside_its_devices(monk
     assert watch.slowest() == {"process": 2, "host": "h2", "seconds": 0.9, "median": 0.1}
 
 
-@pytest.mark.parametrize("text", ["0", "-3", "an hour", "nan"])
+@pytest.mark.parametrize("text", ["0", "-3", "an hour", "nan", "1.5"])
 def test_a_time_to_wait_that_is_none_is_an_error(text, monkeypatch):
     monkeypatch.setenv("TANUKI_WAIT_SECONDS", text)
     with pytest.raises(peers.UserError, match="TANUKI_WAIT_SECONDS"):
