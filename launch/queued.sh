@@ -72,9 +72,10 @@ until_done() {
       run || code=$?
       ((dry)) && return
       ((code)) || { echo "queued.sh: done" >&2; return; }
-      # 75: told to stop and saved.  76: a step hung.  77, 134: a process is gone.  Else ask the platform: with the slices gone, ssh
+      # 75: told to stop and saved.  76: a step hung.  77, 134: a process is gone.
+      # 143: stopped before there was anything to save.  Else ask the platform: with the slices gone, ssh
       # fails in any way.
-      if [[ ! $code =~ ^(7[567]|134)$ && $(state) == ACTIVE ]]; then
+      if [[ ! $code =~ ^(7[567]|134|143)$ && $(state) == ACTIVE ]]; then
         fail "the run ended with exit code $code, and its message says why; the slices are still there"
       fi
       [[ $(state) == ACTIVE ]] && continue

@@ -22,7 +22,8 @@ from tanuki_jax.schema import (
 )
 
 NAME = re.compile(r"\w[\w.-]{0,99}")
-CREDENTIALS = re.compile(r"://[^/@,]*@|[?&](?:[^=&]*(?:key|token|secret|signature|password))=", re.IGNORECASE)
+SECRET = r"(?:sig|[^=&/,]*(?:key|token|secret|signature|credential|auth|password|pwd))"
+CREDENTIALS = re.compile(rf"://[^/@,]*@|://[^,]*[?&]{SECRET}=", re.IGNORECASE)
 
 
 def check_mixture(model: Model, where: str) -> None:
@@ -169,6 +170,11 @@ def _check_stage(recipe: Recipe, name: str, this: Stage) -> None:
     for field in ("keep_every", "keep_best", "profile_start"):
         if getattr(this, field) < 0:
             raise UserError(f"{where}.{field} is {getattr(this, field)}; it must not be negative")
+    if this.keep_every % this.save_every:
+        raise UserError(
+            f"{where}.keep_every {this.keep_every} is not a multiple of save_every {this.save_every}; only what is saved can "
+            "be kept"
+        )
     if this.keep_best and (
         not recipe.validation.tokens or this.kind != "pretrain" or this.save_every % recipe.validation.every
     ):

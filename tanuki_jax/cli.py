@@ -50,24 +50,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _leave(PEER_LOST)
         return PEER_LOST
     except BrokenPipeError:
-        return 0
+        if given[:1] not in (["run"], ["train"]):
+            return 0  # whoever reads the answer has read enough
+        _leave(1)
     except KeyboardInterrupt:
         resumes = given[:1] in (["run"], ["train"], ["data"])
         what = "the same command goes on from where it was" if resumes else "no output was written"
         print(f"\ntanuki: interrupted; {what}", file=sys.stderr)
+        _leave(130)
         return 130
     except Exception as error:
         if not _several_processes():
             raise
         traceback.print_exception(error)
-        lost = isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error)  # of a collective, most likely
-        _leave(PEER_LOST if lost else 1)
+        _leave(PEER_LOST if _is_of_a_peer(error) else 1)
     return 1
 
 
 def _several_processes() -> bool:
     jax = sys.modules.get("jax")
     return jax is not None and jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def _is_of_a_peer(error: Exception) -> bool:
+    """Whether a collective or a barrier failed, most likely for another process is gone, and not what this one asked for."""
+    ours = any(sign in str(error) for sign in ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED"))
+    waits = isinstance(error, sys.modules["jax"].errors.JaxRuntimeError | TimeoutError)
+    return not ours and (waits or type(error).__module__.startswith("orbax"))
 
 
 def _leave(code: int) -> None:

@@ -110,11 +110,21 @@ def _wandb(recipe: Recipe, workdir: Path) -> Iterator[Tell]:
     # The same id again after a restart, so that the curves go on.
     identity = files.fingerprint(str(workdir.absolute()), recipe.name, recipe.seed)
     settings: dict[str, Any] = json.loads(json.dumps(config.to_dict(recipe)))
-    run = wandb.init(
-        project=recipe.wandb_project, name=recipe.name or None, id=identity, resume="allow", dir=str(workdir), config=settings
-    )
-    for stage in recipe.stages:
-        run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
+    try:
+        run = wandb.init(
+            project=recipe.wandb_project,
+            name=recipe.name or None,
+            id=identity,
+            resume="allow",
+            dir=str(workdir),
+            config=settings,
+        )
+        for stage in recipe.stages:
+            run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
+    except Exception as error:  # of the network or of the account
+        print(f"metrics are not told to Weights & Biases: {error}", file=sys.stderr, flush=True)
+        yield lambda stage, row: None
+        return
 
     def wandb_project(stage: str, row: dict[str, Any]) -> None:
         run.log({f"{stage}/{name}": value for name, value in flat(row).items()})

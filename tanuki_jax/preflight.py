@@ -21,8 +21,8 @@ from tanuki_jax.errors import UserError
 CLOCKS = 60.0  # seconds by which the clocks of machines may differ: file systems and certificates begin to fail later
 
 
-def check(recipe: Recipe, workdir: Path, versions: dict[str, str]) -> None:
-    """Says on stderr what was found.  What would fail later, or go wrong unseen, is an error that names the process."""
+def check(recipe: Recipe, names: list[str], workdir: Path, versions: dict[str, str]) -> None:
+    """Says on stderr what was found; what would fail in the stages `names`, or go wrong unseen, is an error."""
     began, (process, processes) = time.monotonic(), parallel.share()
     parallel.at("preflight")
     facts = {
@@ -37,7 +37,7 @@ def check(recipe: Recipe, workdir: Path, versions: dict[str, str]) -> None:
         early, late = (parallel.name(times.index(pick(times))) for pick in (min, max))
         raise UserError(f"preflight: the clock of {late} is {apart:.0f} s ahead of that of {early}; set them by NTP")
     _writable(workdir, process, processes)
-    free = parallel.on_first(lambda: _room(recipe, workdir), "preflight, room on the disk")
+    free = parallel.on_first(lambda: _room(recipe, names, workdir), "preflight, room on the disk")
     took = _collective()
     if processes > 1 and process == 0:
         _say(
@@ -84,11 +84,11 @@ def _writable(workdir: Path, process: int, processes: int) -> None:
         raise UserError(f"preflight: {wrong}")
 
 
-def _room(recipe: Recipe, workdir: Path) -> int:
+def _room(recipe: Recipe, names: list[str], workdir: Path) -> int:
     """Bytes that are free; an error where not one checkpoint fits, a warning where not all do that are kept."""
     free = shutil.disk_usage(workdir).free
-    for name, this in recipe.stages.items():
-        directory = workdir / "stages" / name
+    for name in names:
+        this, directory = recipe.stages[name], workdir / "stages" / name
         if this.kind == "upcycle" or this.lora.rank or (directory / "done.json").is_file():
             continue
         one, there = checkpoint_bytes(recipe, name), len(list((directory / "checkpoints").glob("[0-9]*")))

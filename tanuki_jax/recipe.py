@@ -21,6 +21,7 @@ from tanuki_jax.evaluate import score
 from tanuki_jax.model import Sampling
 from tanuki_jax.report import write_report
 from tanuki_jax.synth import rules
+from tanuki_jax.train import profile
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "sentencepiece", "tokenizers", "numpy")
 
@@ -30,7 +31,7 @@ def run(recipe: Recipe, workdir: Path, only: str = "", allow_data_change: bool =
     if only and only not in recipe.stages:
         raise UserError(f"--stage: the recipe has no stage {only!r}; it has {', '.join(recipe.stages)}")
     parallel.initialize()
-    with parallel.watching(_hangs):
+    with parallel.watching(_hangs), profile.listening():
         return _run(recipe, workdir, only, allow_data_change)
 
 
@@ -43,9 +44,9 @@ def _run(recipe: Recipe, workdir: Path, only: str, allow_data_change: bool) -> d
     first = jax.process_index() == 0
     parallel.at("the start")
     parallel.once(lambda: _claim(recipe, workdir), "the workdir")
-    preflight.check(recipe, workdir, versions())
-    mesh = parallel.make_mesh(recipe.mesh)
     wanted = [only] if only else list(recipe.stages)
+    preflight.check(recipe, wanted, workdir, versions())
+    mesh = parallel.make_mesh(recipe.mesh)
     meshes = {name: placement.make_mesh(recipe, name) for name in wanted}
     for name, own in meshes.items():  # what cannot work is said before anything long begins
         if recipe.stages[name].kind != "upcycle":
@@ -165,6 +166,7 @@ def _scores(
     prompts = rules.held_out_prompts(options.prompts, recipe.seed)
     sampling = Sampling(max_new_tokens=options.max_new_tokens, stop=(ready.tokenizer.eos,))
     with jax.set_mesh(mesh):
+        parallel.at(f"the answers of stage {name}")
         given = score.answers(
             loaded.cfg,
             loaded.params,
@@ -175,6 +177,7 @@ def _scores(
         )
         scores = score.exact_answers(prompts, given, rules.correct)
         if options.pairs:
+            parallel.at(f"the preferences of stage {name}")
             margins = score.pair_margins(
                 loaded.cfg, loaded.params, ready.tokenizer, rules.held_out_pairs(options.pairs, recipe.seed)
             )

@@ -81,7 +81,7 @@ def _loss_picture(stages: list[dict[str, Any]], metrics: dict[str, list[dict[str
     figure, axes = plt.subplots(figsize=(9, 3.6))
     offset, top = 0.0, 1.0
     for entry in stages:
-        rows, kind = metrics[entry["name"]], entry["kind"]
+        rows, kind = [row for row in metrics[entry["name"]] if row["loss"] is not None], entry["kind"]
         axes.axvline(offset / 1e6, color="#cccccc", linewidth=0.8)
         if rows:
             x = np.array([offset + row["tokens"] for row in rows]) / 1e6

@@ -173,11 +173,13 @@ def _upcycle(recipe: Recipe, name: str, workdir: Path, mesh: jax.sharding.Mesh) 
     more = [directory(workdir, n) if n in recipe.stages else Path(n) for n in this.upcycle.experts_from]
     loaded = []
     for path in (parent, *more):
+        parallel.at(f"loading {path}")
         one = checkpoint.load(path, mesh, cfg.param_dtype)
         mixture = upcycle.mixture_of(one.cfg, **{key: getattr(cfg, key) for key in upcycle.SHAPE})
         checkpoint.check_architecture(str(path), config.to_dict(mixture), cfg)
         _check_finite(str(path), one.params)
         loaded.append(one.params)
+    parallel.at(f"upcycling in stage {name}")
     with jax.set_mesh(mesh):
         convert = jax.jit(
             lambda trees, k: upcycle.upcycle(trees[0], cfg, this.upcycle, k, trees[1:]),
@@ -264,6 +266,7 @@ def _source_logprobs(
     result = np.zeros((len(rows.ref_logprobs), 2), np.float32)
     progress = Progress("reference log-probabilities", len(rows), "rows", quiet=jax.process_index() != 0)
     for start in range(0, len(rows), batch_size):
+        parallel.at(f"reference log-probabilities, row {start}")
         chosen = [min(r, len(rows) - 1) for r in range(start, start + batch_size)]
         batch = loader.stack([rows[r] for r in chosen])
         logprobs = parallel.to_host(compute(params, loader.on_devices(batch, mesh, batch_size)))

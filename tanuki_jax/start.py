@@ -110,6 +110,7 @@ def carried_moments(parent: Path | None, abstract: State) -> Any:
         step = checkpoints.latest()
         if step is None:
             raise UserError(f"checkpoint: {parent} has no checkpoint to carry the optimizer state from")
+        checkpoint.check_sums(parent, step, "optimizer")
         return checkpoints.restore(step, dataclasses.replace(abstract, balance={})).opt_state
     except ValueError as error:
         raise UserError(f"checkpoint: {parent} has no optimizer state of this model; set carry='params'") from error

@@ -24,13 +24,13 @@ LOADED = lambda: config.load([CONFIG])  # noqa: E731
 
 
 def test_a_process_alone_passes_and_leaves_nothing(tmp_path, capfd):
-    preflight.check(LOADED(), tmp_path, recipe.versions())
+    preflight.check(LOADED(), list(LOADED().stages), tmp_path, recipe.versions())
     assert not list(tmp_path.iterdir()) and "preflight" not in capfd.readouterr().err
 
 
 def test_a_directory_that_cannot_be_written_to(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="process 0 cannot write to .*gone"):
-        preflight.check(LOADED(), tmp_path / "gone", recipe.versions())
+        preflight.check(LOADED(), list(LOADED().stages), tmp_path / "gone", recipe.versions())
 
 
 @pytest.mark.parametrize("fits", [0, 1, 100])
@@ -40,9 +40,9 @@ def test_a_disk_without_room_for_a_checkpoint(tmp_path, monkeypatch, capfd, fits
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: free)
     if not fits:
         with pytest.raises(UserError, match="a checkpoint of stage .* make room"):
-            preflight.check(LOADED(), tmp_path, recipe.versions())
+            preflight.check(LOADED(), list(LOADED().stages), tmp_path, recipe.versions())
     else:
-        preflight.check(LOADED(), tmp_path, recipe.versions())
+        preflight.check(LOADED(), list(LOADED().stages), tmp_path, recipe.versions())
         assert ("will need" in capfd.readouterr().err) == (fits == 1)
 
 
@@ -57,7 +57,7 @@ def test_a_checkpoint_is_as_large_as_is_said(tmp_path_factory):
 def test_a_device_that_sums_wrongly(tmp_path, monkeypatch):
     monkeypatch.setattr(preflight.jnp, "sum", lambda a: a[0])
     with pytest.raises(UserError, match="is broken"):
-        preflight.check(LOADED(), tmp_path, recipe.versions())
+        preflight.check(LOADED(), list(LOADED().stages), tmp_path, recipe.versions())
 
 
 # --- two --------------------------------------------------------------------------------------------------------------------
@@ -83,7 +83,7 @@ workdir.mkdir(exist_ok=True)
 if second and mode == "absent": time.sleep(8)
 
 def work(options):
-    preflight.check(loaded, workdir, versions)
+    preflight.check(loaded, list(loaded.stages), workdir, versions)
     parallel.agree("fingerprint", f"f{jax.process_index() if mode == 'agree' else 0}")
     if mode == "first":
         parallel.on_first(lambda: 1 / 0 if jax.process_index() == 0 else None, "the sums")

@@ -59,7 +59,7 @@ def load(path: str | Path, mesh: jax.sharding.Mesh | None = None, param_dtype: s
     meta = read_meta(stage_directory, step)
     if "adapter" in meta:
         found = load_adapters(path, mesh)
-        base = load(found.base, mesh)
+        base = load(found.base, mesh, found.cfg.param_dtype)
         everything = {**base.params, **found.params, **found.scales}
         shardings = parameter_shardings(found.cfg, mesh) if mesh else None
         params = jax.jit(model.lora.merge, out_shardings=shardings)(everything)
@@ -91,7 +91,7 @@ def load_as(path: str | Path, cfg: config.Model, mesh: jax.sharding.Mesh) -> Loa
 
 def _restore(stage_directory: Path, step: int, shapes: Any, shardings: Any) -> Any:
     """The item `params` of a step."""
-    check_sums(stage_directory, step)
+    check_sums(stage_directory, step, "params")
     checkpoints = Checkpoints(stage_directory, keep=EVERY)
     try:
         like = sharded_like(shapes, shardings) if shardings else single_device(shapes)
@@ -102,17 +102,24 @@ def _restore(stage_directory: Path, step: int, shapes: Any, shardings: Any) -> A
         checkpoints.close()
 
 
-def check_sums(stage_directory: Path, step: int) -> None:
-    """An error where the files of a step's parameters are not those that were written."""
+def check_sums(stage_directory: Path, step: int, item: str) -> None:
+    """An error where the files of an item of a step are not those that were written; to be called by all processes."""
     home = Path(stage_directory) / "checkpoints" / str(step)
-    if wrong := parallel.first_of(sums.damage(home, *parallel.share(), item="params"), "check sums"):
-        others = sorted((int(p.name) for p in home.parent.iterdir() if p.name.isdigit() and p != home), reverse=True)
-        fix = f"use {home.parent / str(others[0])}" if others else "bring back another copy"
-        raise UserError(f"checkpoint: {home} is damaged, {wrong}; {fix}")
+    if wrong := parallel.first_of(sums.damage(home, *parallel.share(), item=item), "check sums"):
+        _is_damaged(home, wrong)
+
+
+def _is_damaged(home: Path, wrong: str) -> None:
+    others = sorted((int(p.name) for p in home.parent.iterdir() if p.name.isdigit() and p != home), reverse=True)
+    fix = f"use {home.parent / str(others[0])}" if others else "bring back another copy"
+    raise UserError(f"checkpoint: {home} is damaged, {wrong}; {fix}")
 
 
 def read_meta(stage_directory: Path, step: int) -> dict[str, Any]:
     """What was saved beside the arrays of one step."""
+    home = Path(stage_directory) / "checkpoints" / str(step)
+    if wrong := sums.damage(home, item="meta"):
+        _is_damaged(home, wrong)
     checkpoints = Checkpoints(stage_directory, keep=EVERY)
     try:
         meta = checkpoints.meta(step)

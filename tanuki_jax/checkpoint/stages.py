@@ -55,6 +55,7 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(self.directory, options=options)
         self._given_up = False
         self._sealing: threading.Thread | None = None
+        self._unsealed: OSError | None = None  # why the sums could not be written
 
     def latest(self) -> int | None:
         """The newest whole checkpoint's step."""
@@ -72,8 +73,7 @@ class Checkpoints:
         Damaged steps are told and put aside as `damaged-<step>`.  A step whose sums were not written, because the run was
         killed in between, cannot be verified; it is tried only where there is no other.
         """
-        mine = [(sums.sealed(self.directory / str(step)), step) for step in self.steps()]
-        waiting = sorted(json.loads(parallel.exchange(json.dumps(mine), "checkpoints")[0]))  # what process 0 sees, on all
+        waiting = _of_first(sorted((sums.sealed(self.directory / str(step)), step) for step in self.steps()))
         while waiting:
             sealed, step = waiting.pop()
             wrong, state = parallel.first_of(sums.damage(self.directory / str(step), *parallel.share()), "check sums"), None
@@ -101,11 +101,17 @@ class Checkpoints:
         """From the next save on, these are kept however old they are; all others are not."""
         self._pinned.steps = steps
 
-    def go_back(self, step: int) -> None:
-        """Puts the checkpoints of later steps aside as `left-<step>`, once the last save is done."""
-        self._wait()
-        for later in (s for s in self.steps() if s > step):
+    def go_back(self, step: int) -> int:
+        """To the newest checkpoint up to `step` once the last save is done; later ones are put aside as `left-<step>`.
+
+        Returns its step, 0 where there is none.
+        """
+        with self._saving():
+            self._wait()
+        steps = _of_first(self.steps())
+        for later in (s for s in steps if s > step):
             self._put_aside(later, "left")
+        return max((s for s in steps if s <= step), default=0)
 
     def _put_aside(self, step: int, why: str) -> None:
         def move() -> None:
@@ -137,17 +143,22 @@ class Checkpoints:
             self._sealing.start()
 
     def _probe(self, trees: dict[str, Any]) -> None:
-        """An OSError where this process cannot write here, or there is no room: of several processes, some would find out in
-        the middle of a save, and the others wait for them.
+        """An OSError on all processes where one cannot write here, or there is no room: some would find out in the middle of a
+        save, and the others wait for them.
         """
-        probe = self.directory / f".probe-{jax.process_index()}"
+        probe, size = self.directory / f".probe-{jax.process_index()}", sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
+        wrong = ""
         try:
             probe.write_bytes(bytes(4096))
-        finally:
-            probe.unlink(missing_ok=True)
-        size = sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
-        if shutil.disk_usage(self.directory).free < size / 2:  # it may be compressed
-            raise OSError(errno.ENOSPC, "No space left on device")
+            probe.unlink()
+            if shutil.disk_usage(self.directory).free < size / 2:  # it may be compressed
+                wrong = "No space left on device"
+        except OSError as error:
+            wrong = str(error)
+            with suppress(OSError):
+                probe.unlink()
+        if wrong := parallel.first_of(wrong, "a save"):
+            raise OSError(wrong)
 
     def _seal(self, step: int) -> None:
         """Once the save is whole, writes the sums of its files."""
@@ -156,8 +167,12 @@ class Checkpoints:
             if self._given_up:
                 return
             time.sleep(POLL)
-        with suppress(FileNotFoundError):  # retention was faster
+        try:
             sums.seal(home, *parallel.share())
+        except FileNotFoundError:
+            pass  # retention was faster
+        except OSError as error:
+            self._unsealed = error
 
     def _wait(self) -> None:
         """Until the last save is durable and sealed; raises what went wrong with it."""
@@ -166,6 +181,8 @@ class Checkpoints:
         if self._sealing:
             self._sealing.join()
             self._sealing = None
+        if self._unsealed:
+            raise self._unsealed
 
     def restore(self, step: int, like: Any) -> Any:
         """The state of a step, with the shardings of `like` (a tree of ShapeDtypeStructs)."""
@@ -210,6 +227,11 @@ class Checkpoints:
             for unfinished in self.directory.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(unfinished, ignore_errors=True)
             raise
+
+
+def _of_first(found: Any) -> Any:
+    """What process 0 sees of a shared file system, on all processes."""
+    return json.loads(parallel.exchange(json.dumps(found), "checkpoints")[0])
 
 
 def join_orbax() -> None:

@@ -78,7 +78,7 @@ def _merged(name: str, base: Stored, a: Stored, b: Stored, scale_L: np.ndarray) 
 def _opened(stage_directory: Path, step: int, names: list[str]) -> dict[str, Stored]:
     """Arrays of the item `params` of a step, by path."""
     home = stage_directory / "checkpoints" / str(step) / "params"
-    check_sums(stage_directory, step)
+    check_sums(stage_directory, step, "params")
     try:
         written = files.read_json(home / "_METADATA")
     except OSError as error:

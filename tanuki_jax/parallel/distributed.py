@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -33,23 +34,30 @@ def initialize() -> None:
     coordinator, processes, process = (os.environ.get(v) for v in VARIABLES)
     if not coordinator:
         return
-    join, heartbeat = peers.limit("TANUKI_JOIN_SECONDS"), peers.limit("TANUKI_HEARTBEAT_SECONDS")
+    limits = peers.limit("TANUKI_JOIN_SECONDS"), peers.limit("TANUKI_HEARTBEAT_SECONDS")
     if coordinator == "auto":
-        jax.distributed.initialize(initialization_timeout=join, heartbeat_timeout_seconds=heartbeat)
-        peers.introduce()
+        _join(limits)
         return
     if not (processes or "").isdigit() or not (process or "").isdigit():
         raise UserError(
             "TANUKI_COORDINATOR is set; set TANUKI_PROCESSES and TANUKI_PROCESS_ID to whole numbers too, "
             "or TANUKI_COORDINATOR=auto"
         )
+    _join(limits, coordinator, int(processes or 0), int(process or 0))
+
+
+def _join(
+    limits: tuple[int, int], coordinator: str | None = None, processes: int | None = None, process: int | None = None
+) -> None:
+    join, heartbeat = limits
+    told = f"{peers.host()} waits for the other processes of the run, at most {join} s (TANUKI_JOIN_SECONDS)"
+    waits = threading.Timer(10, print, (told,), {"file": sys.stderr, "flush": True})
+    waits.daemon = True
+    waits.start()
     jax.distributed.initialize(
-        coordinator,
-        int(processes or 0),
-        int(process or 0),
-        initialization_timeout=join,
-        heartbeat_timeout_seconds=heartbeat,
+        coordinator, processes, process, initialization_timeout=join, heartbeat_timeout_seconds=heartbeat
     )
+    waits.cancel()
     peers.introduce()
 
 

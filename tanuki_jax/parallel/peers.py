@@ -70,9 +70,9 @@ def exchange(text: str, what: str) -> list[str]:
 def _missing(key: str, seconds: int) -> str:
     try:
         came = read(f"{key}/")
+        named = [name(process) for process in range(jax.process_count()) if process not in came]
     except jax.errors.JaxRuntimeError:
         return "process 0, which the others meet at, does not answer"
-    named = [name(process) for process in range(jax.process_count()) if process not in came]
     who = ", ".join(named) or "a process"
     return f"{who} did not come within {seconds} s (TANUKI_WAIT_SECONDS), or is gone"
 

@@ -23,6 +23,7 @@ from tanuki_jax.parallel import peers
 
 HANGS = 76  # exit code of a process that ended itself
 TICK = 1.0  # seconds between two looks
+ASLEEP = 10.0  # seconds between two looks that say that the whole process was stopped
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,9 @@ def watching(tell: Callable[[dict[str, Any]], None]) -> Iterator[None]:
 
     May be nested: then the inner one hears, and the place before is the place again.
     """
-    global _place
-    before = _place
+    global _place, _own
+    before, _own = _place, 0.0
+    _others.clear()
     _tellers.append(tell)
     stop, threads = threading.Event(), []
     if len(_tellers) == 1:
@@ -122,10 +124,13 @@ def _publish(stop: threading.Event) -> None:
 
 
 def _look(stop: threading.Event) -> None:
-    told = -1
+    told, last, asleep = -1, time.monotonic(), (-1, 0.0)
     while not stop.wait(min(TICK, (_place.tell or TICK) / 10, (_place.end or TICK) / 10)):
-        place = _place
-        took = time.monotonic() - place.since
+        place, now = _place, time.monotonic()
+        if now - last > ASLEEP:  # this thread was stopped as well (Ctrl-Z, a machine asleep): that is no hang
+            asleep = (place.passed, now - last + (asleep[1] if asleep[0] == place.passed else 0.0))
+        last = now
+        took = now - place.since - (asleep[1] if asleep[0] == place.passed else 0.0)
         if place.tell and took > place.tell and told != place.passed:
             told = place.passed
             _tell(place, took)

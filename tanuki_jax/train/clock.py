@@ -33,12 +33,12 @@ class Clock:
         self.tokens_per_second = 0.0
         self._waited, self._steps = 0.0, 0
 
-    def resume(self, row: dict[str, Any], lost: float) -> None:
+    def resume(self, step: int, row: dict[str, Any], lost: float) -> None:
         """Takes up the times of an earlier run from the row of its last step that counts; `lost` seconds in all did not.
 
         What was timed last, the restoring of its state, comes on top.
         """
-        before = row.get("times", {})
+        self.step, before = step, row.get("times", {})
         self.seconds = row.get("seconds", 0.0) + self._took
         self._times = {kind: before.get(kind, 0.0) for kind in KINDS}
         self._times["restore"] += self._took

@@ -20,7 +20,7 @@ from tanuki_jax.train.clock import Clock
 from tanuki_jax.train.detours import Detours
 from tanuki_jax.train.guard import Events, Guard, read_events
 from tanuki_jax.train.metrics import MetricsWriter, mfu, plain, read_metrics, validation_loss
-from tanuki_jax.train.profile import Profile
+from tanuki_jax.train.profile import Profile, listening
 from tanuki_jax.train.step import State
 
 SLOW = 0.2  # share of a step for which a process that waits for its input holds the others up
@@ -73,9 +73,12 @@ def run(
       Preempted: SIGTERM or the platform's notice came, and the step is saved.
       NotFinite: more steps in a row than the guard allows were not finite.
     """
-    checkpoints = Checkpoints(job.directory, job.options.keep)
-    first = jax.process_index() == 0
-    events, clock = Events(job.directory, first), Clock(job.tokens_per_step, job.options.guard.hang_seconds)
+    options = job.options
+    checkpoints = Checkpoints(job.directory, options.keep)
+    events = Events(job.directory, jax.process_index() == 0)
+    clock = Clock(job.tokens_per_step, options.guard.hang_seconds)
+    profile = Profile(job.directory, options.profile_start, options.profile_steps)
+    whole = _Run(job, checkpoints, events, clock, profile)
 
     def damaged(step: int, wrong: str) -> None:
         events.add("damaged_checkpoint", step, what=wrong)
@@ -84,13 +87,13 @@ def run(
         events.add("hang", clock.step + 1, **found)
 
     try:
-        with parallel.listening(), parallel.watching(hangs):
+        with parallel.listening(), listening(), parallel.watching(hangs):
             while True:
-                detours, guard = Detours.read(job.directory), Guard(job.options.guard, job.changes)
+                detours, guard = Detours.read(job.directory), Guard(options.guard, job.changes)
                 with clock.of("restore"):
                     start, state = checkpoints.resume(abstract_state, check_meta, damaged) or (0, None)
                     state = state or fresh_state()
-                attempt = _Attempt(job, checkpoints, events, clock, guard, detours, start)
+                attempt = _Attempt(whole, guard, detours, start)
                 try:
                     return attempt.run(state, train_step, batches(start, detours.batch), probes)
                 except OSError:  # of metrics or events; a device out of memory is no full disk
@@ -98,52 +101,57 @@ def run(
                         raise
                 except _GoBack:
                     del state
-                    _go_back(job, checkpoints, events, guard, detours, attempt.reported)
+                    with clock.of("save"):
+                        _go_back(whole, guard, detours, attempt.reported)
     finally:
-        checkpoints.close()
+        profile.close()
+        with clock.of("save"):
+            checkpoints.close()
 
 
-def _go_back(job: Job, checkpoints: Checkpoints, events: Events, guard: Guard, detours: Detours, step: int) -> None:
+@dataclass(frozen=True)
+class _Run:
+    """What lasts over all attempts."""
+
+    job: Job
+    checkpoints: Checkpoints
+    events: Events
+    clock: Clock
+    profile: Profile
+
+
+def _go_back(run: _Run, guard: Guard, detours: Detours, step: int) -> None:
     """To the checkpoint before the spike; its batches are left out when the run comes there again."""
+    job = run.job
     if len(detours.entries) >= job.options.guard.rollbacks:
         raise UserError(
             f"stage {job.name}, step {guard.first_high}: the loss rises again after going back {len(detours.entries)} times "
             f"(guard.rollbacks); lower the learning rate, or look at the batches that events.jsonl names"
         )
-    good = max((s for s in checkpoints.steps() if s < guard.first_high), default=0)
-    checkpoints.go_back(good)
+    good = run.checkpoints.go_back(guard.first_high - 1)
     count = step - guard.first_high + 1
     new = detours.plus(good, guard.first_high - 1, count, job.options.guard.rollback_rate)
     parallel.on_first(new.write, "detours")
     batches = [detours.batch(guard.first_high - 1), detours.batch(step - 1)]
-    events.add("rollback", step, to=good, batches_left_out=batches, learning_rate_times=new.rate(good))
+    run.events.add("rollback", step, to=good, batches_left_out=batches, learning_rate_times=new.rate(good))
 
 
 class _Attempt:
     """The steps from one start on, until the end or until the run has to go back."""
 
-    def __init__(
-        self,
-        job: Job,
-        checkpoints: Checkpoints,
-        events: Events,
-        clock: Clock,
-        guard: Guard,
-        detours: Detours,
-        start: int,
-    ) -> None:
-        self.job, self.checkpoints, self.events, self.clock = job, checkpoints, events, clock
-        self.guard, self.detours, self.start = guard, detours, start
+    def __init__(self, run: _Run, guard: Guard, detours: Detours, start: int) -> None:
+        self.job, self.checkpoints, self.events, self.clock = run.job, run.checkpoints, run.events, run.clock
+        self.profile, self.guard, self.detours, self.start = run.profile, guard, detours, start
+        job = run.job
         self.writer = MetricsWriter(job.directory, start, job.tensorboard) if jax.process_index() == 0 else None
         rows = self.writer.kept if self.writer else read_metrics(job.directory)
         guard.remember(row for row in rows if row["step"] <= start)
         if self.writer and self.writer.lost:
-            events.add("resumed", start, lost_seconds=round(self.writer.lost, 3))
+            run.events.add("resumed", start, lost_seconds=round(self.writer.lost, 3))
         lost = sum(event.get("lost_seconds", 0.0) for event in read_events(job.directory))
-        clock.resume(self.writer.last if self.writer else {}, lost)
+        run.clock.resume(start, self.writer.last if self.writer else {}, lost)
         self.progress = Progress(job.name, job.steps, quiet=jax.process_index() != 0)
         self.reported, self.slow = start, False
-        self.profile = Profile(job.directory, job.options.profile_start, job.options.profile_steps)
         self.validated = {row["step"]: loss for row in rows if (loss := validation_loss(row)) is not None}
 
     def run(self, state: State, train_step: Any, batches: Iterator[Any], probes: Any) -> State:
@@ -171,18 +179,19 @@ class _Attempt:
                 if number % job.options.save_every == 0 or ends or stop:
                     self.report(*late)
                     late = None
-                    if not self.guard.high or ends or stop:  # what is saved in a spike would push out what was before it
+                    # What is saved in a spike would push out what was before it, and the run might go back there.
+                    if not (self.guard.high and job.options.guard.spike_steps) or ends or stop:
                         self.checkpoints.pin(self.worth_keeping(number, probed))
                         with clock.of("save"):
                             self.checkpoints.save(number, state, job.meta)
                 if stop:
-                    self.checkpoints.close()
+                    with clock.of("save"):
+                        self.checkpoints.close()
                     self.events.add("preempted", number)
                     raise Preempted(f"stage {job.name} was told to stop, and is saved at step {number}")
             if late:
                 self.report(*late)
         finally:
-            self.profile.close()
             if self.writer:
                 self.writer.close()
         return state
@@ -205,6 +214,8 @@ class _Attempt:
         self.clock.done(number)
         if verdict == "not_finite":
             self._not_finite(number, loss, norm, batch)
+            if probed:  # its parameters are those of the step before, and count
+                self._log(number, loss, {"loss": metrics["loss"], "grad_norm": metrics["grad_norm"]}, probed)
             return
         if verdict == "spike" and self.guard.high == 1:
             self.events.add("spike", number, loss=round(loss, 4), grad_norm=round(norm, 4))
@@ -275,7 +286,7 @@ def _record(path: Path, batch: Any) -> None:
 def summary(job: Job) -> dict[str, Any]:
     """Steps, tokens, seconds, rate and final loss of a finished stage, from its metrics."""
     rows = read_metrics(job.directory)
-    last = rows[-max(1, min(len(rows), 10)) :]
+    losses = [row["loss"] for row in rows if row["loss"] is not None][-10:]
     seconds = rows[-1]["seconds"] if rows else 0.0
     tokens = job.steps * job.tokens_per_step
     return {
@@ -285,5 +296,5 @@ def summary(job: Job) -> dict[str, Any]:
         "tokens_per_second": round(tokens / seconds, 1) if seconds else None,
         "goodput": rows[-1]["goodput"] if rows else None,
         "times": rows[-1]["times"] if rows else {},
-        "final_loss": round(float(np.mean([row["loss"] for row in last])), 4) if rows else None,
+        "final_loss": round(float(np.mean(losses)), 4) if losses else None,
     }

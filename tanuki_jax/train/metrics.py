@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -78,19 +79,23 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def _finite(value: Any) -> bool:
+    return value is not None and math.isfinite(value)
+
+
 def validation_loss(row: dict[str, Any]) -> float | None:
-    """The mean over the sources of a row's validation losses, where it has some."""
+    """The mean over the sources of a row's validation losses, where it has some and all are finite."""
     losses = [value for name, value in row.items() if name.startswith("validation/") and name.endswith("/loss")]
-    return float(np.mean(losses)) if losses else None
+    return float(np.mean(losses)) if losses and all(map(_finite, losses)) else None
 
 
 def plain(metrics: dict[str, Any]) -> dict[str, Any]:
-    """Host values of a step's metrics: floats, None where there is none (NaN), or nested lists for arrays (experts' load)."""
+    """Host values of a step's metrics: floats, None for NaN and Inf, or nested lists for arrays (experts' load)."""
 
     def one(value: Any) -> Any:
         if np.ndim(value):
             return np.round(value, 6).tolist()
-        return None if np.isnan(value) else float(value)
+        return float(value) if np.isfinite(value) else None
 
     return {name: one(value) for name, value in jax.device_get(metrics).items()}
 
