@@ -9,10 +9,13 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, TypeVar
 
 from tanuki_jax.errors import UserError
+
+T = TypeVar("T")
 
 
 @contextlib.contextmanager
@@ -63,6 +66,19 @@ def write_jsonl(path: Path, rows: Iterable[Any]) -> int:
             f.write(json.dumps(row, ensure_ascii=False) + "\n")
             count += 1
     return count
+
+
+def written_back(file: IO[bytes], pieces: Iterable[T]) -> Iterator[T]:
+    """Passes on pieces for the caller to write to `file`; they go to the disk meanwhile, and at the end all are there."""
+    flush = getattr(os, "fdatasync", os.fsync)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = None
+        for piece in pieces:
+            yield piece
+            if waiting is None or waiting.done():
+                waiting = pool.submit(flush, file.fileno())
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def sync(directory: Path) -> None:

@@ -1,4 +1,6 @@
 import json
+import os
+import threading
 
 import pytest
 from hypothesis import given, settings
@@ -86,3 +88,28 @@ def test_a_file_counts_by_its_content_alone(tmp_path):
     assert files.fingerprint(one) == files.fingerprint(two)
     two.write_bytes(b"x" * (1 << 21) + b"y")
     assert files.fingerprint(one) != files.fingerprint(two)
+
+
+def test_pieces_are_on_the_disk_when_all_are_written(tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(files.os, "fsync", lambda number: flushed.append(os.fstat(number).st_size))
+    with (tmp_path / "file").open("wb") as f:
+        for piece in files.written_back(f, (bytes([n]) * 1000 for n in range(50))):
+            f.write(piece)
+        assert flushed[-1] == 50_000
+    assert (tmp_path / "file").read_bytes() == b"".join(bytes([n]) * 1000 for n in range(50))
+
+
+def test_an_error_while_pieces_are_made_or_written_comes_through(tmp_path):
+    def pieces():
+        yield b"x"
+        raise ValueError("read")
+
+    with (tmp_path / "file").open("wb") as f:
+        with pytest.raises(ValueError, match="read"):
+            for piece in files.written_back(f, pieces()):
+                f.write(piece)
+        with pytest.raises(ValueError, match="write"):
+            for _ in files.written_back(f, [b"x", b"y"]):
+                raise ValueError("write")
+    assert not [thread for thread in threading.enumerate() if "ThreadPool" in thread.name]

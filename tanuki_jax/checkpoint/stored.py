@@ -95,15 +95,37 @@ def _opened(stage_directory: Path, step: int, names: list[str]) -> dict[str, Sto
         except ValueError as error:
             raise UserError(f"checkpoint: {stage_directory} step {step} has no parameter {name}, or it is damaged") from error
 
+        blocks = None if store is packed else _block_file(home / name.replace("/", "."))
+
         def read(*row: int) -> np.ndarray:
             try:
+                if blocks and (path := blocks(row)):
+                    return np.asarray(np.memmap(path, array.dtype.numpy_dtype, "r", shape=array.shape[len(row) :]))
                 return array[row].read().result() if row else array.read().result()
-            except ValueError as error:
+            except (ValueError, OSError) as error:
                 raise UserError(f"checkpoint: {name} in {home} is damaged: {str(error).splitlines()[0]}") from error
 
         return Stored(tuple(array.shape), array.dtype.name, read)
 
     return {name: opened(name) for name in names}
+
+
+def _block_file(directory: Path) -> Callable[[tuple[int, ...]], Path | None] | None:
+    """Where a block lies by its leading indices, if it is a file of plain numbers, as `save_streamed` writes them."""
+    try:
+        how = files.read_json(directory / ".zarray")
+    except OSError:
+        return None
+    if how.get("compressor") or how.get("filters") or how.get("order") != "C":
+        return None
+    shape, chunk = how["shape"], how["chunks"]
+
+    def path(row: tuple[int, ...]) -> Path | None:
+        if chunk != [*(1,) * len(row), *shape[len(row) :]] or not all(shape):
+            return None
+        return directory / how.get("dimension_separator", ".").join(map(str, [*row, *(0,) * (len(shape) - len(row))]))
+
+    return path
 
 
 Block = tuple[str, tuple[int, ...], np.ndarray]  # name, leading indices, array

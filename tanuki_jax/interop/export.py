@@ -182,7 +182,7 @@ def _write(directory: Path, tensors: list[Tensor], dtype: str) -> int:
         text += b" " * (-len(text) % 8)
         with (directory / file).open("wb") as f:
             f.write(struct.pack("<Q", len(text)) + text)
-            for piece in _ahead(read for tensor in shard for read in tensor.pieces):
+            for piece in files.written_back(f, _ahead(read for tensor in shard for read in tensor.pieces)):
                 f.write(piece.reshape(-1).view(np.uint8).data)
                 done += piece.nbytes
                 progress.show(done)

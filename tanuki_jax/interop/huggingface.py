@@ -12,13 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from tanuki_jax import config, files
 from tanuki_jax.checkpoint import Opened, Stored
 from tanuki_jax.errors import UserError
 
-STRIP = 32  # rows that are transposed together
 INDEX = "model.safetensors.index.json"
 KINDS = ("llama", "mixtral", "tanuki")  # of config.json
 DTYPES = {"BF16": "bfloat16", "F32": "float32"}
@@ -144,12 +144,9 @@ def open_huggingface(path: Path) -> Opened:
 
 
 def transposed(matrix: np.ndarray) -> np.ndarray:
-    """A matrix the other way round, in its own memory: in strips that fit the cache, and bfloat16 as plain 16 bits."""
+    """A matrix the other way round, in its own memory; by XLA's CPU client, several times as fast as numpy."""
     bits = matrix.view(np.uint16) if matrix.dtype.itemsize == 2 else matrix
-    result = np.empty(bits.shape[::-1], bits.dtype)
-    for start in range(0, len(bits), STRIP):
-        result[:, start : start + STRIP] = bits[start : start + STRIP].T
-    return result.view(matrix.dtype)
+    return np.asarray(jax.device_put(bits.T, jax.devices("cpu")[0])).view(matrix.dtype)
 
 
 def published_shape(name: Name, sizes: dict[str, int]) -> tuple[int, ...]:
