@@ -278,7 +278,7 @@ def chaos(workdir: Path, disk: Path, kinds: list[str], steps: int, rng: random.R
         one = dict(kind=kind, step=done, ended=ended, hung=hung, codes=codes, lost=lost)
         found.append({**one, "seconds": seconds, "running": running})
         print(f"step {done}: {found[-1]}, errors in {run.errors}", file=sys.stderr, flush=True)
-    run.end(LIMIT)
+    run.end(10 * LIMIT)
     assert all(p.returncode == 0 for p in run.processes), f"the last start failed; see {run.errors}"
     return found
 

@@ -18,6 +18,7 @@ from tanuki_jax.flags import make_parser
 
 PREEMPTED = 75  # EX_TEMPFAIL: try again
 PEER_LOST = 77  # another process of the run is gone: start all again
+STATUS = ("UNKNOWN:", "UNAVAILABLE:", "INTERNAL:", "ABORTED:", "CANCELLED:", "DEADLINE_EXCEEDED:")  # XLA's, in any exception
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -74,9 +75,10 @@ def _several_processes() -> bool:
 
 def _is_of_a_peer(error: Exception) -> bool:
     """Whether a collective or a barrier failed, most likely for another process is gone, and not what this one asked for."""
-    ours = any(sign in str(error) for sign in ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED"))
-    waits = isinstance(error, sys.modules["jax"].errors.JaxRuntimeError | TimeoutError)
-    return not ours and (waits or type(error).__module__.startswith("orbax"))
+    if any(sign in str(error) for sign in ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")):
+        return False
+    waits = isinstance(error, sys.modules["jax"].errors.JaxRuntimeError | TimeoutError) or str(error).startswith(STATUS)
+    return waits or type(error).__module__.startswith("orbax")
 
 
 def _leave(code: int) -> None:

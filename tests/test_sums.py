@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental import multihost_utils
 
 from tanuki_jax.checkpoint import Checkpoints, stages, sums
 from tanuki_jax.errors import UserError
@@ -244,6 +245,27 @@ def test_a_save_that_fails_leaves_no_thread_that_waits_for_it(tmp_path, monkeypa
         checkpoints.save(6, state_of(6.0), {})
     time.sleep(0.2)
     assert "seal" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_only_the_loop_asks_whether_the_run_is_to_stop(tmp_path, monkeypatch):
+    """JAX's service stops all one call after the last count that it was asked with; a step number would be another count."""
+    asked = []
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", asked.append)
+    saved(tmp_path, 2, 4, 6, keep=2).close()
+    assert not asked
+
+
+def test_a_save_that_fails_in_the_background_is_noticed_before_the_next_one(tmp_path, monkeypatch):
+    checkpoints = saved(tmp_path, 2)
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sums, "seal", full)
+    checkpoints.save(4, state_of(4.0), {})
+    checkpoints._sealing.join()
+    with pytest.raises(UserError, match="is full"):
+        checkpoints.check()
 
 
 def test_after_a_failed_save_all_of_orbax_s_threads_together_are_waited_for_half_a_minute(monkeypatch):

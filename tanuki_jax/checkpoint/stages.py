@@ -27,6 +27,18 @@ SAVE_SECONDS = 1800  # that a save may take in the background, before it is an e
 EVERY = 1_000_000  # keep all checkpoints: for opening without deleting
 
 
+class _Manager(ocp.CheckpointManager):
+    """Leaves preemption to the loop.
+
+    JAX's service stops all processes one call after the last count that any asked with; Orbax asks with its own step number,
+    which made a run that had been resumed at step n go on for n more steps.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        """Never; see `parallel.told_to_stop`."""
+        return False
+
+
 class _Pinned(ocp.checkpoint_managers.PreservationPolicy):
     """Keeps chosen steps."""
 
@@ -45,14 +57,19 @@ class Checkpoints:
         self.directory = Path(stage_directory).absolute() / "checkpoints"
         self._pinned = _Pinned()
         policies = [ocp.checkpoint_managers.LatestN(keep), self._pinned]
+        several = set(range(jax.process_count())) if jax.process_count() > 1 else None
         options = ocp.CheckpointManagerOptions(
+            create=False,
+            # Naming the processes makes Orbax meet through the coordination service, where every wait has a time-out.
+            multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes=several),
             preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
             enable_async_checkpointing=True,
             async_options=ocp.AsyncOptions(timeout_secs=SAVE_SECONDS),
             cleanup_tmp_directories=keep != EVERY,  # who only reads must not disturb a run that is saving
         )
         with disk_errors(self.directory):
-            self._manager = ocp.CheckpointManager(self.directory, options=options)
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._manager = _Manager(self.directory, options=options)
         self._given_up = False
         self._sealing: threading.Thread | None = None
         self._unsealed: OSError | None = None  # why the sums could not be written
@@ -141,6 +158,15 @@ class Checkpoints:
             self._manager.save(step, args=ocp.args.Composite(**items, meta=ocp.args.JsonSave({"step": step, **meta})))
             self._sealing = threading.Thread(target=self._seal, args=(step,), name="seal", daemon=True)
             self._sealing.start()
+
+    def check(self) -> None:
+        """Raises what went wrong with the last save, if that is known already."""
+        if self._manager.is_saving_in_progress():
+            return
+        with self._saving():
+            self._manager.check_for_errors()
+            if self._unsealed:
+                raise self._unsealed
 
     def _probe(self, trees: dict[str, Any]) -> None:
         """An OSError on all processes where one cannot write here, or there is no room: some would find out in the middle of a

@@ -170,6 +170,7 @@ class _Attempt:
                     self.report(*late)
                 number, ends = step + 1, step + 1 == job.steps
                 stop = parallel.told_to_stop()
+                self.checkpoints.check()
                 due = [probe for every, probe in probes if number % every == 0 or ends]
                 probed: dict[str, Any] = {}
                 if due:
