@@ -38,20 +38,29 @@ def main() -> None:
 
 def measure(verb: str, flags: list[str], output: Path, copy: Path) -> None:
     """A row of the table: one command, and a copy of what it wrote, both until it is on the disk."""
-    os.sync()
+    room(output.parent)
     began = time.monotonic()
     _, memory, _ = watched([sys.executable, "-m", "tanuki_jax.cli", verb, *flags])
     os.sync()
     seconds = time.monotonic() - began
     size = sum(p.stat().st_size for p in output.rglob("*") if p.is_file())
     shutil.rmtree(copy, ignore_errors=True)
-    os.sync()
+    room(output.parent)
     began = time.monotonic()
     subprocess.run(["cp", "-r", output, copy], check=True)
     os.sync()
     rate, peer = size / seconds / 1e6, size / (time.monotonic() - began) / 1e6
     cells = f"{seconds:.1f} | {size / 1e9:.2f} | {rate:.0f} | {peer:.0f} | {rate / peer:.2f} | {memory:.2f}"
     print(f"| {verb} | {cells} |", flush=True)
+
+
+def room(home: Path, size: int = 4 << 30) -> None:
+    """Gives the page cache the same room before each timing: writing is several times slower where it must make some first."""
+    with (home / "filler").open("wb") as f:
+        for _ in range(size >> 24):
+            f.write(bytes(1 << 24))
+    (home / "filler").unlink()
+    os.sync()
 
 
 def same(first: Path, second: Path) -> bool:
