@@ -37,6 +37,7 @@ class _Place:
 
 _place = _Place()
 _own = 0.0  # seconds of a step that this process spends beside its devices
+_others: dict[int, dict[str, Any]] = {}  # what the store says of all processes; a new one each time, for threads read it
 _tellers: list[Callable[[dict[str, Any]], None]] = []
 
 
@@ -66,9 +67,8 @@ def watching(tell: Callable[[dict[str, Any]], None]) -> Iterator[None]:
 
     May be nested: then the inner one hears, and the place before is the place again.
     """
-    global _place, _own
-    before, _own = _place, 0.0
-    _others.clear()
+    global _place, _own, _others
+    before, _own, _others = _place, 0.0, {}
     _tellers.append(tell)
     stop, threads = threading.Event(), []
     if len(_tellers) == 1:
@@ -93,23 +93,22 @@ def slowest() -> dict[str, Any]:
 
     `process`, `host`, `seconds` of each step, and `median`, those of the process in the middle.
     """
-    spent = sorted((place["own"], process) for process, place in _others.items())
+    others = _others
+    spent = sorted((place["own"], process) for process, place in others.items())
     if not spent:
         return {}
     seconds, process = spent[-1]
     return {
         "process": process,
-        "host": _others[process]["host"],
+        "host": others[process]["host"],
         "seconds": seconds,
         "median": spent[(len(spent) - 1) // 2][0],
     }
 
 
-_others: dict[int, dict[str, Any]] = {}  # what the store says of all processes
-
-
 def _publish(stop: threading.Event) -> None:
     """Tells the others where this process is, and hears where they are."""
+    global _others
     host, told = peers.host(), (-1, 0.0)
     while not stop.is_set():
         place, own = _place, _own
@@ -118,8 +117,7 @@ def _publish(stop: threading.Event) -> None:
                 entry = {"passed": place.passed, "what": place.what, "host": host, "own": own}
                 peers.store().key_value_set(f"tanuki/at/{jax.process_index()}", json.dumps(entry), allow_overwrite=True)
                 told = (place.passed, own)
-            found = {process: json.loads(text) for process, text in peers.read("tanuki/at/").items()}
-            _others.update(found)
+            _others = {process: json.loads(text) for process, text in peers.read("tanuki/at/").items()}
         stop.wait(TICK)
 
 
@@ -144,7 +142,8 @@ def _look(stop: threading.Event) -> None:
 def _tell(place: _Place, took: float) -> None:
     found = {"what": place.what, "seconds": round(took, 1), **_behind(place)}
     with contextlib.suppress(OSError):  # a full disk must not keep a hanging process alive
-        _tellers[-1](found)
+        for tell in _tellers[-1:]:  # none where the watch is about to end
+            tell(found)
     faulthandler.dump_traceback(all_threads=True)
 
 
