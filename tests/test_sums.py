@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental import multihost_utils
+from orbax.checkpoint._src.path import atomicity
 
 from tanuki_jax.checkpoint import Checkpoints, stages, sums
 from tanuki_jax.errors import UserError
@@ -266,6 +267,34 @@ def test_a_save_that_fails_in_the_background_is_noticed_before_the_next_one(tmp_
     checkpoints._sealing.join()
     with pytest.raises(UserError, match="is full"):
         checkpoints.check()
+
+
+def test_a_save_that_orbax_cannot_finish_is_noticed_before_the_next_one(tmp_path, monkeypatch):
+    checkpoints = saved(tmp_path, 2)
+
+    async def read_only(self, *args, **more):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(atomicity.AtomicRenameTemporaryPath, "finalize", read_only)
+    checkpoints.save(4, state_of(4.0), {})
+    until = time.monotonic() + 5
+    while checkpoints._manager.is_saving_in_progress() and time.monotonic() < until:
+        checkpoints.check()
+        time.sleep(0.01)
+    with pytest.raises(UserError, match="cannot be written to"):
+        checkpoints.check()
+
+
+def test_checking_a_save_that_went_well_says_nothing_and_it_is_sealed(tmp_path):
+    checkpoints = saved(tmp_path, 2)
+    checkpoints.save(4, state_of(4.0), {})
+    until = time.monotonic() + 5
+    while not sums.sealed(tmp_path / "checkpoints/4") and time.monotonic() < until:
+        checkpoints.check()
+        time.sleep(0.01)
+    checkpoints.check()
+    assert newest(checkpoints, pytest.fail) == 4
+    checkpoints.close()
 
 
 def test_after_a_failed_save_all_of_orbax_s_threads_together_are_waited_for_half_a_minute(monkeypatch):

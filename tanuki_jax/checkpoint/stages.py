@@ -160,13 +160,13 @@ class Checkpoints:
             self._sealing.start()
 
     def check(self) -> None:
-        """Raises what went wrong with the last save, if that is known already."""
-        if self._manager.is_saving_in_progress():
+        """Raises what went wrong with the last save, if that is known already; waits for nothing."""
+        if not self._sealing or self._manager.is_saving_in_progress():
             return
         with self._saving():
-            self._manager.check_for_errors()
-            if self._unsealed:
-                raise self._unsealed
+            self._manager.wait_until_finished()  # which it has: this raises what its thread met with
+            if not self._sealing.is_alive():
+                self._wait()
 
     def _probe(self, trees: dict[str, Any]) -> None:
         """An OSError on all processes where one cannot write here, or there is no room: some would find out in the middle of a
