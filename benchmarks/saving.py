@@ -17,6 +17,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -51,9 +52,8 @@ def stretches(workdir: Path, saves: int, every: int) -> list[tuple[float, float]
         if step // every % 2:
             save(self, step, *rest)
 
-    checkpoint.Checkpoints.save = every_second  # type: ignore[method-assign]
-    recipe.run(config.resolve(c), workdir)
-    checkpoint.Checkpoints.save = save  # type: ignore[method-assign]
+    with mock.patch.object(checkpoint.Checkpoints, "save", every_second):
+        recipe.run(config.resolve(c), workdir)
     seconds = [row["seconds"] for row in read_metrics(workdir / "stages" / STAGE)]
     took = np.diff(seconds[every - 1 :: every])  # a step's row is written before its save
     return [(float(a), float(b)) for a, b in zip(took[::2], took[1::2], strict=False)]

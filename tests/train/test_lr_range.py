@@ -60,6 +60,7 @@ def test_a_floor_from_which_nothing_rises_is_an_error(floor):
         config.resolve(c)
 
 
+@pytest.mark.slow
 def test_the_shipped_recipe_prints_a_rate_and_draws_it(tmp_path, capfd):
     from tanuki_jax import cli
 
