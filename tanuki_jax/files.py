@@ -72,11 +72,13 @@ def written_back(file: IO[bytes], pieces: Iterable[T]) -> Iterator[T]:
     """Passes on pieces for the caller to write to `file`; they go to the disk meanwhile, and at the end all are there."""
     flush = getattr(os, "fdatasync", os.fsync)
     with ThreadPoolExecutor(1) as pool:
-        waiting = None
+        waiting = pool.submit(flush, file.fileno())
         for piece in pieces:
             yield piece
-            if waiting is None or waiting.done():
+            if waiting.done():
+                waiting.result()  # the kernel tells of a bad disk once
                 waiting = pool.submit(flush, file.fileno())
+        waiting.result()
     file.flush()
     os.fsync(file.fileno())
 

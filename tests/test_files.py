@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import threading
@@ -113,3 +114,18 @@ def test_an_error_while_pieces_are_made_or_written_comes_through(tmp_path):
             for _ in files.written_back(f, [b"x", b"y"]):
                 raise ValueError("write")
     assert not [thread for thread in threading.enumerate() if "ThreadPool" in thread.name]
+
+
+@pytest.mark.parametrize("pieces", [1, 50])
+def test_a_disk_that_fails_while_pieces_are_written_is_an_error(tmp_path, monkeypatch, pieces):
+    """The kernel tells of it once, to whoever asks first."""
+    left = [OSError(errno.EIO, "Input/output error")]
+
+    def fails(number):
+        if left:
+            raise left.pop()
+
+    monkeypatch.setattr(files.os, "fdatasync", fails, raising=False)
+    with (tmp_path / "file").open("wb") as f, pytest.raises(OSError, match="Input/output"):
+        for piece in files.written_back(f, [b"x"] * pieces):
+            f.write(piece)
