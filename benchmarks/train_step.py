@@ -9,7 +9,8 @@ experts of the same F, top-2.  Adam, float32 parameters, all tokens labelled; no
 
 The sides take turns, each in a process of its own, so that a noisy machine is unfair to none; the median counts.
 `--torch` is a Python that has torch and transformers, `--maxtext` the directory of an environment for MaxText (made if it is
-not there).  Prints a table in Markdown.
+not there).  Prints a table in Markdown.  `--remat` and `--rows` change the preset; `--profile` says which of our kernels took
+the time (GPU).
 """
 
 import argparse
@@ -21,8 +22,10 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,7 +73,7 @@ def random_batch(vocab_size: int, rows: int, seq_len: int) -> dict:
     }
 
 
-def tanuki_jax(size: Preset, mixture: bool, steps: int) -> dict:
+def tanuki_jax(size: Preset, mixture: bool, steps: int, profile: bool = False) -> dict:
     """Ours, in this process."""
     import jax
 
@@ -100,7 +103,9 @@ def tanuki_jax(size: Preset, mixture: bool, steps: int) -> dict:
         for _ in range(steps):
             state, metrics = step(state, batch)
         jax.block_until_ready(metrics)
-    seconds = (time.perf_counter() - began) / steps
+        seconds = (time.perf_counter() - began) / steps
+        if profile:
+            print_kernels(lambda: jax.block_until_ready(step(state, batch)[1]))
     device = jax.devices()[0]
     memory = (device.memory_stats() or {}).get("peak_bytes_in_use", 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     flops = model.flops_per_token(cfg, size.seq_len) * tokens.size / seconds
@@ -113,7 +118,26 @@ def tanuki_jax(size: Preset, mixture: bool, steps: int) -> dict:
         "device": device.device_kind,
         "parameters": model.count_parameters(cfg)[0],
         "loss": float(metrics["loss"]),
+        "load_max": float(metrics["moe/load"].max()) * EXPERTS if mixture else None,
     }
+
+
+def print_kernels(step: Callable[[], object], most: int = 30) -> None:
+    """Where the time of one step goes, by kernel, to stderr: milliseconds, launches, name."""
+    import jax
+
+    with tempfile.TemporaryDirectory() as directory:
+        with jax.profiler.trace(directory):
+            step()
+        (trace,) = Path(directory).rglob("*.xplane.pb")
+        planes = [p for p in jax.profiler.ProfileData.from_file(str(trace)).planes if p.name.startswith("/device:GPU")]
+    spent: dict[str, list[float]] = {}
+    for line in (line for plane in planes for line in plane.lines if line.name.startswith("Stream")):
+        for event in line.events:
+            spent.setdefault(event.name, []).append(event.duration_ns / 1e6)
+    print(f"{sum(map(sum, spent.values())):.1f} ms in kernels", file=sys.stderr)
+    for name, each in sorted(spent.items(), key=lambda item: -sum(item[1]))[:most]:
+        print(f"{sum(each):9.2f} {len(each):5d}  {name[:110]}", file=sys.stderr)
 
 
 def torch(size: Preset, mixture: bool, steps: int) -> dict:
@@ -228,6 +252,7 @@ def measure(side: str, options: argparse.Namespace) -> dict:
     """One turn of a side, in a process of its own."""
     python = {"torch": options.torch}.get(side, Path(sys.executable))
     command = [str(python), __file__, f"--worker={side}", f"--model={options.model}", f"--preset={options.preset}"]
+    command += [f"--remat={options.remat}", f"--rows={options.rows}"]
     environment = os.environ | ({"GLIBC_TUNABLES": TUNABLE} if side == "tanuki_jax" else {})
     if side == "maxtext":
         command += [f"--path={options.path}", f"--maxtext={options.maxtext}"]
@@ -240,8 +265,11 @@ def measure(side: str, options: argparse.Namespace) -> dict:
 def work(options: argparse.Namespace) -> dict:
     """What a worker does."""
     size, mixture = PRESETS[options.preset], options.model == "mixture"
+    size = replace(size, rows=options.rows or size.rows, remat=options.remat or size.remat)
     if options.worker == "maxtext":
         return maxtext(options.maxtext / "bin" / "python", size, options.path, options.steps)
+    if options.worker == "tanuki_jax":
+        return tanuki_jax(size, mixture, options.steps, options.profile)
     return SIDES[options.worker](size, mixture, options.steps)
 
 
@@ -253,6 +281,9 @@ def main() -> None:
     parser.add_argument("--sides", default="tanuki_jax,maxtext,torch")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--remat", default="", help="in place of the preset's")
+    parser.add_argument("--rows", type=int, default=0, help="in place of the preset's")
+    parser.add_argument("--profile", action="store_true", help="where the time goes; with --worker=tanuki_jax")
     parser.add_argument("--torch", type=Path, default=Path(sys.executable), help="a Python with torch and transformers")
     parser.add_argument("--maxtext", type=Path, default=ROOT / ".maxtext", help="directory of MaxText's environment")
     parser.add_argument("--path", default="", choices=("", *PATHS), help=argparse.SUPPRESS)

@@ -1,11 +1,11 @@
-"""Tests run on CPU with 8 forced host devices; a GPU or TPU is never touched."""
+"""Tests run on CPU with 8 forced host devices; a GPU is touched only where TANUKI_TEST_PLATFORM=cuda asks for one."""
 
 import gc
 import os
 import tempfile
 from pathlib import Path
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_PLATFORMS"] = os.environ.get("TANUKI_TEST_PLATFORM", "cpu")
 # The programs here are tiny and compiling them is nearly all the time that tests take, so LLVM need not try hard.
 os.environ["XLA_FLAGS"] = " ".join(
     [

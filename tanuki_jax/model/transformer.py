@@ -31,7 +31,14 @@ from tanuki_jax.model.moe import MoE, RouterStats
 Params = Any
 # What a block keeps for its backward pass, by name of the remat option; what is not kept is computed again.
 ATTENTION, FFN = ("q", "k", "v", "attention", "norm"), ("gate", "up")
-_save, _offload = jax.checkpoint_policies.save_only_these_names, jax.checkpoint_policies.save_and_offload_only_these_names
+_offload = jax.checkpoint_policies.save_and_offload_only_these_names
+
+
+def _save(*names: str) -> Callable[..., Any]:
+    policies = jax.checkpoint_policies
+    return policies.save_from_both_policies(policies.save_only_these_names(*names), ops.residuals)
+
+
 REMAT = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "attention": _save(*ATTENTION),

@@ -2,6 +2,7 @@
 
 from tanuki_jax.ops.attention import attention, cached_attention, splash_kernel
 from tanuki_jax.ops.cross_entropy import TokenScores, token_logprobs
+from tanuki_jax.ops.cudnn import residuals
 from tanuki_jax.ops.device import on_tpu, platform
 from tanuki_jax.ops.expert_ffn import expert_ffn
 from tanuki_jax.ops.grouped_matmul import grouped_matmul
@@ -16,6 +17,7 @@ __all__ = [
     "linear",
     "on_tpu",
     "platform",
+    "residuals",
     "splash_kernel",
     "token_logprobs",
 ]

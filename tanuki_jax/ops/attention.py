@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from tanuki_jax.ops import splash
+from tanuki_jax.ops import cudnn, splash
 from tanuki_jax.ops.device import platform
 
 DEFAULT = {"tpu": "splash", "gpu": "cudnn", "cpu": "xla"}
@@ -57,7 +57,7 @@ def attention(
     if impl == "reference":
         return _reference(q_BSNH, k_BTKH, v_BTKH, mask_BST)
     if impl == "cudnn":
-        y_BSNH = jax.nn.dot_product_attention(q_BSNH, k_BTKH, v_BTKH, mask=mask_BST[:, None], scale=1.0, implementation="cudnn")
+        return cudnn.attention(q_BSNH, k_BTKH, v_BTKH, segment_ids_BS, mask_BST)  # its remat policy is cudnn.residuals
     elif impl == "xla":
         y_BSNH = (_causal if whole else _xla)(q_BSNH, k_BTKH, v_BTKH, mask_BST)
     else:

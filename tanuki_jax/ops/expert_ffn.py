@@ -15,7 +15,7 @@ from tanuki_jax.ops.grouped_matmul import grouped_matmul
 # Room per expert, relative to a perfectly even load, that the padded layout tries in turn; the last resort is T rows.
 ROOMS = (1.25, 2.0)
 FEW = 256  # tokens up to which T rows per expert cost too little to choose
-DEFAULT = {"cpu": "blocked", "gpu": "ragged", "tpu": "pallas"}
+DEFAULT = {"cpu": "blocked", "gpu": "padded", "tpu": "pallas"}
 
 
 def expert_ffn(
