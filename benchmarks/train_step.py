@@ -9,8 +9,8 @@ experts of the same F, top-2.  Adam, float32 parameters, all tokens labelled; no
 
 The sides take turns, each in a process of its own, so that a noisy machine is unfair to none; the median counts.
 `--torch` is a Python that has torch and transformers, `--maxtext` the directory of an environment for MaxText (made if it is
-not there).  Prints a table in Markdown.  `--remat` and `--rows` change the preset; `--profile` says which of our kernels took
-the time (GPU).
+not there).  Prints a table in Markdown.  `--rows`, `--remat` and `--moment_dtype` change the
+preset; `--profile` says which of our kernels took the time (GPU).
 """
 
 import argparse
@@ -46,12 +46,14 @@ class Preset:
     seq_len: int
     dtype: str
     remat: str
+    moment_dtype: str = "float32"
 
 
 PRESETS = {
     "small": Preset(512, 8, 1792, 8, 2, 8192, 8, 512, "float32", "none"),
     "1b": Preset(2048, 18, 6144, 16, 4, 32768, 8, 4096, "bfloat16", "dots"),
 }
+CHANGES = {"rows": int, "remat": str, "moment_dtype": str}  # options that change a preset
 EXPERTS, TOP_K = 8, 2
 
 
@@ -83,12 +85,12 @@ def tanuki_jax(size: Preset, mixture: bool, steps: int, profile: bool = False) -
     from tanuki_jax.train.optimizer import learning_rate, make_optimizer
     from tanuki_jax.train.step import init_state, make_train_step
 
-    sizes = {k: v for k, v in asdict(size).items() if k not in ("rows", "seq_len")}
+    sizes = {k: v for k, v in asdict(size).items() if k not in ("rows", "seq_len", "moment_dtype")}
     experts = dict(n_experts=EXPERTS, top_k=TOP_K, normalized_gate=False) if mixture else dict(n_experts=0)
     cfg = config.Model(**sizes, **experts, head_dim=size.d_model // size.n_heads)
     batch = random_batch(cfg.vocab_size, size.rows, size.seq_len)
     tokens = batch["tokens"]
-    optimizer = config.Optimizer(learning_rate=1e-4, clip_norm=1.0)
+    optimizer = config.Optimizer(learning_rate=1e-4, clip_norm=1.0, moment_dtype=size.moment_dtype)
     made = make_optimizer(optimizer)
     loss = config.Loss(router_aux_loss=0.02) if mixture else config.Loss()
     mesh = parallel.make_mesh(config.Mesh())
@@ -141,7 +143,7 @@ def print_kernels(step: Callable[[], object], most: int = 30) -> None:
 
 
 def torch(size: Preset, mixture: bool, steps: int) -> dict:
-    """transformers + torch; runs in the Python that has them, which need not have JAX."""
+    """transformers + torch, under autocast on a GPU; runs in the Python that has them, which need not have JAX."""
     import torch as t
     import transformers
 
@@ -162,13 +164,16 @@ def torch(size: Preset, mixture: bool, steps: int) -> dict:
         net = transformers.MixtralForCausalLM(made)
     else:
         net = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, tie_word_embeddings=False))
-    net.train()
-    tokens = t.randint(1, size.vocab_size, (size.rows, size.seq_len))
-    optimizer = t.optim.AdamW(net.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1)
+    gpu = t.cuda.is_available()
+    device = "cuda" if gpu else "cpu"
+    net.train().to(device)
+    tokens = t.randint(1, size.vocab_size, (size.rows, size.seq_len), device=device)
+    optimizer = t.optim.AdamW(net.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=gpu)
 
     def step() -> float:
         optimizer.zero_grad()
-        loss = net(input_ids=tokens, labels=tokens).loss
+        with t.autocast(device, t.bfloat16, enabled=size.dtype == "bfloat16"):
+            loss = net(input_ids=tokens, labels=tokens).loss
         loss.backward()
         t.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
@@ -182,7 +187,7 @@ def torch(size: Preset, mixture: bool, steps: int) -> dict:
     seconds = (time.perf_counter() - began) / steps
     return {
         "tokens_per_second": tokens.numel() / seconds,
-        "peak_gb": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9,
+        "peak_gb": (t.cuda.max_memory_allocated() if gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 1e9,
         "device": f"torch {t.__version__}, transformers {transformers.__version__}",
         "parameters": sum(p.numel() for p in net.parameters()),
         "loss": loss,
@@ -252,7 +257,7 @@ def measure(side: str, options: argparse.Namespace) -> dict:
     """One turn of a side, in a process of its own."""
     python = {"torch": options.torch}.get(side, Path(sys.executable))
     command = [str(python), __file__, f"--worker={side}", f"--model={options.model}", f"--preset={options.preset}"]
-    command += [f"--remat={options.remat}", f"--rows={options.rows}"]
+    command += [f"--{name}={getattr(options, name)}" for name in CHANGES]
     environment = os.environ | ({"GLIBC_TUNABLES": TUNABLE} if side == "tanuki_jax" else {})
     if side == "maxtext":
         command += [f"--path={options.path}", f"--maxtext={options.maxtext}"]
@@ -265,7 +270,8 @@ def measure(side: str, options: argparse.Namespace) -> dict:
 def work(options: argparse.Namespace) -> dict:
     """What a worker does."""
     size, mixture = PRESETS[options.preset], options.model == "mixture"
-    size = replace(size, rows=options.rows or size.rows, remat=options.remat or size.remat)
+    given = {name: getattr(options, name) for name in CHANGES if getattr(options, name)}
+    size = replace(size, **given)
     if options.worker == "maxtext":
         return maxtext(options.maxtext / "bin" / "python", size, options.path, options.steps)
     if options.worker == "tanuki_jax":
@@ -281,8 +287,8 @@ def main() -> None:
     parser.add_argument("--sides", default="tanuki_jax,maxtext,torch")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--remat", default="", help="in place of the preset's")
-    parser.add_argument("--rows", type=int, default=0, help="in place of the preset's")
+    for name, kind in CHANGES.items():
+        parser.add_argument(f"--{name}", type=kind, default=kind(), help="in place of the preset's")
     parser.add_argument("--profile", action="store_true", help="where the time goes; with --worker=tanuki_jax")
     parser.add_argument("--torch", type=Path, default=Path(sys.executable), help="a Python with torch and transformers")
     parser.add_argument("--maxtext", type=Path, default=ROOT / ".maxtext", help="directory of MaxText's environment")

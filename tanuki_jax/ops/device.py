@@ -15,6 +15,12 @@ def on_tpu() -> bool:
     return platform() == "tpu"
 
 
+def gpu_capability() -> tuple[int, int]:
+    """Compute capability of the GPU, (9, 0) is Hopper's; (0, 0) where there is none."""
+    major, _, minor = str(getattr(jax.devices()[0], "compute_capability", "0.0")).partition(".")
+    return int(major), int(minor)
+
+
 def vmem_bytes() -> int:
     """Vector memory of one TPU core that a kernel may use; on other platforms a small number, so that tests see many tiles."""
     return int(pltpu.get_tpu_info().vmem_capacity_bytes) * 3 // 4 if on_tpu() else 2**20

@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from tanuki_jax.ops import expert_kernels
+from tanuki_jax.ops import expert_kernels, mosaic
 from tanuki_jax.ops.device import platform
 from tanuki_jax.ops.grouped_matmul import grouped_matmul
 
 # Room per expert, relative to a perfectly even load, that the padded layout tries in turn; the last resort is T rows.
 ROOMS = (1.25, 2.0)
 FEW = 256  # tokens up to which T rows per expert cost too little to choose
-DEFAULT = {"cpu": "blocked", "gpu": "padded", "tpu": "pallas"}
+DEFAULT = {"cpu": "blocked", "gpu": "mosaic", "tpu": "pallas"}
 
 
 def expert_ffn(
@@ -38,10 +38,11 @@ def expert_ffn(
       gate_EDF, up_EDF, down_EFD: the experts, in the compute dtype.
       impl: how products over groups of rows are made:
         "pallas": our fused TPU kernels (interpreted elsewhere);
-        "ragged", "blocked", "megablox": tokens sorted by expert, one grouped product after another (`grouped_matmul`);
+        "ragged", "blocked", "megablox", "mosaic": tokens sorted by expert, one grouped product after another
+          (`grouped_matmul`);
         "padded": each expert gets equal room, the smallest that holds the fullest one;
         "reference": every expert for every token;
-        "auto": by platform.
+        "auto": by platform; on GPUs "mosaic" where its kernels fit, else "padded".
       capacity: 0 is dropless.  Else an expert takes the first ceil(capacity * T*k / E) assignments of these T tokens and
         drops the others, which then count 0 (Switch Transformer, Fedus et al. 2021); the layout is "padded".
       axis: inside shard_map, the mesh axis over which the experts are split: each device holds E / (its size) of them, and
@@ -53,7 +54,10 @@ def expert_ffn(
     T, k = experts_Tk.shape
     shards = jax.lax.axis_size(axis) if axis else 1
     E = gate_EDF.shape[0] * shards
-    impl = DEFAULT.get(platform(), "ragged") if impl == "auto" else impl
+    if impl == "auto":
+        impl = DEFAULT.get(platform(), "ragged")
+        if impl == "mosaic" and not mosaic.fits(*gate_EDF.shape[1:], x_TD.dtype):
+            impl = "padded"
     everything = jnp.ones((T, k), bool)
     if impl == "reference":
         return _reference(x_TD, weights_Tk, experts_Tk, gate_EDF, up_EDF, down_EFD), everything
@@ -74,7 +78,7 @@ def expert_ffn(
         return _pallas(x_TD, weights_Tk, experts_Tk, rank_Tk, sizes_E, matrices), everything
     slot_Tk = (jnp.cumsum(sizes_E) - sizes_E)[experts_Tk] + rank_Tk
     x_RD, back = _dispatch(x_TD, slot_Tk, everything, T * k)
-    matmul = functools.partial(grouped_matmul, group_sizes_E=sizes_E, impl=impl)
+    matmul = functools.partial(grouped_matmul, group_sizes_E=sizes_E, impl=impl, full=True)
     return _combine(_swiglu(x_RD, matrices, matmul), weights_Tk, slot_Tk, back), everything
 
 

@@ -39,3 +39,30 @@ def test_a_few_rows(impl):
 def test_an_unknown_impl_is_an_error():
     with pytest.raises(ValueError, match="dense"):
         ops.grouped_matmul(jnp.ones((4, 3)), jnp.ones((2, 3, 5)), jnp.array([2, 2]), impl="dense")
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a Hopper GPU: TANUKI_TEST_PLATFORM=cuda")
+@pytest.mark.parametrize("case", [*SIZES, "uneven"])
+@pytest.mark.parametrize(("D", "F"), [(128, 256), (384, 128), (256, 768)])
+@pytest.mark.parametrize("full", [False, True])
+def test_the_kernels_for_hopper_equal_a_loop_over_groups(case, D, F, full):
+    sizes, R = ((500, 1, 0, 322), 823) if case == "uneven" else (SIZES[case], sum(SIZES[case]) if full else 200)
+    if R == 0:
+        pytest.skip("no rows at all")
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, w, c = (jax.random.normal(k, s, "bfloat16") for k, s in zip(keys, ((R, D), (4, D, F), (R, F)), strict=True))
+    found = value_and_gradients(lambda x, w: ops.grouped_matmul(x, w, jnp.array(sizes), impl="mosaic", full=full), x, w, c)
+    expected = value_and_gradients(
+        lambda x, w: ops.grouped_matmul(x, w, jnp.array(sizes), impl="reference"), *(a.astype("float32") for a in (x, w, c))
+    )
+    for a, b in zip(found, expected, strict=True):
+        assert jnp.linalg.norm(a.astype("float32") - b) <= 1e-2 * jnp.linalg.norm(b)
+
+
+def value_and_gradients(product, x, w, c):
+    def total(x, w):
+        y = product(x, w)
+        return (y.astype("float32") * c).sum(), y
+
+    (_, y), gradients = jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))(x, w)
+    return y, *gradients
