@@ -76,9 +76,13 @@ def expert_ffn(
         return _fitting(x_TD, weights_Tk, experts_Tk, rank_Tk, sizes_E, matrices, axis, shards), everything
     if impl == "pallas":
         return _pallas(x_TD, weights_Tk, experts_Tk, rank_Tk, sizes_E, matrices), everything
+    rows = T * k
+    if impl == "mosaic":  # whole tiles for every expert; rows without a token have a gradient of 0, so they touch no matrix
+        sizes_E = -(-sizes_E // mosaic.ROWS) * mosaic.ROWS
+        rows = (-(-rows // mosaic.ROWS) + E - 1) * mosaic.ROWS
     slot_Tk = (jnp.cumsum(sizes_E) - sizes_E)[experts_Tk] + rank_Tk
-    x_RD, back = _dispatch(x_TD, slot_Tk, everything, T * k)
-    matmul = functools.partial(grouped_matmul, group_sizes_E=sizes_E, impl=impl, full=True)
+    x_RD, back = _dispatch(x_TD, slot_Tk, everything, rows)
+    matmul = functools.partial(grouped_matmul, group_sizes_E=sizes_E, impl=impl)
     return _combine(_swiglu(x_RD, matrices, matmul), weights_Tk, slot_Tk, back), everything
 
 

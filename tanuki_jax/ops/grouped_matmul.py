@@ -13,21 +13,18 @@ MEGABLOX_TILES = (512, 1024, 1024)  # rows, inner, columns
 BLOCK = 256  # most rows of one product of the blocked path
 
 
-def grouped_matmul(
-    x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array, *, impl: str = "ragged", full: bool = False
-) -> jax.Array:
+def grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array, *, impl: str = "ragged") -> jax.Array:
     """Row r of group e times w[e].
 
     Args:
-      x_RD: rows.  For all but "padded" the groups lie one after another, group e has group_sizes[e] rows, and rows after the
-        last group give 0.  "padded": R = E*C and group e starts at row e*C; rows past its size give values that the caller
-        must not use.
+      x_RD: rows.  The groups lie one after another, group e has group_sizes[e] rows, and rows after the last group give 0.
+        Two are different, and give values that the caller must not use for rows in no group: "padded", R = E*C and group e
+        starts at row e*C; "mosaic", whose group sizes are multiples of `mosaic.ROWS`.
       w_EDF: one matrix for each group, same dtype as x.
       group_sizes_E: int32.
       impl: "ragged" is `jax.lax.ragged_dot`, "megablox" JAX's Pallas kernel for TPU (interpreted elsewhere), "mosaic" those
         for Hopper GPUs, "blocked" a loop over blocks of each group's rows, for CPUs, where a ragged dot costs E times the
-        work; "padded" one batched product, "reference" masks every group's product.
-      full: the groups are known to take all rows.
+        work; "padded" one batched product; "reference" masks every group's product.
 
     Returns:
       [R, F] in the dtype of x, accumulated in float32.
@@ -42,21 +39,21 @@ def grouped_matmul(
         return jnp.einsum("RD,EDF,RE->RF", x_RD, w_EDF, onehot_RE)
     if impl == "blocked":
         return _blocked(x_RD, w_EDF, group_sizes_E)
+    if impl == "mosaic":
+        return mosaic.grouped_matmul(x_RD, w_EDF, group_sizes_E)
     # Kernels leave rows past the last group unwritten, forward and backward.
     inside_R1 = (jnp.arange(x_RD.shape[0]) < group_sizes_E.sum())[:, None]
-    x_RD = x_RD if full else jnp.where(inside_R1, x_RD, 0)
+    x_RD = jnp.where(inside_R1, x_RD, 0)
     if impl == "megablox":
         tiles = tuple(min(tile, size) for tile, size in zip(MEGABLOX_TILES, (x_RD.shape[0], D, F), strict=True))
         rest = -x_RD.shape[0] % tiles[0]
         padded = jnp.pad(x_RD, ((0, rest), (0, 0)))
         y_RF = gmm(padded, w_EDF, group_sizes_E, x_RD.dtype, tiles, interpret=not on_tpu())[: x_RD.shape[0]]
-    elif impl == "mosaic":
-        y_RF = mosaic.grouped_matmul(x_RD, w_EDF, group_sizes_E)
     elif impl == "ragged":
         y_RF = jax.lax.ragged_dot(x_RD, w_EDF, group_sizes_E)
     else:
         raise ValueError(f"grouped_matmul: unknown impl {impl!r}")
-    return y_RF if full else jnp.where(inside_R1, y_RF, 0)
+    return jnp.where(inside_R1, y_RF, 0)
 
 
 # --- blocked: a loop over the groups, in it one over as many blocks of C rows as the group has ----------------------------

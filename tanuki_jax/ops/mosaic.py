@@ -1,4 +1,4 @@
-"""JAX's Pallas kernels for grouped products on Hopper GPUs (Mosaic GPU), with their gradients."""
+"""JAX's Pallas kernels for grouped products on Hopper GPUs (Mosaic GPU), joined with their gradients."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ def fits(D: int, F: int, dtype: jnp.dtype) -> bool:
 
 @jax.custom_vjp
 def grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
-    """Rows of group e times w[e], bfloat16 or float16, accumulated in float32; rows past the last group stay unwritten."""
+    """Rows of group e times w[e], bfloat16 or float16, accumulated in float32.
+
+    Group sizes are multiples of ROWS; rows past the last group, of the result and of the gradient of x, stay unwritten.
+    """
     return _product(x_RD, w_EDF, sizes_E, transposed=False)
 
 

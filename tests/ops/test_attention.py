@@ -103,7 +103,8 @@ def packed(S, counts):
 
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN needs a GPU: TANUKI_TEST_PLATFORM=cuda")
 @pytest.mark.parametrize(
-    ("S", "K", "counts"), [(64, 2, (1, 2)), (130, 4, (1, 2)), (512, 2, (3, 7)), (1000, 1, (15, 1)), (512, 2, (60, 3))]
+    ("S", "K", "counts"),
+    [(64, 2, (1, 1)), (130, 4, (1, 2)), (512, 2, (3, 6)), (1000, 1, (14, 1)), (2048, 2, (7, 1)), (512, 2, (60, 3))],
 )
 def test_cudnn_equals_the_reference_in_value_and_gradient(S, K, counts):
     q, k, v, _ = inputs(S, 4, K, 64, "bfloat16")

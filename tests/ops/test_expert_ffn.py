@@ -7,6 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from tanuki_jax import config, ops, parallel
+from tanuki_jax.ops import mosaic
 
 CASES = {
     "even": lambda rng, T, k, E: np.stack([rng.permutation(E)[:k] for _ in range(T)]),
@@ -55,6 +56,43 @@ def test_equals_computing_every_expert(impl, case, sizes):
     found, kept = value_and_gradients(functools.partial(ops.expert_ffn, impl=impl), *problem(case, *sizes))
     assert kept.all() and kept.shape == (sizes[0], sizes[1])
     close(found, reference(case, *sizes))
+
+
+@jax.custom_vjp
+def careless(x, w, sizes):
+    """As the kernels for Hopper: whole tiles alone, and anything at all in rows past the last group."""
+    inside = (jnp.arange(len(x)) < sizes.sum())[:, None]
+    sizes = jnp.where((sizes % mosaic.ROWS == 0).all(), sizes, -1)
+    return jnp.where(inside, jax.lax.ragged_dot(jnp.where(inside, x, 0), w, sizes), jnp.nan)
+
+
+def careless_backward(kept, g):
+    x, w, sizes = kept
+    inside = (jnp.arange(len(x)) < sizes.sum())[:, None]
+    x, g = jnp.where(inside, x, 0), jnp.where(inside, g, 0)
+    dx, dw = jax.vjp(lambda x, w: jax.lax.ragged_dot(x, w, sizes), x, w)[1](g)
+    return jnp.where(inside, dx, jnp.nan), dw, None
+
+
+careless.defvjp(lambda *arguments: (careless(*arguments), arguments), careless_backward)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("sizes", [SMALL, FEW])
+def test_rows_that_kernels_for_hopper_leave_unwritten_are_not_used(case, sizes, monkeypatch):
+    monkeypatch.setattr(mosaic, "grouped_matmul", careless)
+    found, kept = value_and_gradients(functools.partial(ops.expert_ffn, impl="mosaic"), *problem(case, *sizes))
+    assert kept.all()
+    close(found, reference(case, *sizes))
+
+
+def test_on_a_gpu_the_kernels_are_chosen_where_they_fit(monkeypatch):
+    monkeypatch.setattr(mosaic, "gpu_capability", lambda: (9, 0))
+    assert (
+        mosaic.fits(2048, 6144, "bfloat16") and not mosaic.fits(2048, 6144, "float32") and not mosaic.fits(192, 128, "bfloat16")
+    )
+    monkeypatch.setattr(mosaic, "gpu_capability", lambda: (8, 0))
+    assert not mosaic.fits(2048, 6144, "bfloat16")
 
 
 def test_against_a_loop_over_tokens():
