@@ -31,12 +31,13 @@ def attention(q_BSNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, ids_BS: j
 
     def packed(room: int, q_BSNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array) -> jax.Array:
         lengths_BM, starts_Bm = segments(ids_BS, room)
-        where = {"q_seqlen": lengths_BM, "kv_seqlen": lengths_BM, "q_offsets": starts_Bm, "kv_offsets": starts_Bm}
+        where: dict[str, Any] = dict.fromkeys(("q_seqlen", "kv_seqlen"), lengths_BM)
+        where |= dict.fromkeys(("q_offsets", "kv_offsets"), starts_Bm)
         return kernel(q_BSNH, k_BSKH, v_BSKH, **where, mask_type=MaskType.PADDING_CAUSAL, scale=1.0)
 
     whole = functools.partial(jax.nn.dot_product_attention, is_causal=True, scale=1.0, implementation="cudnn")
     # The rare branch keeps nothing, or the usual ones would have to store its mask, too.
-    branches = [whole, *(functools.partial(packed, room) for room in rooms), jax.checkpoint(masked)]
+    branches: list[Any] = [whole, *(functools.partial(packed, room) for room in rooms), jax.checkpoint(masked)]
     run_BS = _runs(ids_BS)
     chosen = 1 + jnp.searchsorted(jnp.array(rooms), run_BS.max() + 1)
     alone = jnp.where(ids_BS > 0, run_BS, 0).max() == 0

@@ -56,7 +56,7 @@ def expert_ffn(
     E = gate_EDF.shape[0] * shards
     if impl == "auto":
         impl = DEFAULT.get(platform(), "ragged")
-        if impl == "mosaic" and not mosaic.fits(*gate_EDF.shape[1:], x_TD.dtype):
+        if impl == "mosaic" and not mosaic.fits(gate_EDF):
             impl = "padded"
     everything = jnp.ones((T, k), bool)
     if impl == "reference":
@@ -77,13 +77,13 @@ def expert_ffn(
     if impl == "pallas":
         return _pallas(x_TD, weights_Tk, experts_Tk, rank_Tk, sizes_E, matrices), everything
     rows = T * k
-    if impl == "mosaic":  # whole tiles for every expert; rows without a token have a gradient of 0, so they touch no matrix
+    if impl == "mosaic":  # whole tiles for every expert
         sizes_E = -(-sizes_E // mosaic.ROWS) * mosaic.ROWS
         rows = (-(-rows // mosaic.ROWS) + E - 1) * mosaic.ROWS
     slot_Tk = (jnp.cumsum(sizes_E) - sizes_E)[experts_Tk] + rank_Tk
-    x_RD, back = _dispatch(x_TD, slot_Tk, everything, rows)
+    x_RD, weight_R1, token_R = _dispatch_weighted(x_TD, weights_Tk, slot_Tk, rows)
     matmul = functools.partial(grouped_matmul, group_sizes_E=sizes_E, impl=impl)
-    return _combine(_swiglu(x_RD, matrices, matmul), weights_Tk, slot_Tk, back), everything
+    return _collect(_swiglu(x_RD, matrices, matmul, weight_R1), slot_Tk, token_R), everything
 
 
 def _reference(x_TD, weights_Tk, experts_Tk, gate_EDF, up_EDF, down_EFD):
@@ -93,22 +93,23 @@ def _reference(x_TD, weights_Tk, experts_Tk, gate_EDF, up_EDF, down_EFD):
     return jnp.einsum("TED,TkE->TD", y_TED, chosen_TkE).astype(x_TD.dtype)
 
 
-def _swiglu(x_RD: jax.Array, matrices: tuple[jax.Array, ...], matmul: Callable[..., jax.Array]) -> jax.Array:
+def _swiglu(
+    x_RD: jax.Array, matrices: tuple[jax.Array, ...], matmul: Callable[..., jax.Array], weight_R1: jax.Array | float = 1.0
+) -> jax.Array:
+    """Weights come before the last product, whose result their gradient then does not need."""
     gate_EDF, up_EDF, down_EFD = matrices
     gate_RF, up_RF = checkpoint_name(matmul(x_RD, gate_EDF), "gate"), checkpoint_name(matmul(x_RD, up_EDF), "up")
-    return matmul(jax.nn.silu(gate_RF) * up_RF, down_EFD)
+    return matmul((jax.nn.silu(gate_RF) * up_RF * weight_R1).astype(x_RD.dtype), down_EFD)
 
 
 def _pallas(x_TD, weights_Tk, experts_Tk, rank_Tk, sizes_E, matrices):
     T, k = experts_Tk.shape
     tiles, starts_E = expert_kernels.layout(sizes_E, T * k)
     slot_Tk = starts_E[experts_Tk] + rank_Tk
-    x_RD, back = _dispatch(x_TD, slot_Tk, jnp.ones((T, k), bool), tiles.expert.shape[0] * expert_kernels.TILE)
-    assignment_R, filled_R1 = back
-    weight_R = _take(weights_Tk.reshape(-1, 1), jnp.minimum(assignment_R, T * k - 1), slot_Tk.reshape(-1, 1), None)
-    weight_R = jnp.where(filled_R1, weight_R, 0)[:, 0]
-    y_RD = expert_kernels.swiglu(x_RD, weight_R, *matrices, tiles)
-    return _collect(y_RD, slot_Tk, jnp.minimum(assignment_R // k, T - 1))
+    rows = tiles.expert.shape[0] * expert_kernels.TILE
+    x_RD, weight_R1, token_R = _dispatch_weighted(x_TD, weights_Tk, slot_Tk, rows)
+    y_RD = expert_kernels.swiglu(x_RD, weight_R1[:, 0], *matrices, tiles)
+    return _collect(y_RD, slot_Tk, token_R)
 
 
 def _fitting(x_TD, weights_Tk, experts_Tk, rank_Tk, sizes_E, matrices, axis, shards):
@@ -163,6 +164,14 @@ def _dispatch(x_TD, slot_Tk, kept_Tk, rows):
     assignment_R = jnp.full((rows,), T * k, jnp.int32).at[slot_Tk.reshape(-1)].set(numbers, mode="drop")
     x_RD = _take(x_TD, jnp.minimum(assignment_R // k, T - 1), jnp.minimum(slot_Tk, rows - 1), kept_Tk)
     return x_RD, (assignment_R, (assignment_R < T * k)[:, None])
+
+
+def _dispatch_weighted(x_TD, weights_Tk, slot_Tk, rows):
+    """x, gate weight [R, 1] and token of each row; those of no assignment have weight 0, and so no part in any gradient."""
+    T, k = slot_Tk.shape
+    x_RD, (assignment_R, filled_R1) = _dispatch(x_TD, slot_Tk, jnp.ones((T, k), bool), rows)
+    weight_R1 = _take(weights_Tk.reshape(-1, 1), jnp.minimum(assignment_R, T * k - 1), slot_Tk.reshape(-1, 1), None)
+    return x_RD, jnp.where(filled_R1, weight_R1, 0), jnp.minimum(assignment_R // k, T - 1)
 
 
 def _combine(y_RD, weights_Tk, slot_Tk, back):

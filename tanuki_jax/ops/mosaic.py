@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
-import jax.numpy as jnp
 
 from tanuki_jax.ops.device import gpu_capability
 
@@ -11,9 +12,10 @@ ROWS, STEP, STAGES = 128, 64, 4  # of a tile: rows, inner length, tiles of it on
 COLUMNS = (192, 128)  # of a tile, the first that divides
 
 
-def fits(D: int, F: int, dtype: jnp.dtype) -> bool:
-    """Whether the kernels take matrices [D, F] and [F, D] here."""
-    return gpu_capability()[0] == 9 and D % ROWS == F % ROWS == 0 and jnp.dtype(dtype).itemsize == 2
+def fits(w_EDF: jax.Array) -> bool:
+    """Whether the kernels take such matrices, and their transposes, here."""
+    _, D, F = w_EDF.shape
+    return gpu_capability()[0] == 9 and D % ROWS == F % ROWS == 0 and w_EDF.dtype.itemsize == 2
 
 
 @jax.custom_vjp
@@ -49,7 +51,7 @@ def _product(x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, transposed: 
     return ragged_dot_mgpu.ragged_dot(x_RD, w_EDF, group_sizes=sizes_E, block_m=ROWS, transpose_rhs=transposed, **tiles)
 
 
-def _tiles(columns: int) -> dict[str, int]:
+def _tiles(columns: int) -> dict[str, Any]:
     width = next(w for w in COLUMNS if columns % w == 0)
     together = next(n for n in (4, 2, 1) if columns // width % n == 0)
     return {"block_n": width, "block_k": STEP, "max_concurrent_steps": STAGES, "grid_block_n": together}

@@ -87,12 +87,13 @@ def test_rows_that_kernels_for_hopper_leave_unwritten_are_not_used(case, sizes, 
 
 
 def test_on_a_gpu_the_kernels_are_chosen_where_they_fit(monkeypatch):
+    def fits(D, dtype):
+        return mosaic.fits(jax.ShapeDtypeStruct((8, D, 128), jnp.dtype(dtype)))
+
     monkeypatch.setattr(mosaic, "gpu_capability", lambda: (9, 0))
-    assert (
-        mosaic.fits(2048, 6144, "bfloat16") and not mosaic.fits(2048, 6144, "float32") and not mosaic.fits(192, 128, "bfloat16")
-    )
+    assert fits(256, "bfloat16") and not fits(256, "float32") and not fits(192, "bfloat16")
     monkeypatch.setattr(mosaic, "gpu_capability", lambda: (8, 0))
-    assert not mosaic.fits(2048, 6144, "bfloat16")
+    assert not fits(256, "bfloat16")
 
 
 def test_against_a_loop_over_tokens():
