@@ -41,7 +41,9 @@ class Model:
     dtype: str = key("auto", "dtype of matrix products: float32, bfloat16, or auto (bfloat16 except on CPU)")
     capacity_factor: float = key(0.0, "room of an expert relative to an even load, tokens beyond it are dropped; 0 = dropless")
     attention: str = key("auto", "auto (by platform), splash (TPU), cudnn (GPU), xla or reference")
-    experts: str = key("auto", "auto (by platform), pallas (TPU), megablox (TPU), ragged, blocked, padded or reference")
+    experts: str = key(
+        "auto", "auto (by platform), pallas or megablox (TPU), mosaic (Hopper GPUs), ragged, blocked, padded or reference"
+    )
     remat: str = key(
         "none", "kept for the backward pass: none = everything, dots = matrix products, attention, ffn, full = nothing, offload"
     )
@@ -261,7 +263,7 @@ CHOICES = {
     "param_dtype": ("float32", "bfloat16"),
     "remat": ("none", "dots", "attention", "ffn", "full", "offload"),
     "attention": ("auto", "splash", "cudnn", "xla", "reference"),
-    "experts": ("auto", "pallas", "megablox", "ragged", "blocked", "padded", "reference"),
+    "experts": ("auto", "pallas", "megablox", "mosaic", "ragged", "blocked", "padded", "reference"),
     "moment_dtype": ("float32", "bfloat16"),
 }
 # Names in Loss.preference (train/preference.py).

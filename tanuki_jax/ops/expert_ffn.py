@@ -76,14 +76,12 @@ def expert_ffn(
         return _fitting(x_TD, weights_Tk, experts_Tk, rank_Tk, sizes_E, matrices, axis, shards), everything
     if impl == "pallas":
         return _pallas(x_TD, weights_Tk, experts_Tk, rank_Tk, sizes_E, matrices), everything
-    rows = T * k
-    if impl == "mosaic":  # whole tiles for every expert
-        sizes_E = -(-sizes_E // mosaic.ROWS) * mosaic.ROWS
-        rows = (-(-rows // mosaic.ROWS) + E - 1) * mosaic.ROWS
+    if impl == "mosaic":
+        return _mosaic(x_TD, weights_Tk, experts_Tk, rank_Tk, sizes_E, matrices), everything
     slot_Tk = (jnp.cumsum(sizes_E) - sizes_E)[experts_Tk] + rank_Tk
-    x_RD, weight_R1, token_R = _dispatch_weighted(x_TD, weights_Tk, slot_Tk, rows)
+    x_RD, back = _dispatch(x_TD, slot_Tk, everything, T * k)
     matmul = functools.partial(grouped_matmul, group_sizes_E=sizes_E, impl=impl)
-    return _collect(_swiglu(x_RD, matrices, matmul, weight_R1), slot_Tk, token_R), everything
+    return _combine(_swiglu(x_RD, matrices, matmul), weights_Tk, slot_Tk, back), everything
 
 
 def _reference(x_TD, weights_Tk, experts_Tk, gate_EDF, up_EDF, down_EFD):
@@ -96,7 +94,6 @@ def _reference(x_TD, weights_Tk, experts_Tk, gate_EDF, up_EDF, down_EFD):
 def _swiglu(
     x_RD: jax.Array, matrices: tuple[jax.Array, ...], matmul: Callable[..., jax.Array], weight_R1: jax.Array | float = 1.0
 ) -> jax.Array:
-    """Weights come before the last product, whose result their gradient then does not need."""
     gate_EDF, up_EDF, down_EFD = matrices
     gate_RF, up_RF = checkpoint_name(matmul(x_RD, gate_EDF), "gate"), checkpoint_name(matmul(x_RD, up_EDF), "up")
     return matmul((jax.nn.silu(gate_RF) * up_RF * weight_R1).astype(x_RD.dtype), down_EFD)
@@ -110,6 +107,16 @@ def _pallas(x_TD, weights_Tk, experts_Tk, rank_Tk, sizes_E, matrices):
     x_RD, weight_R1, token_R = _dispatch_weighted(x_TD, weights_Tk, slot_Tk, rows)
     y_RD = expert_kernels.swiglu(x_RD, weight_R1[:, 0], *matrices, tiles)
     return _collect(y_RD, slot_Tk, token_R)
+
+
+def _mosaic(x_TD, weights_Tk, experts_Tk, rank_Tk, sizes_E, matrices):
+    """Whole tiles for every expert; weights before the last product, whose result their gradient then does not need."""
+    (T, k), E, tile = experts_Tk.shape, sizes_E.shape[0], mosaic.ROWS
+    sizes_E, rows = -(-sizes_E // tile) * tile, (-(-T * k // tile) + E - 1) * tile
+    slot_Tk = (jnp.cumsum(sizes_E) - sizes_E)[experts_Tk] + rank_Tk
+    x_RD, weight_R1, token_R = _dispatch_weighted(x_TD, weights_Tk, slot_Tk, rows)
+    matmul = functools.partial(grouped_matmul, group_sizes_E=sizes_E, impl="mosaic")
+    return _collect(_swiglu(x_RD, matrices, matmul, weight_R1), slot_Tk, token_R)
 
 
 def _fitting(x_TD, weights_Tk, experts_Tk, rank_Tk, sizes_E, matrices, axis, shards):
