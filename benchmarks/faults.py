@@ -7,12 +7,10 @@ until the run ends.  Then every loss and every counter of the data is compared. 
 without it they are left out.  About 30 seconds a moment on 2 cores.  It is its own config file.
 """
 
-import argparse
 import contextlib
 import json
 import math
 import os
-import platform
 import random
 import shutil
 import signal
@@ -337,20 +335,14 @@ def table(found: list[dict[str, Any]], moments: int) -> list[str]:
 
 def main() -> None:
     """Runs both and prints a report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", type=Path, required=True)
-    parser.add_argument("--moments", type=int, default=10)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--kinds", default=",".join(KINDS))
-    parser.add_argument("--patience", type=float, default=150.0, help="seconds until a process that does not end has hung")
-    options = parser.parse_args()
-    workdir, rng = options.workdir.absolute(), random.Random(options.seed)
+    from report import begin  # this file is a config as well, which is read from elsewhere
+
+    options = begin("A run that is disturbed", __doc__, moments=10, seed=0, kinds=",".join(KINDS), patience=150.0)
+    workdir, rng = options.workdir, random.Random(options.seed)
     mounted = can_mount(workdir / "disk")
     usable = [k for k in options.kinds.split(",") if mounted or k not in NEED_ROOT]
     kinds = rng.sample(usable * math.ceil(options.moments / len(usable)), options.moments)
     steps = STEPS * options.moments + 20
-    print(f"# A run that is disturbed, {time.strftime('%Y-%m-%d')}\n\n{platform.machine()}, {os.cpu_count()} cores\n")
-    print(f"    python benchmarks/faults.py {' '.join(a for a in sys.argv[1:] if not a.startswith('--workdir'))}\n", flush=True)
     print("" if mounted else f"Left out, for this user may not mount: {', '.join(NEED_ROOT)}.\n")
     peace = Run(workdir / "peace", steps, LAYOUTS[0], workdir / "start-peace")
     peace.end(10 * LIMIT)

@@ -6,13 +6,9 @@ It is its own config file.  Every run is a stage of a recipe with the guard's de
 inside the loss function, a batch before it reaches the devices.  Prints a report in Markdown.
 """
 
-import argparse
 import contextlib
-import os
-import platform
 import shutil
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from report import begin
 
 from tanuki_jax import config, recipe, stage
 from tanuki_jax.train.guard import read_events
@@ -117,14 +114,7 @@ def run(workdir: Path, data: Path, how: dict[int, float], steps: int, seed: int)
 
 def main() -> None:
     """Runs all and prints a report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--quiet_steps", type=int, default=2000)
-    options = parser.parse_args()
-    print(f"# Steps that go wrong, {time.strftime('%Y-%m-%d')}\n\n{platform.machine()}, {os.cpu_count()} cores, CPU\n")
-    print(f"    python benchmarks/guard.py {' '.join(a for a in sys.argv[1:] if not a.startswith('--workdir'))}\n", flush=True)
+    options = begin("Steps that go wrong", __doc__, steps=600, seeds=5, quiet_steps=2000)
     print("| put in | told, and how many steps after | last validation loss | against the clean run |\n|---|---|---|---|")
     clean, wrong = 0.0, []
     for number, (name, how) in enumerate(INJECTIONS.items()):

@@ -3,9 +3,7 @@
 python benchmarks/interop.py --workdir=runs/interop [--layers=14]
 """
 
-import argparse
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -13,19 +11,15 @@ import time
 from pathlib import Path
 
 import numpy as np
+from report import begin
 from upcycle import ONE, made
 from watched import watched
 
 
 def main() -> None:
     """Imports, exports, compares, and prints a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", type=Path, required=True)
-    parser.add_argument("--layers", type=int, default=14)
-    options = parser.parse_args()
-    home = options.workdir.absolute()
-    home.mkdir(parents=True, exist_ok=True)
-    print(f"# Import and export, {time.strftime('%Y-%m-%d')}\n\n{platform.machine()}, {os.cpu_count()} cores\n")
+    options = begin("Import and export", __doc__, layers=14)
+    home = options.workdir
     if not (home / "dense").is_dir():
         made(home / "dense", ONE, options.layers)
     for name in ("ours", "back", "copy"):

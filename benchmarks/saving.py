@@ -7,9 +7,6 @@ side by side.  Then runs are told to stop by SIGTERM, and the time to their end 
 its own config file.
 """
 
-import argparse
-import os
-import platform
 import signal
 import statistics
 import subprocess
@@ -20,7 +17,6 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-
 from tanuki_jax import checkpoint, config, recipe
 from tanuki_jax.train.metrics import read_metrics
 
@@ -78,14 +74,9 @@ def told_to_stop(workdir: Path, after: int) -> tuple[float, int, int]:
 
 def main() -> None:
     """Runs all and prints a report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", type=Path, required=True)
-    parser.add_argument("--saves", type=int, default=6)
-    parser.add_argument("--notices", type=int, default=3)
-    parser.add_argument("--every", type=int, default=20)
-    options = parser.parse_args()
-    print(f"# What a save costs, {time.strftime('%Y-%m-%d')}\n\n{platform.machine()}, {os.cpu_count()} cores, CPU\n")
-    print(f"    python benchmarks/saving.py {' '.join(a for a in sys.argv[1:] if not a.startswith('--workdir'))}\n", flush=True)
+    from report import begin  # this file is a config as well, which is read from elsewhere
+
+    options = begin("What a save costs", __doc__, saves=6, notices=3, every=20)
     found = stretches(options.workdir / "run", options.saves, options.every)
     print(f"| {options.every} steps after a save, s | without, s | ratio |\n|---|---|---|")
     for one, none in found:

@@ -6,10 +6,8 @@ Makes a Hugging Face Llama directory of random bfloat16 weights (V 65,024, D 204
 run for 47B parameters reads the headers of a directory of sparse files.
 """
 
-import argparse
 import json
 import os
-import platform
 import random
 import shutil
 import signal
@@ -21,6 +19,7 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+from report import begin
 from watched import ROOT, watched
 
 V = 65_024
@@ -30,15 +29,7 @@ EIGHT = dict(hidden_size=4096, intermediate_size=14_336, num_attention_heads=32,
 
 def main() -> None:
     """Runs all parts and prints a report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", type=Path, required=True)
-    parser.add_argument("--strategies", default="copy,noise,drop")
-    parser.add_argument("--layers", type=int, default=14)
-    parser.add_argument("--kills", type=int, default=2)
-    options = parser.parse_args()
-    options.workdir.mkdir(parents=True, exist_ok=True)
-    print(f"# Upcycling from file to file, {time.strftime('%Y-%m-%d')}\n\n{platform.machine()}, {os.cpu_count()} cores\n")
-    print(f"    python benchmarks/upcycle.py {' '.join(a for a in sys.argv[1:] if not a.startswith('--workdir'))}\n")
+    options = begin("Upcycling from file to file", __doc__, strategies="copy,noise,drop", layers=14, kills=2)
     dense, output, copy = (options.workdir / name for name in ("dense", "output", "copy"))
     if not dense.is_dir():
         made(dense, ONE, options.layers)
