@@ -17,6 +17,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+
 from tanuki_jax import checkpoint, config, recipe
 from tanuki_jax.train.metrics import read_metrics
 
