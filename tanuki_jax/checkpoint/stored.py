@@ -8,6 +8,7 @@ import dataclasses
 import math
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +37,16 @@ class Stored:
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-    """A checkpoint's parameters by path, "layers/attn/q" say, none of which has been read yet."""
+    """A checkpoint's parameters by path, "layers/attn/q" say, none of which has been read yet.
+
+    `verified()` waits until all files have been compared with their check sums, and is an error where they differ.
+    """
 
     cfg: config.Model
     tree: dict[str, Stored]
     meta: dict[str, Any]
     stage_directory: Path
+    verified: Callable[[], None] = lambda: None
 
     @property
     def tokenizer_directory(self) -> Path:
@@ -50,21 +55,44 @@ class Opened:
         return own if own.is_dir() else self.stage_directory
 
 
-def open_stored(path: str | Path) -> Opened:
-    """A checkpoint of ours, to be read a layer at a time; adapters come merged into what they lie on."""
+def open_stored(path: str | Path, meanwhile: bool = False) -> Opened:
+    """A checkpoint of ours, to be read a layer at a time; adapters come merged into what they lie on.
+
+    meanwhile: its files are compared with their check sums while it is read already; the caller asks `verified` before anyone
+      sees what was made of it.  Else that is done.
+    """
     stage_directory, step = locate(path)
+    verified = _comparing(stage_directory, step)
     meta = read_meta(stage_directory, step)
     cfg = config.from_dict(config.Model, meta["model"])
-    if "adapter" not in meta:
+    if "adapter" in meta:
+        base = open_stored(base_of(stage_directory, meta), meanwhile)
+        scales, ranks = meta["adapter"]["scales"], meta["adapter"]["ranks"]
+        sides = _opened(stage_directory, step, [f"lora/{name}/{side}" for name in ranks for side in "ab"], verified)
+        tree = dict(base.tree)
+        for name in ranks:
+            a, b = sides[f"lora/{name}/a"], sides[f"lora/{name}/b"]
+            tree[name] = _merged(name, tree[name], a, b, np.array(scales[name]))
+
+        def both() -> None:
+            verified()
+            base.verified()
+
+        opened = Opened(cfg, tree, without_adapter(meta), stage_directory, both)
+    else:
         names = [name for name, _, _ in model.named_parameters(cfg)]
-        return Opened(cfg, _opened(stage_directory, step, names), meta, stage_directory)
-    tree = dict(open_stored(base_of(stage_directory, meta)).tree)
-    scales, ranks = meta["adapter"]["scales"], meta["adapter"]["ranks"]
-    sides = _opened(stage_directory, step, [f"lora/{name}/{side}" for name in ranks for side in "ab"])
-    for name in ranks:
-        a, b = sides[f"lora/{name}/a"], sides[f"lora/{name}/b"]
-        tree[name] = _merged(name, tree[name], a, b, np.array(scales[name]))
-    return Opened(cfg, tree, without_adapter(meta), stage_directory)
+        opened = Opened(cfg, _opened(stage_directory, step, names, verified), meta, stage_directory, verified)
+    if not meanwhile:
+        opened.verified()
+    return opened
+
+
+def _comparing(stage_directory: Path, step: int) -> Callable[[], None]:
+    """Begins to compare the item `params` with its check sums; the result waits for that."""
+    pool = ThreadPoolExecutor(1)
+    comparing = pool.submit(check_sums, stage_directory, step, "params")
+    pool.shutdown(wait=False)
+    return comparing.result
 
 
 def _merged(name: str, base: Stored, a: Stored, b: Stored, scale_L: np.ndarray) -> Stored:
@@ -75,13 +103,13 @@ def _merged(name: str, base: Stored, a: Stored, b: Stored, scale_L: np.ndarray) 
     return Stored(base.shape, base.dtype, read)
 
 
-def _opened(stage_directory: Path, step: int, names: list[str]) -> dict[str, Stored]:
-    """Arrays of the item `params` of a step, by path."""
+def _opened(stage_directory: Path, step: int, names: list[str], verified: Callable[[], None]) -> dict[str, Stored]:
+    """Arrays of the item `params` of a step, by path.  Where one cannot be read, check sums say best why."""
     home = stage_directory / "checkpoints" / str(step) / "params"
-    check_sums(stage_directory, step, "params")
     try:
         written = files.read_json(home / "_METADATA")
-    except OSError as error:
+    except (OSError, UserError) as error:
+        verified()
         raise UserError(f"checkpoint: {stage_directory} step {step} cannot be read: {str(error).splitlines()[0]}") from error
     driver = "zarr3" if written.get("use_zarr3") else "zarr"
 
@@ -93,6 +121,7 @@ def _opened(stage_directory: Path, step: int, names: list[str]) -> dict[str, Sto
         try:
             array = tensorstore.open({"driver": driver, "kvstore": store, "fill_missing_data_reads": False}, read=True).result()
         except ValueError as error:
+            verified()
             raise UserError(f"checkpoint: {stage_directory} step {step} has no parameter {name}, or it is damaged") from error
 
         blocks = None if store is packed else _block_file(home / name.replace("/", "."))
@@ -103,6 +132,7 @@ def _opened(stage_directory: Path, step: int, names: list[str]) -> dict[str, Sto
                     return np.asarray(np.memmap(path, array.dtype.numpy_dtype, "r", shape=array.shape[len(row) :]))
                 return array[row].read().result() if row else array.read().result()
             except (ValueError, OSError) as error:
+                verified()
                 raise UserError(f"checkpoint: {name} in {home} is damaged: {str(error).splitlines()[0]}") from error
 
         return Stored(tuple(array.shape), array.dtype.name, read)

@@ -205,7 +205,14 @@ def cut(path):
     path.write_bytes(path.read_bytes()[:-3])
 
 
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
 DAMAGE = {
+    "bit of a matrix flipped": lambda home: flip(chunks(home, "layers.attn.q")[1]),
     "missing matrix": lambda home: chunks(home, "layers.moe.up")[3].unlink(),
     "matrix cut": lambda home: cut(chunks(home, "layers.moe.down")[-1]),
     "missing parameter": lambda home: shutil.rmtree(home / "checkpoints/0/params/head"),
