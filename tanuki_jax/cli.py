@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import logging
 import os
@@ -19,6 +20,19 @@ from tanuki_jax.flags import make_parser
 PREEMPTED = 75  # EX_TEMPFAIL: try again
 PEER_LOST = 77  # another process of the run is gone: start all again
 STATUS = ("UNKNOWN:", "UNAVAILABLE:", "INTERNAL:", "ABORTED:", "CANCELLED:", "DEADLINE_EXCEEDED:")  # XLA's, in any exception
+
+
+def command() -> int:
+    """What `tanuki` runs: `main`, in a process that looks for garbage seldom, and not at all when it ends.
+
+    JAX and its like make some 100,000 objects that stay.  To look through them takes a sixth of the time that it takes to
+    import them, and 0.3 seconds at the end.
+    """
+    gc.set_threshold(100_000)
+    try:
+        return main()
+    finally:
+        gc.freeze()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -326,4 +340,4 @@ WORK: dict[str, Callable[[argparse.Namespace], None]] = {
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command())

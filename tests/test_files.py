@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import platform
 import threading
 
 import pytest
@@ -129,3 +130,15 @@ def test_a_disk_that_fails_while_pieces_are_written_is_an_error(tmp_path, monkey
     with (tmp_path / "file").open("wb") as f, pytest.raises(OSError, match="Input/output"):
         for piece in files.written_back(f, [b"x"] * pieces):
             f.write(piece)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="room is reserved by glibc's fallocate64")
+def test_room_on_the_disk_is_taken_or_refused_at_once(tmp_path):
+    with (tmp_path / "a").open("wb") as f:
+        files.reserve(f, 1 << 20)
+        if not os.fstat(f.fileno()).st_size:
+            pytest.skip("this file system reserves nothing")
+        assert os.fstat(f.fileno()).st_blocks * 512 >= 1 << 20
+        with pytest.raises(OSError) as found:
+            files.reserve(f, 1 << 60)
+    assert found.value.errno in (errno.ENOSPC, errno.EFBIG) and found.value.filename == f.name

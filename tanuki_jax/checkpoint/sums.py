@@ -7,7 +7,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-PIECE = 16 << 20  # bytes read at a time
+PIECE = 1 << 20  # bytes read at a time, into the same ones, which stay in the cache
 THREADS = 8
 
 
@@ -58,10 +58,11 @@ def _contents(step: Path) -> list[Path]:
 def _sum(path: Path) -> list[int] | None:
     """Size and CRC-32 of a file, or None where it cannot be read."""
     size = crc = 0
+    piece = memoryview(bytearray(PIECE))
     try:
-        with path.open("rb") as f:
-            while piece := f.read(PIECE):
-                size, crc = size + len(piece), zlib.crc32(piece, crc)
+        with path.open("rb", buffering=0) as f:
+            while count := f.readinto(piece):
+                size, crc = size + count, zlib.crc32(piece[:count], crc)
     except OSError:
         return None
     return [size, crc]

@@ -182,6 +182,7 @@ def _write(directory: Path, tensors: list[Tensor], dtype: str) -> int:
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
         with (directory / file).open("wb") as f:
+            files.reserve(f, 8 + len(text) + at)
             f.write(struct.pack("<Q", len(text)) + text)
             for piece in files.written_back(f, _ahead(read for tensor in shard for read in tensor.pieces)):
                 f.write(piece.reshape(-1).view(np.uint8).data)

@@ -205,7 +205,7 @@ def test_a_few_matrices_are_in_memory_at_a_time(tmp_path, monkeypatch):
     cfg, _, mine, _ = made("tanuki")
     home, read, sizes, most = save(tmp_path / "ours", cfg, mine), [], [], []
 
-    def counting(path, opening=checkpoint.open_stored):
+    def counting(path, opening=checkpoint.open_stored, **how):
         def counted(array):
             def reading(*at):
                 result = array.read(*at)
@@ -216,7 +216,7 @@ def test_a_few_matrices_are_in_memory_at_a_time(tmp_path, monkeypatch):
 
             return dataclasses.replace(array, read=reading)
 
-        found = opening(path)
+        found = opening(path, **how)
         return dataclasses.replace(found, tree={name: counted(array) for name, array in found.tree.items()})
 
     monkeypatch.setattr(checkpoint, "open_stored", counting)
