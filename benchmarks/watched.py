@@ -1,5 +1,6 @@
 """Runs a command and watches its memory; for the other benchmarks."""
 
+import contextlib
 import subprocess
 import time
 from pathlib import Path
@@ -14,7 +15,8 @@ def watched(arguments: list[str]) -> tuple[float, float, str]:
     began = time.monotonic()
     process = psutil.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     most = 0
-    while process.poll() is None:
+    running = True
+    while running:
         held = 0
         for one in (process, *process.children(recursive=True)):
             try:
@@ -22,6 +24,8 @@ def watched(arguments: list[str]) -> tuple[float, float, str]:
             except psutil.Error:
                 continue
         most = max(most, held)
-        time.sleep(0.1)
+        with contextlib.suppress(psutil.TimeoutExpired):
+            process.wait(0.1)
+            running = False
     assert process.returncode == 0, arguments
     return time.monotonic() - began, most / 2**30, process.stdout.read()

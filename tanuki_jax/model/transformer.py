@@ -203,16 +203,25 @@ def init(cfg: config.Model, key: jax.Array) -> Params:
 
 
 @functools.lru_cache(maxsize=32)
+def _boxed_shapes(cfg: config.Model) -> Any:
+    return jax.eval_shape(lambda: _boxed_init(cfg, jax.random.key(0)))
+
+
+@functools.lru_cache(maxsize=32)
 def parameter_shapes(cfg: config.Model) -> Params:
     """The tree of `jax.ShapeDtypeStruct`s of the parameters; nothing is allocated."""
-    return jax.eval_shape(lambda: init(cfg, jax.random.key(0)))
+
+    def stacked(*runs: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((sum(run.shape[0] for run in runs), *runs[0].shape[1:]), runs[0].dtype)
+
+    shapes = jax.tree.map(lambda b: b.value, _boxed_shapes(cfg), is_leaf=lambda b: isinstance(b, nn.Partitioned))
+    return _by_kind(shapes, stacked)
 
 
 @functools.lru_cache(maxsize=32)
 def logical_axes(cfg: config.Model) -> Any:
     """The tree of axis letters of the parameters, ("L", "D", "N", "H") say."""
-    boxed = jax.eval_shape(lambda: _boxed_init(cfg, jax.random.key(0)))
-    names = jax.tree.map(lambda b: b.names, boxed, is_leaf=lambda b: isinstance(b, nn.Partitioned))
+    names = jax.tree.map(lambda b: b.names, _boxed_shapes(cfg), is_leaf=lambda b: isinstance(b, nn.Partitioned))
     return _by_kind(names, lambda *leaves: leaves[0])
 
 
