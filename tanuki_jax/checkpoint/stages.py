@@ -8,7 +8,7 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ class _Pinned(ocp.checkpoint_managers.PreservationPolicy):
 
 
 class Checkpoints:
-    """The checkpoints of one stage: the `keep` newest, and those that `pin` chose."""
+    """The checkpoints of one stage: the `keep` newest, and those that the last save was told to keep."""
 
     def __init__(self, stage_directory: Path, keep: int = 1) -> None:
         self.directory = Path(stage_directory).absolute() / "checkpoints"
@@ -114,10 +114,6 @@ class Checkpoints:
             self._put_aside(step, "damaged")
         return None
 
-    def pin(self, steps: set[int]) -> None:
-        """From the next save on, these are kept however old they are; all others are not."""
-        self._pinned.steps = steps
-
     def go_back(self, step: int) -> int:
         """To the newest checkpoint up to `step` once the last save is done; later ones are put aside as `left-<step>`.
 
@@ -139,11 +135,13 @@ class Checkpoints:
         parallel.on_first(move, "putting a checkpoint aside")
         self._manager.reload()
 
-    def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
+    def save(self, step: int, state: Any, meta: dict[str, Any], kept: Iterable[int] = ()) -> None:
         """Starts writing a train state (train/step.py); its arrays are copied before this returns, so it may be donated.
 
+        kept: the steps that stay however old they are; all others do not.
         Errors of the save before come up here or in `close`.
         """
+        self._pinned.steps = set(kept)
         optimizer = {"opt_state": state.opt_state, "step": state.step, "rate": state.rate}
         optimizer["key"] = jax.random.key_data(state.key)
         balance = {"balance": state.balance} if state.balance else {}

@@ -182,9 +182,8 @@ class _Attempt:
                     late = None
                     # What is saved in a spike would push out what was before it, and the run might go back there.
                     if not (self.guard.high and job.options.guard.spike_steps) or ends or stop:
-                        self.checkpoints.pin(self.worth_keeping(number, probed))
                         with clock.of("save"):
-                            self.checkpoints.save(number, state, job.meta)
+                            self.checkpoints.save(number, state, job.meta, self.worth_keeping(number, probed))
                 if stop:
                     with clock.of("save"):
                         self.checkpoints.close()
