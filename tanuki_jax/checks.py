@@ -131,26 +131,46 @@ def _check_stage(recipe: Recipe, name: str, this: Stage) -> None:
     if is_mixture(recipe, name) and not recipe.model.n_experts:
         raise UserError(f"{where} is a mixture of experts, but model.n_experts is 0")
     if this.kind == "upcycle":
-        if this.lora.rank:
-            raise UserError(f"{where}.lora.rank: nothing is trained when a model is upcycled; set it in a later stage")
-        if not this.init_from or (parent and is_mixture(recipe, this.init_from)):
-            raise UserError(f"{where}.init_from must name a dense stage or checkpoint to upcycle")
-        check_upcycle(recipe.model, this.upcycle, f"{where}.upcycle: ")
-        for other in this.upcycle.experts_from:
-            if other in recipe.stages and is_mixture(recipe, other):
-                raise UserError(f"{where}.upcycle.experts_from names {other!r}, which is a mixture; it must be dense")
-            if other not in recipe.stages and not Path(other).exists():
-                raise UserError(f"{where}.upcycle.experts_from {other!r} is neither a stage nor a checkpoint directory")
+        _check_upcycling(recipe, where, this)
         return
     if this.mixture_of_experts and parent:
         raise UserError(f"{where}.mixture_of_experts follows from stage {this.init_from!r} that it starts from; leave it out")
     if this.kind in ("sft", "dpo") and not this.init_from:
         raise UserError(f"{where}.init_from is empty; a {this.kind} stage must start from a trained model")
+    _check_amounts(where, this)
+    _check_losses(where, this)
+    _check_kept(recipe, where, this)
+    rates = this.optimizer
+    if rates.schedule == "range" and not 0 < rates.learning_rate_floor < rates.learning_rate:
+        raise UserError(
+            f"{where}.optimizer: schedule range rises from learning_rate_floor {rates.learning_rate_floor:g} to learning_rate "
+            f"{rates.learning_rate:g}; the floor must be above 0 and below"
+        )
+    _check_guard(where, this)
+    _check_lora(recipe, name, this)
+    _check_mixture(recipe, where, this)
+
+
+def _check_upcycling(recipe: Recipe, where: str, this: Stage) -> None:
+    parent = this.init_from in recipe.stages
+    if this.lora.rank:
+        raise UserError(f"{where}.lora.rank: nothing is trained when a model is upcycled; set it in a later stage")
+    if not this.init_from or (parent and is_mixture(recipe, this.init_from)):
+        raise UserError(f"{where}.init_from must name a dense stage or checkpoint to upcycle")
+    check_upcycle(recipe.model, this.upcycle, f"{where}.upcycle: ")
+    for other in this.upcycle.experts_from:
+        if other in recipe.stages and is_mixture(recipe, other):
+            raise UserError(f"{where}.upcycle.experts_from names {other!r}, which is a mixture; it must be dense")
+        if other not in recipe.stages and not Path(other).exists():
+            raise UserError(f"{where}.upcycle.experts_from {other!r} is neither a stage nor a checkpoint directory")
+
+
+def _check_amounts(where: str, this: Stage) -> None:
     if sum(bool(b) for b in (this.steps, this.tokens, this.epochs)) != 1:
         raise UserError(
             f"{where}: set exactly one of steps, tokens and epochs (now {this.steps}, {this.tokens}, {this.epochs})"
         )
-    for field in ("steps", "tokens", "epochs"):
+    for field in ("steps", "tokens", "epochs", "keep_every", "keep_best", "profile_start"):
         if getattr(this, field) < 0:
             raise UserError(f"{where}.{field} is {getattr(this, field)}; it must not be negative")
     for field in ("seq_len", "batch_size", "microbatches", "save_every", "keep", "log_every", "profile_steps"):
@@ -158,6 +178,11 @@ def _check_stage(recipe: Recipe, name: str, this: Stage) -> None:
             raise UserError(f"{where}.{field} is {getattr(this, field)}; it must be at least 1")
     if this.batch_size % this.microbatches:
         raise UserError(f"{where}.batch_size {this.batch_size} is not a multiple of microbatches {this.microbatches}")
+    if this.epochs and this.kind == "pretrain":
+        raise UserError(f"{where}.epochs is for sft and dpo; give a pretraining stage tokens or steps")
+
+
+def _check_losses(where: str, this: Stage) -> None:
     for loss, weight in this.loss.preference.items():
         if loss not in PREFERENCES or weight <= 0:
             known = ", ".join(PREFERENCES)
@@ -167,9 +192,14 @@ def _check_stage(recipe: Recipe, name: str, this: Stage) -> None:
     for key in ("router_aux_loss", "router_aux_adaptive", "router_z_loss", "router_bias_rate"):
         if not 0 <= getattr(this.loss, key) < math.inf:
             raise UserError(f"{where}.loss.{key} is {getattr(this.loss, key)}; it must be a number and not negative")
-    for field in ("keep_every", "keep_best", "profile_start"):
-        if getattr(this, field) < 0:
-            raise UserError(f"{where}.{field} is {getattr(this, field)}; it must not be negative")
+    smoothed = {"cdpo", "robust"}.intersection(this.loss.preference)
+    if this.loss.label_smoothing and not smoothed:
+        raise UserError(f"{where}.loss.label_smoothing is for cdpo and robust; set loss.preference to {{'cdpo': 1.0}}")
+    if not 0 <= this.loss.label_smoothing < 0.5:
+        raise UserError(f"{where}.loss.label_smoothing {this.loss.label_smoothing} must lie between 0 and 0.5")
+
+
+def _check_kept(recipe: Recipe, where: str, this: Stage) -> None:
     if this.keep_every % this.save_every:
         raise UserError(
             f"{where}.keep_every {this.keep_every} is not a multiple of save_every {this.save_every}; only what is saved can "
@@ -182,26 +212,14 @@ def _check_stage(recipe: Recipe, name: str, this: Stage) -> None:
             f"{where}.keep_best needs a validation loss at every save: a pretraining stage, validation.tokens above 0, and a "
             f"save_every {this.save_every} that is a multiple of validation.every {recipe.validation.every}"
         )
-    rates = this.optimizer
-    if rates.schedule == "range" and not 0 < rates.learning_rate_floor < rates.learning_rate:
-        raise UserError(
-            f"{where}.optimizer: schedule range rises from learning_rate_floor {rates.learning_rate_floor:g} to learning_rate "
-            f"{rates.learning_rate:g}; the floor must be above 0 and below"
-        )
-    smoothed = {"cdpo", "robust"}.intersection(this.loss.preference)
-    if this.loss.label_smoothing and not smoothed:
-        raise UserError(f"{where}.loss.label_smoothing is for cdpo and robust; set loss.preference to {{'cdpo': 1.0}}")
-    if not 0 <= this.loss.label_smoothing < 0.5:
-        raise UserError(f"{where}.loss.label_smoothing {this.loss.label_smoothing} must lie between 0 and 0.5")
+
+
+def _check_guard(where: str, this: Stage) -> None:
     for key in ("skip_limit", "spike", "spike_steps", "rollbacks", "hang_seconds"):
         if not 0 <= getattr(this.guard, key) < math.inf:
             raise UserError(f"{where}.guard.{key} is {getattr(this.guard, key)}; it must be a number and not negative")
     if not 0 < this.guard.rollback_rate <= 1:
         raise UserError(f"{where}.guard.rollback_rate is {this.guard.rollback_rate}; it must be above 0 and at most 1")
-    _check_lora(recipe, name, this)
-    if this.epochs and this.kind == "pretrain":
-        raise UserError(f"{where}.epochs is for sft and dpo; give a pretraining stage tokens or steps")
-    _check_mixture(recipe, where, this)
 
 
 def _check_lora(recipe: Recipe, name: str, this: Stage) -> None:

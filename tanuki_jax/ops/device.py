@@ -16,9 +16,9 @@ def on_tpu() -> bool:
 
 
 def gpu_capability() -> tuple[int, int]:
-    """Compute capability of the GPU, (9, 0) is Hopper's; (0, 0) where there is none."""
-    major, _, minor = str(getattr(jax.devices()[0], "compute_capability", "0.0")).partition(".")
-    return int(major), int(minor)
+    """Compute capability of NVIDIA's GPU, (9, 0) is Hopper's; (0, 0) where there is none (AMD's is gfx942, say)."""
+    major, _, minor = str(getattr(jax.devices()[0], "compute_capability", "")).partition(".")
+    return (int(major), int(minor)) if major.isdigit() and minor.isdigit() else (0, 0)
 
 
 def vmem_bytes() -> int:

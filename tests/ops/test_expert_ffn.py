@@ -1,4 +1,5 @@
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +8,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from tanuki_jax import config, ops, parallel
-from tanuki_jax.ops import mosaic
+from tanuki_jax.ops import device, mosaic
 
 CASES = {
     "even": lambda rng, T, k, E: np.stack([rng.permutation(E)[:k] for _ in range(T)]),
@@ -94,6 +95,12 @@ def test_on_a_gpu_the_kernels_are_chosen_where_they_fit(monkeypatch):
     assert fits(256, "bfloat16") and not fits(256, "float32") and not fits(192, "bfloat16")
     monkeypatch.setattr(mosaic, "gpu_capability", lambda: (8, 0))
     assert not fits(256, "bfloat16")
+
+
+@pytest.mark.parametrize(("said", "expected"), [("9.0", (9, 0)), ("10.3", (10, 3)), ("gfx942", (0, 0)), (None, (0, 0))])
+def test_the_capability_of_a_gpu_that_may_be_of_another_make(said, expected, monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(**{"compute_capability": said} if said else {})])
+    assert device.gpu_capability() == expected
 
 
 def test_against_a_loop_over_tokens():
