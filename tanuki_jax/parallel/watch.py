@@ -36,7 +36,7 @@ class _Place:
 
 
 _place = _Place()
-_own = 0.0  # seconds of a step that this process spends beside its devices
+_own = 0.0  # seconds of a step that this process waits for its input
 _others: dict[int, dict[str, Any]] = {}  # what the store says of all processes; a new one each time, for threads read it
 _tellers: list[Callable[[dict[str, Any]], None]] = []
 
@@ -56,7 +56,7 @@ def at(what: str, tell: float | None = None, end: float | None = None) -> None:
 
 
 def spends(seconds: float) -> None:
-    """Notes how much of a step this process spends beside its devices: input, and what Python does."""
+    """Notes how long this process waits for the input of a step, which no other does in its place."""
     global _own
     _own = seconds
 
@@ -89,7 +89,7 @@ def watching(tell: Callable[[dict[str, Any]], None]) -> Iterator[None]:
 
 
 def slowest() -> dict[str, Any]:
-    """The process that spends most of a step beside its devices, as far as this one has heard; empty where it is alone.
+    """The process that waits longest for its input in a step, as far as this one has heard; empty where it is alone.
 
     `process`, `host`, `seconds` of each step, and `median`, those of the process in the middle.
     """
