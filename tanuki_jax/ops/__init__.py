@@ -6,7 +6,7 @@ from tanuki_jax.ops.cudnn import residuals
 from tanuki_jax.ops.device import on_tpu, platform
 from tanuki_jax.ops.expert_ffn import expert_ffn
 from tanuki_jax.ops.grouped_matmul import grouped_matmul
-from tanuki_jax.ops.linear import linear
+from tanuki_jax.ops.linear import linear, rows
 
 __all__ = [
     "TokenScores",
@@ -18,6 +18,7 @@ __all__ = [
     "on_tpu",
     "platform",
     "residuals",
+    "rows",
     "splash_kernel",
     "token_logprobs",
 ]

@@ -53,16 +53,17 @@ def attention(
         k_BTKH, v_BTKH = checkpoint_name(k_BTKH, "k"), checkpoint_name(v_BTKH, "v")
     S, T = q_BSNH.shape[1], k_BTKH.shape[1]
     places_S = jnp.arange(S) if places_S is None else places_S
-    mask_BST = (places_S[:, None] >= jnp.arange(T)) & (segment_ids_BS[:, :, None] == keys_BT[:, None, :])
+
+    def mask_BST() -> jax.Array:
+        return (places_S[:, None] >= jnp.arange(T)) & (segment_ids_BS[:, :, None] == keys_BT[:, None, :])
+
     if impl == "reference":
-        return _reference(q_BSNH, k_BTKH, v_BTKH, mask_BST)
+        return _reference(q_BSNH, k_BTKH, v_BTKH, mask_BST())
     if impl == "cudnn":
         return cudnn.attention(q_BSNH, k_BTKH, v_BTKH, segment_ids_BS, mask_BST)  # its remat policy is cudnn.residuals
-    elif impl == "xla":
-        y_BSNH = (_causal if whole else _xla)(q_BSNH, k_BTKH, v_BTKH, mask_BST)
-    else:
-        raise ValueError(f"attention: unknown impl {impl!r}")
-    return checkpoint_name(y_BSNH, "attention")
+    if impl == "xla":
+        return checkpoint_name((_causal if whole else _xla)(q_BSNH, k_BTKH, v_BTKH, mask_BST()), "attention")
+    raise ValueError(f"attention: unknown impl {impl!r}")
 
 
 def splash_kernel(impl: str, places: np.ndarray | None, length: int, heads: int, parts: int) -> Any:

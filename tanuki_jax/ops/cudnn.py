@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,14 +17,28 @@ TOKENS = (256, 64)  # room for S / this many segments in a row; the kernel's tim
 FIXED = (0, 11, 1)  # before it, JAX gave the kernel wrong offsets where heads share keys
 
 
-def attention(q_BSNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, ids_BS: jax.Array, mask_BST: jax.Array) -> jax.Array:
-    """Causal attention inside segments, for bfloat16 or float16.
+def attention(
+    q_BSNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, ids_BS: jax.Array, make_mask_BST: Callable[[], jax.Array]
+) -> jax.Array:
+    """Causal attention inside segments.
 
     Where the queries are a row's own (S = T), a segment is a run of equal ids, and the batch's fullest row decides how they
     are told to the kernel: not at all (one segment and padding after it), by their lengths, or, if there are more than it has
     room for, by a mask, which is read whole for every head and skips nothing.
+
+    Args:
+      q_BSNH, k_BTKH, v_BTKH: bfloat16 or float16, the queries divided by sqrt(H) already.
+      ids_BS: int32, the queries' segments.
+      make_mask_BST: makes the mask, bool, True where a query sees a key; called where nothing else serves.
+
+    Returns:
+      [B, S, N, H] in the dtype of q; softmax in float32.
     """
-    masked = functools.partial(jax.nn.dot_product_attention, mask=mask_BST[:, None], scale=1.0, implementation="cudnn")
+
+    def masked(q_BSNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax.Array:
+        mask_B1ST = make_mask_BST()[:, None]  # made here, or every layer would write it for the rare branch alone
+        return jax.nn.dot_product_attention(q_BSNH, k_BTKH, v_BTKH, mask=mask_B1ST, scale=1.0, implementation="cudnn")
+
     (B, S, N, H), (T, K) = q_BSNH.shape, k_BTKH.shape[1:3]
     if S != T or not _packs(N, K) or B * S * N * H >= 2**31:
         return masked(q_BSNH, k_BTKH, v_BTKH)

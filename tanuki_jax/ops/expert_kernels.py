@@ -184,7 +184,7 @@ def _outer(x_RA, y_RB, experts, tiles):
     (R, A), B = x_RA.shape, y_RB.shape[1]
     dtype, bytes_ = x_RA.dtype, x_RA.dtype.itemsize
     high = _width(A, 2 * TILE * bytes_, 0, limit=2048)
-    wide = _width(B, high * (2 * bytes_ + 4) + 2 * TILE * bytes_, 2 * TILE * high * bytes_)
+    wide = _width(B, high * (2 * bytes_ + 4) + 2 * TILE * bytes_, 2 * TILE * high * bytes_, limit=2048)
     M = R // TILE
 
     def kernel(expert, filled, block, x, y, out, total):
@@ -251,20 +251,25 @@ def _call(
         def _():
             body(slice(0, TILE), *references)
 
-        for start in range(0, TILE, PART):
-            part = slice(start, start + PART)
+        def step(number, _):  # a loop, or every part would be a program of its own
+            start = pl.multiple_of(number * PART, PART)
+            part = pl.ds(start, PART)
 
-            @pl.when((rows < TILE) & (rows > start))
-            def _(part=part):
+            @pl.when(start < rows)
+            def _():
                 body(part, *references)
 
-            @pl.when((rows > 0) & (rows <= start))
-            def _(part=part):
+            @pl.when(start >= rows)
+            def _():
                 for reference in out:
                     if len(reference.shape) == 3:
                         reference[0, :, part] = jnp.zeros((SUBLANES, PART), reference.dtype)
                     else:
                         reference[part] = jnp.zeros((PART, reference.shape[-1]), reference.dtype)
+
+        @pl.when((rows > 0) & (rows < TILE))
+        def _():
+            jax.lax.fori_loop(0, TILE // PART, step, None)
 
     experts = next(array.shape[0] for array, _ in inputs if array.ndim == 3)
     flops_per_row, bytes_accessed = cost

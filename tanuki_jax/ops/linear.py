@@ -1,4 +1,4 @@
-"""The product of activations with a weight matrix."""
+"""The product of activations with a weight matrix, and the rows of a table."""
 
 from __future__ import annotations
 
@@ -30,3 +30,26 @@ def _backward(axes, kept, gradient):
 
 
 linear.defvjp(_forward, _backward)
+
+
+@jax.custom_vjp
+def rows(table_VD: jax.Array, index_BS: jax.Array) -> jax.Array:
+    """table[index], [B, S, D].
+
+    Its gradient is summed in float32: in bfloat16 a sum of equal parts stops growing at 256 of them, and a batch has many more
+    of some tokens.
+    """
+    return table_VD[index_BS]
+
+
+def _rows_forward(table_VD, index_BS):
+    return table_VD[index_BS], (table_VD, index_BS)
+
+
+def _rows_backward(kept, gradient_BSD):
+    table_VD, index_BS = kept
+    zeros_VD = jnp.zeros(table_VD.shape, jnp.float32)  # nothing but shape and dtype of the table is kept
+    return zeros_VD.at[index_BS].add(gradient_BSD.astype(jnp.float32)).astype(table_VD.dtype), None
+
+
+rows.defvjp(_rows_forward, _rows_backward)

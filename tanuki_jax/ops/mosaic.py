@@ -20,9 +20,10 @@ def fits(w_EDF: jax.Array) -> bool:
 
 @jax.custom_vjp
 def grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
-    """Rows of group e times w[e], bfloat16 or float16, accumulated in float32.
+    """Rows of group e times w[e]: [R, D], [E, D, F], group sizes [E] (int32, multiples of ROWS) -> [R, F].
 
-    Group sizes are multiples of ROWS; rows past the last group, of the result and of the gradient of x, stay unwritten.
+    bfloat16 or float16, accumulated in float32.  Rows past the last group, of the result and of the gradient of x, stay
+    unwritten.
     """
     return _product(x_RD, w_EDF, sizes_E, transposed=False)
 

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from tanuki_jax import ops
+
 MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
 BATCH_AXES = ("data", "fsdp", "expert")
 
@@ -129,19 +131,23 @@ def stored(w: jax.Array, axes: str) -> jax.Array:
 
 
 def rows_of(w_VD: jax.Array, index_BS: jax.Array) -> jax.Array:
-    """w[index], [B, S, D]: every device looks up its part of D for the tokens of all, and sends each its own.
+    """w[index], [B, S, D]: every device gathers the table and looks up its own tokens; the gradient is scattered back.
 
-    The vectors of a batch are fewer than those of the table, which stays where it is stored.
+    Left to itself the compiler has every device look up its part of D for the tokens of all: some 16 columns at a time, and,
+    for the gradient, a sort of all the tokens there are.
     """
     if not splits_batch(index_BS.shape[0]):
-        return gathered(w_VD, "VD")[index_BS]
+        return ops.rows(gathered(w_VD, "VD"), index_BS)
     mesh = jax.sharding.get_abstract_mesh()
-    parts = spec("VD", "stored", mesh, w_VD.shape)[1]
-    x_BSD = jax.lax.with_sharding_constraint(w_VD[index_BS], PartitionSpec(_short(("data",), mesh), None, parts))
-    if size("context") > 1:  # in two steps, or the compiler gathers everything
-        rows, tokens = _short(BATCH_AXES, mesh), _short(("context",), mesh)
-        x_BSD = jax.lax.with_sharding_constraint(x_BSD, PartitionSpec(rows, None, tokens))
-    return constrain(x_BSD, "BSD")
+    stored, tokens = spec("VD", "stored", mesh, w_VD.shape), activation_spec("BS")
+
+    def local(w_VD: jax.Array, index_BS: jax.Array) -> jax.Array:
+        return ops.rows(gathered_within(w_VD, stored, PartitionSpec(None, None)), index_BS)
+
+    # The barrier keeps the compiler from gathering first and casting after, and its gradient's, from adding up the parts of
+    # several microbatches before they are summed over the devices.
+    w_VD = jax.lax.optimization_barrier(w_VD)
+    return jax.shard_map(local, in_specs=(stored, tokens), out_specs=tokens, check_vma=False)(w_VD, index_BS)
 
 
 def gathered_within(w: jax.Array, stored: PartitionSpec, used: PartitionSpec) -> jax.Array:

@@ -158,3 +158,24 @@ def test_parameters_are_made_where_they_are_stored():
     for path, (a, b, where) in zip_leaves(made, init(cfg, jax.random.key(0)), shardings):
         assert a.sharding.is_equivalent_to(where, a.ndim), path
         np.testing.assert_array_equal(a, b, err_msg=path)
+
+
+@pytest.mark.parametrize("sizes", [dict(data=2, fsdp=4), EXPERTS, CONTEXT, dict(fsdp=2, expert=2, context=2)])
+def test_rows_of_a_table_and_their_gradient_are_those_of_one_device(sizes):
+    table, index = jax.random.normal(jax.random.key(0), (6, 8)), jax.random.randint(jax.random.key(1), (8, 4), 0, 6)
+    weight = jax.random.normal(jax.random.key(2), (8, 4, 8))
+
+    def loss(table, index):
+        rows = parallel.rows_of(table, index)
+        return (rows * weight).sum(), rows
+
+    (_, expected), expected_gradient = jax.value_and_grad(loss, has_aux=True)(table, index)
+    here = mesh(**sizes)
+    with jax.set_mesh(here):
+        table = jax.device_put(table, NamedSharding(here, parallel.spec("VD", "stored", here, table.shape)))
+        index = jax.device_put(index, parallel.sharding(here, "BS"))
+        (_, rows), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(table, index)
+    np.testing.assert_array_equal(rows, expected)
+    np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-6, atol=1e-6)
+    assert rows.sharding.is_equivalent_to(parallel.sharding(here, "BSD"), 3)
+    assert gradient.sharding.is_equivalent_to(table.sharding, 2)
