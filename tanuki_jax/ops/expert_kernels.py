@@ -247,29 +247,26 @@ def _call(
         rows = filled[pl.program_id(1)]
         out = references[len(inputs) :]
 
+        def clear(part):
+            for reference in out:
+                if len(reference.shape) == 3:
+                    reference[0, :, part] = jnp.zeros((SUBLANES, PART), reference.dtype)
+                else:
+                    reference[part] = jnp.zeros((PART, reference.shape[-1]), reference.dtype)
+
+        def step(number, _):
+            start = pl.multiple_of(number * PART, PART)
+            part = pl.ds(start, PART)
+            pl.when(start < rows)(lambda: body(part, *references))
+            pl.when(start >= rows)(lambda: clear(part))
+
         @pl.when(rows == TILE)
         def _():
             body(slice(0, TILE), *references)
 
-        def step(number, _):  # a loop, or every part would be a program of its own
-            start = pl.multiple_of(number * PART, PART)
-            part = pl.ds(start, PART)
-
-            @pl.when(start < rows)
-            def _():
-                body(part, *references)
-
-            @pl.when(start >= rows)
-            def _():
-                for reference in out:
-                    if len(reference.shape) == 3:
-                        reference[0, :, part] = jnp.zeros((SUBLANES, PART), reference.dtype)
-                    else:
-                        reference[part] = jnp.zeros((PART, reference.shape[-1]), reference.dtype)
-
         @pl.when((rows > 0) & (rows < TILE))
         def _():
-            jax.lax.fori_loop(0, TILE // PART, step, None)
+            jax.lax.fori_loop(0, TILE // PART, step, None)  # unrolled, every part would be a program of its own
 
     experts = next(array.shape[0] for array, _ in inputs if array.ndim == 3)
     flops_per_row, bytes_accessed = cost
