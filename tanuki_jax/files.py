@@ -19,6 +19,8 @@ from tanuki_jax.errors import UserError
 
 T = TypeVar("T")
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a write says where there is no room
+
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
@@ -78,7 +80,7 @@ def reserve(file: IO[bytes], size: int) -> None:
     allocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate64", None)  # glibc's
     if allocate and allocate(file.fileno(), 0, ctypes.c_int64(0), ctypes.c_int64(size)):
         number = ctypes.get_errno()
-        if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if number in FULL:
             raise OSError(number, os.strerror(number), file.name)
 
 

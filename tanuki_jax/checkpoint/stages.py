@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import json
 import shutil
 import threading
@@ -16,7 +15,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from tanuki_jax import parallel
+from tanuki_jax import files, parallel
 from tanuki_jax.checkpoint import sums
 from tanuki_jax.errors import UserError
 
@@ -284,7 +283,7 @@ def disk_errors(directory: Path) -> Iterator[None]:
         yield
     except (OSError, ValueError, RuntimeError) as error:
         text = str(error)
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        full = getattr(error, "errno", None) in files.FULL
         if full or any(
             sign in text for sign in ("No space left", "ENOSPC", "Disk quota", "RESOURCE_EXHAUSTED", "File too large")
         ):

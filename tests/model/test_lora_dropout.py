@@ -11,6 +11,7 @@ import pytest
 
 from tanuki_jax import checkpoint, config, model, parallel
 from tanuki_jax.data import loader
+from tanuki_jax.model import layers
 from tanuki_jax.model.layers import project
 from tanuki_jax.train import losses
 from tanuki_jax.train.optimizer import learning_rate, make_optimizer
@@ -49,6 +50,16 @@ def test_an_input_is_dropped_or_grows_by_what_was_dropped():
     np.testing.assert_allclose(found.mean(axis=0), x, atol=5 * 3.5 * (0.3 / 0.7 / 500) ** 0.5)
     pairs = (left[:, :-1] == left[:, 1:]).mean()  # two rows of a batch have nothing to do with each other
     assert pairs == pytest.approx(0.7**2 + 0.3**2, abs=0.01)
+    halves = (left[..., :16] == left[..., 16:]).mean()  # nor have two channels that come from one random word
+    assert halves == pytest.approx(0.7**2 + 0.3**2, abs=0.01)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.05, 0.999])
+@pytest.mark.parametrize("width", [1, 7])
+def test_what_is_kept_has_the_shape_asked_for_and_its_share(width, rate):
+    kept = np.asarray(layers.kept(jax.random.key(0), jnp.float32(rate), (1000, 50, width)))
+    assert kept.shape == (1000, 50, width) and kept.dtype == bool
+    assert abs(kept.mean() - (1 - rate)) <= 5 * (rate * (1 - rate) / kept.size) ** 0.5 + 2**-17
 
 
 def test_the_base_is_not_dropped():
@@ -89,14 +100,14 @@ def test_small_adapters_are_on_average_as_if_nothing_were_dropped():
 
 
 def test_every_layer_and_every_matrix_has_a_draw_of_its_own(monkeypatch):
-    drawn, bernoulli = [], jax.random.bernoulli
+    drawn, draw = [], layers.kept
 
     def watched(*arguments):
-        kept = bernoulli(*arguments)
+        kept = draw(*arguments)
         jax.debug.callback(lambda k: drawn.append(np.asarray(k)), kept)
         return kept
 
-    monkeypatch.setattr(jax.random, "bernoulli", watched)
+    monkeypatch.setattr(layers, "kept", watched)
     batch = batch_of(DENSE)
     jax.block_until_ready(
         jax.jit(lambda p: model.apply(DENSE, p, batch, model.Dropout(0.5, jax.random.key(0))))(everything("dense"))
