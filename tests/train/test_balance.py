@@ -454,13 +454,13 @@ def trained(cfg, rate, steps=60, optimizer=None, dtype=jnp.float32, router_aux_l
 @pytest.mark.parametrize("normalized", [True, False])
 def test_the_bias_evens_out_a_load_that_is_skewed_without_it(normalized):
     cfg = dataclasses.replace(BIASED, normalized_gate=normalized)
-    state, evened = trained(cfg, 0.05)
+    state, evened = trained(cfg, 0.02, steps=120)  # at the end the load swings about 1 by what a step of the bias moves
     _, left_alone = trained(cfg, 0.0)
     assert min(left_alone) > 3
     assert evened[0] == left_alone[0] > 3
     assert max(evened[-10:]) <= 1.5, evened
     bias = np.asarray(state.params["layers"]["moe"]["bias"][0])
-    assert abs(bias.mean()) < 1e-5  # of the order of sixty roundings
+    assert abs(bias.mean()) < 1e-5  # of the order of as many roundings
     assert set(np.argsort(bias)[:2]) == {2, 5}
 
 
