@@ -54,15 +54,15 @@ def attention(
     S, T = q_BSNH.shape[1], k_BTKH.shape[1]
     places_S = jnp.arange(S) if places_S is None else places_S
 
-    def mask_BST() -> jax.Array:
+    def make_mask_BST() -> jax.Array:
         return (places_S[:, None] >= jnp.arange(T)) & (segment_ids_BS[:, :, None] == keys_BT[:, None, :])
 
     if impl == "reference":
-        return _reference(q_BSNH, k_BTKH, v_BTKH, mask_BST())
+        return _reference(q_BSNH, k_BTKH, v_BTKH, make_mask_BST())
     if impl == "cudnn":
-        return cudnn.attention(q_BSNH, k_BTKH, v_BTKH, segment_ids_BS, mask_BST)  # its remat policy is cudnn.residuals
+        return cudnn.attention(q_BSNH, k_BTKH, v_BTKH, segment_ids_BS, make_mask_BST)  # its remat policy is cudnn.residuals
     if impl == "xla":
-        return checkpoint_name((_causal if whole else _xla)(q_BSNH, k_BTKH, v_BTKH, mask_BST()), "attention")
+        return checkpoint_name((_causal if whole else _xla)(q_BSNH, k_BTKH, v_BTKH, make_mask_BST()), "attention")
     raise ValueError(f"attention: unknown impl {impl!r}")
 
 
