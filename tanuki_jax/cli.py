@@ -19,6 +19,7 @@ from tanuki_jax.flags import make_parser
 
 PREEMPTED = 75  # EX_TEMPFAIL: try again
 PEER_LOST = 77  # another process of the run is gone: start all again
+STREAMING = (["upcycle"], ["import"], ["export"])
 STATUS = ("UNKNOWN:", "UNAVAILABLE:", "INTERNAL:", "ABORTED:", "CANCELLED:", "DEADLINE_EXCEEDED:")  # XLA's, in any exception
 
 
@@ -28,7 +29,7 @@ def command() -> int:
     JAX and its like make some 100,000 objects that stay.  To look through them takes a sixth of the time that it takes to
     import them, and 0.3 seconds at the end.
     """
-    _use_huge_pages()
+    _tune_malloc()
     gc.set_threshold(100_000)
     try:
         return main()
@@ -104,14 +105,16 @@ def _leave(code: int) -> None:
         os._exit(code)
 
 
-def _use_huge_pages() -> None:
+def _tune_malloc() -> None:
     """Starts this process again with malloc on huge pages (Linux): XLA's large CPU buffers then cost far fewer page faults.
 
-    Measured by benchmarks/cpu_step.py.  Set TANUKI_HUGE_PAGES=0 to leave malloc alone.
+    What streams weights from file to file frees as much as it takes, so there malloc keeps 256 MiB of it.  Measured by
+    benchmarks/cpu_step.py and benchmarks/interop.py.  Set TANUKI_HUGE_PAGES=0 to leave malloc alone.
     """
     wanted = os.environ.get("TANUKI_HUGE_PAGES", "1") != "0" and "GLIBC_TUNABLES" not in os.environ
     if wanted and sys.platform == "linux":
-        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        keeping = ":glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=268435456" if sys.argv[1:2] in STREAMING else ""
+        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1" + keeping
         os.execv(sys.executable, [sys.executable, "-m", "tanuki_jax.cli", *sys.argv[1:]])
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fcntl
 import hashlib
 import json
+import mmap
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -19,6 +21,8 @@ from tanuki_jax.errors import UserError
 
 T = TypeVar("T")
 
+PIECE = 4 << 20  # bytes written at a time where the page cache is passed by
+O_DIRECT = getattr(os, "O_DIRECT", 0)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a write says where there is no room
 
 
@@ -82,6 +86,47 @@ def reserve(file: IO[bytes], size: int) -> None:
         number = ctypes.get_errno()
         if number in FULL:
             raise OSError(number, os.strerror(number), file.name)
+
+
+@contextlib.contextmanager
+def direct(path: Path, size: int) -> Iterator[Callable[[memoryview], None]]:
+    """Yields what appends bytes to a new file of `size` bytes; when it is left without an error, they are on the disk.
+
+    They go past the page cache where the file system can do that (O_DIRECT).  What is much larger than memory would else wait
+    for the kernel to make room for every page of it.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    try:
+        number = os.open(path, flags | O_DIRECT)
+    except OSError:
+        number = os.open(path, flags)
+    with os.fdopen(number, "wb", buffering=0) as f, mmap.mmap(-1, PIECE) as aligned, memoryview(aligned) as room:
+        held = 0
+
+        def put(data: memoryview) -> None:
+            while data:
+                try:
+                    data = data[os.write(number, data) :]
+                except OSError as error:
+                    on = fcntl.fcntl(number, fcntl.F_GETFL)
+                    if error.errno != errno.EINVAL or not on & O_DIRECT:
+                        raise
+                    fcntl.fcntl(number, fcntl.F_SETFL, on & ~O_DIRECT)  # the end of a file, which no block is filled by
+
+        def append(data: memoryview) -> None:
+            nonlocal held
+            while data:
+                taken = min(len(data), PIECE - held)
+                room[held : held + taken] = data[:taken]
+                data, held = data[taken:], held + taken
+                if held == PIECE:
+                    put(room)
+                    held = 0
+
+        reserve(f, size)
+        yield append
+        put(room[:held])
+        os.fsync(number)
 
 
 def written_back(file: IO[bytes], pieces: Iterable[T]) -> Iterator[T]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import collections
 import dataclasses
 import math
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -153,9 +152,14 @@ def _block_file(directory: Path) -> Callable[[tuple[int, ...]], Path | None] | N
     def path(row: tuple[int, ...]) -> Path | None:
         if chunk != [*(1,) * len(row), *shape[len(row) :]] or not all(shape):
             return None
-        return directory / how.get("dimension_separator", ".").join(map(str, [*row, *(0,) * (len(shape) - len(row))]))
+        return directory / _file_of(row, len(shape), how.get("dimension_separator", "."))
 
     return path
+
+
+def _file_of(row: tuple[int, ...], axes: int, separator: str = ".") -> str:
+    """What zarr calls the chunk that begins at these leading indices and holds all of the other axes."""
+    return separator.join(map(str, [*row, *(0,) * (axes - len(row))]))
 
 
 Block = tuple[str, tuple[int, ...], np.ndarray]  # name, leading indices, array
@@ -171,29 +175,43 @@ class _Streamed:
 
 
 class _StreamHandler(ocp.type_handlers.NumpyHandler):
-    """Opens all arrays, then writes the blocks in the order in which they come; restored as any other array."""
+    """Opens all arrays, then writes the blocks in the order in which they come; restored as any other array.
+
+    Orbax and TensorStore write what describes the arrays.  The blocks, which are files of plain numbers, are written here: a
+    copy less of every byte, and its check sum by the way.
+    """
 
     def __init__(self, count: int, blocks: Iterator[Block]) -> None:
         super().__init__(deepcopy_host_arrays=False)
         self._count, self._blocks = count, blocks
-        self._stores: dict[str, Any] = {}
+        self._directories: dict[str, Path] = {}
+        self.sums: dict[str, list[int]] = {}  # of the files, by their paths in the directory of a step
 
     def typestr(self) -> str:
         return "jax.Array"
 
     async def _open_and_write(self, value: _Streamed, tspec: dict[str, Any], ts_context: Any) -> None:
         tspec["metadata"] |= {"chunks": value.block, "compressor": None}  # weights hardly shrink
-        tspec["context"] = {"file_io_sync": False}  # once at the end is enough
-        self._stores[value.name] = await tensorstore.open(tspec, create=True, open=True, context=ts_context)
-        if len(self._stores) == self._count:
-            pending: collections.deque[Any] = collections.deque()
-            try:
-                for name, index, block in self._blocks:
-                    pending.append(self._stores[name][index].write(block))
-                    if len(pending) > AHEAD:
-                        await pending.popleft()
-            finally:  # after an error too, else a write would come back after the directory is removed
-                await asyncio.gather(*pending)
+        store = await tensorstore.open(tspec, create=True, open=True, context=ts_context)
+        self._directories[value.name] = Path(store.kvstore.path)
+        if len(self._directories) == self._count:
+            self._write()
+
+    def _write(self) -> None:
+        waiting: collections.deque[tuple[str, Future[list[int]]]] = collections.deque()
+
+        def finish() -> None:
+            name, written = waiting.popleft()
+            self.sums[name] = written.result()
+
+        with ThreadPoolExecutor(AHEAD) as pool:  # after an error, too, nothing is left that would still write
+            for name, index, block in self._blocks:
+                path = self._directories[name] / _file_of(index, len(index) + block.ndim)
+                waiting.append((f"params/{path.parent.name}/{path.name}", pool.submit(sums.write, path, block)))
+                if len(waiting) > AHEAD:
+                    finish()
+            while waiting:
+                finish()
 
 
 def save_streamed(stage_directory: Path, cfg: config.Model, blocks: Iterator[Block], meta: dict[str, Any]) -> None:
@@ -211,8 +229,8 @@ def save_streamed(stage_directory: Path, cfg: config.Model, blocks: Iterator[Blo
                 raise RuntimeError("stopped")
             yield block
 
-    writing = (_Streamed, _StreamHandler(len(leaves), until_stopped()))
-    registry = ocp.type_handlers.create_type_handler_registry(writing)
+    writing = _StreamHandler(len(leaves), until_stopped())
+    registry = ocp.type_handlers.create_type_handler_registry((_Streamed, writing))
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry)
     directory = Path(stage_directory).absolute() / "checkpoints"
     tree: dict[str, Any] = {}
@@ -232,7 +250,7 @@ def save_streamed(stage_directory: Path, cfg: config.Model, blocks: Iterator[Blo
             stopped.set()
             join_orbax()
             raise
-        sums.seal(directory / "0", 0, 1)
+        sums.seal(directory / "0", 0, 1, writing.sums)
         files.sync(directory)
 
 

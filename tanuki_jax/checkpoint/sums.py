@@ -4,19 +4,40 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+
+from tanuki_jax import files
 
 PIECE = 1 << 20  # bytes read at a time, into the same ones, which stay in the cache
 THREADS = 8
 
 
-def seal(step: Path, process: int, processes: int) -> None:
-    """Writes the sums of this process's share of the files of a step: every so many-th."""
-    mine = _contents(step)[process::processes]
+def write(path: Path, array: np.ndarray) -> list[int]:
+    """Writes the numbers of an array as a file, onto the disk; returns its size and CRC-32."""
+    data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+    crc = 0
+    with files.direct(path, len(data)) as append:
+        for at in range(0, len(data), PIECE):
+            piece = data[at : at + PIECE]
+            crc = zlib.crc32(piece, crc)
+            append(piece)
+    return [len(data), crc]
+
+
+def seal(step: Path, process: int, processes: int, known: Mapping[str, list[int]] = MappingProxyType({})) -> None:
+    """Writes the sums of this process's share of the files of a step: every so many-th.
+
+    known: what `write` said of files, by their paths in the step; they are not read again.
+    """
+    mine = {str(path.relative_to(step)): path for path in _contents(step)[process::processes]}
     with ThreadPoolExecutor(THREADS) as pool:
-        sums = list(pool.map(_sum, mine))
-    found = {str(path.relative_to(step)): entry for path, entry in zip(mine, sums, strict=True) if entry}
+        sums = pool.map(lambda name: known.get(name) or _sum(mine[name]), mine)
+        found = {name: entry for name, entry in zip(mine, sums, strict=True) if entry}
     temporary = step / f".sums-{process}"
     temporary.write_text(json.dumps(found), encoding="utf-8")  # retention may have removed the directory, which then fails
     temporary.replace(step / f"sums-{process}-of-{processes}.json")

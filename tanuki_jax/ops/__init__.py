@@ -7,6 +7,7 @@ from tanuki_jax.ops.device import on_tpu, platform
 from tanuki_jax.ops.expert_ffn import expert_ffn
 from tanuki_jax.ops.grouped_matmul import grouped_matmul
 from tanuki_jax.ops.linear import linear, rows
+from tanuki_jax.ops.normal import normal
 
 __all__ = [
     "TokenScores",
@@ -15,6 +16,7 @@ __all__ = [
     "expert_ffn",
     "grouped_matmul",
     "linear",
+    "normal",
     "on_tpu",
     "platform",
     "residuals",

@@ -30,7 +30,8 @@ class Probe:
         self._expert = dataclasses.replace(self._dense, d_ff=mixture.expert_d_ff or mixture.d_ff)
         positions = jnp.arange(TOKENS)[None]
         self._batch = {"segment_ids": jnp.ones((1, TOKENS), jnp.int32), "positions": positions}
-        self._tokens = jax.random.randint(jax.random.fold_in(key, 2), (1, TOKENS), 0, dense.vocab_size)
+        draw = jax.jit(lambda key: jax.random.randint(jax.random.fold_in(key, 2), (1, TOKENS), 0, dense.vocab_size))
+        self._tokens = draw(key)
         self._attend = jax.jit(functools.partial(model.layerwise.attend, self._dense))
         self._ffn = jax.jit(model.layerwise.ffn, static_argnums=0)
         self._gates = jax.jit(functools.partial(model.layerwise.gates, self._mixture))

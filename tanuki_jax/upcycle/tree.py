@@ -28,7 +28,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tanuki_jax import config
+from tanuki_jax import config, ops
 from tanuki_jax.errors import UserError
 
 FFN = ("gate", "up", "down")
@@ -92,7 +92,7 @@ def router(layer: Any, cfg: config.Model, options: config.Upcycle, key: jax.Arra
     if options.router_init == "uniform":
         drawn = jax.random.uniform(key, shape, jnp.float32, -(3**0.5), 3**0.5)
     else:
-        drawn = jax.random.normal(key, shape, jnp.float32)
+        drawn = ops.normal(key, shape)
     return jnp.repeat(drawn * options.router_std, parts, axis=1).astype(dtype)
 
 
@@ -105,7 +105,7 @@ def _copy(weights: Weights, *_: Any) -> Weights:
 
 def _noise(weights: Weights, number: int, cfg: config.Model, options: config.Upcycle, key: jax.Array) -> Weights:
     def noisy(w: jax.Array, key: jax.Array) -> jax.Array:
-        return (w.astype(jnp.float32) + options.noise_std * jax.random.normal(key, w.shape, jnp.float32)).astype(w.dtype)
+        return (w.astype(jnp.float32) + options.noise_std * ops.normal(key, w.shape)).astype(w.dtype)
 
     return {name: noisy(weights[name], k) for name, k in zip(FFN, jax.random.split(key, 3), strict=True)}
 
@@ -123,7 +123,7 @@ def _drop(weights: Weights, number: int, cfg: config.Model, options: config.Upcy
         n = count * cfg.d_model
         average = jnp.where(mask, old, 0).sum() / n
         std = jnp.sqrt(jnp.where(mask, (old - average) ** 2, 0).sum() / max(n - 1, 1))
-        fresh = average + std * jax.random.normal(key, w.shape, jnp.float32)
+        fresh = average + std * ops.normal(key, w.shape)
         return jnp.where(mask, fresh, old).astype(w.dtype)
 
     masks = dict(gate=drawn_F[None, :], up=drawn_F[None, :], down=drawn_F[:, None])
