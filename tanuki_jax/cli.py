@@ -108,12 +108,12 @@ def _leave(code: int) -> None:
 def _tune_malloc() -> None:
     """Starts this process again with malloc on huge pages (Linux): XLA's large CPU buffers then cost far fewer page faults.
 
-    What streams weights from file to file frees as much as it takes, so there malloc keeps 256 MiB of it.  Measured by
+    What streams weights from file to file frees as much as it takes, so there malloc keeps 64 MiB of it.  Measured by
     benchmarks/cpu_step.py and benchmarks/interop.py.  Set TANUKI_HUGE_PAGES=0 to leave malloc alone.
     """
     wanted = os.environ.get("TANUKI_HUGE_PAGES", "1") != "0" and "GLIBC_TUNABLES" not in os.environ
     if wanted and sys.platform == "linux":
-        keeping = ":glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=268435456" if sys.argv[1:2] in STREAMING else ""
+        keeping = ":glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=67108864" if sys.argv[1:2] in STREAMING else ""
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1" + keeping
         os.execv(sys.executable, [sys.executable, "-m", "tanuki_jax.cli", *sys.argv[1:]])
 

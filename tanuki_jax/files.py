@@ -100,7 +100,8 @@ def direct(path: Path, size: int) -> Iterator[Callable[[memoryview], None]]:
         number = os.open(path, flags | O_DIRECT)
     except OSError:
         number = os.open(path, flags)
-    with os.fdopen(number, "wb", buffering=0) as f, mmap.mmap(-1, PIECE) as aligned, memoryview(aligned) as room:
+    room = memoryview(mmap.mmap(-1, PIECE))  # begins with a page, as O_DIRECT wants it
+    with os.fdopen(number, "wb", buffering=0) as f:
         held = 0
 
         def put(data: memoryview) -> None:
@@ -111,7 +112,7 @@ def direct(path: Path, size: int) -> Iterator[Callable[[memoryview], None]]:
                     on = fcntl.fcntl(number, fcntl.F_GETFL)
                     if error.errno != errno.EINVAL or not on & O_DIRECT:
                         raise
-                    fcntl.fcntl(number, fcntl.F_SETFL, on & ~O_DIRECT)  # the end of a file, which no block is filled by
+                    fcntl.fcntl(number, fcntl.F_SETFL, on & ~O_DIRECT)  # for the end of a file, which fills no block
 
         def append(data: memoryview) -> None:
             nonlocal held

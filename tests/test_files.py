@@ -1,4 +1,5 @@
 import errno
+import fcntl
 import json
 import os
 import platform
@@ -142,3 +143,49 @@ def test_room_on_the_disk_is_taken_or_refused_at_once(tmp_path):
         with pytest.raises(OSError) as found:
             files.reserve(f, 1 << 60)
     assert found.value.errno in (errno.ENOSPC, errno.EFBIG) and found.value.filename == f.name
+
+
+@settings(max_examples=30, deadline=None)
+@given(sizes=st.lists(st.integers(0, 9000) | st.sampled_from([files.PIECE - 1, files.PIECE, files.PIECE + 4097]), max_size=4))
+def test_what_goes_past_the_page_cache_is_what_was_appended(tmp_path_factory, sizes):
+    path = tmp_path_factory.mktemp("direct") / "file"
+    pieces = [os.urandom(size) for size in sizes]
+    with files.direct(path, sum(sizes)) as append:
+        for piece in pieces:
+            append(memoryview(piece))
+    assert path.read_bytes() == b"".join(pieces)
+
+
+@pytest.mark.parametrize("refuses", ["open", "write"])
+def test_a_file_system_that_knows_no_direct_writes_takes_others(tmp_path, monkeypatch, refuses):
+    real = {name: getattr(os, name) for name in ("open", "write")}
+    direct = set()
+
+    def opened(path, flags, *more):
+        if flags & files.O_DIRECT and refuses == "open":
+            raise OSError(errno.EINVAL, "Invalid argument")
+        number = real["open"](path, flags, *more)
+        if flags & files.O_DIRECT:
+            direct.add(number)
+        return number
+
+    def written(number, data):
+        if refuses == "write" and number in direct and fcntl.fcntl(number, fcntl.F_GETFL) & files.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real["write"](number, data[:5000])  # as a system call may
+
+    monkeypatch.setattr(files.os, "open", opened)
+    monkeypatch.setattr(files.os, "write", written)
+    content = os.urandom(20_001)
+    with files.direct(tmp_path / "file", len(content)) as append:
+        append(memoryview(content))
+    assert (tmp_path / "file").read_bytes() == content
+
+
+def test_a_disk_without_room_says_so_past_the_page_cache_too(tmp_path, monkeypatch):
+    def full(number, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files.os, "write", full)
+    with pytest.raises(OSError, match="No space left"), files.direct(tmp_path / "file", 3) as append:
+        append(memoryview(b"abc"))

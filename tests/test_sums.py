@@ -105,6 +105,22 @@ def test_every_file_is_looked_at_by_one_process_whoever_wrote_the_sums(tmp_path_
     assert sums.damage(step, item=item) and not sums.damage(step, item="item" + str((int(item[4:]) + 1) % 3))
 
 
+@pytest.mark.parametrize("shape", [(), (3,), (5, 0), (1000, 1100), (7, 9)])
+def test_what_is_written_with_its_sum_is_good_and_not_read_again(tmp_path, monkeypatch, shape):
+    array = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    path = tmp_path / "item" / "good"
+    path.parent.mkdir()
+    entry = sums.write(path, array.T)
+    assert path.read_bytes() == array.T.tobytes()
+    assert entry == sums._sum(path)
+    with monkeypatch.context() as patched:
+        patched.setattr(sums, "_sum", lambda path: pytest.fail(f"{path} is read again"))
+        sums.seal(tmp_path, 0, 1, {"item/good": entry})
+    assert not sums.damage(tmp_path)
+    path.write_bytes(path.read_bytes() + b"!")
+    assert sums.damage(tmp_path)
+
+
 def test_a_disk_that_cannot_read_a_file_is_damage_too(step, monkeypatch):
     opened = type(step).open
 

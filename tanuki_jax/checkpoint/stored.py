@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import math
 import threading
 from collections.abc import Callable, Iterator
@@ -38,7 +39,7 @@ class Stored:
 class Opened:
     """A checkpoint's parameters by path, "layers/attn/q" say, none of which has been read yet.
 
-    `verified()` waits until all files have been compared with their check sums, and is an error where they differ.
+    `verified()` compares all files with their check sums, once, and is an error where they differ.
     """
 
     cfg: config.Model
@@ -54,18 +55,18 @@ class Opened:
         return own if own.is_dir() else self.stage_directory
 
 
-def open_stored(path: str | Path, meanwhile: bool = False) -> Opened:
+def open_stored(path: str | Path, verify: bool = True) -> Opened:
     """A checkpoint of ours, to be read a layer at a time; adapters come merged into what they lie on.
 
-    meanwhile: its files are compared with their check sums while it is read already; the caller asks `verified` before anyone
-      sees what was made of it.  Else that is done.
+    verify: compare its files with their check sums first.  Else the caller asks `verified` before anyone sees what was made of
+      it, and may read meanwhile.
     """
     stage_directory, step = locate(path)
-    verified = _comparing(stage_directory, step)
+    verified = functools.cache(lambda: check_sums(stage_directory, step, "params"))
     meta = read_meta(stage_directory, step)
     cfg = config.from_dict(config.Model, meta["model"])
     if "adapter" in meta:
-        base = open_stored(base_of(stage_directory, meta), meanwhile)
+        base = open_stored(base_of(stage_directory, meta), verify=False)
         scales, ranks = meta["adapter"]["scales"], meta["adapter"]["ranks"]
         sides = _opened(stage_directory, step, [f"lora/{name}/{side}" for name in ranks for side in "ab"], verified)
         tree = dict(base.tree)
@@ -81,17 +82,9 @@ def open_stored(path: str | Path, meanwhile: bool = False) -> Opened:
     else:
         names = [name for name, _, _ in model.named_parameters(cfg)]
         opened = Opened(cfg, _opened(stage_directory, step, names, verified), meta, stage_directory, verified)
-    if not meanwhile:
+    if verify:
         opened.verified()
     return opened
-
-
-def _comparing(stage_directory: Path, step: int) -> Callable[[], None]:
-    """Begins to compare the item `params` with its check sums; the result waits for that."""
-    pool = ThreadPoolExecutor(1)
-    comparing = pool.submit(check_sums, stage_directory, step, "params")
-    pool.shutdown(wait=False)
-    return comparing.result
 
 
 def _merged(name: str, base: Stored, a: Stored, b: Stored, scale_L: np.ndarray) -> Stored:
@@ -192,7 +185,7 @@ class _StreamHandler(ocp.type_handlers.NumpyHandler):
 
     async def _open_and_write(self, value: _Streamed, tspec: dict[str, Any], ts_context: Any) -> None:
         tspec["metadata"] |= {"chunks": value.block, "compressor": None}  # weights hardly shrink
-        store = await tensorstore.open(tspec, create=True, open=True, context=ts_context)
+        store: Any = await tensorstore.open(tspec, create=True, open=True, context=ts_context)
         self._directories[value.name] = Path(store.kvstore.path)
         if len(self._directories) == self._count:
             self._write()

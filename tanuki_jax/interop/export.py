@@ -59,10 +59,11 @@ class Tensor(NamedTuple):
 
 def export_huggingface(path: Path, output: Path, vocab_size: int = 0) -> str:
     """Writes the checkpoint at `path` as a Hugging Face directory and says what it is."""
-    opened, exact = resized(checkpoint.open_stored(path, meanwhile=True), vocab_size, "export")
+    opened, exact = resized(checkpoint.open_stored(path, verify=False), vocab_size, "export")
     kind = kind_of(opened.cfg)
     tensors = list(_tensors(opened, kind))
-    with checkpoint.disk_errors(output), files.atomic_path(output) as temporary:
+    with checkpoint.disk_errors(output), files.atomic_path(output) as temporary, ThreadPoolExecutor(1) as pool:
+        verified = pool.submit(opened.verified)
         copy_tokenizer(opened.tokenizer_directory, temporary)
         temporary.mkdir(exist_ok=True)
         size = _write(temporary, tensors, opened.cfg.param_dtype)
@@ -72,7 +73,7 @@ def export_huggingface(path: Path, output: Path, vocab_size: int = 0) -> str:
         if kind == "tanuki":
             shutil.copy(Path(__file__).with_name("modeling_tanuki.py"), temporary)
         (temporary / "README.md").write_text(_card(opened, kind), encoding="utf-8")
-        opened.verified()
+        verified.result()
     total, active = model.count_parameters(opened.cfg)
     how = ", load with trust_remote_code=True (the normalised gate is no Mixtral)" if kind == "tanuki" else ""
     counts = f"{total:,} parameters" + (f", {active:,} active" if active != total else "")

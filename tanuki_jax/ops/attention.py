@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from tanuki_jax.ops import cudnn, splash
+from tanuki_jax.ops import cudnn
 from tanuki_jax.ops.device import platform
 
 DEFAULT = {"tpu": "splash", "gpu": "cudnn", "cpu": "xla"}
@@ -46,6 +46,8 @@ def attention(
     impl = DEFAULT.get(platform(), "xla") if impl == "auto" else impl
     keys_BT = segment_ids_BS if key_segment_ids_BT is None else key_segment_ids_BT
     if impl == "splash":
+        from tanuki_jax.ops import splash  # Pallas takes its time to import
+
         return splash.attention(q_BSNH, k_BTKH, v_BTKH, segment_ids_BS, keys_BT, kernel)
     q_BSNH = checkpoint_name(q_BSNH, "q")
     whole = places_S is None
@@ -69,7 +71,11 @@ def attention(
 def splash_kernel(impl: str, places: np.ndarray | None, length: int, heads: int, parts: int) -> Any:
     """The kernel for `parts` devices that hold a row's queries in the order `places`; None where `impl` is not splash."""
     impl = DEFAULT.get(platform(), "xla") if impl == "auto" else impl
-    return splash.make_kernel(length, heads, places, parts) if impl == "splash" and parts > 1 else None
+    if impl != "splash" or parts == 1:
+        return None
+    from tanuki_jax.ops import splash
+
+    return splash.make_kernel(length, heads, places, parts)
 
 
 def cached_attention(q_BSNH: jax.Array, k_BMKH: jax.Array, v_BMKH: jax.Array, positions_BS: jax.Array) -> jax.Array:

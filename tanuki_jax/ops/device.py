@@ -1,7 +1,6 @@
 """What the traced program will run on: the devices of the mesh in context, which need not be in this machine."""
 
 import jax
-from jax.experimental.pallas import tpu as pltpu
 
 
 def platform() -> str:
@@ -23,4 +22,8 @@ def gpu_capability() -> tuple[int, int]:
 
 def vmem_bytes() -> int:
     """Vector memory of one TPU core that a kernel may use; on other platforms a small number, so that tests see many tiles."""
-    return int(pltpu.get_tpu_info().vmem_capacity_bytes) * 3 // 4 if on_tpu() else 2**20
+    if not on_tpu():
+        return 2**20
+    from jax.experimental.pallas import tpu as pltpu
+
+    return int(pltpu.get_tpu_info().vmem_capacity_bytes) * 3 // 4

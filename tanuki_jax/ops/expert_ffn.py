@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from tanuki_jax.ops import expert_kernels, mosaic
+from tanuki_jax.ops import mosaic
 from tanuki_jax.ops.device import platform
 from tanuki_jax.ops.grouped_matmul import grouped_matmul
 
@@ -100,6 +100,8 @@ def _swiglu(
 
 
 def _pallas(x_TD, weights_Tk, experts_Tk, rank_Tk, sizes_E, matrices):
+    from tanuki_jax.ops import expert_kernels  # Pallas takes its time to import
+
     T, k = experts_Tk.shape
     tiles, starts_E = expert_kernels.layout(sizes_E, T * k)
     slot_Tk = starts_E[experts_Tk] + rank_Tk

@@ -4,7 +4,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.megablox import gmm
 
 from tanuki_jax.ops import mosaic
 from tanuki_jax.ops.device import on_tpu
@@ -45,6 +44,8 @@ def grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array, 
     inside_R1 = (jnp.arange(x_RD.shape[0]) < group_sizes_E.sum())[:, None]
     x_RD = jnp.where(inside_R1, x_RD, 0)
     if impl == "megablox":
+        from jax.experimental.pallas.ops.tpu.megablox import gmm  # Pallas takes its time to import
+
         tiles = tuple(min(tile, size) for tile, size in zip(MEGABLOX_TILES, (x_RD.shape[0], D, F), strict=True))
         rest = -x_RD.shape[0] % tiles[0]
         padded = jnp.pad(x_RD, ((0, rest), (0, 0)))
