@@ -2,9 +2,9 @@
 
 python benchmarks/upcycle.py --workdir=runs/upcycle [--strategies=copy,noise] [--layers=14] [--kills=2]
 
-Makes a Hugging Face Llama directory of random bfloat16 weights (V 65,024, D 2048, F 8192), and needs 42 GB of disk.  `cp` copies
-what it has copied before, which it finds in the page cache as it likes it: of files that came past the page cache it copies
-half as much in a second.  The dry run for 47B parameters reads the headers of a directory of sparse files.
+Makes a Hugging Face Llama directory of random bfloat16 weights (V 65,024, D 2048, F 8192), and needs 42 GB of disk.  `cp`
+copies what it has copied before, which lies in the page cache as it likes it: of files that came past the page cache it
+copies half as much in a second.  The dry run for 47B parameters reads the headers of a directory of sparse files.
 """
 
 import json
