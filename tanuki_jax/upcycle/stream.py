@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import tempfile
 import time
 import uuid
@@ -257,11 +256,10 @@ def _disk_rate(directory: Path) -> float:
     """Bytes a second that a file of half a GiB takes there."""
     while not directory.is_dir():
         directory = directory.parent
-    block = b"\1" * (64 << 20)
-    with checkpoint.disk_errors(directory), tempfile.TemporaryFile(dir=directory) as scratch:  # without a name
+    block = memoryview(b"\1" * (64 << 20))
+    with checkpoint.disk_errors(directory), tempfile.TemporaryDirectory(dir=directory, prefix=".") as scratch:
         began = time.monotonic()
-        for _ in range(8):
-            scratch.write(block)
-        scratch.flush()
-        os.fsync(scratch.fileno())
+        with files.direct(Path(scratch) / "file", 8 * len(block)) as append:
+            for _ in range(8):
+                append(block)
         return 8 * len(block) / (time.monotonic() - began)
