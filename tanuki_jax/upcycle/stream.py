@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -257,9 +256,13 @@ def _disk_rate(directory: Path) -> float:
     while not directory.is_dir():
         directory = directory.parent
     block = memoryview(b"\1" * (64 << 20))
-    with checkpoint.disk_errors(directory), tempfile.TemporaryDirectory(dir=directory, prefix=".") as scratch:
-        began = time.monotonic()
-        with files.direct(Path(scratch) / "file", 8 * len(block)) as append:
+    scratch = directory / f".{uuid.uuid4().hex}.tmp"
+    began = time.monotonic()
+    try:
+        with checkpoint.disk_errors(directory), files.direct(scratch, 8 * len(block)) as append:
+            scratch.unlink()  # a kill leaves nothing
             for _ in range(8):
                 append(block)
-        return 8 * len(block) / (time.monotonic() - began)
+    finally:
+        scratch.unlink(missing_ok=True)
+    return 8 * len(block) / (time.monotonic() - began)
