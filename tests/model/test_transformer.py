@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tanuki_jax import config, model
+from tanuki_jax import config, model, parallel
 from tests.tiny import apply, init, packed_batch, small
 
 MODELS = {"dense": small(), "mixture": small(n_experts=4)}
@@ -159,6 +159,31 @@ def test_bfloat16_compute_keeps_float32_parameters():
     low, high = apply(cfg, params, batch).hidden, apply(small(), params, batch).hidden
     assert low.dtype == jnp.bfloat16
     np.testing.assert_allclose(low.astype(jnp.float32), high, atol=0.15)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_a_word_used_often_learns_as_much_in_bfloat16_as_all_words_of_its_vector_together(devices):
+    """The gradients of a token's uses are summed in float32; a bfloat16 sum of equals stops growing at some 256 of them."""
+    B, S = 8, 512
+    cfg = small(vocab_size=B * S, n_layers=1, dtype="bfloat16", attention="reference")
+    params = init(cfg, jax.random.key(0))
+    params["embed"]["table"] = jnp.broadcast_to(params["embed"]["table"][0], (B * S, cfg.d_model))
+    wanted_D = 1.0 + jax.random.uniform(jax.random.key(1), (cfg.d_model,))  # each use pulls about the same way
+    positions = jnp.tile(jnp.arange(S), (B, 1))
+
+    @jax.jit
+    def gradient(params, tokens):
+        batch = {"tokens": tokens, "segment_ids": jnp.ones_like(tokens), "positions": positions}
+        pull = lambda params: (model.apply(cfg, params, batch).hidden.astype(jnp.float32) * wanted_D).sum()  # noqa: E731
+        return jax.grad(pull)(params)["embed"]["table"]
+
+    with jax.set_mesh(parallel.make_mesh(config.Mesh(fsdp=devices), jax.devices()[:devices])):
+        apart_VD = gradient(params, jnp.arange(B * S, dtype=jnp.int32).reshape(B, S))
+        together_VD = gradient(params, jnp.zeros((B, S), jnp.int32))
+    expected_D = np.asarray(apart_VD, np.float64).sum(axis=0)
+    error = np.abs(together_VD[0] - expected_D).max() / np.abs(expected_D).max()
+    assert error < 1e-2, error
+    assert not np.asarray(together_VD[1:]).any()
 
 
 def test_flops_per_token_is_six_per_active_weight_plus_attention():
