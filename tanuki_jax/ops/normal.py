@@ -14,7 +14,7 @@ ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
 @functools.partial(jax.jit, static_argnames="shape")
 def normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """`jax.random.normal(key, shape, float32)`, the same numbers, on CPUs three times as fast (benchmarks/upcycle.py).
+    """`jax.random.normal(key, shape, float32)`, the same numbers, on CPUs several times as fast.
 
     JAX compiles its hash, Threefry-2x32 with 20 rounds (Salmon et al. 2011), as a loop on CPUs, every turn of which goes
     through memory; here the rounds are written out, and become one loop over the numbers with what is made of them.
