@@ -19,7 +19,7 @@ from tanuki_jax.flags import make_parser
 
 PREEMPTED = 75  # EX_TEMPFAIL: try again
 PEER_LOST = 77  # another process of the run is gone: start all again
-STREAMING = (["upcycle"], ["import"], ["export"])
+STREAMING = {"upcycle", "import", "export"}  # verbs from file to file
 STATUS = ("UNKNOWN:", "UNAVAILABLE:", "INTERNAL:", "ABORTED:", "CANCELLED:", "DEADLINE_EXCEEDED:")  # XLA's, in any exception
 
 
@@ -113,8 +113,8 @@ def _tune_malloc() -> None:
     """
     wanted = os.environ.get("TANUKI_HUGE_PAGES", "1") != "0" and "GLIBC_TUNABLES" not in os.environ
     if wanted and sys.platform == "linux":
-        keeping = ":glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=67108864" if sys.argv[1:2] in STREAMING else ""
-        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1" + keeping
+        keeping = ":glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=67108864"
+        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1" + (keeping if STREAMING.intersection(sys.argv[1:2]) else "")
         os.execv(sys.executable, [sys.executable, "-m", "tanuki_jax.cli", *sys.argv[1:]])
 
 
