@@ -113,7 +113,7 @@ def _tune_malloc() -> None:
     """
     wanted = os.environ.get("TANUKI_HUGE_PAGES", "1") != "0" and "GLIBC_TUNABLES" not in os.environ
     if wanted and sys.platform == "linux":
-        keeping = ":glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=67108864"
+        keeping = f":glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold={64 << 20}"
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1" + (keeping if STREAMING.intersection(sys.argv[1:2]) else "")
         os.execv(sys.executable, [sys.executable, "-m", "tanuki_jax.cli", *sys.argv[1:]])
 

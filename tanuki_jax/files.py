@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import ctypes
 import errno
@@ -13,7 +14,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -21,7 +22,8 @@ from tanuki_jax.errors import UserError
 
 T = TypeVar("T")
 
-PIECE = 4 << 20  # bytes written at a time where the page cache is passed by
+PIECE = 1 << 20  # bytes taken at a time, so few that they stay in a core's cache from one use to the next
+DEPTH = 2  # pieces on their way to the disk
 O_DIRECT = getattr(os, "O_DIRECT", 0)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a write says where there is no room
 
@@ -100,49 +102,56 @@ def direct(path: Path, size: int) -> Iterator[Callable[[memoryview], None]]:
         number = os.open(path, flags | O_DIRECT)
     except OSError:
         number = os.open(path, flags)
-    room = memoryview(mmap.mmap(-1, PIECE))  # begins with a page, as O_DIRECT wants it
-    with os.fdopen(number, "wb", buffering=0) as f:
-        held = 0
 
-        def put(data: memoryview) -> None:
-            while data:
-                try:
-                    data = data[os.write(number, data) :]
-                except OSError as error:
-                    on = fcntl.fcntl(number, fcntl.F_GETFL)
-                    if error.errno != errno.EINVAL or not on & O_DIRECT:
-                        raise
-                    fcntl.fcntl(number, fcntl.F_SETFL, on & ~O_DIRECT)  # for the end of a file, which fills no block
+    def put(room: memoryview, at: int) -> memoryview:
+        data = room
+        while data:
+            try:
+                count = os.pwrite(number, data, at)
+                data, at = data[count:], at + count
+            except OSError as error:
+                on = fcntl.fcntl(number, fcntl.F_GETFL)
+                if error.errno != errno.EINVAL or not on & O_DIRECT:
+                    raise
+                fcntl.fcntl(number, fcntl.F_SETFL, on & ~O_DIRECT)  # for the end of a file, which fills no block
+        return room
+
+    with os.fdopen(number, "wb", buffering=0) as f, ThreadPoolExecutor(DEPTH) as pool:
+        rooms = [memoryview(mmap.mmap(-1, PIECE)) for _ in range(DEPTH)]  # begin with a page, as O_DIRECT wants it
+        waiting: collections.deque[Future[memoryview]] = collections.deque()
+        room, held, at = memoryview(mmap.mmap(-1, PIECE)), 0, 0
 
         def append(data: memoryview) -> None:
-            nonlocal held
+            nonlocal room, held, at
             while data:
                 taken = min(len(data), PIECE - held)
                 room[held : held + taken] = data[:taken]
                 data, held = data[taken:], held + taken
                 if held == PIECE:
-                    put(room)
-                    held = 0
+                    waiting.append(pool.submit(put, room, at))
+                    room, held, at = rooms.pop() if rooms else waiting.popleft().result(), 0, at + PIECE
 
         reserve(f, size)
         yield append
-        put(room[:held])
+        while waiting:
+            waiting.popleft().result()
+        put(room[:held], at)
         os.fsync(number)
 
 
-def written_back(file: IO[bytes], pieces: Iterable[T]) -> Iterator[T]:
-    """Passes on pieces for the caller to write to `file`; they go to the disk meanwhile, and at the end all are there."""
-    flush = getattr(os, "fdatasync", os.fsync)
-    with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(flush, file.fileno())
-        for piece in pieces:
-            yield piece
-            if waiting.done():
-                waiting.result()  # the kernel tells of a bad disk once
-                waiting = pool.submit(flush, file.fileno())
-        waiting.result()
-    file.flush()
-    os.fsync(file.fileno())
+def ahead(calls: Iterable[Callable[[], T]], count: int, threads: int) -> Iterator[T]:
+    """Results of calls, in order; while one is used, the next `count` are made."""
+    pool = ThreadPoolExecutor(threads)
+    waiting: collections.deque[Future[T]] = collections.deque()
+    try:
+        for call in calls:
+            waiting.append(pool.submit(call))
+            if len(waiting) > count:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)  # what has begun is waited for
 
 
 def sync(directory: Path) -> None:

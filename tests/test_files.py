@@ -1,9 +1,11 @@
 import errno
 import fcntl
+import functools
 import json
 import os
 import platform
 import threading
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -93,44 +95,60 @@ def test_a_file_counts_by_its_content_alone(tmp_path):
     assert files.fingerprint(one) != files.fingerprint(two)
 
 
-def test_pieces_are_on_the_disk_when_all_are_written(tmp_path, monkeypatch):
-    flushed = []
-    monkeypatch.setattr(files.os, "fsync", lambda number: flushed.append(os.fstat(number).st_size))
-    with (tmp_path / "file").open("wb") as f:
-        for piece in files.written_back(f, (bytes([n]) * 1000 for n in range(50))):
-            f.write(piece)
-        assert flushed[-1] == 50_000
-    assert (tmp_path / "file").read_bytes() == b"".join(bytes([n]) * 1000 for n in range(50))
+def test_what_is_done_ahead_comes_in_order_and_no_more_than_asked_for():
+    begun, used = [], 0
+
+    def call(number):
+        begun.append(number)
+        time.sleep(0.001 * (number % 3))
+        return number
+
+    for found in files.ahead((functools.partial(call, number) for number in range(30)), 2, 2):
+        assert found == used and max(begun) <= used + 2
+        used += 1
+    assert used == 30
 
 
-def test_an_error_while_pieces_are_made_or_written_comes_through(tmp_path):
-    def pieces():
-        yield b"x"
-        raise ValueError("read")
+def test_what_is_not_wanted_any_more_is_not_begun():
+    begun = []
+    results = files.ahead((functools.partial(begun.append, number) for number in range(9)), 2, 1)
+    next(results)
+    results.close()
+    assert len(begun) <= 3
 
-    with (tmp_path / "file").open("wb") as f:
-        with pytest.raises(ValueError, match="read"):
-            for piece in files.written_back(f, pieces()):
-                f.write(piece)
-        with pytest.raises(ValueError, match="write"):
-            for _ in files.written_back(f, [b"x", b"y"]):
-                raise ValueError("write")
+
+def test_an_error_among_what_is_done_ahead_comes_in_its_turn_and_leaves_no_thread():
+    def fails():
+        raise ValueError("the second")
+
+    results = files.ahead([lambda: 1, fails, lambda: 3], 1, 1)
+    assert next(results) == 1
+    with pytest.raises(ValueError, match="the second"):
+        next(results)
     assert not [thread for thread in threading.enumerate() if "ThreadPool" in thread.name]
 
 
-@pytest.mark.parametrize("pieces", [1, 50])
-def test_a_disk_that_fails_while_pieces_are_written_is_an_error(tmp_path, monkeypatch, pieces):
+@pytest.mark.parametrize("call", ["pwrite", "fsync"])
+@pytest.mark.parametrize("size", [3, 20 * files.PIECE])
+def test_a_disk_that_fails_is_an_error(tmp_path, monkeypatch, call, size):
     """The kernel tells of it once, to whoever asks first."""
-    left = [OSError(errno.EIO, "Input/output error")]
+    left, real = [OSError(errno.EIO, "Input/output error")], getattr(os, call)
 
-    def fails(number):
+    def fails(*arguments):
         if left:
             raise left.pop()
+        return real(*arguments)
 
-    monkeypatch.setattr(files.os, "fdatasync", fails, raising=False)
-    with (tmp_path / "file").open("wb") as f, pytest.raises(OSError, match="Input/output"):
-        for piece in files.written_back(f, [b"x"] * pieces):
-            f.write(piece)
+    monkeypatch.setattr(files.os, call, fails)
+    with pytest.raises(OSError, match="Input/output"), files.direct(tmp_path / "file", size) as append:
+        append(memoryview(bytes(size)))
+    assert not [thread for thread in threading.enumerate() if "ThreadPool" in thread.name]
+
+
+def test_an_error_of_who_appends_comes_through(tmp_path):
+    with pytest.raises(ValueError, match="read"), files.direct(tmp_path / "file", 3) as append:
+        append(memoryview(b"abc"))
+        raise ValueError("read")
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="room is reserved by glibc's fallocate64")
@@ -146,7 +164,7 @@ def test_room_on_the_disk_is_taken_or_refused_at_once(tmp_path):
 
 
 @settings(max_examples=30, deadline=None)
-@given(sizes=st.lists(st.integers(0, 9000) | st.sampled_from([files.PIECE - 1, files.PIECE, files.PIECE + 4097]), max_size=4))
+@given(sizes=st.lists(st.integers(0, 9000) | st.sampled_from([files.PIECE - 1, files.PIECE, files.PIECE + 4097]), max_size=6))
 def test_what_goes_past_the_page_cache_is_what_was_appended(tmp_path_factory, sizes):
     path = tmp_path_factory.mktemp("direct") / "file"
     pieces = [os.urandom(size) for size in sizes]
@@ -158,7 +176,7 @@ def test_what_goes_past_the_page_cache_is_what_was_appended(tmp_path_factory, si
 
 @pytest.mark.parametrize("refuses", ["open", "write"])
 def test_a_file_system_that_knows_no_direct_writes_takes_others(tmp_path, monkeypatch, refuses):
-    real = {name: getattr(os, name) for name in ("open", "write")}
+    real = {name: getattr(os, name) for name in ("open", "pwrite")}
     direct = set()
 
     def opened(path, flags, *more):
@@ -169,23 +187,23 @@ def test_a_file_system_that_knows_no_direct_writes_takes_others(tmp_path, monkey
             direct.add(number)
         return number
 
-    def written(number, data):
+    def written(number, data, at):
         if refuses == "write" and number in direct and fcntl.fcntl(number, fcntl.F_GETFL) & files.O_DIRECT:
             raise OSError(errno.EINVAL, "Invalid argument")
-        return real["write"](number, data[:5000])  # as a system call may
+        return real["pwrite"](number, data[:5000], at)  # as a system call may
 
     monkeypatch.setattr(files.os, "open", opened)
-    monkeypatch.setattr(files.os, "write", written)
-    content = os.urandom(20_001)
+    monkeypatch.setattr(files.os, "pwrite", written)
+    content = os.urandom(2 * files.PIECE + 20_001)
     with files.direct(tmp_path / "file", len(content)) as append:
         append(memoryview(content))
     assert (tmp_path / "file").read_bytes() == content
 
 
 def test_a_disk_without_room_says_so_past_the_page_cache_too(tmp_path, monkeypatch):
-    def full(number, data):
+    def full(number, data, at):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(files.os, "write", full)
+    monkeypatch.setattr(files.os, "pwrite", full)
     with pytest.raises(OSError, match="No space left"), files.direct(tmp_path / "file", 3) as append:
         append(memoryview(b"abc"))

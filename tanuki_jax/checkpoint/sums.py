@@ -13,7 +13,6 @@ import numpy as np
 
 from tanuki_jax import files
 
-PIECE = 1 << 20  # bytes read at a time, into the same ones, which stay in the cache
 THREADS = 8
 
 
@@ -22,8 +21,8 @@ def write(path: Path, array: np.ndarray) -> list[int]:
     data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
     crc = 0
     with files.direct(path, len(data)) as append:
-        for at in range(0, len(data), PIECE):
-            piece = data[at : at + PIECE]
+        for at in range(0, len(data), files.PIECE):
+            piece = data[at : at + files.PIECE]
             crc = zlib.crc32(piece, crc)
             append(piece)
     return [len(data), crc]
@@ -79,7 +78,7 @@ def _contents(step: Path) -> list[Path]:
 def _sum(path: Path) -> list[int] | None:
     """Size and CRC-32 of a file, or None where it cannot be read."""
     size = crc = 0
-    piece = memoryview(bytearray(PIECE))
+    piece = memoryview(bytearray(files.PIECE))
     try:
         with path.open("rb", buffering=0) as f:
             while count := f.readinto(piece):

@@ -7,12 +7,11 @@ written with the small modelling file beside it, to be loaded with `trust_remote
 
 from __future__ import annotations
 
-import collections
 import json
 import shutil
 import struct
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,7 +39,7 @@ from tanuki_jax.interop.huggingface import (
 from tanuki_jax.interop.vocabulary import resized
 from tanuki_jax.progress import Progress
 
-AHEAD = 2  # pieces that are read while one is written
+AHEAD = 2  # pieces that are read and transposed while one is written
 SHARD = 4_000_000_000  # bytes of a file, at most, unless one tensor is larger
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "mixtral": "MixtralForCausalLM", "tanuki": "TanukiForCausalLM"}
 CODE = {"AutoConfig": "modeling_tanuki.TanukiConfig", "AutoModelForCausalLM": "modeling_tanuki.TanukiForCausalLM"}
@@ -144,18 +143,6 @@ def _published(name: Name, array: np.ndarray) -> np.ndarray:
     return transposed(array.reshape(int(np.prod(inward)), -1))
 
 
-def _ahead(reads: Iterator[Read]) -> Iterator[np.ndarray]:
-    """The results in order; while one is written, others are read and transposed."""
-    with ThreadPoolExecutor(AHEAD) as pool:
-        waiting: collections.deque[Future[np.ndarray]] = collections.deque()
-        for read in reads:
-            waiting.append(pool.submit(read))
-            if len(waiting) > AHEAD:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
 def _write(directory: Path, tensors: list[Tensor], dtype: str) -> int:
     """Safetensors files of SHARD bytes and their index; returns the bytes of all tensors.
 
@@ -182,11 +169,10 @@ def _write(directory: Path, tensors: list[Tensor], dtype: str) -> int:
             at, index[tensor.name] = offsets[1], file
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
-        with (directory / file).open("wb") as f:
-            files.reserve(f, 8 + len(text) + at)
-            f.write(struct.pack("<Q", len(text)) + text)
-            for piece in files.written_back(f, _ahead(read for tensor in shard for read in tensor.pieces)):
-                f.write(piece.reshape(-1).view(np.uint8).data)
+        with files.direct(directory / file, 8 + len(text) + at) as append:
+            append(memoryview(struct.pack("<Q", len(text)) + text))
+            for piece in files.ahead((read for tensor in shard for read in tensor.pieces), AHEAD, AHEAD):
+                append(piece.reshape(-1).view(np.uint8).data)
                 done += piece.nbytes
                 progress.show(done)
     if len(shards) > 1:

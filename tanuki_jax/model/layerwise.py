@@ -14,9 +14,9 @@ from tanuki_jax.model.moe import route
 from tanuki_jax.model.transformer import MLP
 
 
-def embed(cfg: config.Model, table_VD: jax.Array, tokens_BS: jax.Array) -> jax.Array:
-    """The residual stream before the first layer, [B, S, D]."""
-    return table_VD[tokens_BS].astype(compute_dtype(cfg))
+def embed(cfg: config.Model, table_VD: Any, tokens_BS: Any) -> jax.Array:
+    """The residual stream before the first layer, [B, S, D]; of a table of NumPy's only these rows are taken."""
+    return jnp.asarray(table_VD[tokens_BS], compute_dtype(cfg))
 
 
 def attend(cfg: config.Model, layer: Any, x_BSD: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:

@@ -1,15 +1,18 @@
 """Upcycling a checkpoint of any size: layer by layer, expert by expert, from file to file, with a probe running alongside.
 
-Memory holds one dense layer, one expert and what is being written.  The result is that of `upcycle.upcycle`.
+Memory holds two dense layers, one of them being read, a few experts and what is being written.  The result is that of
+`upcycle.upcycle`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import math
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +28,6 @@ from tanuki_jax.upcycle.probe import TOKENS, Identity, Probe
 
 SHARED = ("attn/q", "attn/k", "attn/v", "attn/o", "norm_attn", "norm_mlp")
 QK_NORM = ("attn/norm_q", "attn/norm_k")
-PIECE = 1 << 18  # numbers looked at in turn, that what is made of them stays in the cache
 
 
 def open_dense(path: str) -> Opened:
@@ -137,10 +139,13 @@ def _table(job: Job, lines: list[tuple[str, str]]) -> str:
 def write(job: Job, output: Path, meta: dict[str, Any]) -> Identity:
     """Writes the mixture to `output` as step 0 of a stage and returns the identity check."""
     key = jax.random.key(job.seed)
-    probe = Probe(job.sources[0].cfg, job.cfg, key)
-    blocks = _shown(_blocks(*job[:3], key, probe), Progress("upcycle", _bytes(job.cfg), "MB", 1e6))
-    checkpoint.save_streamed(output, job.cfg, blocks, meta)
-    return probe.result()
+    progress = Progress("upcycle", _bytes(job.cfg), "MB", 1e6)
+    with (
+        contextlib.closing(Probe(job.sources[0].cfg, job.cfg, key)) as probe,
+        contextlib.closing(_blocks(*job[:3], key, probe)) as blocks,
+    ):
+        checkpoint.save_streamed(output, job.cfg, _shown(blocks, progress), meta)
+        return probe.result()
 
 
 def _bytes(cfg: config.Model) -> int:
@@ -157,7 +162,7 @@ def _shown(blocks: Iterator[checkpoint.Block], progress: Progress) -> Iterator[c
 
 def _blocks(
     sources: Sequence[Opened], cfg: config.Model, options: config.Upcycle, key: jax.Array, probe: Probe
-) -> Iterator[checkpoint.Block]:
+) -> Generator[checkpoint.Block]:
     """All of the mixture in blocks, in the order in which a token meets them."""
     dtype = np.dtype(cfg.param_dtype)
 
@@ -173,26 +178,40 @@ def _blocks(
         arrays = [read(source, name, *layer) for source in sources]
         return np.asarray(upcycle.mean(*arrays)) if len(arrays) > 1 else arrays[0]
 
+    def reads() -> Iterator[Callable[[], np.ndarray]]:
+        """All that is read, in the order in which it is taken below."""
+        yield functools.partial(shared, "embed/table")
+        for layer in range(cfg.n_layers):
+            yield from (functools.partial(shared, f"layers/{name}", layer) for name in beside)
+            names = [f"layers/mlp/{name}" for name in upcycle.FFN]
+            if layer in mixtures:
+                yield from (functools.partial(read, source, name, layer) for source in sources for name in names)
+            else:
+                yield from (functools.partial(shared, name, layer) for name in names)
+        yield from (functools.partial(shared, name) for name in ("norm_final", "head"))
+
     expert = jax.jit(upcycle.expert, static_argnames=("cfg", "options"))
     mixtures, dense = config.mixture_layers(cfg), upcycle.dense_layers(cfg)
-    table = shared("embed/table")
+    beside = SHARED + QK_NORM * cfg.qk_norm
+    arrays = files.ahead(reads(), len(beside) + 3 * len(sources), threads=1)
+    table = next(arrays)
     probe.begin(table)
     yield "embed/table", (), table
     del table
     for layer in range(cfg.n_layers):
-        rest = {name: shared(f"layers/{name}", layer) for name in SHARED + QK_NORM * cfg.qk_norm}
+        rest = {name: next(arrays) for name in beside}
+        ffns = [{name: next(arrays) for name in upcycle.FFN} for _ in (sources if layer in mixtures else sources[:1])]
         for name, array in rest.items():
             yield f"layers/{name}", (layer,), array
         if layer in mixtures:
             at = mixtures.index(layer)
-            experts = [{name: read(source, f"layers/mlp/{name}", layer) for name in upcycle.FFN} for source in sources]
             router = np.asarray(upcycle.router(layer, cfg, options, key, dtype))
-            probe.enter(rest, experts[0], router)
+            probe.enter(rest, ffns[0], router)
             yield "layers/moe/router", (at,), router
             if cfg.router_bias:
                 yield "layers/moe/bias", (at,), np.zeros(cfg.n_experts, np.float32)
 
-            def make(number: int, layer: int = layer, origins: list[Any] = experts) -> Any:
+            def make(number: int, layer: int = layer, origins: list[Any] = ffns) -> Any:
                 origin = origins[number % len(origins)]
                 return origin if options.strategy == "copy" else expert(origin, number, layer, cfg, options, key)
 
@@ -205,12 +224,10 @@ def _blocks(
                 for name in upcycle.FFN:
                     yield f"layers/moe/{name}", (at, number), np.asarray(made[name])
         else:
-            weights = {name: shared(f"layers/mlp/{name}", layer) for name in upcycle.FFN}
-            probe.enter(rest, weights)
-            probe.expert(0, weights)
+            probe.enter(rest, ffns[0])
             for name in upcycle.FFN:
-                yield f"layers/mlp/{name}", (dense.index(layer),), weights[name]
-    norm, head = shared("norm_final"), shared("head")
+                yield f"layers/mlp/{name}", (dense.index(layer),), ffns[0][name]
+    norm, head = next(arrays), next(arrays)
     probe.end(norm, head)
     yield "norm_final", (), norm
     yield "head", (), head
@@ -218,8 +235,8 @@ def _blocks(
 
 def _finite(array: np.ndarray) -> bool:
     """Whether no element is NaN or Inf; of bfloat16 the exponent's bits are looked at, which NumPy does much faster."""
-    flat = array.reshape(-1)
-    pieces = (flat[at : at + PIECE] for at in range(0, flat.size, PIECE))
+    flat, count = array.reshape(-1), files.PIECE // array.dtype.itemsize
+    pieces = (flat[at : at + count] for at in range(0, flat.size, count))
     if array.dtype.itemsize != 2:
         return all(np.isfinite(piece).all() for piece in pieces)
     return all(((piece.view(np.uint16) & 0x7F80) != 0x7F80).all() for piece in pieces)
@@ -246,8 +263,9 @@ def predict(job: Job, output: Path) -> dict[str, float]:
     rate = _disk_rate(output.absolute().parent)
     seconds = _bytes(cfg) / rate + len(layers) * (cfg.n_experts * making + len(sources) * reading)
     ffn = sum(array.size for array in weights.values()) * size
-    # The dense FFNs as read and in float32 for the probe, one expert twice, the head in float32, and the libraries.
-    memory = (len(sources) + 2 * 4 / size + 2) * ffn + cfg.d_model * cfg.vocab_size * (size + 4) + 1.0 * 2**30
+    # Two layers' dense FFNs, one in float32 for the probe, four experts (made, to be written, and two for the probe), the head
+    # in float32, and the libraries.
+    memory = (2 * len(sources) + 4 / size + 4) * ffn + cfg.d_model * cfg.vocab_size * (size + 4) + 1.0 * 2**30
     return {"bytes": float(_bytes(cfg)), "seconds": seconds, "memory": memory, "disk_bytes_per_second": rate}
 
 
