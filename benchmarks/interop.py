@@ -25,21 +25,23 @@ def main() -> None:
     for name in ("ours", "back", "copy"):
         shutil.rmtree(home / name, ignore_errors=True)
     print("| | seconds | GB | MB/s | cp and sync, MB/s | ratio | peak memory, GiB |\n|---|---|---|---|---|---|---|")
-    measure("import", [f"--hf={home / 'dense'}", f"--output={home / 'ours'}"], home / "ours", home / "copy")
-    measure("export", [f"--checkpoint={home / 'ours'}", f"--output={home / 'back'}"], home / "back", home / "copy")
+    measure("import", "hf", home / "dense", home / "ours")
+    measure("export", "checkpoint", home / "ours", home / "back")
     print(f"\nEvery tensor of the exported directory is bitwise the original's: {same(home / 'dense', home / 'back')}")
 
 
-def measure(verb: str, flags: list[str], output: Path, copy: Path) -> None:
-    """A row of the table: one command, and a copy of what it wrote, both until it is on the disk."""
-    room(output.parent)
+def measure(verb: str, flag: str, source: Path, output: Path) -> None:
+    """A row of the table: one command, and a copy of what it wrote; both from the disk until all is on the disk."""
+    copy = output.with_name("copy")
+    cold(source)
     began = time.monotonic()
-    _, memory, _ = watched([sys.executable, "-m", "tanuki_jax.cli", verb, *flags])
+    command = [sys.executable, "-m", "tanuki_jax.cli", verb, f"--{flag}={source}", f"--output={output}"]
+    _, memory, _ = watched(command)
     os.sync()
     seconds = time.monotonic() - began
     size = sum(p.stat().st_size for p in output.rglob("*") if p.is_file())
     shutil.rmtree(copy, ignore_errors=True)
-    room(output.parent)
+    cold(output)
     began = time.monotonic()
     subprocess.run(["cp", "-r", output, copy], check=True)
     os.sync()
@@ -48,8 +50,16 @@ def measure(verb: str, flags: list[str], output: Path, copy: Path) -> None:
     print(f"| {verb} | {cells} |", flush=True)
 
 
+def cold(source: Path) -> None:
+    """Takes files out of the page cache, and gives it the same room: writing is much slower where it must make some first."""
+    room(source.parent)
+    for path in (path for path in source.rglob("*") if path.is_file()):
+        with path.open("rb") as f:
+            os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def room(home: Path, size: int = 4 << 30) -> None:
-    """Gives the page cache the same room before each timing: writing is several times slower where it must make some first."""
+    """Fills the page cache with what is then removed."""
     with (home / "filler").open("wb") as f:
         for _ in range(size >> 24):
             f.write(bytes(1 << 24))

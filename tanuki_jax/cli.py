@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import logging
@@ -108,12 +109,12 @@ def _leave(code: int) -> None:
 def _tune_malloc() -> None:
     """Starts this process again with malloc on huge pages (Linux): XLA's large CPU buffers then cost far fewer page faults.
 
-    What streams weights from file to file frees as much as it takes, so there malloc keeps 64 MiB of it.  Measured by
+    What streams weights from file to file frees as much as it takes, so there malloc keeps 256 MiB of it.  Measured by
     benchmarks/cpu_step.py and benchmarks/interop.py.  Set TANUKI_HUGE_PAGES=0 to leave malloc alone.
     """
     wanted = os.environ.get("TANUKI_HUGE_PAGES", "1") != "0" and "GLIBC_TUNABLES" not in os.environ
     if wanted and sys.platform == "linux":
-        keeping = f":glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold={64 << 20}"
+        keeping = f":glibc.malloc.mmap_threshold={32 << 20}:glibc.malloc.trim_threshold={256 << 20}"
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1" + (keeping if STREAMING.intersection(sys.argv[1:2]) else "")
         os.execv(sys.executable, [sys.executable, "-m", "tanuki_jax.cli", *sys.argv[1:]])
 
@@ -163,8 +164,20 @@ def _plan(options: argparse.Namespace) -> None:
         raise UserError("\n".join(problems))
 
 
+def _read_soon(directory: Path) -> None:
+    """Has the weights of a directory read while libraries are imported: Hugging Face's, or the newest step's."""
+    from tanuki_jax import files
+
+    with contextlib.suppress(OSError):
+        newest = max(directory.glob("**/params"), key=lambda path: path.stat().st_mtime, default=None)
+        ours = [path for path in newest.parent.rglob("*") if "optimizer" not in path.parts] if newest else []
+        files.read_soon([path for path in (*directory.glob("*.safetensors"), *ours) if path.is_file()])
+
+
 def _upcycle(options: argparse.Namespace) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"  # from file to file: an accelerator would only be in the way
+    for path in options.checkpoint.split(","):
+        _read_soon(Path(path))
     from tanuki_jax.upcycle import stream
 
     shape = {name: getattr(options, name) for name in ("n_experts", "top_k", "expert_d_ff", "first_dense", "moe_every")}
@@ -179,6 +192,7 @@ def _upcycle(options: argparse.Namespace) -> None:
 
 def _import(options: argparse.Namespace) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
+    _read_soon(options.hf)
     from tanuki_jax import interop
 
     if options.vocab_size and (interop.is_peft(options.hf) or options.base):
@@ -193,6 +207,7 @@ def _import(options: argparse.Namespace) -> None:
 
 def _export(options: argparse.Namespace) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
+    _read_soon(options.checkpoint)
     from tanuki_jax import interop
 
     if options.format == "peft" and options.vocab_size:

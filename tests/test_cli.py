@@ -1,12 +1,13 @@
 import gzip
 import json
+import os
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
-from tanuki_jax import cli
+from tanuki_jax import cli, files
 from tests import tiny_recipe
 from tests.tiny_recipe import CONFIG, STAGES, times
 
@@ -99,6 +100,26 @@ def test_generate_continues_and_is_repeatable(trained, capsys):
     found = json.loads(answer(capsys, *flags))
     assert found.keys() == {"prompt", "text", "tokens"} and found["prompt"] == "狸は" and found["tokens"] <= 5
     assert json.loads(answer(capsys, *flags)) == found
+
+
+def test_what_a_verb_will_read_is_the_newest_weights_alone(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(files, "read_soon", asked.extend)
+    for step in (7, 20, 3):
+        for name in ("params/a/0.0", "optimizer/mu/0", "meta/metadata"):
+            path = tmp_path / f"checkpoints/{step}" / name
+            path.parent.mkdir(parents=True)
+            path.touch()
+        os.utime(tmp_path / f"checkpoints/{step}/params", (step, step))
+    for name in ("model-1.safetensors", "pytorch_model.bin"):
+        (tmp_path / name).touch()
+    cli._read_soon(tmp_path)
+    expected = {"model-1.safetensors", "checkpoints/20/params/a/0.0", "checkpoints/20/meta/metadata"}
+    assert {str(path.relative_to(tmp_path)) for path in asked} == expected
+    asked.clear()
+    cli._read_soon(tmp_path / "checkpoints/3")
+    assert {path.name for path in asked} == {"0.0", "metadata"}
+    cli._read_soon(tmp_path / "gone")
 
 
 def test_tokenizer_report_and_data_inspect_print_one_document(trained, texts, tmp_path, capsys):

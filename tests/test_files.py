@@ -151,6 +151,25 @@ def test_an_error_of_who_appends_comes_through(tmp_path):
         raise ValueError("read")
 
 
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the kernel takes no advice")
+def test_what_is_read_soon_is_all_of_the_files_small_ones_first_up_to_a_limit(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        files.os, "posix_fadvise", lambda number, at, size, _: asked.append((os.fstat(number).st_size, at, size))
+    )
+    monkeypatch.setattr(files, "SOON", 3 * files.ADVICE)
+    sizes = dict(large=files.ADVICE + 5, small=7, larger=5 * files.ADVICE)
+    for name, size in sizes.items():
+        with (tmp_path / name).open("wb") as f:
+            f.truncate(size)
+    files._advise([tmp_path / name for name in sizes])
+    assert [size for size, at, _ in asked if at == 0] == [7, files.ADVICE + 5, 5 * files.ADVICE]
+    assert sum(min(size, at + step) - at for size, at, step in asked if size != sizes["larger"]) == files.ADVICE + 12
+    assert len([at for size, at, _ in asked if size == sizes["larger"]]) == 2
+    files._advise([tmp_path / "gone"])  # of which nobody hears
+    assert (tmp_path / "small").read_bytes() == bytes(7)
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="room is reserved by glibc's fallocate64")
 def test_room_on_the_disk_is_taken_or_refused_at_once(tmp_path):
     with (tmp_path / "a").open("wb") as f:

@@ -2,6 +2,8 @@
 
 import ast
 import graphlib
+import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -125,12 +127,17 @@ def test_no_room_imports_itself_by_way_of_others():
 
 @pytest.mark.parametrize("name", HEAVY_FREE)
 def test_the_command_line_imports_nothing_heavy_before_a_verb_asks_for_it(name):
-    import sys
-
     [module] = [m for m in OURS if m.split(".")[-1] == name]
     top = {i.module.split(".")[0] for i in GRAPH[module] if i.top}
     assert top <= {*sys.stdlib_module_names, "tanuki_jax"}
     assert {i.module for i in GRAPH[module] if i.top and i.module in OURS} <= {"tanuki_jax.errors", "tanuki_jax.flags"}
+
+
+def test_kernels_are_imported_where_they_are_used():
+    """Importing Pallas takes longer than many a command works."""
+    code = "import sys; from tanuki_jax import interop, model, recipe; from tanuki_jax.upcycle import stream; "
+    code += "assert 'jax.experimental.pallas' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 def test_every_room_has_its_layer():
