@@ -24,7 +24,6 @@ from tanuki_jax.errors import UserError
 T = TypeVar("T")
 
 PIECE = 1 << 20  # bytes taken at a time, so few that they stay in a core's cache from one use to the next
-DEPTH = 2  # pieces on their way to the disk
 O_DIRECT = getattr(os, "O_DIRECT", 0)
 SOON = 4 << 30  # bytes that are read before anyone asks for them
 ADVICE = 4 << 20  # bytes, as many as the kernel takes upon itself at once
@@ -94,9 +93,10 @@ def reserve(file: IO[bytes], size: int) -> None:
 
 
 @contextlib.contextmanager
-def direct(path: Path, size: int) -> Iterator[Callable[[memoryview], None]]:
+def direct(path: Path, size: int, depth: int = 2) -> Iterator[Callable[[memoryview], None]]:
     """Yields what appends bytes to a new file of `size` bytes; when it is left without an error, they are on the disk.
 
+    Up to `depth` pieces are on their way there: a few where several files are written at once, more keep the disk busy for one.
     They go past the page cache where the file system can do that (O_DIRECT).  What is much larger than memory would else wait
     for the kernel to make room for every page of it.
     """
@@ -119,8 +119,8 @@ def direct(path: Path, size: int) -> Iterator[Callable[[memoryview], None]]:
                 fcntl.fcntl(number, fcntl.F_SETFL, on & ~O_DIRECT)  # for the end of a file, which fills no block
         return room
 
-    with os.fdopen(number, "wb", buffering=0) as f, ThreadPoolExecutor(DEPTH) as pool:
-        rooms = [memoryview(mmap.mmap(-1, PIECE)) for _ in range(DEPTH)]  # begin with a page, as O_DIRECT wants it
+    with os.fdopen(number, "wb", buffering=0) as f, ThreadPoolExecutor(depth) as pool:
+        rooms = [memoryview(mmap.mmap(-1, PIECE)) for _ in range(depth)]  # begin with a page, as O_DIRECT wants it
         waiting: collections.deque[Future[memoryview]] = collections.deque()
         room, held, at = memoryview(mmap.mmap(-1, PIECE)), 0, 0
 

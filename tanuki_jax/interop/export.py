@@ -169,7 +169,7 @@ def _write(directory: Path, tensors: list[Tensor], dtype: str) -> int:
             at, index[tensor.name] = offsets[1], file
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
-        with files.direct(directory / file, 8 + len(text) + at) as append:
+        with files.direct(directory / file, 8 + len(text) + at, depth=8) as append:
             append(memoryview(struct.pack("<Q", len(text)) + text))
             for piece in files.ahead((read for tensor in shard for read in tensor.pieces), AHEAD, AHEAD):
                 append(piece.reshape(-1).view(np.uint8).data)
