@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def is_mixture(cfg, layer):
@@ -82,6 +83,15 @@ def router_losses(cfg, routers, batch):
         squared = jnp.log(jnp.exp(router["logits"]).sum(-1)) ** 2
         z.append((labels * (squared * valid).sum(1) / tokens[:, 0]).sum())
     return jnp.stack(aux), jnp.stack(z)
+
+
+def overflow(load):
+    """Share of each layer's assignments beyond a capacity of 1.25."""
+    found = []
+    for layer in np.asarray(load, np.float64):
+        total, E = layer.sum(), len(layer)
+        found.append(sum(max(x - 1.25 * total / E, 0) for x in layer) / total if total else 0.0)
+    return np.array(found)
 
 
 def next_token(cfg, options, params, batch, coefficient):

@@ -1,6 +1,7 @@
 """Models and batches small enough for any test."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from tanuki_jax import config, model
@@ -72,3 +73,8 @@ def assert_close(found, expected, tolerance):
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True):
         wrong = np.abs(np.asarray(a) - np.asarray(b)).max()
         assert wrong <= tolerance * (np.abs(np.asarray(b)).max() + 1e-9), (jax.tree_util.keystr(path), wrong)
+
+
+def as_arrays(batch):
+    """A batch on the device."""
+    return {name: jnp.asarray(value) for name, value in batch.items()}

@@ -7,13 +7,9 @@ import numpy as np
 import pytest
 
 from tanuki_jax import config, model, parallel
-from tests.tiny import apply, init, packed_batch, small
+from tests.tiny import apply, as_arrays, init, packed_batch, small
 
 MODELS = {"dense": small(), "mixture": small(n_experts=4)}
-
-
-def as_arrays(batch):
-    return {name: jnp.asarray(value) for name, value in batch.items()}
 
 
 def test_parameter_counts_of_the_paper():

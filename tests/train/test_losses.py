@@ -5,15 +5,11 @@ import pytest
 
 from tanuki_jax import config
 from tanuki_jax.train import losses, preference
-from tests.tiny import apply, init, packed_batch, pair_batch, small
+from tests.tiny import apply, as_arrays, init, packed_batch, pair_batch, small
 
 CFG = small(n_experts=4)
 PARAMS = init(CFG, jax.random.key(0))
 PLAIN = config.Loss(router_aux_loss=0.0)
-
-
-def as_arrays(batch):
-    return {name: jnp.asarray(value) for name, value in batch.items()}
 
 
 def numpy_logprobs(batch):
