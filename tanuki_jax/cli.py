@@ -109,8 +109,9 @@ def _leave(code: int) -> None:
 def _tune_malloc() -> None:
     """Starts this process again with malloc on huge pages (Linux): XLA's large CPU buffers then cost far fewer page faults.
 
-    What streams weights from file to file frees as much as it takes, so there malloc keeps 256 MiB of it.  Measured by
-    benchmarks/cpu_step.py and benchmarks/interop.py.  Set TANUKI_HUGE_PAGES=0 to leave malloc alone.
+    What streams weights from file to file frees as much as it takes, so there malloc keeps 256 MiB of it, and takes what is
+    larger than 32 MiB by itself.  Measured by benchmarks/cpu_step.py and benchmarks/interop.py.  Set TANUKI_HUGE_PAGES=0 to
+    leave malloc alone.
     """
     wanted = os.environ.get("TANUKI_HUGE_PAGES", "1") != "0" and "GLIBC_TUNABLES" not in os.environ
     if wanted and sys.platform == "linux":
@@ -169,14 +170,15 @@ def _read_soon(directory: Path) -> None:
     from tanuki_jax import files
 
     with contextlib.suppress(OSError):
-        newest = max(directory.glob("**/params"), key=lambda path: path.stat().st_mtime, default=None)
+        steps = [*directory.glob("checkpoints/*/params"), *directory.glob("params")]
+        newest = max(steps, key=lambda path: path.stat().st_mtime, default=None)
         ours = [path for path in newest.parent.rglob("*") if "optimizer" not in path.parts] if newest else []
         files.read_soon([path for path in (*directory.glob("*.safetensors"), *ours) if path.is_file()])
 
 
 def _upcycle(options: argparse.Namespace) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"  # from file to file: an accelerator would only be in the way
-    for path in options.checkpoint.split(","):
+    for path in () if options.dry_run else options.checkpoint.split(","):
         _read_soon(Path(path))
     from tanuki_jax.upcycle import stream
 

@@ -120,6 +120,8 @@ def test_what_a_verb_will_read_is_the_newest_weights_alone(tmp_path, monkeypatch
     cli._read_soon(tmp_path / "checkpoints/3")
     assert {path.name for path in asked} == {"0.0", "metadata"}
     cli._read_soon(tmp_path / "gone")
+    cli.main(["upcycle", f"--checkpoint={tmp_path}", f"--output={tmp_path / 'mixture'}", "--dry_run"])
+    assert len(asked) == 2  # a dry run times the disk, and reads little
 
 
 def test_tokenizer_report_and_data_inspect_print_one_document(trained, texts, tmp_path, capsys):
