@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import functools
 import math
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -191,20 +189,12 @@ class _StreamHandler(ocp.type_handlers.NumpyHandler):
             self._write()
 
     def _write(self) -> None:
-        waiting: collections.deque[tuple[str, Future[list[int]]]] = collections.deque()
+        def written(path: Path, block: np.ndarray) -> tuple[str, list[int]]:
+            return f"params/{path.parent.name}/{path.name}", sums.write(path, block)
 
-        def finish() -> None:
-            name, written = waiting.popleft()
-            self.sums[name] = written.result()
-
-        with ThreadPoolExecutor(AHEAD) as pool:  # after an error, too, nothing is left that would still write
-            for name, index, block in self._blocks:
-                path = self._directories[name] / _file_of(index, len(index) + block.ndim)
-                waiting.append((f"params/{path.parent.name}/{path.name}", pool.submit(sums.write, path, block)))
-                if len(waiting) > AHEAD:
-                    finish()
-            while waiting:
-                finish()
+        paths = ((self._directories[name] / _file_of(at, len(at) + block.ndim), block) for name, at, block in self._blocks)
+        # After an error, too, nothing is left that would still write.
+        self.sums = dict(files.ahead((functools.partial(written, *one) for one in paths), AHEAD, AHEAD))
 
 
 def save_streamed(stage_directory: Path, cfg: config.Model, blocks: Iterator[Block], meta: dict[str, Any]) -> None:

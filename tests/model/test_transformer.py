@@ -170,7 +170,10 @@ def test_a_word_used_often_learns_as_much_in_bfloat16_as_all_words_of_its_vector
     @jax.jit
     def gradient(params, tokens):
         batch = {"tokens": tokens, "segment_ids": jnp.ones_like(tokens), "positions": positions}
-        pull = lambda params: (model.apply(cfg, params, batch).hidden.astype(jnp.float32) * wanted_D).sum()  # noqa: E731
+
+        def pull(params):
+            return (model.apply(cfg, params, batch).hidden.astype(jnp.float32) * wanted_D).sum()
+
         return jax.grad(pull)(params)["embed"]["table"]
 
     with jax.set_mesh(parallel.make_mesh(config.Mesh(fsdp=devices), jax.devices()[:devices])):

@@ -72,7 +72,10 @@ def program(cfg, options, optimizer_options=RATE, microbatches=1):
             microbatches,
             rebalance=balance.make_rebalance(cfg, options),
         )
-        start = lambda params: init_state(params, optimizer, jax.random.key(0), balance.initial(cfg, options))  # noqa: E731
+
+        def start(params):
+            return init_state(params, optimizer, jax.random.key(0), balance.initial(cfg, options))
+
         PROGRAMS[name] = step, start
     return PROGRAMS[name]
 
