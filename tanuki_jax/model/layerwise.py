@@ -11,7 +11,6 @@ from tanuki_jax import config
 from tanuki_jax.model.attention import Attention, Batch
 from tanuki_jax.model.layers import compute_dtype, rms_norm
 from tanuki_jax.model.moe import route
-from tanuki_jax.model.transformer import MLP
 
 
 def embed(cfg: config.Model, table_VD: Any, tokens_BS: Any) -> jax.Array:
@@ -27,9 +26,25 @@ def attend(cfg: config.Model, layer: Any, x_BSD: jax.Array, batch: Batch) -> tup
     return x_BSD, rms_norm(x_BSD, layer["norm_mlp"], cfg.norm_eps)
 
 
-def ffn(cfg: config.Model, weights: Any, h_BSD: jax.Array) -> jax.Array:
-    """One FFN (dense, or one expert) of every token."""
-    return cast(jax.Array, MLP(cfg).apply({"params": weights}, h_BSD))
+def ffn(weights: Any, h_BSD: jax.Array) -> jax.Array:
+    """One FFN (dense, or one expert) of every token, computed in float32."""
+    gate_BSF, up_BSF = (_product(h_BSD, weights[name]) for name in ("gate", "up"))
+    return _product(jax.nn.silu(gate_BSF) * up_BSF, weights["down"])
+
+
+def _product(x_BSD: jax.Array, w_DF: Any) -> jax.Array:
+    """x w in float32; weights in bfloat16 are used as they are, since for few tokens their conversion costs CPUs the most.
+
+    A number of float32 is the sum of three of bfloat16, and the product of two of those is exact in float32.
+    """
+    if w_DF.dtype != jnp.bfloat16:
+        return jnp.einsum("BSD,DF->BSF", x_BSD, w_DF)
+    parts = []
+    for _ in range(3):
+        rounded = jax.lax.reduce_precision(x_BSD, exponent_bits=8, mantissa_bits=7)
+        parts.append(rounded.astype(jnp.bfloat16))
+        x_BSD = x_BSD - rounded
+    return jnp.einsum("pBSD,DF->pBSF", jnp.stack(parts), w_DF, preferred_element_type=jnp.float32).sum(axis=0)
 
 
 def gates(cfg: config.Model, router_DE: jax.Array, h_BSD: jax.Array) -> jax.Array:

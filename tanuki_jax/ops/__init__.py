@@ -7,7 +7,7 @@ from tanuki_jax.ops.device import on_tpu, platform
 from tanuki_jax.ops.expert_ffn import expert_ffn
 from tanuki_jax.ops.grouped_matmul import grouped_matmul
 from tanuki_jax.ops.linear import linear, rows
-from tanuki_jax.ops.normal import normal
+from tanuki_jax.ops.normal import normal, normal_pairs
 
 __all__ = [
     "TokenScores",
@@ -17,6 +17,7 @@ __all__ = [
     "grouped_matmul",
     "linear",
     "normal",
+    "normal_pairs",
     "on_tpu",
     "platform",
     "residuals",

@@ -1,8 +1,10 @@
 """From a dense model to a mixture of experts: on a parameter tree, or from file to file."""
 
 from tanuki_jax.upcycle.tree import (
+    DRAWN,
     FFN,
     SHAPE,
+    about,
     carry_moments,
     check,
     dense_layers,
@@ -15,8 +17,10 @@ from tanuki_jax.upcycle.tree import (
 )
 
 __all__ = [
+    "DRAWN",
     "FFN",
     "SHAPE",
+    "about",
     "carry_moments",
     "check",
     "dense_layers",

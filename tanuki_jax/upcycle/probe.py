@@ -36,9 +36,9 @@ class Probe:
     def __init__(self, dense: config.Model, mixture: config.Model, key: jax.Array) -> None:
         self._key, self._mixture = key, dataclasses.replace(mixture, dtype="float32")
         plain = dataclasses.replace(dense, dtype="float32", attention="reference", param_dtype=mixture.param_dtype)
-        self._dense, self._expert = plain, dataclasses.replace(plain, d_ff=mixture.expert_d_ff or mixture.d_ff)
+        self._dense = plain
         self._entered = jax.jit(functools.partial(_entered, plain, self._mixture))
-        self._ffn = jax.jit(functools.partial(model.layerwise.ffn, self._expert))
+        self._ffn = jax.jit(model.layerwise.ffn)
         self._added = jax.jit(_added)
         self._thread = ThreadPoolExecutor(1)
         self._waiting: collections.deque[tuple[Future[None], Any]] = collections.deque()
@@ -114,7 +114,7 @@ def _entered(dense: config.Model, mixture: config.Model, layer: Any, weights: An
     """
     batch = {"segment_ids": jnp.ones((2, TOKENS), jnp.int32), "positions": jnp.tile(jnp.arange(TOKENS), (2, 1))}
     x_2SD, h_2SD = model.layerwise.attend(dense, layer, x_2SD, batch)
-    said_2SD = model.layerwise.ffn(dense, weights, h_2SD)
+    said_2SD = model.layerwise.ffn(weights, h_2SD)
     if router_DE is None:
         return x_2SD + said_2SD, h_2SD[1:], said_2SD[1:], None
     return x_2SD.at[0].add(said_2SD[0]), h_2SD[1:], said_2SD[1:], model.layerwise.gates(mixture, router_DE, h_2SD[1:])

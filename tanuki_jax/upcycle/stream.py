@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 import time
 import uuid
@@ -24,10 +25,12 @@ from tanuki_jax.checkpoint import Opened
 from tanuki_jax.data.tokenizer import copy_tokenizer
 from tanuki_jax.errors import UserError
 from tanuki_jax.progress import Progress, duration
+from tanuki_jax.upcycle import pairs
 from tanuki_jax.upcycle.probe import TOKENS, Identity, Probe
 
 SHARED = ("attn/q", "attn/k", "attn/v", "attn/o", "norm_attn", "norm_mlp")
 QK_NORM = ("attn/norm_q", "attn/norm_k")
+Arrays = dict[str, np.ndarray]  # by name, of one FFN
 
 
 def open_dense(path: str) -> Opened:
@@ -190,7 +193,7 @@ def _blocks(
                 yield from (functools.partial(shared, name, layer) for name in names)
         yield from (functools.partial(shared, name) for name in ("norm_final", "head"))
 
-    expert = jax.jit(upcycle.expert, static_argnames=("cfg", "options"))
+    experts = _maker(cfg, options, key)
     mixtures, dense = config.mixture_layers(cfg), upcycle.dense_layers(cfg)
     beside = SHARED + QK_NORM * cfg.qk_norm
     arrays = files.ahead(reads(), len(beside) + 3 * len(sources), threads=1)
@@ -211,18 +214,10 @@ def _blocks(
             if cfg.router_bias:
                 yield "layers/moe/bias", (at,), np.zeros(cfg.n_experts, np.float32)
 
-            def make(number: int, layer: int = layer, origins: list[Any] = ffns) -> Any:
-                origin = origins[number % len(origins)]
-                return origin if options.strategy == "copy" else expert(origin, number, layer, cfg, options, key)
-
-            following = make(0)
-            for number in range(cfg.n_experts):
-                made = following
-                if number + 1 < cfg.n_experts:  # computed while this one is written
-                    following = make(number + 1)
+            for number, made in enumerate(files.ahead(experts(ffns, layer), 1, threads=1)):  # while the one before is written
                 probe.expert(number, made)
                 for name in upcycle.FFN:
-                    yield f"layers/moe/{name}", (at, number), np.asarray(made[name])
+                    yield f"layers/moe/{name}", (at, number), made[name]
         else:
             probe.enter(rest, ffns[0])
             for name in upcycle.FFN:
@@ -231,6 +226,32 @@ def _blocks(
     probe.end(norm, head)
     yield "norm_final", (), norm
     yield "head", (), head
+
+
+def _maker(cfg: config.Model, options: config.Upcycle, key: jax.Array) -> Callable[..., Iterator[Callable[[], Arrays]]]:
+    """A function of a layer's dense FFNs and its number, whose results make its experts one by one: `upcycle.expert`, compiled.
+
+    Where normal numbers are drawn for bfloat16, in matrices of even width, it takes them in pairs.
+    """
+    wide = {"xla_cpu_prefer_vector_width": 512} if jax.default_backend() == "cpu" else None  # XLA's own choice is 256
+    about = jax.jit(upcycle.about, static_argnames="options")
+    expert = jax.jit(upcycle.expert, static_argnames=("cfg", "options"), compiler_options=wide)
+    even = cfg.d_model % 2 == cfg.d_ff % 2 == 0
+    paired = even and cfg.param_dtype == "bfloat16" and options.strategy in upcycle.DRAWN
+
+    def make(ffn: Arrays, taken: Arrays, known: Any, number: int, layer: int) -> Arrays:
+        if options.strategy == "copy":
+            return ffn
+        made = expert(taken, known, number, layer, cfg, options, key)
+        return {name: np.asarray(w).view(cfg.param_dtype) for name, w in made.items()}
+
+    def experts(ffns: Sequence[Arrays], layer: int) -> Iterator[Callable[[], Arrays]]:
+        taken = [{name: pairs.packed(w) if paired else w for name, w in ffn.items()} for ffn in ffns]
+        sources = list(zip(ffns, taken, (about(weights, options) for weights in taken), strict=True))
+        for number in range(cfg.n_experts):
+            yield functools.partial(make, *sources[number % len(sources)], number, layer)
+
+    return experts
 
 
 def _finite(array: np.ndarray) -> bool:
@@ -251,15 +272,13 @@ def predict(job: Job, output: Path) -> dict[str, float]:
     size = np.dtype(cfg.param_dtype).itemsize
     layers = config.mixture_layers(cfg)
     began = time.monotonic()
-    weights = {name: sources[0].tree[f"layers/mlp/{name}"].read(layers[0]) for name in upcycle.FFN}
+    weights = {name: sources[0].tree[f"layers/mlp/{name}"].read(layers[0]).astype(cfg.param_dtype) for name in upcycle.FFN}
     reading = time.monotonic() - began
-    making = 0.0
-    if options.strategy != "copy":
-        expert = jax.jit(upcycle.expert, static_argnames=("cfg", "options"))
-        for _ in range(2):  # the first compiles
-            began = time.monotonic()
-            jax.block_until_ready(expert(weights, 0, 0, cfg, options, jax.random.key(0)))
-            making = time.monotonic() - began
+    experts = _maker(cfg, options, jax.random.key(0))([weights], layers[0])
+    for call in itertools.islice(experts, 2):  # the first compiles
+        began = time.monotonic()
+        call()
+        making = time.monotonic() - began
     rate = _disk_rate(output.absolute().parent)
     seconds = _bytes(cfg) / rate + len(layers) * (cfg.n_experts * making + len(sources) * reading)
     ffn = sum(array.size for array in weights.values()) * size

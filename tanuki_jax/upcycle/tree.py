@@ -30,6 +30,7 @@ import jax.numpy as jnp
 
 from tanuki_jax import config, ops
 from tanuki_jax.errors import UserError
+from tanuki_jax.upcycle import pairs
 
 FFN = ("gate", "up", "down")
 Weights = dict[str, jax.Array]  # of one FFN: gate, up [D, F], down [F, D]
@@ -64,9 +65,12 @@ def upcycle(params: Any, cfg: config.Model, options: config.Upcycle, key: jax.Ar
     dense = [jax.tree.map(lambda w: w[chosen].astype(dtype), dict(tree["layers"]["mlp"])) for tree in trees]
     layers = {name: part for name, part in merged["layers"].items() if name != "mlp"}
 
+    known = [jax.vmap(functools.partial(about, options=options))(weights) for weights in dense]
+
     def experts(number: int) -> Weights:
-        one = lambda layer, weights: expert(weights, number, layer, cfg, options, key)  # noqa: E731
-        return jax.vmap(one)(chosen, dense[number % len(dense)])
+        one = functools.partial(expert, number=number, cfg=cfg, options=options, key=key)
+        source = number % len(dense)
+        return jax.vmap(lambda layer, *given: one(*given, layer=layer))(chosen, dense[source], known[source])
 
     made = [experts(number) for number in range(cfg.n_experts)]
     layers["moe"] = {"router": jax.vmap(lambda layer: router(layer, cfg, options, key, dtype))(chosen)}
@@ -78,10 +82,33 @@ def upcycle(params: Any, cfg: config.Model, options: config.Upcycle, key: jax.Ar
     return {**merged, "layers": layers}
 
 
-def expert(weights: Weights, number: int, layer: Any, cfg: config.Model, options: config.Upcycle, key: jax.Array) -> Weights:
-    """Weights of one expert of one layer from a dense FFN; random draws belong to the layer's and the expert's number."""
+def expert(
+    weights: Weights, known: Any, number: int, layer: Any, cfg: config.Model, options: config.Upcycle, key: jax.Array
+) -> Weights:
+    """Weights of one expert of one layer from a dense FFN; random draws belong to the layer's and the expert's number.
+
+    known: `about(weights, options)`, which is the same for all experts of a layer.
+    """
     key = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, 1), layer), number)
-    return STRATEGIES[options.strategy](weights, number, cfg, options, key)
+    return STRATEGIES[options.strategy](weights, known, number, cfg, options, key)
+
+
+def about(weights: Weights, options: config.Upcycle) -> Any:
+    """What a strategy wants to know of a dense FFN before it makes experts of it; nothing, but for `drop`.
+
+    For `drop` of each matrix its mean, and of each inner dimension [F] the sums of its weights less the mean and of their
+    squares: the moments of any choice of dimensions follow from them.
+    """
+    if options.strategy != "drop":
+        return None
+
+    def of(name: str) -> tuple[jax.Array, jax.Array, jax.Array]:
+        planes, sums = pairs.planes(weights[name]), pairs.row_sums if name == "down" else pairs.column_sums
+        mean = functools.reduce(jnp.add, (part.mean() for part in planes)) / len(planes)
+        around = [part - mean for part in planes]
+        return mean, sums(around), sums([part**2 for part in around])
+
+    return {name: of(name) for name in FFN}
 
 
 def router(layer: Any, cfg: config.Model, options: config.Upcycle, key: jax.Array, dtype: Any) -> jax.Array:
@@ -96,21 +123,22 @@ def router(layer: Any, cfg: config.Model, options: config.Upcycle, key: jax.Arra
     return jnp.repeat(drawn * options.router_std, parts, axis=1).astype(dtype)
 
 
-# --- strategies: (weights, expert's number, cfg, options, key) -> weights -----------------------------------------------------
+# --- strategies: (weights, what `about` says, expert's number, cfg, options, key) -> weights ----------------------------------
 
 
 def _copy(weights: Weights, *_: Any) -> Weights:
     return weights
 
 
-def _noise(weights: Weights, number: int, cfg: config.Model, options: config.Upcycle, key: jax.Array) -> Weights:
+def _noise(weights: Weights, _: None, number: int, cfg: config.Model, options: config.Upcycle, key: jax.Array) -> Weights:
     def noisy(w: jax.Array, key: jax.Array) -> jax.Array:
-        return (w.astype(jnp.float32) + options.noise_std * ops.normal(key, w.shape)).astype(w.dtype)
+        noise = pairs.normals(key, w)
+        return pairs.joined([part + options.noise_std * n for part, n in zip(pairs.planes(w), noise, strict=True)], w)
 
     return {name: noisy(weights[name], k) for name, k in zip(FFN, jax.random.split(key, 3), strict=True)}
 
 
-def _drop(weights: Weights, number: int, cfg: config.Model, options: config.Upcycle, key: jax.Array) -> Weights:
+def _drop(weights: Weights, known: Any, number: int, cfg: config.Model, options: config.Upcycle, key: jax.Array) -> Weights:
     F = cfg.d_ff
     count = math.floor(options.drop_ratio * F + 1e-6)  # 0.29 of 100 is 29
     if not count:
@@ -118,19 +146,19 @@ def _drop(weights: Weights, number: int, cfg: config.Model, options: config.Upcy
     which, *keys = jax.random.split(key, 4)
     drawn_F = jnp.zeros(F, bool).at[jax.random.permutation(which, F)[:count]].set(True)
 
-    def partly_new(w: jax.Array, mask: jax.Array, key: jax.Array) -> jax.Array:
-        old = w.astype(jnp.float32)
+    def partly_new(name: str, key: jax.Array) -> jax.Array:
+        w, (mean, sums_F, squares_F) = weights[name], known[name]
         n = count * cfg.d_model
-        average = jnp.where(mask, old, 0).sum() / n
-        std = jnp.sqrt(jnp.where(mask, (old - average) ** 2, 0).sum() / max(n - 1, 1))
-        fresh = average + std * ops.normal(key, w.shape)
-        return jnp.where(mask, fresh, old).astype(w.dtype)
+        shift = jnp.where(drawn_F, sums_F, 0).sum() / n  # small, so that nothing is lost below
+        std = jnp.sqrt(jnp.maximum(jnp.where(drawn_F, squares_F, 0).sum() - n * shift**2, 0) / max(n - 1, 1))
+        masks = pairs.down(drawn_F, w) if name == "down" else pairs.across(drawn_F, w)
+        planes = zip(masks, pairs.planes(w), pairs.normals(key, w), strict=True)
+        return pairs.joined([jnp.where(mask, mean + shift + std * x, old) for mask, old, x in planes], w)
 
-    masks = dict(gate=drawn_F[None, :], up=drawn_F[None, :], down=drawn_F[:, None])
-    return {name: partly_new(weights[name], masks[name], k) for name, k in zip(FFN, keys, strict=True)}
+    return {name: partly_new(name, k) for name, k in zip(FFN, keys, strict=True)}
 
 
-def _groups(weights: Weights, number: int, cfg: config.Model, options: config.Upcycle, key: jax.Array) -> Weights:
+def _groups(weights: Weights, _: None, number: int, cfg: config.Model, options: config.Upcycle, key: jax.Array) -> Weights:
     parts = granularity(cfg)
     width = cfg.d_ff // parts
     start = number % parts * width
@@ -142,6 +170,7 @@ def _groups(weights: Weights, number: int, cfg: config.Model, options: config.Up
     return {"gate": part("gate", 1, 1.0), "up": part("up", 1, parts**0.5), "down": part("down", 0, parts**0.5)}
 
 
+DRAWN = ("noise", "drop")  # those that draw normal numbers
 STRATEGIES: dict[str, Callable[..., Weights]] = {"copy": _copy, "noise": _noise, "drop": _drop, "groups": _groups}
 
 

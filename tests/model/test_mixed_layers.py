@@ -198,14 +198,26 @@ def test_the_model_is_its_own_modules_one_layer_at_a_time():
         mine = jax.tree.map(lambda w, i=place[kind]: w[i], layers[kind])
         place[kind] += 1
         if kind == "mlp":
-            x += parts.ffn(cfg, mine, h)
+            x += parts.ffn(mine, h)
             continue
         weights = parts.gates(cfg, mine["router"], h)
         for e in range(cfg.n_experts):
             expert = {name: mine[name][e] for name in ("gate", "up", "down")}
-            x += weights[..., e : e + 1] * parts.ffn(cfg, expert, h)
+            x += weights[..., e : e + 1] * parts.ffn(expert, h)
     found = parts.logits(cfg, params["norm_final"], params["head"], x)
     np.testing.assert_allclose(apply(cfg, params, batch).hidden @ params["head"], found, rtol=1e-4, atol=1e-5)
+
+
+def test_an_ffn_of_bfloat16_weights_is_computed_in_float32():
+    rng, (D, F) = np.random.default_rng(0), (96, 160)
+    shapes = {"gate": (D, F), "up": (D, F), "down": (F, D)}
+    weights = {name: jnp.asarray(rng.normal(size=shape) / 10, jnp.bfloat16) for name, shape in shapes.items()}
+    h = rng.normal(size=(2, 5, D)).astype(np.float32)
+    gate, up, down = (np.asarray(weights[name], np.float64) for name in shapes)
+    expected = (h @ gate / (1 + np.exp(-(h @ gate))) * (h @ up)) @ down
+    found = jax.jit(model.layerwise.ffn)(weights, h)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, expected, rtol=0, atol=3e-6 * np.abs(expected).max())  # bfloat16: 3e-3
 
 
 def loss(cfg, params, batch):

@@ -10,6 +10,7 @@ import pytest
 from tanuki_jax import checkpoint, config, model, parallel, upcycle
 from tanuki_jax.errors import UserError
 from tanuki_jax.model.moe import route
+from tests.normals import expected_normal
 from tests.tiny import apply, init, small
 from tests.upcycle.trees import (
     BATCH,
@@ -146,7 +147,7 @@ def test_top_k_lies_between_one_and_the_experts(n_experts, top_k):
 
 def numpy_noise(weights, number, key, std):
     keys = jax.random.split(key, 3)
-    return {n: w + std * np.asarray(jax.random.normal(k, w.shape)) for (n, w), k in zip(weights.items(), keys, strict=True)}
+    return {n: w + std * expected_normal(k, w.shape) for (n, w), k in zip(weights.items(), keys, strict=True)}
 
 
 def numpy_drop(weights, number, key, ratio):
@@ -155,7 +156,7 @@ def numpy_drop(weights, number, key, ratio):
     dimensions = np.asarray(jax.random.permutation(keys[0], F))[: math.floor(ratio * F)]
     made = {}
     for (name, w), k in zip(weights.items(), keys[1:], strict=True):
-        made[name], normal = w.copy(), np.asarray(jax.random.normal(k, w.shape), np.float64)
+        made[name], normal = w.copy(), expected_normal(k, w.shape)
         places = [(f, d) if name == "down" else (d, f) for f in dimensions for d in range(D)]
         if not places:
             continue
@@ -196,13 +197,16 @@ def test_each_strategy_against_numpy(case):
 
 
 def redrawn(made, dense):
-    """[L, E, F] of each matrix: whether all of a dimension changed; a dimension that changed in part is an error."""
+    """[L, E, F] of each matrix: whether a dimension changed; one that changed in part is an error.
+
+    One weight of seven may be drawn as it was: around 10 there are not that many numbers.
+    """
     found = {}
     for name in FFN:
         differs = np.asarray(made[name]) != np.asarray(dense["layers"]["mlp"][name])[:, None]
-        whole, any_of_it = (f(differs, axis=3 if name == "down" else 2) for f in (np.all, np.any))
-        np.testing.assert_array_equal(whole, any_of_it)
-        found[name] = whole
+        share = differs.mean(axis=3 if name == "down" else 2)
+        assert ((share == 0) | (share > 0.8)).all()
+        found[name] = share > 0
     return found
 
 
@@ -229,7 +233,8 @@ def test_a_share_that_is_a_whole_number_of_dimensions_in_decimals_is_that_number
 def test_every_dimension_is_as_likely_to_be_redrawn_and_no_two_go_together():
     weights = {name: w[0] for name, w in drawn()["layers"]["mlp"].items()}
     cfg, options, key = upcycle.mixture_of(ODD, n_experts=2), config.Upcycle("drop", drop_ratio=0.5), jax.random.key(0)
-    experts = jax.jit(jax.vmap(lambda n: upcycle.expert(weights, n, 0, cfg, options, key)["gate"]))(jnp.arange(600))
+    known = upcycle.about(weights, options)
+    experts = jax.jit(jax.vmap(lambda n: upcycle.expert(weights, known, n, 0, cfg, options, key)["gate"]))(jnp.arange(600))
     masks = (np.asarray(experts) != np.asarray(weights["gate"])).any(axis=1)
     share = 7 / 15
     assert np.abs(masks.mean(axis=0) - share).max() < 4.5 * math.sqrt(share * (1 - share) / 600)
@@ -320,7 +325,8 @@ def test_the_published_scaling_of_all_three_matrices_is_not_exact_for_swiglu_and
     dense = {"gate": jnp.float32(gate), "up": jnp.float32(up), "down": jnp.float32(down)}
     for group in range(2):
         experts = [
-            upcycle.expert(dense, group * parts + p, 0, cfg, config.Upcycle("groups"), jax.random.key(0)) for p in range(parts)
+            upcycle.expert(dense, None, group * parts + p, 0, cfg, config.Upcycle("groups"), jax.random.key(0))
+            for p in range(parts)
         ]
         said = sum(one_ffn(x, *(np.asarray(e[n], np.float64) for n in FFN), silu) for e in experts) / parts
         np.testing.assert_allclose(said, expected, rtol=1e-5, atol=1e-4)
