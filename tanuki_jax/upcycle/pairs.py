@@ -6,7 +6,6 @@ both numbers, in one pass through memory.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import jax
@@ -57,13 +56,3 @@ def normals(key: jax.Array, w: jax.Array) -> tuple[jax.Array, ...]:
     """A normal number for each of w's, by its planes."""
     rows, columns = w.shape
     return ops.normal_pairs(key, (rows, 2 * columns)) if are_pairs(w) else (ops.normal(key, w.shape),)
-
-
-def column_sums(parts: Sequence[jax.Array]) -> jax.Array:
-    """The sum of every column, [C], from planes."""
-    return jnp.stack([part.sum(axis=0) for part in parts], axis=-1).reshape(-1)
-
-
-def row_sums(parts: Sequence[jax.Array]) -> jax.Array:
-    """The sum of every row, [R], from planes."""
-    return functools.reduce(jnp.add, (part.sum(axis=1) for part in parts))

@@ -234,7 +234,6 @@ def _maker(cfg: config.Model, options: config.Upcycle, key: jax.Array) -> Callab
     Where normal numbers are drawn for bfloat16, in matrices of even width, it takes them in pairs.
     """
     wide = {"xla_cpu_prefer_vector_width": 512} if jax.default_backend() == "cpu" else None  # XLA's own choice is 256
-    about = jax.jit(upcycle.about, static_argnames="options")
     expert = jax.jit(upcycle.expert, static_argnames=("cfg", "options"), compiler_options=wide)
     even = cfg.d_model % 2 == cfg.d_ff % 2 == 0
     paired = even and cfg.param_dtype == "bfloat16" and options.strategy in upcycle.DRAWN
@@ -247,7 +246,7 @@ def _maker(cfg: config.Model, options: config.Upcycle, key: jax.Array) -> Callab
 
     def experts(ffns: Sequence[Arrays], layer: int) -> Iterator[Callable[[], Arrays]]:
         taken = [{name: pairs.packed(w) if paired else w for name, w in ffn.items()} for ffn in ffns]
-        sources = list(zip(ffns, taken, (about(weights, options) for weights in taken), strict=True))
+        sources = list(zip(ffns, taken, (upcycle.about(ffn, options) for ffn in ffns), strict=True))
         for number in range(cfg.n_experts):
             yield functools.partial(make, *sources[number % len(sources)], number, layer)
 

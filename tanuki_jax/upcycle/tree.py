@@ -87,13 +87,13 @@ def expert(
 ) -> Weights:
     """Weights of one expert of one layer from a dense FFN; random draws belong to the layer's and the expert's number.
 
-    known: `about(weights, options)`, which is the same for all experts of a layer.
+    weights: or pairs of them (upcycle/pairs.py); known: `about(weights, options)`, the same for all experts of a layer.
     """
     key = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, 1), layer), number)
     return STRATEGIES[options.strategy](weights, known, number, cfg, options, key)
 
 
-def about(weights: Weights, options: config.Upcycle) -> Any:
+def about(weights: Any, options: config.Upcycle) -> Any:
     """What a strategy wants to know of a dense FFN before it makes experts of it; nothing, but for `drop`.
 
     For `drop` of each matrix its mean, and of each inner dimension [F] the sums of its weights less the mean and of their
@@ -103,12 +103,18 @@ def about(weights: Weights, options: config.Upcycle) -> Any:
         return None
 
     def of(name: str) -> tuple[jax.Array, jax.Array, jax.Array]:
-        planes, sums = pairs.planes(weights[name]), pairs.row_sums if name == "down" else pairs.column_sums
-        mean = functools.reduce(jnp.add, (part.mean() for part in planes)) / len(planes)
-        around = [part - mean for part in planes]
-        return mean, sums(around), sums([part**2 for part in around])
+        w, axis = weights[name], 1 if name == "down" else 0
+        sums_F = _sums(w, 0.0, 1, axis)
+        mean = sums_F.sum() / w.size
+        return mean, sums_F - mean * w.shape[axis], _sums(w, mean, 2, axis)
 
     return {name: of(name) for name in FFN}
+
+
+@functools.partial(jax.jit, static_argnames=("power", "axis"))
+def _sums(w: jax.Array, mean: Any, power: int, axis: int) -> jax.Array:
+    """Sums of powers, in float32; compiled by itself: code that shares the numbers takes five times as long on CPUs."""
+    return ((w.astype(jnp.float32) - mean) ** power).sum(axis)
 
 
 def router(layer: Any, cfg: config.Model, options: config.Upcycle, key: jax.Array, dtype: Any) -> jax.Array:
