@@ -8,6 +8,7 @@ import pytest
 import tensorstore
 
 from tanuki_jax import checkpoint, config, model
+from tanuki_jax.checkpoint import sums
 from tanuki_jax.errors import UserError
 from tests.test_checkpoint import CFG, mesh, save, state_on
 from tests.tiny import init, small
@@ -261,18 +262,43 @@ def test_damage_to_blocks_is_one_message(damage, in_blocks, tmp_path):
         read_all(checkpoint.open_stored(home))
 
 
-def test_a_layer_is_read_without_the_others(in_blocks, tmp_path):
+@pytest.mark.parametrize("sums", [True, False])
+def test_a_layer_is_read_without_the_others(sums, in_blocks, tmp_path):
     home = shutil.copytree(in_blocks, tmp_path / "dense")
     (home / "checkpoints/0/params/layers.mlp.up/1.0.0").write_bytes(b"damaged")
-    with pytest.raises(UserError, match="layers.mlp.up/1.0.0 has 7 bytes"):
-        checkpoint.open_stored(home)
-    (home / "checkpoints/0/sums-0-of-1.json").unlink()
+    if not sums:
+        (home / "checkpoints/0/sums-0-of-1.json").unlink()
     stored = checkpoint.open_stored(home).tree["layers/mlp/up"]
     expected = params_of(DENSE)["layers/mlp/up"]
     np.testing.assert_array_equal(stored.read(0), expected[0])
     np.testing.assert_array_equal(stored.read(2), expected[2])
-    with pytest.raises(UserError, match="layers/mlp/up.*damaged"):
+    with pytest.raises(UserError, match="layers.mlp.up/1.0.0 has 7 bytes" if sums else "layers/mlp/up.*damaged"):
         stored.read(1)
+
+
+def test_another_number_in_a_block_is_found_when_it_is_read(in_blocks, tmp_path):
+    home = shutil.copytree(in_blocks, tmp_path / "dense")
+    path = home / "checkpoints/0/params/layers.mlp.up/1.0.0"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x3f")
+    opened = checkpoint.open_stored(home)
+    opened.tree["layers/mlp/up"].read(0)
+    for _ in range(2):
+        with pytest.raises(UserError, match="layers.mlp.up/1.0.0 has other contents"):
+            opened.tree["layers/mlp/up"].read(1)
+    with pytest.raises(UserError, match="layers.mlp.up/1.0.0 has other contents"):
+        opened.verified()
+
+
+def test_what_was_read_is_not_read_again_for_its_sum(in_blocks, monkeypatch):
+    seen, real = [], sums._sum
+    monkeypatch.setattr(sums, "_sum", lambda path: (seen.append(path), real(path))[1])
+    opened = checkpoint.open_stored(in_blocks)
+    opened.tree["layers/mlp/up"].read(0)
+    opened.tree["norm_final"].read()
+    opened.verified()
+    names = {str(path.relative_to(in_blocks / "checkpoints/0/params")) for path in seen if "/params/" in str(path)}
+    assert names >= {"layers.mlp.up/1.0.0", "layers.mlp.up/.zarray", "_METADATA", "head/0.0"}
+    assert not names & {"layers.mlp.up/0.0.0", "norm_final/0"}
 
 
 def test_opening_deletes_nothing(packed, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -102,10 +103,13 @@ def _restore(stage_directory: Path, step: int, shapes: Any, shardings: Any) -> A
         checkpoints.close()
 
 
-def check_sums(stage_directory: Path, step: int, item: str) -> None:
-    """An error where the files of an item of a step are not those that were written; to be called by all processes."""
+def check_sums(stage_directory: Path, step: int, item: str, right: Collection[str] = ()) -> None:
+    """An error where the files of an item of a step are not those that were written; to be called by all processes.
+
+    right: files that need no look, by their paths in the step.
+    """
     home = Path(stage_directory) / "checkpoints" / str(step)
-    if wrong := parallel.first_of(sums.damage(home, *parallel.share(), item=item), "check sums"):
+    if wrong := parallel.first_of(sums.damage(home, *parallel.share(), item=item, right=right), "check sums"):
         _is_damaged(home, wrong)
 
 

@@ -37,7 +37,8 @@ class Stored:
 class Opened:
     """A checkpoint's parameters by path, "layers/attn/q" say, none of which has been read yet.
 
-    `verified()` compares all files with their check sums, once, and is an error where they differ.
+    What is read is compared with its check sum where it is a whole file.  `verified()` compares all other files, once, and is
+    an error where they differ: to be asked before anyone sees what was made of the checkpoint.
     """
 
     cfg: config.Model
@@ -53,20 +54,17 @@ class Opened:
         return own if own.is_dir() else self.stage_directory
 
 
-def open_stored(path: str | Path, verify: bool = True) -> Opened:
-    """A checkpoint of ours, to be read a layer at a time; adapters come merged into what they lie on.
-
-    verify: compare its files with their check sums first.  Else the caller asks `verified` before anyone sees what was made of
-      it, and may read meanwhile.
-    """
+def open_stored(path: str | Path) -> Opened:
+    """A checkpoint of ours, to be read a layer at a time; adapters come merged into what they lie on."""
     stage_directory, step = locate(path)
-    verified = functools.cache(lambda: check_sums(stage_directory, step, "params"))
+    reading = sums.Reading(stage_directory / "checkpoints" / str(step))
+    verified = functools.cache(lambda: check_sums(stage_directory, step, "params", reading.right))
     meta = read_meta(stage_directory, step)
     cfg = config.from_dict(config.Model, meta["model"])
     if "adapter" in meta:
-        base = open_stored(base_of(stage_directory, meta), verify=False)
+        base = open_stored(base_of(stage_directory, meta))
         scales, ranks = meta["adapter"]["scales"], meta["adapter"]["ranks"]
-        sides = _opened(stage_directory, step, [f"lora/{name}/{side}" for name in ranks for side in "ab"], verified)
+        sides = _opened(stage_directory, step, [f"lora/{name}/{side}" for name in ranks for side in "ab"], reading, verified)
         tree = dict(base.tree)
         for name in ranks:
             a, b = sides[f"lora/{name}/a"], sides[f"lora/{name}/b"]
@@ -76,13 +74,9 @@ def open_stored(path: str | Path, verify: bool = True) -> Opened:
             verified()
             base.verified()
 
-        opened = Opened(cfg, tree, without_adapter(meta), stage_directory, both)
-    else:
-        names = [name for name, _, _ in model.named_parameters(cfg)]
-        opened = Opened(cfg, _opened(stage_directory, step, names, verified), meta, stage_directory, verified)
-    if verify:
-        opened.verified()
-    return opened
+        return Opened(cfg, tree, without_adapter(meta), stage_directory, both)
+    names = [name for name, _, _ in model.named_parameters(cfg)]
+    return Opened(cfg, _opened(stage_directory, step, names, reading, verified), meta, stage_directory, verified)
 
 
 def _merged(name: str, base: Stored, a: Stored, b: Stored, scale_L: np.ndarray) -> Stored:
@@ -93,7 +87,9 @@ def _merged(name: str, base: Stored, a: Stored, b: Stored, scale_L: np.ndarray) 
     return Stored(base.shape, base.dtype, read)
 
 
-def _opened(stage_directory: Path, step: int, names: list[str], verified: Callable[[], None]) -> dict[str, Stored]:
+def _opened(
+    stage_directory: Path, step: int, names: list[str], reading: sums.Reading, verified: Callable[[], None]
+) -> dict[str, Stored]:
     """Arrays of the item `params` of a step, by path.  Where one cannot be read, check sums say best why."""
     home = stage_directory / "checkpoints" / str(step) / "params"
     try:
@@ -119,7 +115,10 @@ def _opened(stage_directory: Path, step: int, names: list[str], verified: Callab
         def read(*row: int) -> np.ndarray:
             try:
                 if blocks and (path := blocks(row)):
-                    return np.asarray(np.memmap(path, array.dtype.numpy_dtype, "r", shape=array.shape[len(row) :]))
+                    block = np.asarray(np.memmap(path, array.dtype.numpy_dtype, "r", shape=array.shape[len(row) :]))
+                    if reading.differs(_in_step(path), block):
+                        verified()
+                    return block
                 return array[row].read().result() if row else array.read().result()
             except (ValueError, OSError) as error:
                 verified()
@@ -151,6 +150,11 @@ def _block_file(directory: Path) -> Callable[[tuple[int, ...]], Path | None] | N
 def _file_of(row: tuple[int, ...], axes: int, separator: str = ".") -> str:
     """What zarr calls the chunk that begins at these leading indices and holds all of the other axes."""
     return separator.join(map(str, [*row, *(0,) * (axes - len(row))]))
+
+
+def _in_step(block: Path) -> str:
+    """The path of a block's file in the directory of its step."""
+    return f"params/{block.parent.name}/{block.name}"
 
 
 Block = tuple[str, tuple[int, ...], np.ndarray]  # name, leading indices, array
@@ -190,7 +194,7 @@ class _StreamHandler(ocp.type_handlers.NumpyHandler):
 
     def _write(self) -> None:
         def written(path: Path, block: np.ndarray) -> tuple[str, list[int]]:
-            return f"params/{path.parent.name}/{path.name}", sums.write(path, block)
+            return _in_step(path), sums.write(path, block)
 
         paths = ((self._directories[name] / _file_of(at, len(at) + block.ndim), block) for name, at, block in self._blocks)
         # After an error, too, nothing is left that would still write.

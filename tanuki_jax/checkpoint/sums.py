@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
@@ -51,22 +51,55 @@ def _counts(step: Path) -> set[str]:
     return {path.stem.rpartition("-")[2] for path in step.glob("sums-*-of-*.json")}
 
 
-def damage(step: Path, process: int = 0, processes: int = 1, item: str = "") -> str:
-    """What is wrong with this process's share of a step's files (of one item), or nothing; a step without sums is trusted."""
-    told: dict[str, list[int]] = {}
+class Reading:
+    """Compares with their sums what is read of a step's files anyway, so that none is read once more for that."""
+
+    def __init__(self, step: Path) -> None:
+        self.right: set[str] = set()  # paths in the step
+        try:
+            self._told = told(step)
+        except ValueError:  # whoever compares the rest will say so
+            self._told = {}
+
+    def differs(self, name: str, array: np.ndarray) -> bool:
+        """Whether the contents of a file, all of it, are not what was written; one without a sum is trusted."""
+        if name in self._told and name not in self.right:
+            data = array.reshape(-1).view(np.uint8).data
+            if [len(data), zlib.crc32(data)] != self._told[name]:
+                return True
+            self.right.add(name)
+        return False
+
+
+def told(step: Path) -> dict[str, list[int]]:
+    """Sizes and sums of a step's files, as they were written; ValueError, with the file's name, where they cannot be read."""
+    found: dict[str, list[int]] = {}
     for path in step.glob("sums-*.json"):
         try:
-            told |= json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            return f"{path.name} cannot be read"
-    names = sorted(name for name in told if not item or name.startswith(f"{item}/"))[process::processes]
+            found |= json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path.name} cannot be read") from error
+    return found
+
+
+def damage(step: Path, process: int = 0, processes: int = 1, item: str = "", right: Collection[str] = ()) -> str:
+    """What is wrong with this process's share of a step's files (of one item), or nothing; a step without sums is trusted.
+
+    right: those that need no look.
+    """
+    try:
+        written = told(step)
+    except ValueError as error:
+        return str(error)
+    names = sorted(name for name in written if not item or name.startswith(f"{item}/"))[process::processes]
+    names = [name for name in names if name not in right]
     with ThreadPoolExecutor(THREADS) as pool:
         for name, found in zip(names, pool.map(lambda n: _sum(step / n), names), strict=True):
             if found is None:
                 return f"{name} is missing"
-            if found[0] != told[name][0]:
-                return f"{name} has {found[0]:,} bytes, and had {told[name][0]:,}"
-            if found != told[name]:
+            if found[0] != written[name][0]:
+                return f"{name} has {found[0]:,} bytes, and had {written[name][0]:,}"
+            if found != written[name]:
                 return f"{name} has other contents than were written"
     return ""
 

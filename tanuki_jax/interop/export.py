@@ -11,7 +11,6 @@ import json
 import shutil
 import struct
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,11 +57,10 @@ class Tensor(NamedTuple):
 
 def export_huggingface(path: Path, output: Path, vocab_size: int = 0) -> str:
     """Writes the checkpoint at `path` as a Hugging Face directory and says what it is."""
-    opened, exact = resized(checkpoint.open_stored(path, verify=False), vocab_size, "export")
+    opened, exact = resized(checkpoint.open_stored(path), vocab_size, "export")
     kind = kind_of(opened.cfg)
     tensors = list(_tensors(opened, kind))
-    with checkpoint.disk_errors(output), files.atomic_path(output) as temporary, ThreadPoolExecutor(1) as pool:
-        verified = pool.submit(opened.verified)
+    with checkpoint.disk_errors(output), files.atomic_path(output) as temporary:
         copy_tokenizer(opened.tokenizer_directory, temporary)
         temporary.mkdir(exist_ok=True)
         size = _write(temporary, tensors, opened.cfg.param_dtype)
@@ -72,7 +70,7 @@ def export_huggingface(path: Path, output: Path, vocab_size: int = 0) -> str:
         if kind == "tanuki":
             shutil.copy(Path(__file__).with_name("modeling_tanuki.py"), temporary)
         (temporary / "README.md").write_text(_card(opened, kind), encoding="utf-8")
-        verified.result()
+        opened.verified()
     total, active = model.count_parameters(opened.cfg)
     how = ", load with trust_remote_code=True (the normalised gate is no Mixtral)" if kind == "tanuki" else ""
     counts = f"{total:,} parameters" + (f", {active:,} active" if active != total else "")

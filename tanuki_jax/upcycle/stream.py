@@ -88,6 +88,8 @@ def run(job: Job, output: Path) -> str:
         meta["upcycle"] = config.to_dict(job.options) | {"seed": job.seed, "from": str(job.sources[0].stage_directory)}
         meta["id"] = uuid.uuid4().hex
         identity = write(job, temporary, meta)
+        for source in job.sources:
+            source.verified()
         copy_tokenizer(job.sources[0].tokenizer_directory, temporary / "tokenizer")
     seconds = time.monotonic() - began
     size = _bytes(job.cfg)

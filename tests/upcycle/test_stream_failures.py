@@ -138,14 +138,21 @@ def test_after_an_error_the_same_command_succeeds(tmp_path, capsys):
     np.testing.assert_array_equal(checkpoint.load(tmp_path / "mixture").params["head"], good.T)
 
 
-def damaged(home):
+def cut(home):
     for path in (p for p in (home / "checkpoints/0/params").rglob("d/*") if p.is_file()):
         path.write_bytes(path.read_bytes()[:10])
 
 
-def test_a_damaged_checkpoint_is_one_line_and_leaves_nothing(ours, tmp_path, capsys):
+def with_a_blank(home):
+    """Nothing that is read says that this file was touched; its check sum does."""
+    path = home / "checkpoints/0/params/_METADATA"
+    path.write_bytes(path.read_bytes() + b" ")
+
+
+@pytest.mark.parametrize("damage", [cut, with_a_blank])
+def test_a_damaged_checkpoint_is_one_line_and_leaves_nothing(damage, ours, tmp_path, capsys):
     home = shutil.copytree(ours, tmp_path / "dense")
-    damaged(home)
+    damage(home)
     given = set(tmp_path.rglob("*"))
     capsys.readouterr()
     assert cli.main(["upcycle", f"--checkpoint={home}", f"--output={tmp_path / 'mixture'}", "--n_experts=4"]) == 1
