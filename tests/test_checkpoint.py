@@ -221,13 +221,16 @@ def test_looking_into_a_directory_deletes_nothing(tmp_path):
 
 @contextlib.contextmanager
 def files_of_at_most(size):
-    """As on a full disk, writing past `size` bytes of a file fails."""
+    """As on a full disk, writing past `size` bytes of a file fails; the cache of compiled programs gets none that are cut."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    cached_from = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", cached_from)
 
 
 @pytest.mark.parametrize("size", [0, 100, 20_000])
