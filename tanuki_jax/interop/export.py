@@ -7,9 +7,13 @@ written with the small modelling file beside it, to be loaded with `trust_remote
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
+import math
 import shutil
 import struct
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,7 +42,8 @@ from tanuki_jax.interop.huggingface import (
 from tanuki_jax.interop.vocabulary import resized
 from tanuki_jax.progress import Progress
 
-AHEAD = 2  # pieces that are read and transposed while one is written
+AHEAD, THREADS = 6, 2  # pieces that are read and transposed while one is written, the tiny ones of norms among them
+PIECE = 32 << 20  # bytes of one, at most: what is transposed in one go, and no reason to wait for the embedding or the head
 SHARD = 4_000_000_000  # bytes of a file, at most, unless one tensor is larger
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "mixtral": "MixtralForCausalLM", "tanuki": "TanukiForCausalLM"}
 CODE = {"AutoConfig": "modeling_tanuki.TanukiConfig", "AutoModelForCausalLM": "modeling_tanuki.TanukiForCausalLM"}
@@ -100,19 +105,24 @@ def _tensors(opened: Opened, kind: str) -> Iterator[Tensor]:
     sizes = sizes_of(cfg) | {"F": cfg.expert_d_ff or cfg.d_ff if cfg.n_experts else cfg.d_ff}
 
     def one(path: str, name: Name, theirs: str, *at: int) -> Tensor:
-        return Tensor(theirs, published_shape(name, sizes), [read(path, name, *at)])
+        return Tensor(theirs, published_shape(name, sizes), pieces(path, name, *at))
 
-    def read(path: str, name: Name, *at: int) -> Read:
-        return lambda: _published(name, tree[path].read(*at))
+    def pieces(path: str, name: Name, *at: int) -> list[Read]:
+        rows, *rest = published_shape(name, sizes)
+        count = math.ceil(rows * math.prod(rest) * np.dtype(tree[path].dtype).itemsize / PIECE)
+        whole = _shared(functools.partial(tree[path].read, *at), count)
+        parts = [slice(rows * i // count, rows * (i + 1) // count) for i in range(count)]
+        return [functools.partial(_rows, name, whole, part) for part in parts]
 
     def fused(layer: int) -> Iterator[Tensor]:
         E, F, D = cfg.n_experts, sizes["F"], cfg.d_model
 
-        def pieces(*parts: str) -> list[Read]:
-            return [read(f"layers/{part}", EXPERT[part], layer, number) for number in range(E) for part in parts]
+        def of_all(*parts: str) -> list[Read]:
+            found = (pieces(f"layers/{part}", EXPERT[part], layer, number) for number in range(E) for part in parts)
+            return list(itertools.chain.from_iterable(found))
 
-        yield Tensor(f"model.layers.{layer}.{GATE_UP}", (E, 2 * F, D), pieces("moe/gate", "moe/up"))
-        yield Tensor(f"model.layers.{layer}.{DOWN}", (E, D, F), pieces("moe/down"))
+        yield Tensor(f"model.layers.{layer}.{GATE_UP}", (E, 2 * F, D), of_all("moe/gate", "moe/up"))
+        yield Tensor(f"model.layers.{layer}.{DOWN}", (E, D, F), of_all("moe/down"))
 
     yield one("embed/table", OUTER["embed/table"], OUTER["embed/table"].theirs)
     for layer in range(cfg.n_layers):
@@ -133,12 +143,29 @@ def _tensors(opened: Opened, kind: str) -> Iterator[Tensor]:
         yield one(path, OUTER[path], OUTER[path].theirs)
 
 
-def _published(name: Name, array: np.ndarray) -> np.ndarray:
-    """An array of ours in the published layout."""
+def _shared(read: Read, count: int) -> Read:
+    """What is read once for `count` calls, from any thread, and let go with the last of them."""
+    lock, left = threading.Lock(), count
+    held: list[np.ndarray] = []
+
+    def call() -> np.ndarray:
+        nonlocal left
+        with lock:
+            if not held:
+                held.append(read())
+            left -= 1
+            return held[0] if left else held.pop()
+
+    return call
+
+
+def _rows(name: Name, read: Read, rows: slice) -> np.ndarray:
+    """Rows of an array of ours in the published layout."""
+    array = read()
     if not name.transposed:
-        return np.ascontiguousarray(array)
+        return np.ascontiguousarray(array[rows])
     inward = array.shape[:1] if name.axes[0] == "D" else array.shape[:-1]
-    return transposed(array.reshape(int(np.prod(inward)), -1))
+    return transposed(array.reshape(math.prod(inward), -1)[:, rows])
 
 
 def _write(directory: Path, tensors: list[Tensor], dtype: str) -> int:
@@ -169,7 +196,7 @@ def _write(directory: Path, tensors: list[Tensor], dtype: str) -> int:
         text += b" " * (-len(text) % 8)
         with files.direct(directory / file, 8 + len(text) + at, depth=8) as append:
             append(memoryview(struct.pack("<Q", len(text)) + text))
-            for piece in files.ahead((read for tensor in shard for read in tensor.pieces), AHEAD, AHEAD):
+            for piece in files.ahead((read for tensor in shard for read in tensor.pieces), AHEAD, THREADS):
                 append(piece.reshape(-1).view(np.uint8).data)
                 done += piece.nbytes
                 progress.show(done)
