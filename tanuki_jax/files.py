@@ -80,6 +80,25 @@ def write_jsonl(path: Path, rows: Iterable[Any]) -> int:
     return count
 
 
+@contextlib.contextmanager
+def disk_errors(directory: Path) -> Iterator[None]:
+    """Turns the many ways in which a full or closed disk shows itself into one message."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        text = str(error)
+        full = getattr(error, "errno", None) in FULL
+        if full or any(
+            sign in text for sign in ("No space left", "ENOSPC", "Disk quota", "RESOURCE_EXHAUSTED", "File too large")
+        ):
+            raise UserError(
+                f"checkpoint: the disk of {directory} is full; free some space and run the same command again"
+            ) from error
+        if isinstance(error, PermissionError) or "Permission denied" in text or "Read-only file system" in text:
+            raise UserError(f"checkpoint: {directory} cannot be written to; check its permissions") from error
+        raise
+
+
 def reserve(file: IO[bytes], size: int) -> None:
     """Takes the room for a file on the disk at once, where the file system can: a full disk is known before hours of work.
 

@@ -175,12 +175,12 @@ def test_only_a_few_blocks_are_on_their_way_to_the_disk(tmp_path):
         for name, index, array in blocks_of(DENSE, params):
             pattern = f"{name.replace('/', '.')}/{'.'.join(map(str, index + (0,) * array.ndim))}"
             sizes.append((pattern, array.nbytes))
-            for earlier, size in sizes[: -checkpoint.stored.AHEAD - 1]:
+            for earlier, size in sizes[: -checkpoint.streamed.AHEAD - 1]:
                 [path] = tmp_path.rglob(earlier)
                 assert path.stat().st_size == size
             yield name, index, array
 
-    assert checkpoint.stored.AHEAD <= 3  # an expert
+    assert checkpoint.streamed.AHEAD <= 3  # an expert
     checkpoint.save_streamed(tmp_path, DENSE, blocks(), {"model": config.to_dict(DENSE)})
     assert len(sizes) == 3 + 9 * DENSE.n_layers
 

@@ -7,6 +7,9 @@ holds them alone and names the checkpoint that they lie on.  What came from file
 so that nothing that was computed from it is taken for another's.
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from tanuki_jax.checkpoint.loading import (
     Adapters,
     Loaded,
@@ -26,8 +29,11 @@ from tanuki_jax.checkpoint.loading import (
     sharded_like,
     single_device,
 )
-from tanuki_jax.checkpoint.stages import EVERY, Checkpoints, disk_errors
-from tanuki_jax.checkpoint.stored import Block, Opened, Stored, block_indices, open_stored, save_streamed
+from tanuki_jax.checkpoint.stored import Block, Opened, Stored, block_indices, open_stored
+
+if TYPE_CHECKING:
+    from tanuki_jax.checkpoint.stages import EVERY, Checkpoints
+    from tanuki_jax.checkpoint.streamed import save_streamed
 
 __all__ = [
     "EVERY",
@@ -41,7 +47,6 @@ __all__ = [
     "block_indices",
     "check_architecture",
     "check_sums",
-    "disk_errors",
     "lineage",
     "load",
     "load_adapters",
@@ -57,3 +62,12 @@ __all__ = [
     "sharded_like",
     "single_device",
 ]
+
+LATER = {"EVERY": "stages", "Checkpoints": "stages", "save_streamed": "streamed"}  # whose import takes a tenth of a second
+
+
+def __getattr__(name: str) -> Any:
+    """What needs Orbax, imported when it is first asked for."""
+    if name in LATER:
+        return getattr(importlib.import_module(f"{__name__}.{LATER[name]}"), name)
+    raise AttributeError(name)

@@ -13,7 +13,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tanuki_jax import config, files, model, parallel
 from tanuki_jax.checkpoint import sums
-from tanuki_jax.checkpoint.stages import EVERY, Checkpoints
 from tanuki_jax.errors import UserError
 
 # Keys of a model that do not change its tree of parameters.
@@ -92,6 +91,8 @@ def load_as(path: str | Path, cfg: config.Model, mesh: jax.sharding.Mesh) -> Loa
 
 def _restore(stage_directory: Path, step: int, shapes: Any, shardings: Any) -> Any:
     """The item `params` of a step."""
+    from tanuki_jax.checkpoint.stages import EVERY, Checkpoints
+
     check_sums(stage_directory, step, "params")
     checkpoints = Checkpoints(stage_directory, keep=EVERY)
     try:
@@ -150,6 +151,8 @@ def longest_row(meta: dict[str, Any]) -> int:
 
 def save_params(stage_directory: Path, params: Any, meta: dict[str, Any]) -> None:
     """Writes parameters alone as step 0 of a stage (an upcycled or imported model) and waits for it."""
+    from tanuki_jax.checkpoint.stages import Checkpoints
+
     checkpoints = Checkpoints(stage_directory)
     try:
         checkpoints.save_items(0, {"params": params}, meta)

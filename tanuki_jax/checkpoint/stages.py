@@ -66,7 +66,7 @@ class Checkpoints:
             async_options=ocp.AsyncOptions(timeout_secs=SAVE_SECONDS),
             cleanup_tmp_directories=keep != EVERY,  # who only reads must not disturb a run that is saving
         )
-        with disk_errors(self.directory):
+        with files.disk_errors(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
             self._manager = _Manager(self.directory, options=options)
         self._given_up = False
@@ -240,7 +240,7 @@ class Checkpoints:
     def _saving(self) -> Iterator[None]:
         """A save that fails leaves nothing half-written behind, and no thread that still writes."""
         try:
-            with disk_errors(self.directory):
+            with files.disk_errors(self.directory):
                 yield
         except BaseException:
             self._given_up = True
@@ -274,22 +274,3 @@ def _by_layer(tree: Any) -> Any:
         return ocp.SaveArgs(chunk_byte_size=CHUNK, shard_axes=(0,) if stacked else ())
 
     return jax.tree_util.tree_map_with_path(chunks, tree)
-
-
-@contextmanager
-def disk_errors(directory: Path) -> Iterator[None]:
-    """Turns the many ways in which a full or closed disk shows itself into one message."""
-    try:
-        yield
-    except (OSError, ValueError, RuntimeError) as error:
-        text = str(error)
-        full = getattr(error, "errno", None) in files.FULL
-        if full or any(
-            sign in text for sign in ("No space left", "ENOSPC", "Disk quota", "RESOURCE_EXHAUSTED", "File too large")
-        ):
-            raise UserError(
-                f"checkpoint: the disk of {directory} is full; free some space and run the same command again"
-            ) from error
-        if isinstance(error, PermissionError) or "Permission denied" in text or "Read-only file system" in text:
-            raise UserError(f"checkpoint: {directory} cannot be written to; check its permissions") from error
-        raise

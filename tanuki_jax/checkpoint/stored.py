@@ -1,27 +1,22 @@
-"""Checkpoints of any size, read and written a layer at a time."""
+"""Checkpoints of any size, read a layer at a time, and the blocks that they are written in that way."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import tensorstore
 
 from tanuki_jax import config, files, model
 from tanuki_jax.checkpoint import sums
 from tanuki_jax.checkpoint.loading import base_of, check_sums, locate, read_meta, without_adapter
-from tanuki_jax.checkpoint.stages import disk_errors, join_orbax
 from tanuki_jax.errors import UserError
 
-AHEAD = 3  # blocks on their way to the disk while the next one is made: the matrices of an expert
+Block = tuple[str, tuple[int, ...], np.ndarray]  # name, leading indices, array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +111,7 @@ def _opened(
             try:
                 if blocks and (path := blocks(row)):
                     block = np.asarray(np.memmap(path, array.dtype.numpy_dtype, "r", shape=array.shape[len(row) :]))
-                    if reading.differs(_in_step(path), block):
+                    if reading.differs(in_step(path), block):
                         verified()
                     return block
                 return array[row].read().result() if row else array.read().result()
@@ -142,107 +137,19 @@ def _block_file(directory: Path) -> Callable[[tuple[int, ...]], Path | None] | N
     def path(row: tuple[int, ...]) -> Path | None:
         if chunk != [*(1,) * len(row), *shape[len(row) :]] or not all(shape):
             return None
-        return directory / _file_of(row, len(shape), how.get("dimension_separator", "."))
+        return directory / file_of(row, len(shape), how.get("dimension_separator", "."))
 
     return path
 
 
-def _file_of(row: tuple[int, ...], axes: int, separator: str = ".") -> str:
+def file_of(row: tuple[int, ...], axes: int, separator: str = ".") -> str:
     """What zarr calls the chunk that begins at these leading indices and holds all of the other axes."""
     return separator.join(map(str, [*row, *(0,) * (axes - len(row))]))
 
 
-def _in_step(block: Path) -> str:
+def in_step(block: Path) -> str:
     """The path of a block's file in the directory of its step."""
     return f"params/{block.parent.name}/{block.name}"
-
-
-Block = tuple[str, tuple[int, ...], np.ndarray]  # name, leading indices, array
-
-
-class _Streamed:
-    """Stands for an array that comes in blocks; what Orbax asks of a leaf."""
-
-    def __init__(self, name: str, shape: tuple[int, ...], dtype: str, block: tuple[int, ...]) -> None:
-        self.name, self.shape, self.dtype, self.block = name, shape, np.dtype(dtype), block
-        self.ndim, self.size = len(shape), math.prod(shape)
-        self.nbytes = self.size * self.dtype.itemsize
-
-
-class _StreamHandler(ocp.type_handlers.NumpyHandler):
-    """Opens all arrays, then writes the blocks in the order in which they come; restored as any other array.
-
-    Orbax and TensorStore write what describes the arrays.  The blocks, which are files of plain numbers, are written here: a
-    copy less of every byte, and its check sum by the way.
-    """
-
-    def __init__(self, count: int, blocks: Iterator[Block]) -> None:
-        super().__init__(deepcopy_host_arrays=False)
-        self._count, self._blocks = count, blocks
-        self._directories: dict[str, Path] = {}
-        self.sums: dict[str, list[int]] = {}  # of the files, by their paths in the directory of a step
-
-    def typestr(self) -> str:
-        return "jax.Array"
-
-    async def _open_and_write(self, value: _Streamed, tspec: dict[str, Any], ts_context: Any) -> None:
-        tspec["metadata"] |= {"chunks": value.block, "compressor": None}  # weights hardly shrink
-        store: Any = await tensorstore.open(tspec, create=True, open=True, context=ts_context)
-        self._directories[value.name] = Path(store.kvstore.path)
-        if len(self._directories) == self._count:
-            self._write()
-
-    def _write(self) -> None:
-        def written(path: Path, block: np.ndarray) -> tuple[str, list[int]]:
-            return _in_step(path), sums.write(path, block)
-
-        paths = ((self._directories[name] / _file_of(at, len(at) + block.ndim), block) for name, at, block in self._blocks)
-        # After an error, too, nothing is left that would still write.
-        self.sums = dict(files.ahead((functools.partial(written, *one) for one in paths), AHEAD, AHEAD))
-
-
-def save_streamed(stage_directory: Path, cfg: config.Model, blocks: Iterator[Block], meta: dict[str, Any]) -> None:
-    """Writes a model's parameters as step 0 of a stage from blocks (name, leading indices, array), none of which is kept.
-
-    Experts come one by one (two leading indices), other layers whole (one), the rest at once (none).
-    """
-    shapes = {name: (shape, str(np.dtype(leaf.dtype))) for (name, _, shape), leaf in _with_leaves(cfg)}
-    leaves = {name: _Streamed(name, shape, dtype, _block(name, shape)) for name, (shape, dtype) in shapes.items()}
-    stopped = threading.Event()
-
-    def until_stopped() -> Iterator[Block]:
-        for block in blocks:
-            if stopped.is_set():
-                raise RuntimeError("stopped")
-            yield block
-
-    writing = _StreamHandler(len(leaves), until_stopped())
-    registry = ocp.type_handlers.create_type_handler_registry((_Streamed, writing))
-    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry)
-    directory = Path(stage_directory).absolute() / "checkpoints"
-    tree: dict[str, Any] = {}
-    for name, leaf in leaves.items():
-        *groups, last = name.split("/")
-        place = tree
-        for group in groups:
-            place = place.setdefault(group, {})
-        place[last] = leaf
-    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
-    handlers = {"params": handler, "meta": ocp.JsonCheckpointHandler()}
-    with disk_errors(directory), ocp.CheckpointManager(directory, options=options, item_handlers=handlers) as manager:
-        items = {"params": ocp.args.PyTreeSave(tree), "meta": ocp.args.JsonSave({**meta, "step": 0})}
-        try:
-            manager.save(0, args=ocp.args.Composite(**items))
-        except BaseException:  # Ctrl-C comes to this thread, while another one goes on writing
-            stopped.set()
-            join_orbax()
-            raise
-        sums.seal(directory / "0", 0, 1, writing.sums)
-        files.sync(directory)
-
-
-def _with_leaves(cfg: config.Model) -> Iterator[tuple[tuple[str, str, tuple[int, ...]], Any]]:
-    yield from zip(model.named_parameters(cfg), jax.tree.leaves(model.parameter_shapes(cfg)), strict=True)
 
 
 def _leading(name: str, shape: tuple[int, ...]) -> int:
@@ -250,7 +157,7 @@ def _leading(name: str, shape: tuple[int, ...]) -> int:
     return 0 if not name.startswith("layers/") else 2 if len(shape) == 4 and "/moe/" in name else 1
 
 
-def _block(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+def block_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Shape of a block, and of a chunk on disk."""
     leading = _leading(name, shape)
     return (*(1,) * leading, *shape[leading:])

@@ -31,7 +31,7 @@ def import_huggingface(path: Path, output: Path, vocab_size: int = 0) -> str:
                 done += array.nbytes
                 progress.show(done)
 
-    with checkpoint.disk_errors(output), files.atomic_path(output) as temporary:
+    with files.disk_errors(output), files.atomic_path(output) as temporary:
         meta = {**opened.meta, "stage": "import", "model": config.to_dict(cfg), "data_fingerprint": "", "id": uuid.uuid4().hex}
         checkpoint.save_streamed(temporary, cfg, blocks(), meta)
         copy_tokenizer(path, temporary / "tokenizer")

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tanuki_jax import config, parallel
-from tanuki_jax.checkpoint import Checkpoints, disk_errors
+from tanuki_jax import config, files, parallel
+from tanuki_jax.checkpoint import Checkpoints
 from tanuki_jax.errors import Preempted, UserError
 from tanuki_jax.progress import Progress
 from tanuki_jax.train.clock import Clock
@@ -97,7 +97,7 @@ def run(
                 try:
                     return attempt.run(state, train_step, batches(start, detours.batch), probes)
                 except OSError:  # of metrics or events; a device out of memory is no full disk
-                    with disk_errors(job.directory):
+                    with files.disk_errors(job.directory):
                         raise
                 except _GoBack:
                     del state

@@ -83,7 +83,7 @@ def plan(checkpoints: Sequence[str], shape: dict[str, Any], settings: dict[str, 
 def run(job: Job, output: Path) -> str:
     """Makes the mixture, and returns a table of what came of it.  `output` is there whole or not at all."""
     began = time.monotonic()
-    with checkpoint.disk_errors(output), files.atomic_path(output) as temporary:
+    with files.disk_errors(output), files.atomic_path(output) as temporary:
         meta = {**job.sources[0].meta, "stage": "upcycle", "model": config.to_dict(job.cfg), "data_fingerprint": ""}
         meta["upcycle"] = config.to_dict(job.options) | {"seed": job.seed, "from": str(job.sources[0].stage_directory)}
         meta["id"] = uuid.uuid4().hex
@@ -297,7 +297,7 @@ def _disk_rate(directory: Path) -> float:
     scratch = directory / f".{uuid.uuid4().hex}.tmp"
     began = time.monotonic()
     try:
-        with checkpoint.disk_errors(directory), files.direct(scratch, 8 * len(block)) as append:
+        with files.disk_errors(directory), files.direct(scratch, 8 * len(block)) as append:
             scratch.unlink()  # a kill leaves nothing
             for _ in range(8):
                 append(block)
