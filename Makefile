@@ -34,10 +34,10 @@ demo: setup
 	@echo "talk    $(BIN)/tanuki chat --checkpoint=$(WORKDIR)/stages/dpo"
 
 test: setup
-	$(BIN)/python -m pytest -n $(JOBS) -m 'not slow'
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m 'not slow'
 
 test-slow: setup
-	$(BIN)/python -m pytest -n $(JOBS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 check: setup
 	$(BIN)/ruff check
