@@ -8,13 +8,12 @@ written with the small modelling file beside it, to be loaded with `trust_remote
 from __future__ import annotations
 
 import functools
-import itertools
 import json
 import math
 import shutil
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,22 +41,23 @@ from tanuki_jax.interop.huggingface import (
 from tanuki_jax.interop.vocabulary import resized
 from tanuki_jax.progress import Progress
 
-AHEAD, THREADS = 6, 2  # pieces that are read and transposed while one is written, the tiny ones of norms among them
-PIECE = 32 << 20  # bytes of one, at most: what is transposed in one go, and no reason to wait for the embedding or the head
+AHEAD, THREADS = 10, 2  # pieces that are made while one is written, the tiny ones of norms among them
+PIECE = 4 << 20  # bytes of one, at most: transposed in memory that the last one left in the cache, twice as fast as the whole
 SHARD = 4_000_000_000  # bytes of a file, at most, unless one tensor is larger
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "mixtral": "MixtralForCausalLM", "tanuki": "TanukiForCausalLM"}
 CODE = {"AutoConfig": "modeling_tanuki.TanukiConfig", "AutoModelForCausalLM": "modeling_tanuki.TanukiForCausalLM"}
 
 
 Read = Callable[[], np.ndarray]
+Part = list[Read]  # an array of ours in the pieces in which it is written; the first is empty, and reads it for the others
 
 
 class Tensor(NamedTuple):
-    """A published tensor, and how its contents are read, in the pieces in which they are written."""
+    """A published tensor, and how its contents are read: part by part."""
 
     name: str
     shape: tuple[int, ...]
-    pieces: list[Read]
+    parts: list[Part]
 
 
 def export_huggingface(path: Path, output: Path, vocab_size: int = 0) -> str:
@@ -105,21 +105,20 @@ def _tensors(opened: Opened, kind: str) -> Iterator[Tensor]:
     sizes = sizes_of(cfg) | {"F": cfg.expert_d_ff or cfg.d_ff if cfg.n_experts else cfg.d_ff}
 
     def one(path: str, name: Name, theirs: str, *at: int) -> Tensor:
-        return Tensor(theirs, published_shape(name, sizes), pieces(path, name, *at))
+        return Tensor(theirs, published_shape(name, sizes), [part(path, name, *at)])
 
-    def pieces(path: str, name: Name, *at: int) -> list[Read]:
+    def part(path: str, name: Name, *at: int) -> Part:
         rows, *rest = published_shape(name, sizes)
         count = math.ceil(rows * math.prod(rest) * np.dtype(tree[path].dtype).itemsize / PIECE)
-        whole = _shared(functools.partial(tree[path].read, *at), count)
-        parts = [slice(rows * i // count, rows * (i + 1) // count) for i in range(count)]
-        return [functools.partial(_rows, name, whole, part) for part in parts]
+        whole = _shared(functools.partial(tree[path].read, *at), count + 1)
+        pieces = [slice(0), *(slice(rows * i // count, rows * (i + 1) // count) for i in range(count))]
+        return [functools.partial(_rows, name, whole, piece) for piece in pieces]
 
     def fused(layer: int) -> Iterator[Tensor]:
         E, F, D = cfg.n_experts, sizes["F"], cfg.d_model
 
-        def of_all(*parts: str) -> list[Read]:
-            found = (pieces(f"layers/{part}", EXPERT[part], layer, number) for number in range(E) for part in parts)
-            return list(itertools.chain.from_iterable(found))
+        def of_all(*names: str) -> list[Part]:
+            return [part(f"layers/{name}", EXPERT[name], layer, number) for number in range(E) for name in names]
 
         yield Tensor(f"model.layers.{layer}.{GATE_UP}", (E, 2 * F, D), of_all("moe/gate", "moe/up"))
         yield Tensor(f"model.layers.{layer}.{DOWN}", (E, D, F), of_all("moe/down"))
@@ -159,6 +158,16 @@ def _shared(read: Read, count: int) -> Read:
     return call
 
 
+def _in_order(parts: Iterable[Part]) -> Iterator[Read]:
+    """All pieces in order, but that every part is read while the one before it is written."""
+    rest: list[Read] = []
+    for first, *pieces in parts:
+        yield first
+        yield from rest
+        rest = pieces
+    yield from rest
+
+
 def _rows(name: Name, read: Read, rows: slice) -> np.ndarray:
     """Rows of an array of ours in the published layout."""
     array = read()
@@ -196,7 +205,7 @@ def _write(directory: Path, tensors: list[Tensor], dtype: str) -> int:
         text += b" " * (-len(text) % 8)
         with files.direct(directory / file, 8 + len(text) + at, depth=8) as append:
             append(memoryview(struct.pack("<Q", len(text)) + text))
-            for piece in files.ahead((read for tensor in shard for read in tensor.pieces), AHEAD, THREADS):
+            for piece in files.ahead(_in_order(part for tensor in shard for part in tensor.parts), AHEAD, THREADS):
                 append(piece.reshape(-1).view(np.uint8).data)
                 done += piece.nbytes
                 progress.show(done)
