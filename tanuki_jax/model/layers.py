@@ -57,7 +57,8 @@ def project(
         keep = kept(module.make_rng("dropout"), rate, x.shape)
         if (parts := parallel.size("context")) > 1 and parallel.splits_batch(x.shape[0]):  # where the tokens lie there
             keep = keep[:, parallel.balanced_order(x.shape[1], parts)]
-        x = jnp.where(keep, x / (1 - rate).astype(x.dtype), 0)
+        # The barrier keeps the compiler from drawing, and norming, anew for every block of the product that they go into.
+        x = jax.lax.optimization_barrier(jnp.where(keep, x / (1 - rate).astype(x.dtype), 0))
     return y + adapter["scale"].astype(x.dtype) * ops.linear(ops.linear(x, a, inner), b)
 
 
@@ -65,8 +66,7 @@ def kept(key: jax.Array, rate: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Which entries dropout keeps, bool, each with probability 1 - rate to within 2^-17: two of every random word."""
     words = jax.random.bits(key, (*shape[:-1], -(-shape[-1] // 2)), jnp.uint32)
     halves = jnp.concatenate([words & 0xFFFF, words >> 16], axis=-1)[..., : shape[-1]]
-    # The barrier keeps the compiler from drawing them anew for every block of the product that they go into.
-    return jax.lax.optimization_barrier(halves < jnp.round((1 - rate) * 2**16).astype(jnp.uint32))
+    return halves < jnp.round((1 - rate) * 2**16).astype(jnp.uint32)
 
 
 def adapted(module: nn.Module, cfg: config.Model, name: str, axes: str, kind: str = "inner", expert: bool = False) -> jax.Array:
