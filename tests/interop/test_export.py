@@ -139,8 +139,10 @@ def test_every_stage_of_a_trained_recipe_says_the_same_in_transformers(name, tmp
 # --- our own checkpoints --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("piece", [module.PIECE, 1000, 30])  # all of an array, a few rows, less than one
 @pytest.mark.parametrize(("kind", "dtype"), [("llama", "bfloat16"), ("mixtral", "float32"), ("tanuki", "bfloat16")])
-def test_a_checkpoint_comes_back_to_the_last_bit(kind, dtype, tmp_path):
+def test_a_checkpoint_comes_back_to_the_last_bit(kind, dtype, piece, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "PIECE", piece)
     cfg, theirs, mine, _ = made(kind, dtype)
     back = export(save(tmp_path / "ours", cfg, mine), tmp_path / "back")
     assert_same_bits(read_directory(back), theirs)
