@@ -196,9 +196,11 @@ def _outer(x_RA, y_RB, experts, tiles):
         def _():
             total[...] = jnp.zeros_like(total)
 
-        @pl.when(filled[t] > 0)
-        def _():
-            total[...] += jax.lax.dot_general(x[...], y[...], (((0,), (0,)), ((), ())), preferred_element_type=F32)
+        def add(part):
+            total[...] += jax.lax.dot_general(x[part], y[part], (((0,), (0,)), ((), ())), preferred_element_type=F32)
+
+        pl.when(filled[t] > PART)(lambda: add(slice(0, TILE)))
+        pl.when((filled[t] > 0) & (filled[t] <= PART))(lambda: add(slice(0, PART)))
 
         @pl.when(last)
         def _():

@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from tanuki_jax import config, ops, parallel
-from tanuki_jax.ops import device, mosaic
+from tanuki_jax.ops import device, expert_kernels, mosaic
 
 CASES = {
     "even": lambda rng, T, k, E: np.stack([rng.permutation(E)[:k] for _ in range(T)]),
@@ -112,6 +112,29 @@ def test_against_a_loop_over_tokens():
             expected[t] += w * ((a / (1 + np.exp(-a)) * (x[t] @ up[e])) @ down[e])
     found, _ = ops.expert_ffn(x, weights, experts, gate, up, down)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_parts_of_a_tile_that_the_cost_leaves_out_are_not_computed():
+    """NaN in them reaches neither results nor gradients, so the compiler is told of no fewer rows than are computed."""
+    sizes, D, F = (100, 300, 0, 257, 512), 12, 20
+    tiles, starts = expert_kernels.layout(jnp.array(sizes), sum(sizes))
+    rng, R, E = np.random.default_rng(0), len(tiles.expert) * expert_kernels.TILE, len(sizes)
+    used = np.zeros(R, bool)
+    for start, size in zip(np.asarray(starts), sizes, strict=True):
+        used[start : start + size] = True
+    computed = np.repeat(used.reshape(-1, expert_kernels.PART).any(axis=1), expert_kernels.PART)
+    matrices = [jnp.float32(rng.normal(size=s) * s[1] ** -0.5) for s in ((E, D, F), (E, D, F), (E, F, D))]
+    x, dy = (jnp.float32(np.where(used[:, None], rng.normal(size=(R, D)), 0)) for _ in range(2))
+    weight = jnp.float32(used)
+
+    def run(x, dy):
+        y, back = jax.vjp(lambda x, w, *m: expert_kernels.swiglu(x, w, *m, tiles), x, weight, *matrices)
+        return y, *back(dy)
+
+    expected, hole = jax.jit(run)(x, dy), jnp.where(computed[:, None], 0, jnp.nan)
+    for a, b in zip(jax.jit(run)(x + hole, dy + hole), expected, strict=True):
+        np.testing.assert_array_equal(a[used] if len(a) == R else a, b[used] if len(b) == R else b)
+    assert 0 < computed.sum() - used.sum() < R - used.sum()
 
 
 @pytest.mark.parametrize("impl", IMPLS)
