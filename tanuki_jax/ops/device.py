@@ -27,3 +27,12 @@ def vmem_bytes() -> int:
     from jax.experimental.pallas import tpu as pltpu
 
     return int(pltpu.get_tpu_info().vmem_capacity_bytes) * 3 // 4
+
+
+def mxu_columns() -> int:
+    """Columns of a TPU's matrix unit; those of most generations on other platforms."""
+    if not on_tpu():
+        return 128
+    from jax.experimental.pallas import tpu as pltpu
+
+    return int(pltpu.get_tpu_info().mxu_column_size)

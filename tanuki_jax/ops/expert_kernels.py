@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from tanuki_jax.ops.device import on_tpu, vmem_bytes
+from tanuki_jax.ops.device import mxu_columns, on_tpu, vmem_bytes
 
 TILE = 256  # rows of a tile
 PART = 128  # rows that are computed or skipped together in a tile that is not full
@@ -93,11 +93,13 @@ def _gate_up(x_RD, weight_R, gate_EDF, up_EDF, tiles):
     dtype, bytes_ = x_RD.dtype, x_RD.dtype.itemsize
     width = _width(F, 4 * D * bytes_ + 3 * TILE * (2 * bytes_ + 4), 2 * TILE * D * bytes_)
 
-    def body(part, x, weight, gate, up, g_out, u_out, h_out):
-        rows = x[part]
-        g, u = _dot(rows, gate[0]), _dot(rows, up[0])
-        g_out[part], u_out[part] = g.astype(dtype), u.astype(dtype)
-        h_out[part] = (weight[part] * (g * jax.nn.sigmoid(g)) * u).astype(dtype)
+    def body(part, chunk, x, weight, gate, up, g_out, u_out, h_out):
+        def compute(columns):
+            g, u = _dot(x[part], gate[0, :, columns]), _dot(x[part], up[0, :, columns])
+            g_out[part, columns], u_out[part, columns] = g.astype(dtype), u.astype(dtype)
+            h_out[part, columns] = (weight[part] * (g * jax.nn.sigmoid(g)) * u).astype(dtype)
+
+        _in_chunks(width, chunk, compute)
 
     wide = pl.BlockSpec((TILE, width), lambda n, t, e, f, b: (b[t], n))
     matrix = pl.BlockSpec((1, D, width), lambda n, t, e, f, b: (e[t], 0, n))
@@ -118,18 +120,22 @@ def _gate_up_gradient(dy_RD, weight_R, g_RF, u_RF, down_EFD, tiles):
     dtype, bytes_ = dy_RD.dtype, dy_RD.dtype.itemsize
     width = _width(F, 2 * D * bytes_ + TILE * (10 * bytes_ + 24), 2 * TILE * D * bytes_ + 4 * TILE * LANES * 4)
 
-    def body(part, dy, weight, g_in, u_in, down, dg_out, du_out, h_out, dweight_out):
-        dh = _dot_transposed(dy[part], down[0])
-        g, u, w = g_in[part].astype(F32), u_in[part].astype(F32), weight[part]
-        sigmoid = jax.nn.sigmoid(g)
-        silu = g * sigmoid
-        # Rows along lanes, by a product: one column would take as much memory as 128.
-        ones = jnp.ones((SUBLANES, width), F32)
-        dweight_out[0, :, part] = _dot_transposed(ones, dh * silu * u, precision=jax.lax.Precision.HIGHEST)
-        dh *= w
-        h_out[part] = (w * silu * u).astype(dtype)
-        du_out[part] = (dh * silu).astype(dtype)
-        dg_out[part] = (dh * u * (sigmoid + silu * (1 - sigmoid))).astype(dtype)
+    def body(part, chunk, dy, weight, g_in, u_in, down, dg_out, du_out, h_out, dweight_out):
+        def compute(columns):
+            dh = _dot_transposed(dy[part], down[0, columns])
+            g, u, w = g_in[part, columns].astype(F32), u_in[part, columns].astype(F32), weight[part]
+            sigmoid = jax.nn.sigmoid(g)
+            silu = g * sigmoid
+            # Rows along lanes, by a product: one column would take as much memory as 128.
+            ones = jnp.ones((SUBLANES, g.shape[1]), F32)
+            dweight_out[0, :, part] += _dot_transposed(ones, dh * silu * u, precision=jax.lax.Precision.HIGHEST)
+            dh *= w
+            h_out[part, columns] = (w * silu * u).astype(dtype)
+            du_out[part, columns] = (dh * silu).astype(dtype)
+            dg_out[part, columns] = (dh * u * (sigmoid + silu * (1 - sigmoid))).astype(dtype)
+
+        dweight_out[0, :, part] = jnp.zeros_like(dweight_out[0, :, part])
+        _in_chunks(width, chunk, compute)
 
     wide = pl.BlockSpec((TILE, width), lambda n, t, e, f, b: (b[t], n))
     matrix = pl.BlockSpec((1, width, D), lambda n, t, e, f, b: (e[t], n, 0))
@@ -156,10 +162,14 @@ def _product(x_RA, w, tiles, transposed, plus_RB=None):
     width = _width(B, 2 * A * bytes_ + TILE * (4 * bytes_ + 4), 2 * TILE * A * bytes_)
     block = (1, width, A) if transposed else (1, A, width)
 
-    def body(part, x, matrix, *plus_and_out):
-        y = (_dot_transposed if transposed else _dot)(x[part], matrix[0])
+    def body(part, chunk, x, matrix, *plus_and_out):
         *plus, out = plus_and_out
-        out[part] = (y + plus[0][part].astype(F32) if plus else y).astype(x_RA.dtype)
+
+        def compute(columns):
+            y = _dot_transposed(x[part], matrix[0, columns]) if transposed else _dot(x[part], matrix[0, :, columns])
+            out[part, columns] = (y + plus[0][part, columns].astype(F32) if plus else y).astype(x_RA.dtype)
+
+        _in_chunks(width, chunk, compute)
 
     def where(n, t, e, f, b):
         return (e[t], n, 0) if transposed else (e[t], 0, n)
@@ -185,26 +195,28 @@ def _outer(x_RA, y_RB, experts, tiles):
     dtype, bytes_ = x_RA.dtype, x_RA.dtype.itemsize
     high = _width(A, 2 * TILE * bytes_, 0, limit=2048)
     wide = _width(B, high * (2 * bytes_ + 4) + 2 * TILE * bytes_, 2 * TILE * high * bytes_, limit=2048)
-    M = R // TILE
+    M, chunk = R // TILE, _chunk()
 
     def kernel(expert, filled, block, x, y, out, total):
         t = pl.program_id(2)
         first = (t == 0) | (expert[jnp.maximum(t - 1, 0)] != expert[t])
         last = (t == M - 1) | (expert[jnp.minimum(t + 1, M - 1)] != expert[t])
 
-        @pl.when(first)
-        def _():
-            total[...] = jnp.zeros_like(total)
+        def clear(some):
+            total[some] = jnp.zeros((some.size, wide), F32)
 
-        def add(part):
-            total[...] += jax.lax.dot_general(x[part], y[part], (((0,), (0,)), ((), ())), preferred_element_type=F32)
+        def add(part, some):
+            product = jax.lax.dot_general(x[part, some], y[part], (((0,), (0,)), ((), ())), preferred_element_type=F32)
+            total[some] = jnp.where(first, product, total[some] + product)
 
-        pl.when(filled[t] > PART)(lambda: add(slice(0, TILE)))
-        pl.when((filled[t] > 0) & (filled[t] <= PART))(lambda: add(slice(0, PART)))
+        def write(some):
+            out[0, some] = total[some].astype(dtype)
 
-        @pl.when(last)
-        def _():
-            out[0] = total[...].astype(dtype)
+        whole, half = (functools.partial(add, slice(0, rows)) for rows in (TILE, PART))
+        pl.when(first & (filled[t] == 0))(lambda: _in_chunks(high, chunk, clear))
+        pl.when(filled[t] > PART)(lambda: _in_chunks(high, chunk, whole))
+        pl.when((filled[t] > 0) & (filled[t] <= PART))(lambda: _in_chunks(high, chunk, half))
+        pl.when(last)(lambda: _in_chunks(high, chunk, write))
 
     return pl.pallas_call(
         kernel,
@@ -240,10 +252,12 @@ def _call(
     cost: tuple[int, int],
     reused: dict[int, int] | None = None,
 ) -> list[jax.Array]:
-    """Runs body(rows of the tile, *references) over a grid (column blocks, tiles) for the rows in use; others give 0.
+    """Runs body(rows, columns at once, *references) over a grid (column blocks, tiles) for the rows in use; others give 0.
 
     reused: inputs whose memory becomes that of an output; their blocks must be the same.
     """
+
+    chunk = _chunk()
 
     def kernel(expert, filled, block, *references):
         rows = filled[pl.program_id(1)]
@@ -259,12 +273,12 @@ def _call(
         def step(number, _):
             start = pl.multiple_of(number * PART, PART)
             part = pl.ds(start, PART)
-            pl.when(start < rows)(lambda: body(part, *references))
+            pl.when(start < rows)(lambda: body(part, chunk // 2, *references))  # rare: a shorter program
             pl.when(start >= rows)(lambda: clear(part))
 
         @pl.when(rows == TILE)
         def _():
-            body(slice(0, TILE), *references)
+            body(slice(0, TILE), chunk, *references)
 
         @pl.when((rows > 0) & (rows < TILE))
         def _():
@@ -283,6 +297,20 @@ def _call(
         input_output_aliases={len(tiles) + i: o for i, o in (reused or {}).items()},
         **_options(("parallel", "arbitrary")),
     )(*tiles, *(array for array, _ in inputs))
+
+
+def _chunk() -> int:
+    """Columns of a block that are computed at once: enough to keep the matrix units busy, in a program that stays short."""
+    return 4 * mxu_columns()
+
+
+def _in_chunks(length: int, limit: int, body: Callable[[Any], None]) -> None:
+    """Runs body(part) for all equal parts of a block's side, `limit` at most; a length that 128 does not divide is one part."""
+    chunk = max((c for c in range(LANES, limit + 1, LANES) if length % c == 0), default=length)
+    if chunk == length:
+        body(pl.ds(0, length))
+    else:
+        jax.lax.fori_loop(0, length // chunk, lambda i, _: body(pl.ds(pl.multiple_of(i * chunk, chunk), chunk)), None)
 
 
 def _cost(tiles: int, experts: int, flops_per_row: int, bytes_accessed: int) -> pl.CostEstimate:

@@ -114,6 +114,14 @@ def test_against_a_loop_over_tokens():
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_blocks_computed_in_several_steps_are_the_same(case, monkeypatch):
+    sizes = (600, 2, 3, 256, 768)
+    monkeypatch.setattr(expert_kernels, "mxu_columns", lambda: 64)
+    found, _ = value_and_gradients(functools.partial(ops.expert_ffn, impl="pallas"), *problem(case, *sizes))
+    close(found, reference(case, *sizes))
+
+
 def test_the_parts_of_a_tile_that_the_cost_leaves_out_are_not_computed():
     """NaN in them reaches neither results nor gradients, so the compiler is told of no fewer rows than are computed."""
     sizes, D, F = (100, 300, 0, 257, 512), 12, 20
