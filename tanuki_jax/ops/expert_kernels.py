@@ -20,7 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 from tanuki_jax.ops.device import mxu_columns, on_tpu, vmem_bytes
 
 TILE = 256  # rows of a tile
-PART = 128  # rows that are computed or skipped together in a tile that is not full
+PART = 128  # rows that are computed of a tile that has no more in use
 SUBLANES, LANES = 8, 128
 F32 = jnp.float32
 
@@ -263,26 +263,16 @@ def _call(
         rows = filled[pl.program_id(1)]
         out = references[len(inputs) :]
 
-        def clear(part):
-            for reference in out:
-                if len(reference.shape) == 3:
-                    reference[0, :, part] = jnp.zeros((SUBLANES, PART), reference.dtype)
-                else:
-                    reference[part] = jnp.zeros((PART, reference.shape[-1]), reference.dtype)
-
-        def step(number, _):
-            start = pl.multiple_of(number * PART, PART)
-            part = pl.ds(start, PART)
-            pl.when(start < rows)(lambda: body(part, chunk // 2, *references))  # rare: a shorter program
-            pl.when(start >= rows)(lambda: clear(part))
-
-        @pl.when(rows == TILE)
+        @pl.when(rows > PART)
         def _():
             body(slice(0, TILE), chunk, *references)
 
-        @pl.when((rows > 0) & (rows < TILE))
+        @pl.when((rows > 0) & (rows <= PART))
         def _():
-            jax.lax.fori_loop(0, TILE // PART, step, None)  # unrolled, every part would be a program of its own
+            body(slice(0, PART), chunk // 2, *references)  # rare: a shorter program
+            for reference in out:
+                rest = (0, slice(None), slice(PART, TILE)) if len(reference.shape) == 3 else slice(PART, TILE)
+                reference[rest] = jnp.zeros_like(reference[rest])
 
     experts = next(array.shape[0] for array, _ in inputs if array.ndim == 3)
     flops_per_row, bytes_accessed = cost
@@ -314,7 +304,7 @@ def _in_chunks(length: int, limit: int, body: Callable[[Any], None]) -> None:
 
 
 def _cost(tiles: int, experts: int, flops_per_row: int, bytes_accessed: int) -> pl.CostEstimate:
-    """What the compiler is told: the rows in use, and half a part of each expert's last tile; data as often as it moves."""
+    """What the compiler is told: rows in use, and what is computed beside them on average; data as often as it moves."""
     rows = (tiles - experts) * TILE + experts * PART // 2
     return pl.CostEstimate(flops=rows * flops_per_row, bytes_accessed=int(bytes_accessed), transcendentals=0)
 
