@@ -116,10 +116,13 @@ def test_against_a_loop_over_tokens():
 
 @pytest.mark.parametrize("case", CASES)
 def test_blocks_computed_in_several_steps_are_the_same(case, monkeypatch):
-    sizes = (600, 2, 3, 256, 768)
-    monkeypatch.setattr(expert_kernels, "mxu_columns", lambda: 64)
+    sizes, steps, loop = (600, 2, 3, 256, 768), [], jax.lax.fori_loop
+    monkeypatch.setattr(expert_kernels, "mxu_columns", lambda: 32)
+    monkeypatch.setattr(expert_kernels, "vmem_bytes", lambda: 2**26)  # room for whole matrices in a block
+    monkeypatch.setattr(jax.lax, "fori_loop", lambda *arguments: steps.append(arguments[1]) or loop(*arguments))
     found, _ = value_and_gradients(functools.partial(ops.expert_ffn, impl="pallas"), *problem(case, *sizes))
     close(found, reference(case, *sizes))
+    assert {2, 6} <= set(steps)  # of 256 and of 768 columns, 128 at once
 
 
 def test_the_parts_of_a_tile_that_the_cost_leaves_out_are_not_computed():
