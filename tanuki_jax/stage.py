@@ -21,7 +21,7 @@ from tanuki_jax.errors import UserError
 from tanuki_jax.inputs import Inputs
 from tanuki_jax.observe import Tell
 from tanuki_jax.progress import Progress
-from tanuki_jax.stage_data import sources_of, stage_data
+from tanuki_jax.stage_data import StageData, sources_of, stage_data
 from tanuki_jax.start import (
     adapter_scales,
     base_directory,
@@ -94,8 +94,9 @@ def run(
     cfg = config.model_of(recipe, name)
     placement.check_mesh(recipe, name, mesh)
     frozen = frozen_params(recipe, name, workdir, mesh)
-    reference = _reference(recipe, name, workdir, inputs, mesh, frozen) if this.kind == "dpo" else None
-    data = parallel.once(lambda: stage_data(recipe, name, inputs, workdir / "data", reference), f"the data of stage {name}")
+    data = parallel.once(lambda: stage_data(recipe, name, inputs, workdir / "data"), f"the data of stage {name}")
+    if this.kind == "dpo":
+        data = data.with_reference(_reference(recipe, name, workdir, data, mesh, frozen))
     parallel.agree(f"fingerprint of the data of stage {name}", data.fingerprint)
     train_step, abstract, shardings = program(recipe, name, data.steps, mesh)
     optimizer = make_optimizer(this.optimizer)
@@ -229,10 +230,9 @@ def _check_finite(where: str, params: Any) -> None:
             raise UserError(f"upcycle: {where} has NaN or Inf in {named}; use an earlier checkpoint")
 
 
-def _reference(recipe: Recipe, name: str, workdir: Path, inputs: Inputs, mesh: jax.sharding.Mesh, frozen: Any) -> np.ndarray:
+def _reference(recipe: Recipe, name: str, workdir: Path, data: StageData, mesh: jax.sharding.Mesh, frozen: Any) -> np.ndarray:
     """Log-probabilities [pairs, 2] of every pair under the model that the stage starts from, computed once and cached."""
     this, cfg = recipe.stages[name], config.model_of(recipe, name)
-    data = parallel.once(lambda: stage_data(recipe, name, inputs, workdir / "data"), f"the data of stage {name}")
     parent = parent_directory(recipe, name, workdir)
     assert parent is not None
     home, step = checkpoint.locate(parent)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,22 @@ class StageData:
     """The rows of a stage, how many steps they are for, and the fingerprint that a resumed run must match."""
 
     names: tuple[str, ...]
-    sources: tuple[Any, ...]
+    order: tuple[loader.Source, ...]  # of each source its rows and how they are shuffled
     mixture: StagedMixture
-    rows: grain.MapDataset
     steps: int
     rows_per_step: int
     fingerprint: str
     held_out: Mapping[str, packing.Held]  # rows for validation
+
+    @property
+    def sources(self) -> tuple[Any, ...]:
+        """The rows of each source."""
+        return tuple(source.rows for source in self.order)
+
+    @functools.cached_property
+    def rows(self) -> grain.MapDataset:
+        """Row i of the stage."""
+        return loader.mixed_rows(self.order, self.mixture)
 
     def counters(self, step: int) -> dict[str, float]:
         """What each source has given up to the end of a step, earlier stages of its chain included: tokens and epochs."""
@@ -47,65 +57,32 @@ class StageData:
             result[f"data/{name}/epoch"] = round(count / len(rows), 4)
         return result
 
+    def with_reference(self, logprobs: np.ndarray) -> StageData:
+        """The same pairs with the reference model's log-probabilities, float32 [pairs, 2] over all sources in order."""
+        ends = np.cumsum([len(rows.ref_logprobs) for rows in self.sources])[:-1]
+        parts = np.split(logprobs, ends)
+        order = [
+            source._replace(rows=replace(source.rows, ref_logprobs=part))
+            for source, part in zip(self.order, parts, strict=True)
+        ]
+        return replace(self, order=tuple(order))
+
 
 def sources_of(stage: Stage) -> tuple[str, ...]:
     """The names of the sources that a stage reads, in the order of their numbers."""
     return tuple(name for name, weights in stage.mixture.items() if any(weights))
 
 
-def stage_data(recipe: Recipe, name: str, inputs: Inputs, cache: Path, reference: np.ndarray | None = None) -> StageData:
-    """Opens the sources of a stage and mixes them.
-
-    reference: float32 [pairs, 2] log-probabilities of the reference model over all pair sources in order (dpo).
-    """
+def stage_data(recipe: Recipe, name: str, inputs: Inputs, cache: Path) -> StageData:
+    """Opens the sources of a stage and mixes them; pairs come without the reference model's log-probabilities."""
     this = recipe.stages[name]
     names = sources_of(this)
-    opened: list[Any] = []
-    contents, held_out, first_pair = [], {}, 0
-    for source in names:
-        manifest, tokens, mask = open_store(inputs.stores[source])
-        if manifest.kind not in NEEDS[this.kind]:
-            raise UserError(
-                f"stage {name}: source {source!r} holds {manifest.kind} rows; "
-                f"a {this.kind} stage needs {' or '.join(NEEDS[this.kind])} rows"
-            )
-        contents.append(manifest.content)
-        if this.kind == "pretrain":
-            rows: Any = packing.Windows(
-                tokens, this.seq_len, this.reset_attention, recipe.model.vocab_size, recipe.validation.tokens
-            )
-            if 0 < recipe.validation.tokens < this.seq_len:
-                raise UserError(
-                    f"config: validation.tokens is {recipe.validation.tokens}, less than one row of stage {name} "
-                    f"({this.seq_len} tokens); raise it, or set it to 0"
-                )
-            if recipe.validation.tokens:
-                held_out[source] = packing.Held(rows)
-        else:
-            assert mask is not None
-            packed = _packed(name, source, this.kind, tokens, mask, manifest, this.seq_len, cache)
-            if this.kind == "sft":
-                rows = packing.PackedDialogues(tokens, mask, packed, this.seq_len)
-            else:
-                pairs = manifest.documents // 2
-                logprobs = np.zeros((pairs, 2), np.float32) if reference is None else reference[first_pair : first_pair + pairs]
-                first_pair += pairs
-                widest = int(np.diff(packed.starts).max(initial=1))
-                rows = packing.PackedPairs(tokens, mask, packed, this.seq_len, widest, logprobs)
-        if this.kind != "pretrain" and not len(rows):
-            raise UserError(
-                f"stage {name}: no {'pair' if this.kind == 'dpo' else 'answer'} of source {source!r} fits into {this.seq_len} "
-                "tokens; raise seq_len"
-            )
-        if not len(rows):
-            raise UserError(
-                f"stage {name}: source {source!r} has too little text for one row of {this.seq_len} tokens"
-                f"{' beside validation.tokens' if held_out else ''}; add data or lower seq_len"
-            )
-        opened.append(rows)
-    if this.kind == "dpo":
+    contents, opened = zip(*(_opened(recipe, name, source, inputs, cache) for source in names), strict=True)
+    if this.kind == "dpo":  # one shape for all
         widest = max(rows.max_pairs for rows in opened)
-        opened = [packing.PackedPairs(r.tokens, r.mask, r.packing, r.seq_len, widest, r.ref_logprobs) for r in opened]
+        opened = tuple(replace(rows, max_pairs=widest) for rows in opened)
+    held = this.kind == "pretrain" and recipe.validation.tokens
+    held_out = {source: packing.Held(rows) for source, rows in zip(names, opened, strict=True)} if held else {}
 
     sizes = [len(rows) for rows in opened]
     steps = max(1, round(this.epochs * sum(sizes) / this.batch_size)) if this.epochs else _steps(recipe, name)
@@ -123,7 +100,7 @@ def stage_data(recipe: Recipe, name: str, inputs: Inputs, cache: Path, reference
     else:  # packed rows differ from stage to stage, and so does their order
         first, runs, seeds = [0] * len(names), [1] * len(names), [_seed(recipe.seed, name, n) for n in names]
     mixture = StagedMixture(weights, starts, loader.ENDLESS, first)  # a run that leaves batches out reads further
-    ordered = [loader.Source(rows, seed, run) for rows, seed, run in zip(opened, seeds, runs, strict=True)]
+    order = tuple(loader.Source(rows, seed, run) for rows, seed, run in zip(opened, seeds, runs, strict=True))
     fingerprint = files.fingerprint(
         contents,
         inputs.tokenizer.fingerprint,
@@ -132,8 +109,44 @@ def stage_data(recipe: Recipe, name: str, inputs: Inputs, cache: Path, reference
         [this.seq_len, this.batch_size, this.reset_attention, this.kind, recipe.validation.tokens],
         [first, runs, seeds],
     )
-    rows_of_stage = loader.mixed_rows(ordered, mixture)
-    return StageData(names, tuple(opened), mixture, rows_of_stage, steps, this.batch_size, fingerprint, held_out)
+    return StageData(names, order, mixture, steps, this.batch_size, fingerprint, held_out)
+
+
+def _opened(recipe: Recipe, name: str, source: str, inputs: Inputs, cache: Path) -> tuple[str, Any]:
+    """The hash of a source's content, and the source as rows of the stage's kind and length."""
+    this = recipe.stages[name]
+    manifest, tokens, mask = open_store(inputs.stores[source])
+    if manifest.kind not in NEEDS[this.kind]:
+        raise UserError(
+            f"stage {name}: source {source!r} holds {manifest.kind} rows; "
+            f"a {this.kind} stage needs {' or '.join(NEEDS[this.kind])} rows"
+        )
+    if this.kind == "pretrain":
+        held_out = recipe.validation.tokens
+        if 0 < held_out < this.seq_len:
+            raise UserError(
+                f"config: validation.tokens is {held_out}, less than one row of stage {name} ({this.seq_len} tokens); "
+                "raise it, or set it to 0"
+            )
+        windows = packing.Windows(tokens, this.seq_len, this.reset_attention, recipe.model.vocab_size, held_out)
+        if not len(windows):
+            raise UserError(
+                f"stage {name}: source {source!r} has too little text for one row of {this.seq_len} tokens"
+                f"{' beside validation.tokens' if held_out else ''}; add data or lower seq_len"
+            )
+        return manifest.content, windows
+    assert mask is not None
+    packed = _packed(name, source, this.kind, tokens, mask, manifest, this.seq_len, cache)
+    if not len(packed.units):
+        raise UserError(
+            f"stage {name}: no {'pair' if this.kind == 'dpo' else 'answer'} of source {source!r} fits into {this.seq_len} "
+            "tokens; raise seq_len"
+        )
+    if this.kind == "sft":
+        return manifest.content, packing.PackedDialogues(tokens, mask, packed, this.seq_len)
+    reference = np.zeros((manifest.documents // 2, 2), np.float32)
+    most = int(np.diff(packed.starts).max())
+    return manifest.content, packing.PackedPairs(tokens, mask, packed, this.seq_len, most, reference)
 
 
 def used_before(recipe: Recipe, name: str) -> dict[str, int]:

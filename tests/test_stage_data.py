@@ -355,7 +355,7 @@ def test_an_epoch_of_fine_tuning_reads_every_dialogue_once(inputs, tmp_path):
 def test_sources_of_pairs_share_a_shape_and_each_has_its_part_of_the_reference(inputs, tmp_path):
     made = tuned("dpo", ["pairs", "others"], seq_len=256, batch_size=4)
     reference = np.arange(120, dtype=np.float32).reshape(60, 2)
-    data = stage_data(made, "b", inputs, tmp_path, reference)
+    data = stage_data(made, "b", inputs, tmp_path).with_reference(reference)
     assert sorted(data.names) == ["others", "pairs"] and len({rows.max_pairs for rows in data.sources}) == 1
     first = 0  # pair of the reference with which the source begins
     for name, rows in zip(data.names, data.sources, strict=True):

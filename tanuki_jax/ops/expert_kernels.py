@@ -209,13 +209,14 @@ def _outer(x_RA, y_RB, experts, tiles):
             product = jax.lax.dot_general(x[part, some], y[part], (((0,), (0,)), ((), ())), preferred_element_type=F32)
             total[some] = jnp.where(first, product, total[some] + product)
 
+        def add_all(rows):
+            _in_chunks(high, chunk, functools.partial(add, slice(0, rows)))
+
         def write(some):
             out[0, some] = total[some].astype(dtype)
 
-        whole, half = (functools.partial(add, slice(0, rows)) for rows in (TILE, PART))
         pl.when(first & (filled[t] == 0))(lambda: _in_chunks(high, chunk, clear))
-        pl.when(filled[t] > PART)(lambda: _in_chunks(high, chunk, whole))
-        pl.when((filled[t] > 0) & (filled[t] <= PART))(lambda: _in_chunks(high, chunk, half))
+        _for_rows(filled[t], add_all)
         pl.when(last)(lambda: _in_chunks(high, chunk, write))
 
     return pl.pallas_call(
@@ -260,19 +261,13 @@ def _call(
     chunk = _chunk()
 
     def kernel(expert, filled, block, *references):
-        rows = filled[pl.program_id(1)]
-        out = references[len(inputs) :]
-
-        @pl.when(rows > PART)
-        def _():
-            body(slice(0, TILE), chunk, *references)
-
-        @pl.when((rows > 0) & (rows <= PART))
-        def _():
-            body(slice(0, PART), chunk // 2, *references)  # rare: a shorter program
-            for reference in out:
-                rest = (0, slice(None), slice(PART, TILE)) if len(reference.shape) == 3 else slice(PART, TILE)
+        def compute(rows):
+            body(slice(0, rows), chunk * rows // TILE, *references)  # the rare half of a tile in a shorter program
+            for reference in references[len(inputs) :] if rows < TILE else ():
+                rest = (0, slice(None), slice(rows, TILE)) if len(reference.shape) == 3 else slice(rows, TILE)
                 reference[rest] = jnp.zeros_like(reference[rest])
+
+        _for_rows(filled[pl.program_id(1)], compute)
 
     experts = next(array.shape[0] for array, _ in inputs if array.ndim == 3)
     flops_per_row, bytes_accessed = cost
@@ -287,6 +282,12 @@ def _call(
         input_output_aliases={len(tiles) + i: o for i, o in (reused or {}).items()},
         **_options(("parallel", "arbitrary")),
     )(*tiles, *(array for array, _ in inputs))
+
+
+def _for_rows(filled: jax.Array, compute: Callable[[int], None]) -> None:
+    """Computes half of a tile that has no more rows in use, all of any other, and nothing of an empty one."""
+    pl.when(filled > PART)(lambda: compute(TILE))
+    pl.when((filled > 0) & (filled <= PART))(lambda: compute(PART))
 
 
 def _chunk() -> int:
