@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from tanuki_jax.errors import UserError
+from tanuki_jax.schema import CHOICES
 
 HELP = """\
 A trainer in which the whole Tanuki paper is one recipe.
@@ -146,7 +147,7 @@ def _upcycle(made: argparse.ArgumentParser) -> None:
     _add(made, "output")
     made.add_argument(
         "--strategy",
-        choices=("copy", "noise", "drop", "groups"),
+        choices=CHOICES["strategy"],
         default="noise",
         help="the dense FFN; with noise (default, Tanuki); partly drawn anew (Drop-Upcycling); split (virtual groups)",
     )
@@ -156,7 +157,7 @@ def _upcycle(made: argparse.ArgumentParser) -> None:
 
     number("noise_std", float, 1e-3, "noise: absolute standard deviation on every FFN weight")
     number("drop_ratio", float, 0.5, "drop: share of the inner dimensions that is drawn anew")
-    made.add_argument("--router_init", choices=("normal", "uniform"), default="normal", help="the fresh router's distribution")
+    made.add_argument("--router_init", choices=CHOICES["router_init"], default="normal", help="the fresh router's distribution")
     number("router_std", float, 0.02, "standard deviation of the fresh router; Tanuki: 1")
     number("n_experts", int, 8, "experts of each block")
     number("top_k", int, 2, "experts that a token visits")
@@ -166,7 +167,7 @@ def _upcycle(made: argparse.ArgumentParser) -> None:
     made.add_argument("--plain_gate", action="store_true", help="Mixtral's gate instead of Tanuki's normalised one")
     number("gate_scale", float, 1.0, "lambda of the normalised gate")
     made.add_argument("--router_bias", action="store_true", help="with a bias of each expert for loss-free balancing, at 0")
-    made.add_argument("--param_dtype", choices=("float32", "bfloat16"), help="of the output; the checkpoint's without it")
+    made.add_argument("--param_dtype", choices=CHOICES["param_dtype"], help="of the output; the checkpoint's without it")
     number("seed", _seed, 0, "of everything random")
     made.add_argument("--dry_run", action="store_true", help="only say what would come out, in what time and memory")
     made.epilog = (
