@@ -202,7 +202,10 @@ BAD = {
     "an empty document first": ([{"text": ""}, GOOD], ":1.*empty document"),
     "no assistant turn": ([DIALOGUES[0], {"messages": [user("a")]}], ":2.*without an assistant turn"),
     "no messages": ([DIALOGUES[0], {"messages": []}], ":2.*conversation is empty"),
-    "unknown role": ([DIALOGUES[0], {"messages": [{"role": "bot", "content": "a"}]}], ":2.*message 0 .role .bot.. does not come out"),
+    "unknown role": (
+        [DIALOGUES[0], {"messages": [{"role": "bot", "content": "a"}]}],
+        ":2.*message 0 .role .bot.. does not come out",
+    ),
     "prompt neither text nor messages": ([PAIRS[0], {"prompt": 5, "chosen": "a", "rejected": "b"}], ":2"),
     "an answer that is no message": ([PAIRS[0], {"prompt": "a", "chosen": [5], "rejected": "b"}], ":2.*message 0 must be"),
     "lone surrogate in a text": ([GOOD, {"text": "\ud800"}], ":2.*surrogate"),
