@@ -110,6 +110,8 @@ def trained_spans(
         return _marked_spans(rendered, trained, turn, added)
     text = str.__str__(rendered)
     sourced = [_Part(*span, run.source, run.offset) for span, run in traced.spans_of(rendered) if run.source]
+    spoken = {part.source[0] for part in sourced if part.stop > part.start and _speaks(part.source)}
+    sourced = [part for part in sourced if part.stop > part.start or part.source[0] not in spoken]
     groups = [list(group) for _, group in itertools.groupby(sourced, key=lambda part: part.source[0])]
     result: list[Span] = []
     before = 0
