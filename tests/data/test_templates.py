@@ -261,11 +261,9 @@ def test_a_prefix_space_is_made_once_and_not_after_every_special_token(tmp_path)
 
 def test_bos_is_put_where_the_tokenizer_itself_puts_it(tmp_path):
     plainly, posted = byte_level.make(tmp_path / "a"), byte_level.make(tmp_path / "b", post=True)
-    told = byte_level.make(tmp_path / "c", add_bos_token=True, add_eos_token=True)
-    off = byte_level.make(tmp_path / "d", post=True, add_bos_token=False)
-    for tokenizer, before, after in ((plainly, 0, 0), (posted, 1, 0), (told, 1, 1), (off, 0, 0)):
-        bos, eos = [tokenizer.bos] * before, [tokenizer.eos] * after
-        assert tokenizer.encode_prompt("Hi there") == [*bos, *tokenizer.encode("Hi there"), *eos]
+    told = byte_level.make(tmp_path / "c", add_bos_token=True)  # which transformers 5 does not follow beside tokenizer.json
+    for tokenizer, before in ((plainly, 0), (posted, 1), (told, 0)):
+        assert tokenizer.encode_prompt("Hi there") == [*[tokenizer.bos] * before, *tokenizer.encode("Hi there")]
         assert tokenizer.encode_prompt("Hi there", add_special_tokens=False) == tokenizer.encode("Hi there")
     assert plainly.encode_prompt("<s>Hi")[0] == plainly.bos and plainly.encode("<s>Hi")[0] != plainly.bos
 
