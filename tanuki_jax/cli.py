@@ -8,6 +8,7 @@ import gc
 import json
 import logging
 import os
+import shlex
 import sys
 import time
 import traceback
@@ -15,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tanuki_jax import machine
 from tanuki_jax.errors import PeerLost, Preempted, UserError
 from tanuki_jax.flags import make_parser
 
@@ -52,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError(f"tanuki {options.verb}: takes no --config")
         options.config_flags = config_flags
         _hush()
+        machine.choose_platform()
         WORK[options.work](options)
         return 0
     except UserError as error:
@@ -143,9 +146,9 @@ def _run(options: argparse.Namespace) -> None:
 
     loaded = config.load(options.config_flags)
     recipe.run(loaded, options.workdir, getattr(options, "stage", ""), options.allow_data_change)
-    print(f"report: {options.workdir / 'report.html'}")
     last = options.workdir / "stages" / (getattr(options, "stage", "") or list(loaded.stages)[-1])
-    print(f"chat:   tanuki chat --checkpoint={last}")
+    print(f"report: {(options.workdir / 'report.html').absolute()}")
+    print(f"chat:   {machine.program()} chat --checkpoint={shlex.quote(str(last.absolute()))}")
 
 
 def _plan(options: argparse.Namespace) -> None:
@@ -308,12 +311,12 @@ def _score(options: argparse.Namespace) -> None:
     )
 
 
-def _sampling(options: argparse.Namespace, stop: int) -> Any:
+def _sampling(options: argparse.Namespace, tokenizer: Any) -> Any:
     from tanuki_jax.model import Sampling
 
     if options.max_new_tokens < 1 or options.temperature < 0 or not 0 < options.top_p <= 1:
         raise UserError("--max_new_tokens must be at least 1, --temperature at least 0, --top_p above 0 and at most 1")
-    return Sampling(options.max_new_tokens, options.temperature, options.top_p, (stop,))
+    return Sampling(options.max_new_tokens, options.temperature, options.top_p, (tokenizer.eos,))
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -323,7 +326,7 @@ def _generate(options: argparse.Namespace) -> None:
     loaded = checkpoint.load(options.checkpoint)
     tokenizer = Tokenizer(loaded.tokenizer_directory)
     prompt = tokenizer.encode(options.prompt) or [tokenizer.eos if tokenizer.bos is None else tokenizer.bos]
-    [ids] = model.generate(loaded.cfg, loaded.params, [prompt], _sampling(options, tokenizer.eos), options.seed)
+    [ids] = model.generate(loaded.cfg, loaded.params, [prompt], _sampling(options, tokenizer), options.seed)
     text = tokenizer.decode(ids)
     _print(options, {"prompt": options.prompt, "text": text, "tokens": len(ids)}, options.prompt + text)
 
@@ -331,11 +334,20 @@ def _generate(options: argparse.Namespace) -> None:
 def _chat(options: argparse.Namespace) -> None:
     from tanuki_jax import checkpoint
     from tanuki_jax.data.tokenizer import Tokenizer
-    from tanuki_jax.serve.chat import chat
+    from tanuki_jax.serve.chat import chat, offered_questions
 
     loaded = checkpoint.load(options.checkpoint)
     tokenizer = Tokenizer(loaded.tokenizer_directory)
-    chat(loaded.cfg, loaded.params, tokenizer, _sampling(options, tokenizer.eos), options.seed)
+    newest = checkpoint.locate(options.checkpoint) == checkpoint.locate(loaded.stage_directory)
+    chat(
+        loaded.cfg,
+        loaded.params,
+        tokenizer,
+        _sampling(options, tokenizer),
+        options.seed,
+        questions=offered_questions(loaded.stage_directory) if newest else (),  # they were answered by the newest step
+        longest=checkpoint.longest_row(loaded.meta),
+    )
 
 
 def _print(options: argparse.Namespace, document: Any, text: str) -> None:

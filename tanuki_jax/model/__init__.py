@@ -3,6 +3,7 @@
 from tanuki_jax.model import layerwise, lora
 from tanuki_jax.model.generate import Sampling, generate
 from tanuki_jax.model.health import expert_health, expert_similarity
+from tanuki_jax.model.streaming import stream
 from tanuki_jax.model.transformer import (
     Dropout,
     Outputs,
@@ -38,5 +39,6 @@ __all__ = [
     "mean_logits",
     "named_parameters",
     "parameter_shapes",
+    "stream",
     "token_scores",
 ]
