@@ -20,7 +20,7 @@ class Progress:
 
     def __init__(self, name: str, total: int, unit: str = "", scale: float = 1, quiet: bool = False) -> None:
         self.name, self.total, self.unit, self.scale, self.quiet = name, max(total, 0), unit, scale, quiet
-        if unit == "MB" and total:
+        if (unit, scale) == SIZES[0] and total:
             self.unit, self.scale = next((size for size in SIZES if self.total >= 10 * size[1]), SIZES[-1])
         self._live = sys.stderr.isatty()
         self._start = time.monotonic()
