@@ -12,7 +12,7 @@ import shlex
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -232,18 +232,19 @@ def _fields(options: argparse.Namespace) -> Any:
 def _tokenizer_train(options: argparse.Namespace) -> None:
     from tanuki_jax import files
     from tanuki_jax.data import prepare, sources
-    from tokenization.train import train
+    from tokenization.train import check_vocab_size, train
 
-    shares = _shares(options.shares)
+    how = {"level": options.level, "dictionary": options.dictionary, "shares": _shares(options.shares)}
     with files.atomic_path(_fresh(options.output)) as temporary:
-        rows = sources.read_rows(options.input, _fields(options))
-        texts = ((row.language, prepare.text_of(row)) for row in rows)
-        trained = train(
-            texts, temporary, options.vocab_size, options.character_coverage, options.level, options.dictionary, shares
-        )
+
+        def texts() -> Iterator[tuple[str, str]]:
+            return ((row.language, prepare.text_of(row)) for row in sources.read_rows(options.input, _fields(options)))
+
+        check_vocab_size(texts(), options.vocab_size, options.character_coverage, **how)
+        trained = train(texts(), temporary, options.vocab_size, options.character_coverage, **how)
     print(f"{options.output}: {trained}")
     if trained.pieces < options.vocab_size:
-        print(f"the text has too few distinct units for {options.vocab_size:,} pieces", file=sys.stderr)
+        print(f"the text has too few distinct units for {options.vocab_size:,} pieces; it gave all it has", file=sys.stderr)
 
 
 def _shares(text: str) -> dict[str, float]:

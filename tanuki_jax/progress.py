@@ -6,7 +6,6 @@ import math
 import sys
 import time
 
-
 SIZES = (("MB", 1e6), ("kB", 1e3), ("bytes", 1.0))  # a smaller unit where the whole is under ten of the larger
 
 

@@ -198,7 +198,7 @@ def _line(entry: dict[str, Any]) -> str:
     scores = entry["scores"]
     parts = [f"stage {entry['name']} done: {entry['steps']} steps, {entry['tokens']:,} tokens"]
     if entry["final_loss"] is not None:
-        parts.append(f"loss {entry['final_loss']:.3f}")
+        parts.append(f"loss of the last step {entry['final_loss']:.3f}")
     if scores:
         parts.append(f"exact answers {scores['exact']:.1%} of {scores['prompts']} held-out prompts")
     if found := entry.get("learning_rate_range"):

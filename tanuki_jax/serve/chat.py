@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import sys
 import time
@@ -11,7 +12,7 @@ from typing import Any
 
 from tanuki_jax import config, files, model
 from tanuki_jax.data.chat import encode_chat
-from tanuki_jax.data.tokenizer import Tokenizer
+from tanuki_jax.data.tokenizer import Tokenizer, byte_of
 from tanuki_jax.errors import UserError
 
 HINT = "日本語でも英語でもどうぞ。 /new begins a new conversation, /quit (or end of input) leaves."
@@ -109,27 +110,29 @@ def _recorded(ids: Iterator[int], seen: list[int]) -> Iterator[int]:
 def text_pieces(tokenizer: Tokenizer, prompt: Sequence[int], ids: Iterable[int]) -> Iterator[str]:
     """What each id adds to the text of those before it; what is a part of a character waits until the character is whole.
 
-    Ids are decoded together with the end of the prompt, since the first of a text may lose its space.
+    Ids are decoded together with the end of the prompt, since the first of a text may lose its space.  Bytes that no
+    character begins with become U+FFFD each, and spoil nothing else.
     """
     everything = list(prompt[-CONTEXT:])
-    pending: list[int] = []
-    told = text = tokenizer.decode(everything)
-
-    def new() -> str:
-        # A byte that no character begins with spoils, in the library, those that were whole before it.
-        return text[len(told) :] if text.startswith(told) else tokenizer.decode(pending)
-
+    told = tokenizer.decode(everything)
+    spelling = codecs.getincrementaldecoder("utf-8")("replace")  # characters that are spelt as pieces <0xE7>, <0x8B>, <0xB8>
     for token in ids:
         everything.append(token)
-        pending.append(token)
         text = tokenizer.decode(everything)
-        if text.endswith("\ufffd"):
+        piece = tokenizer.piece(token)
+        byte = byte_of(piece)
+        if byte is not None and tokenizer.decode([token]) != piece:
+            new = spelling.decode(bytes([byte]))
+        elif text.endswith("\ufffd"):  # a part of a character, in a vocabulary of bytes
             continue
-        if piece := new():
-            yield piece
-        told, pending = text, []
-    if pending:
-        yield new()
+        else:
+            new = spelling.decode(b"", final=True) + text[len(told) :]
+            spelling.reset()
+        told = text
+        if new:
+            yield new
+    if rest := spelling.decode(b"", final=True) + tokenizer.decode(everything)[len(told) :]:
+        yield rest
 
 
 def offered_questions(stage_directory: Path) -> list[str]:

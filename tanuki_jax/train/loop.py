@@ -284,9 +284,9 @@ def _record(path: Path, batch: Any) -> None:
 
 
 def summary(job: Job) -> dict[str, Any]:
-    """Steps, tokens, seconds, rate and final loss of a finished stage, from its metrics."""
+    """Steps, tokens, seconds, rate and final loss (of the last step that was finite) of a finished stage, from its metrics."""
     rows = read_metrics(job.directory)
-    losses = [row["loss"] for row in rows if row["loss"] is not None][-10:]
+    losses = [row["loss"] for row in rows if row["loss"] is not None]
     seconds = rows[-1]["seconds"] if rows else 0.0
     tokens = job.steps * job.tokens_per_step
     return {
@@ -296,5 +296,5 @@ def summary(job: Job) -> dict[str, Any]:
         "tokens_per_second": round(tokens / seconds, 1) if seconds else None,
         "goodput": rows[-1]["goodput"] if rows else None,
         "times": rows[-1]["times"] if rows else {},
-        "final_loss": round(float(np.mean(losses)), 4) if losses else None,
+        "final_loss": round(losses[-1], 4) if losses else None,
     }
