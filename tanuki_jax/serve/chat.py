@@ -136,16 +136,9 @@ def text_pieces(tokenizer: Tokenizer, prompt: Sequence[int], ids: Iterable[int])
 
 
 def offered_questions(stage_directory: Path) -> list[str]:
-    """A Japanese and an English question that the model of a finished stage has answered rightly; none where there is none.
-
-    They are held-out prompts of its scores, from the families that it answers best.
-    """
+    """The questions that a finished stage has shown to answer rightly, one after the other; none of any other checkpoint."""
     try:
-        done = files.read_json(stage_directory / "done.json")
-        scores, found = done["entry"]["scores"].get("families", {}), {}
-        for row in sorted(done["samples"], key=lambda row: -scores.get(row["family"], 0)):
-            if len(row["messages"]) == 1 and row["given"].strip() == row["answer"]:
-                found.setdefault(row["lang"], row["messages"][0]["content"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError):
+        found = files.read_json(stage_directory / "done.json")["questions"]
+    except (OSError, KeyError, TypeError, UserError):
         return []  # what somebody else has put there is no reason not to talk
-    return [found[lang] for lang in sorted(found, reverse=True)]
+    return [text for text in found if isinstance(text, str)] if isinstance(found, list) else []

@@ -229,36 +229,12 @@ def test_the_prompt_of_a_terminal_is_not_in_what_is_piped(talk, monkeypatch, out
 # --- what the hint offers -------------------------------------------------------------------------------------------------
 
 
-def sample(family, lang, question, right=True, earlier=()):
-    messages = [*earlier, {"role": "user", "content": question}]
-    return {"family": family, "lang": lang, "messages": messages, "answer": "6", "given": " 6" if right else "7"}
+def test_a_finished_stage_offers_its_questions(tmp_path):
+    (tmp_path / "done.json").write_text(json.dumps({"questions": ["平均は?", "Mean?"]}))
+    assert offered_questions(tmp_path) == ["平均は?", "Mean?"]
 
 
-def write_done(directory, samples, families):
-    done = {"entry": {"scores": {"families": families}}, "samples": samples}
-    (directory / "done.json").write_text(json.dumps(done), encoding="utf-8")
-
-
-def test_a_question_in_each_language_is_offered_from_the_best_family_that_was_answered(tmp_path):
-    turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    samples = [
-        sample("mean", "en", "Mean?"),
-        sample("units", "en", "Second?", earlier=turn),
-        sample("units", "en", "Metres?"),
-        sample("units", "ja", "何メートル?", right=False),
-        sample("mean", "ja", "平均は?"),
-    ]
-    write_done(tmp_path, samples, {"mean": 0.5, "units": 0.9})
-    assert offered_questions(tmp_path) == ["平均は?", "Metres?"]
-
-
-@pytest.mark.parametrize("samples", [[], [sample("mean", "en", "Mean?", right=False)]])
-def test_a_model_that_answered_nothing_is_offered_nothing(tmp_path, samples):
-    write_done(tmp_path, samples, {})
-    assert offered_questions(tmp_path) == []
-
-
-@pytest.mark.parametrize("content", [None, "{", "[]", '{"entry": 3}', '{"entry": {"scores": {}}, "samples": [1]}'])
+@pytest.mark.parametrize("content", [None, "{", "[]", "{}", '{"questions": 3}', '{"questions": [1, null]}'])
 def test_a_checkpoint_of_somebody_else_offers_nothing(tmp_path, content):
     if content is not None:
         (tmp_path / "done.json").write_text(content)
