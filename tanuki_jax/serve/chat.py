@@ -16,6 +16,7 @@ from tanuki_jax.data.tokenizer import Tokenizer, byte_of
 from tanuki_jax.errors import UserError
 
 HINT = "日本語でも英語でもどうぞ。 /new begins a new conversation, /quit (or end of input) leaves."
+OFFER = "このモデルが正しく答えた質問: Questions that this model has answered rightly:"
 CONTEXT = 16  # ids of a prompt that are decoded with what follows
 TWICE = 1.0  # seconds within which a second Ctrl-C leaves
 
@@ -39,8 +40,8 @@ def chat(
       longest: tokens that a conversation may have; 0 = any number.
     """
     _tell(HINT)
-    for question in questions:
-        _tell(f"  {question}")
+    for line in (OFFER, *questions) if questions else ():
+        _tell(line)
     messages: list[dict[str, str]] = []
     stopped = -TWICE
     while (line := _read_question()) is not None:

@@ -11,7 +11,7 @@ from tanuki_jax.data.chat import encode_chat
 from tanuki_jax.data.tokenizer import Tokenizer, byte_of
 from tanuki_jax.errors import UserError
 from tanuki_jax.model import Sampling, generate
-from tanuki_jax.serve.chat import HINT, chat, offered_questions, text_pieces
+from tanuki_jax.serve.chat import HINT, OFFER, chat, offered_questions, text_pieces
 from tests.tiny import init, small
 
 CFG = small(vocab_size=512)
@@ -243,4 +243,4 @@ def test_a_checkpoint_of_somebody_else_offers_nothing(tmp_path, content):
 
 def test_the_hint_shows_what_is_offered(talk):
     talk("", questions=["平均は?", "Mean?"])
-    assert talk.told == ["  平均は?", "  Mean?"]
+    assert talk.told == [OFFER, "平均は?", "Mean?"]
