@@ -232,7 +232,8 @@ def _fields(options: argparse.Namespace) -> Any:
 def _tokenizer_train(options: argparse.Namespace) -> None:
     from tanuki_jax import files
     from tanuki_jax.data import prepare, sources
-    from tokenization.train import check_vocab_size, train
+    from tokenization.reach import check_vocab_size
+    from tokenization.train import train
 
     how = {"level": options.level, "dictionary": options.dictionary, "shares": _shares(options.shares)}
     with files.atomic_path(_fresh(options.output)) as temporary:

@@ -5,7 +5,6 @@ import json
 import math
 import os
 import random
-import re
 import tempfile
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from tokenization import train as trainer
 from tokenization.export import export
 from tokenization.report import is_japanese
 from tokenization.segment import LEVELS, Segmenter
-from tokenization.train import BOS, CONTROLS, EOS, MARKS, MODERN, PAD, ROOM, SPELLING, UNK, check_vocab_size, seed_pieces, train
+from tokenization.train import BOS, CONTROLS, EOS, MARKS, MODERN, PAD, ROOM, SPELLING, UNK, seed_pieces, train
 
 PAIRS = [("", text) for text in TEXTS]
 
@@ -358,47 +357,6 @@ def test_the_model_tells_nothing_of_the_machine_it_was_trained_on(tokenizer):
 def test_what_cannot_be_trained_is_an_error_that_says_why(tmp_path, texts, size, message, level):
     with pytest.raises(UserError, match=message):
         train([("", text) for text in texts], tmp_path, vocab_size=size, level=level)
-
-
-@pytest.mark.parametrize("size", [-1, 0, 100, trainer.SMALLEST - 1, trainer.LARGEST + 1, 2**31, 10**30])
-def test_a_vocabulary_that_no_text_gives_is_refused_before_any_text_is_read(tmp_path, size):
-    texts = (pytest.fail("the text was read") for _ in range(1))
-    for refuses in (check_vocab_size, lambda texts, size: train(texts, tmp_path / "new", size)):
-        with pytest.raises(UserError, match=f"no vocabulary has {size:,} pieces.* {trainer.SMALLEST}, .*{trainer.LARGEST:,}"):
-            refuses(texts, size)
-
-
-@pytest.mark.parametrize("coverage", [-1.0, 0.0, 0.9, 1.5, math.nan])
-def test_a_coverage_that_sentencepiece_does_not_know_is_refused(tmp_path, coverage):
-    with pytest.raises(UserError, match=r"character_coverage .* from 0.98 to 1"):
-        train(PAIRS, tmp_path, 512, coverage)
-
-
-@pytest.mark.parametrize(("texts", "asked"), [([("", "狸 山")] * 3, 65_000), (PAIRS[:6], 65_000), (PAIRS[:4], 3_000)])
-def test_text_too_short_for_a_vocabulary_is_told_the_largest_that_works(tmp_path, texts, asked):
-    with pytest.raises(UserError, match=f"{asked:,} pieces cannot come of") as told:
-        check_vocab_size(texts, asked)
-    [largest] = map(int, re.findall(r"--vocab_size=(\d+)", str(told.value)))
-    check_vocab_size(texts, largest)
-    assert train(texts, tmp_path, largest).pieces == largest
-
-
-def test_a_vocabulary_without_room_for_the_characters_is_told_what_has_room(tmp_path):
-    texts = [("", "".join(map(chr, range(0x4E00, 0x4E00 + 3000))))]
-    with pytest.raises(UserError, match="2,000 pieces have no room for the characters") as told:
-        check_vocab_size(texts, 2000)
-    [enough] = map(int, re.findall(r"--vocab_size=(\d+)", str(told.value)))
-    check_vocab_size(texts, enough)
-    assert 3000 < train(texts, tmp_path, enough, level="none").pieces <= enough < 3500
-
-
-def test_what_can_be_reached_is_not_refused_and_no_more_is_read_than_needed():
-    for size in (405, 700, 2000):
-        check_vocab_size(PAIRS, size, 1.0)
-    rows = iter([("", TEXTS[0] * 1000), ("", pytest.fail)])
-    check_vocab_size(rows, 65_000)
-    assert len(list(rows)) == 1
-    check_vocab_size([], 65_000)  # an empty corpus has its own message
 
 
 def test_seeds_are_the_repeated_substrings_of_units_with_their_true_counts():
