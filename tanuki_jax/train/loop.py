@@ -225,10 +225,11 @@ class _Attempt:
 
     def _log(self, number: int, loss: float, metrics: dict[str, jax.Array], probed: dict[str, Any]) -> None:
         job, clock = self.job, self.clock
-        self.progress.show(number, f"loss {loss:.3f}  {clock.tokens_per_second:,.0f} tokens/s")
+        rate = clock.tokens_per_second
+        self.progress.show(number, f"loss {loss:.3f}" + (f"  {rate:,.0f} tokens/s" if rate else ""))
         if not (number % job.options.log_every == 0 or number == job.steps or probed):
             return
-        waited, rate = clock.mean_wait(), clock.tokens_per_second
+        waited = clock.mean_wait()
         parallel.spends(waited)
         if self.writer:
             how = {
