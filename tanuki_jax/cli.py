@@ -7,6 +7,7 @@ import contextlib
 import gc
 import json
 import logging
+import math
 import os
 import shlex
 import sys
@@ -316,7 +317,7 @@ def _score(options: argparse.Namespace) -> None:
 def _sampling(options: argparse.Namespace, tokenizer: Any) -> Any:
     from tanuki_jax.model import Sampling
 
-    if options.max_new_tokens < 1 or options.temperature < 0 or not 0 < options.top_p <= 1:
+    if options.max_new_tokens < 1 or not 0 <= options.temperature < math.inf or not 0 < options.top_p <= 1:
         raise UserError("--max_new_tokens must be at least 1, --temperature at least 0, --top_p above 0 and at most 1")
     return Sampling(options.max_new_tokens, options.temperature, options.top_p, (tokenizer.eos,))
 

@@ -134,6 +134,7 @@ def make_parser() -> Parser:
     made.add_argument("--prompt", required=True, help="the text to continue")
     made = verb(verbs, "chat", "chat", "talk to a trained model")
     _add(made, "checkpoint", "sampling")
+    made.epilog = "/new begins a new conversation, /quit or the end of input leaves; Ctrl-C ends an answer, twice it leaves."
     return parser
 
 
