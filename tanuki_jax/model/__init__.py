@@ -3,6 +3,7 @@
 from tanuki_jax.model import layerwise, lora
 from tanuki_jax.model.generate import Sampling, generate
 from tanuki_jax.model.health import expert_health, expert_similarity
+from tanuki_jax.model.layers import is_vector, parameter_dtype
 from tanuki_jax.model.transformer import (
     Dropout,
     Outputs,
@@ -32,11 +33,13 @@ __all__ = [
     "flops_per_token",
     "generate",
     "init",
+    "is_vector",
     "layerwise",
     "logical_axes",
     "lora",
     "mean_logits",
     "named_parameters",
+    "parameter_dtype",
     "parameter_shapes",
     "token_scores",
 ]

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from tanuki_jax import config
-from tanuki_jax.model.layers import compute_dtype
+from tanuki_jax.model.layers import compute_dtype, is_vector
 from tanuki_jax.model.transformer import Params, named_parameters
 
 
@@ -118,7 +118,7 @@ def frozen(cfg: config.Model, params: Params) -> Params:
     """A base as it lies below adapters: what is cast to the compute dtype whenever it is used, is cast once."""
 
     def cast(path: Any, w: jax.Array) -> jax.Array:
-        exact = path[-1].key == "router" or path[-1].key.startswith(("norm", "bias"))
+        exact = path[-1].key == "router" or is_vector(path[-1].key)
         return w if exact else w.astype(compute_dtype(cfg))
 
     return jax.tree_util.tree_map_with_path(cast, params)
