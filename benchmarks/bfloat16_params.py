@@ -1,9 +1,8 @@
-"""Parameters in bfloat16 against float32: a model of 30 million parameters from the same weights on the same batches, at three rates.
+"""Parameters in bfloat16 against float32: a model of 30 million from the same weights on the same batches, at three rates.
 
 python benchmarks/bfloat16_params.py --workdir=runs/bfloat16 [--steps=500]
 
-It is its own config file: `tanuki run --config=benchmarks/bfloat16_params.py:bfloat16 --workdir=runs/bfloat16/bfloat16` is half of
-it, and what was interrupted goes on.  Prints a report in Markdown.
+It is its own config file.  The same command goes on with what was interrupted.  Prints a report in Markdown.
 """
 
 import sys
@@ -36,7 +35,7 @@ def get_config(dtype: str = "float32", steps: int = 500) -> Any:
         c.stages[name] = config.stage(
             "pretrain",
             mixture=dict(ja=(0.5,), en=(0.5,)),
-            seq_len=64,
+            seq_len=32,
             batch_size=4,
             steps=steps,
             save_every=100,

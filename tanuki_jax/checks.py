@@ -13,6 +13,7 @@ from tanuki_jax.schema import (
     PROJECTED,
     ROUTED,
     Model,
+    Optimizer,
     Recipe,
     Stage,
     Upcycle,
@@ -146,6 +147,7 @@ def _check_stage(recipe: Recipe, name: str, this: Stage) -> None:
             f"{where}.optimizer: schedule range rises from learning_rate_floor {rates.learning_rate_floor:g} to learning_rate "
             f"{rates.learning_rate:g}; the floor must be above 0 and below"
         )
+    check_moments(f"{where}.optimizer.", rates)
     _check_guard(where, this)
     _check_lora(recipe, name, this)
     _check_mixture(recipe, where, this)
@@ -211,6 +213,22 @@ def _check_kept(recipe: Recipe, where: str, this: Stage) -> None:
         raise UserError(
             f"{where}.keep_best needs a validation loss at every save: a pretraining stage, validation.tokens above 0, and a "
             f"save_every {this.save_every} that is a multiple of validation.every {recipe.validation.every}"
+        )
+
+
+LEAST_FRESH = 2**-8  # 1 - beta2: a step of bfloat16
+
+
+def check_moments(where: str, rates: Optimizer) -> None:
+    """An error, that begins with `where`, about moments in bfloat16 that would be more rounding than gradients.
+
+    Stochastic rounding keeps the mean of the second moment, and adds noise of variance 2.8e-6 / (1 - beta2) of its square,
+    where that of the gradients has about 1 - beta2: from 0.998 on rounding has the greater part.
+    """
+    if rates.moment_dtype == "bfloat16" and 1 - rates.beta2 < LEAST_FRESH:
+        raise UserError(
+            f"{where}moment_dtype is bfloat16, which has too few digits for a beta2 of {rates.beta2:g}; use a beta2 up to "
+            f"{1 - LEAST_FRESH:.3f}, or moment_dtype=float32"
         )
 
 

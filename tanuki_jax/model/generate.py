@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import zlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +33,8 @@ def generate(
 ) -> list[list[int]]:
     """Continues each prompt; returns the new token ids without the stop token.
 
-    Prompts are padded to a power of two, so that few shapes are compiled.
+    Prompts are padded to a power of two, so that few shapes are compiled.  What is drawn for a prompt depends on the seed and
+    on the prompt alone, not on the rows beside it; of equal prompts in one batch each has its own draws.
     """
     if not prompts:
         return []
@@ -42,18 +45,36 @@ def generate(
     tokens = np.zeros((len(prompts), width), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
-    out = parallel.to_host(_generate(cfg, sampling, params, tokens, lengths, seed))
+    out = parallel.to_host(_generate(cfg, sampling, params, tokens, lengths, seed, _numbers(prompts)))
     stop = set(sampling.stop)
     return [[int(t) for t in row[: next((i for i, t in enumerate(row) if int(t) in stop), len(row))]] for row in out]
 
 
+def _numbers(prompts: Sequence[Sequence[int]]) -> np.ndarray:
+    """Of each prompt its check sum, and how many before it are the same, [B, 2] uint32."""
+    seen: Counter[bytes] = Counter()
+    numbers = []
+    for prompt in prompts:
+        spelt = np.asarray(prompt, np.int64).tobytes()
+        numbers.append((zlib.crc32(spelt), seen[spelt]))
+        seen[spelt] += 1
+    return np.array(numbers, np.uint32)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _generate(
-    cfg: config.Model, sampling: Sampling, params: Params, tokens_BP: jax.Array, lengths_B: jax.Array, seed: jax.Array
+    cfg: config.Model,
+    sampling: Sampling,
+    params: Params,
+    tokens_BP: jax.Array,
+    lengths_B: jax.Array,
+    seed: jax.Array,
+    numbers_B2: jax.Array,
 ) -> jax.Array:
     """New tokens [B, max_new_tokens]; what follows a row's stop token is meaningless."""
     B, P = tokens_BP.shape
     key = jax.random.key(seed)
+    keys_B = jax.vmap(lambda numbers_2: jax.random.fold_in(jax.random.fold_in(key, numbers_2[0]), numbers_2[1]))(numbers_B2)
     limit = sampling.max_new_tokens
     cache = empty_cache(cfg, B, P + limit)
     positions_BP = jnp.broadcast_to(jnp.arange(P), (B, P))
@@ -67,7 +88,8 @@ def _generate(
         if sampling.temperature == 0:
             return logits_BV.argmax(axis=-1).astype(jnp.int32)
         logits_BV = _nucleus(logits_BV / sampling.temperature, sampling.top_p)
-        return jax.random.categorical(jax.random.fold_in(key, step), logits_BV).astype(jnp.int32)
+        drawn_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, step)
+        return jax.vmap(jax.random.categorical)(drawn_B, logits_BV).astype(jnp.int32)
 
     def running(state: Any) -> jax.Array:
         step, *_, done_B = state
