@@ -50,7 +50,7 @@ def run(home, *flags):
 
 
 LOW = ("--config.model.param_dtype=bfloat16", "--config.stages.scratch.optimizer.moment_dtype=bfloat16")
-TIGHT = ("--config.model.capacity_factor=1.0", "--config.mesh.fsdp=2", "--config.mesh.data=4")
+TIGHT = ("--config.model.capacity_factor=1.0", "--config.mesh.fsdp=2", "--config.mesh.data=2", "--config.mesh.context=2")
 
 
 def test_with_bfloat16_and_little_room_a_stage_goes_on_bit_by_bit_and_on_the_same_devices_only(home, tmp_path, capfd):
@@ -64,7 +64,7 @@ def test_with_bfloat16_and_little_room_a_stage_goes_on_bit_by_bit_and_on_the_sam
     (stage / "done.json").unlink()
     changed = {
         "stages.scratch.microbatches was 1, is 2": "--config.stages.scratch.microbatches=2",
-        "mesh.data was 4, is 2; mesh.fsdp was 2, is 4": ["--config.mesh.data=2", "--config.mesh.fsdp=4"],
+        "mesh.data was 2, is 1; mesh.fsdp was 2, is 4": ["--config.mesh.data=1", "--config.mesh.fsdp=4"],
     }
     for words, flag in changed.items():
         capfd.readouterr()
