@@ -1,6 +1,6 @@
 """Parameters in bfloat16 against float32: a model of 30 million from the same weights on the same batches, at three rates.
 
-python benchmarks/bfloat16_params.py --workdir=runs/bfloat16 [--steps=500]
+python benchmarks/bfloat16_params.py --workdir=runs/bfloat16 [--steps=500] [--width=512] [--layers=9]
 
 It is its own config file.  The same command goes on with what was interrupted.  Prints a report in Markdown.
 """
@@ -21,11 +21,11 @@ DTYPES = ("float32", "bfloat16")
 LAST = 50  # steps whose mean loss is compared
 
 
-def get_config(dtype: str = "float32", steps: int = 500) -> Any:
+def get_config(dtype: str = "float32", steps: int = 500, width: int = 512, layers: int = 9) -> Any:
     """A stage for each rate, from random weights that are the same for both dtypes but for their rounding."""
     c = config.recipe(name=f"parameters in {dtype}", seed=0, tensorboard=False)
-    shape = dict(vocab_size=1280, n_layers=9, d_model=512, d_ff=1376, n_heads=8, n_kv_heads=8, head_dim=64, init_std=0.02)
-    c.model.update(dict(param_dtype=dtype, **shape))
+    heads, sizes = width // 64, dict(vocab_size=1280, n_layers=layers, d_model=width, d_ff=43 * width // 16, head_dim=64)
+    c.model.update(dict(param_dtype=dtype, n_heads=heads, n_kv_heads=heads, init_std=0.02, **sizes))
     c.mesh.update(dict(data=1, fsdp=-1))
     c.data = dict(ja="rules:documents_ja", en="rules:documents_en")
     c.rules.update(dict(documents=4000))
@@ -65,10 +65,11 @@ def moved(home: Path) -> float:
 
 def main() -> None:
     """Runs all and prints a report."""
-    options = begin("Parameters in bfloat16", __doc__, steps=500)
+    options = begin("Parameters in bfloat16", __doc__, steps=500, width=512, layers=9)
+    shape = (options.steps, options.width, options.layers)
     for dtype in DTYPES:
-        recipe.run(config.resolve(get_config(dtype, options.steps)), options.workdir / dtype)
-    total, _ = model.count_parameters(config.model_of(config.resolve(get_config()), "fast"))
+        recipe.run(config.resolve(get_config(dtype, *shape)), options.workdir / dtype)
+    total, _ = model.count_parameters(config.model_of(config.resolve(get_config("float32", *shape)), "fast"))
     print(f"{total:,} parameters, {options.steps} steps; loss of the last {LAST} steps, of held-out text, way of the norms.\n")
     print("| rate | float32 | bfloat16 | | held out, float32 | bfloat16 | | norms, float32 | bfloat16 |")
     print("|---|---|---|---|---|---|---|---|---|")
