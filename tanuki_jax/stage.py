@@ -171,14 +171,14 @@ def _check_room(name: str, cfg: config.Model, saved: dict[str, Any], now: dict[s
 
     They are those of one microbatch on one device.
     """
+    if not (cfg.n_experts and cfg.capacity_factor):
+        return
 
     def parts(meta: dict[str, Any]) -> dict[str, int]:
         axes = {f"mesh.{axis}": size for axis, size in meta.get("mesh", {}).items() if axis != "tensor"}
         return {f"stages.{name}.microbatches": meta["recipe"]["stages"][name]["microbatches"], **axes}
 
     before, here = parts(saved), parts(now)
-    if not (cfg.n_experts and cfg.capacity_factor):
-        return
     differing = [f"{key} was {before[key]}, is {here.get(key, 1)}" for key in before if before[key] != here.get(key, 1)]
     if differing:
         raise UserError(
