@@ -65,7 +65,7 @@ class Tensor(NamedTuple):
 def export_huggingface(path: Path, output: Path, vocab_size: int = 0, param_dtype: str = "") -> str:
     """Writes the checkpoint at `path` as a Hugging Face directory, in its dtype or in `param_dtype`, and says what it is."""
     saved = config.from_dict(config.Model, checkpoint.read_meta(*checkpoint.locate(path))["model"]).param_dtype
-    opened, exact = resized(checkpoint.open_stored(path, param_dtype), vocab_size, "export")
+    opened, exact = resized(checkpoint.open_stored(path, param_dtype=param_dtype), vocab_size, "export")
     kind = kind_of(opened.cfg)
     tensors = list(_tensors(opened, kind))
     with files.disk_errors(output), files.atomic_path(output) as temporary:
@@ -96,6 +96,8 @@ def export_huggingface(path: Path, output: Path, vocab_size: int = 0, param_dtyp
 def _norm_dtype(opened: Opened) -> str:
     """The dtype of the model where it holds the scales of all norms as they are, as it does those that were imported in it."""
     dtype = opened.cfg.param_dtype
+    if dtype == "float32":
+        return dtype
     norms = (opened.tree[path].read() for path in opened.tree if model.is_vector(path))
     return dtype if all((array == array.astype(dtype)).all() for array in norms) else "float32"
 

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import sys
 import time
 import uuid
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -33,11 +34,15 @@ QK_NORM = ("attn/norm_q", "attn/norm_k")
 Arrays = dict[str, np.ndarray]  # by name, of one FFN
 
 
-def open_dense(path: str) -> Opened:
-    """A dense checkpoint, ours or a Hugging Face directory, to be read a layer at a time."""
+def open_dense(path: str, param_dtype: str = "") -> Opened:
+    """A dense checkpoint, ours or a Hugging Face directory, to be read a layer at a time.
+
+    Adapters are merged into what they lie on in `param_dtype`, or in the dtype of that.
+    """
     if not path or not Path(path).is_dir():
         raise UserError(f"--checkpoint: no such directory: {path}")
-    opened = interop.open_llama(Path(path)) if interop.is_huggingface(Path(path)) else checkpoint.open_stored(path)
+    theirs = interop.is_huggingface(Path(path))
+    opened = interop.open_llama(Path(path)) if theirs else checkpoint.open_stored(path, param_dtype)
     if opened.cfg.n_experts:
         raise UserError(f"upcycle: {path} is a mixture already; give a dense one")
     return opened
@@ -71,7 +76,7 @@ def plan(checkpoints: Sequence[str], shape: dict[str, Any], settings: dict[str, 
 
     shape: keys of upcycle.SHAPE; settings: keys of config.Upcycle; dtype: of the output, by default the checkpoint's.
     """
-    sources = tuple(open_dense(path) for path in checkpoints)
+    sources = tuple(open_dense(path, dtype) for path in checkpoints)
     check_alike(sources)
     cfg = upcycle.mixture_of(sources[0].cfg, **shape)
     cfg = dataclasses.replace(cfg, param_dtype=dtype or cfg.param_dtype)
@@ -90,6 +95,8 @@ def run(job: Job, output: Path) -> str:
         identity = write(job, temporary, meta)
         for source in job.sources:
             source.verified()
+            if source.told_loss:
+                print(f"upcycle: {source.stage_directory}: {source.told_loss}; --param_dtype=float32 keeps it", file=sys.stderr)
         copy_tokenizer(job.sources[0].tokenizer_directory, temporary / "tokenizer")
     seconds = time.monotonic() - began
     size = _bytes(job.cfg)
