@@ -76,7 +76,7 @@ def plan(checkpoints: Sequence[str], shape: dict[str, Any], settings: dict[str, 
 
     shape: keys of upcycle.SHAPE; settings: keys of config.Upcycle; dtype: of the output, by default the checkpoint's.
     """
-    sources = tuple(open_dense(path, dtype) for path in checkpoints)
+    sources = tuple(open_dense(path, dtype or "") for path in checkpoints)
     check_alike(sources)
     cfg = upcycle.mixture_of(sources[0].cfg, **shape)
     cfg = dataclasses.replace(cfg, param_dtype=dtype or cfg.param_dtype)

@@ -231,8 +231,8 @@ def watched(monkeypatch):
     def watch(notice):
         open_dense = stream.open_dense
 
-        def opened(path):
-            found = open_dense(path)
+        def opened(path, dtype):
+            found = open_dense(path, dtype)
 
             def telling(name, stored):
                 def read(*row):
