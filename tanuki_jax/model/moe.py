@@ -117,8 +117,9 @@ def _experts(cfg: config.Model, *arguments: jax.Array) -> tuple[jax.Array, jax.A
         impl: str = cfg.experts,
     ) -> tuple[jax.Array, jax.Array]:
         flat = (a.reshape(-1, a.shape[-1]) for a in (x_BSD, weights_BSk, experts_BSk))
-        room = {"capacity": cfg.capacity_factor, "valid_T": valid_BS.reshape(-1)} if cfg.capacity_factor else {}
-        y_TD, kept_Tk = ops.expert_ffn(*flat, *matrices, impl=impl, axis=axis, **room)
+        y_TD, kept_Tk = ops.expert_ffn(
+            *flat, *matrices, impl=impl, capacity=cfg.capacity_factor, valid_T=valid_BS.reshape(-1), axis=axis
+        )
         return y_TD.reshape(x_BSD.shape), kept_Tk.reshape(experts_BSk.shape)
 
     if not parallel.splits_batch(arguments[0].shape[0]):
