@@ -218,10 +218,12 @@ def _export(options: argparse.Namespace) -> None:
 
     if options.format == "peft" and options.vocab_size:
         raise UserError("--vocab_size: adapters have no vocabulary; set it where their base is exported")
+    if options.format == "peft" and options.param_dtype:
+        raise UserError("--param_dtype: adapters are float32; it is for --format=hf")
     if options.format == "peft":
         print(interop.export_adapters(options.checkpoint, _fresh(options.output), options.base_name))
     else:
-        print(interop.export_huggingface(options.checkpoint, _fresh(options.output), options.vocab_size))
+        print(interop.export_huggingface(options.checkpoint, _fresh(options.output), options.vocab_size, options.param_dtype))
 
 
 def _fields(options: argparse.Namespace) -> Any:

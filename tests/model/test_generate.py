@@ -46,6 +46,16 @@ def test_sampling_is_seeded_and_top_p_keeps_the_likeliest():
     )
 
 
+def test_what_is_drawn_for_a_prompt_does_not_depend_on_the_rows_beside_it():
+    """Neither on their number and order, nor on the padding that a longer one brings; equal prompts have draws of their own."""
+    hot = Sampling(max_new_tokens=8, temperature=1.0)
+    alone = [model.generate(CFG, PARAMS, [prompt], hot, seed=1)[0] for prompt in PROMPTS]
+    assert model.generate(CFG, PARAMS, PROMPTS, hot, seed=1) == alone
+    assert model.generate(CFG, PARAMS, PROMPTS[:0:-1], hot, seed=1) == alone[:0:-1]
+    first, second = model.generate(CFG, PARAMS, [PROMPTS[0]] * 2, hot, seed=1)
+    assert first == alone[0] != second
+
+
 def test_samples_follow_the_distribution():
     probabilities = np.asarray(jax.nn.softmax(logits_after([5, 6, 7])))
     drawn = [ids[0] for ids in model.generate(CFG, PARAMS, [[5, 6, 7]] * 4000, Sampling(1, temperature=1.0), seed=0)]
