@@ -229,7 +229,7 @@ def _export(options: argparse.Namespace) -> None:
 def _fields(options: argparse.Namespace) -> Any:
     from tanuki_jax.data.sources import Fields
 
-    return Fields(options.text_field, options.language_field)
+    return Fields(options.text_field, options.language_field, options.row_format)
 
 
 def _tokenizer_train(options: argparse.Namespace) -> None:
@@ -317,11 +317,12 @@ def _score(options: argparse.Namespace) -> None:
 
 
 def _sampling(options: argparse.Namespace, tokenizer: Any) -> Any:
+    from tanuki_jax.data.chat import stop_ids
     from tanuki_jax.model import Sampling
 
     if options.max_new_tokens < 1 or not 0 <= options.temperature < math.inf or not 0 < options.top_p <= 1:
         raise UserError("--max_new_tokens must be at least 1, --temperature at least 0, --top_p above 0 and at most 1")
-    return Sampling(options.max_new_tokens, options.temperature, options.top_p, (tokenizer.eos,))
+    return Sampling(options.max_new_tokens, options.temperature, options.top_p, stop_ids(tokenizer))
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -330,9 +331,9 @@ def _generate(options: argparse.Namespace) -> None:
 
     loaded = checkpoint.load(options.checkpoint)
     tokenizer = Tokenizer(loaded.tokenizer_directory)
-    prompt = tokenizer.encode(options.prompt) or [tokenizer.eos if tokenizer.bos is None else tokenizer.bos]
+    prompt = tokenizer.encode_prompt(options.prompt) or [tokenizer.eos if tokenizer.bos is None else tokenizer.bos]
     [ids] = model.generate(loaded.cfg, loaded.params, [prompt], _sampling(options, tokenizer), options.seed)
-    text = tokenizer.decode(ids)
+    text = tokenizer.decode_after(prompt, ids)
     _print(options, {"prompt": options.prompt, "text": text, "tokens": len(ids)}, options.prompt + text)
 
 

@@ -38,8 +38,7 @@ def generate(
     """
     if not prompts:
         return []
-    if not all(len(p) for p in prompts):
-        raise UserError("generate: a prompt is empty; give at least one token")
+    check_prompts(cfg, prompts)
     lengths = np.array([len(p) for p in prompts], np.int32)
     width = 1 << max(4, int(lengths.max() - 1).bit_length())
     tokens = np.zeros((len(prompts), width), np.int32)
@@ -50,6 +49,16 @@ def generate(
     )
     stop = set(sampling.stop)
     return [[int(t) for t in row[: next((i for i, t in enumerate(row) if int(t) in stop), len(row))]] for row in out]
+
+
+def check_prompts(cfg: config.Model, prompts: Sequence[Sequence[int]]) -> None:
+    """A UserError where a prompt is empty, or of another vocabulary."""
+    if not all(len(p) for p in prompts):
+        raise UserError("generate: a prompt is empty; give at least one token")
+    if (largest := max(map(max, prompts))) >= cfg.vocab_size:
+        raise UserError(
+            f"generate: the prompt holds id {largest}, the model has {cfg.vocab_size} rows; its tokenizer is of another model"
+        )
 
 
 def row_numbers(prompts: Sequence[Sequence[int]]) -> np.ndarray:

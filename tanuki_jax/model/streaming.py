@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tanuki_jax import config
-from tanuki_jax.errors import UserError
-from tanuki_jax.model.generate import Sampling, choose, row_keys, row_numbers
+from tanuki_jax.model.generate import Sampling, check_prompts, choose, row_keys, row_numbers
 from tanuki_jax.model.transformer import Cache, Params, decode, empty_cache
 
 CHUNK = 64  # tokens of a prompt that are read together
@@ -23,8 +22,7 @@ def stream(cfg: config.Model, params: Params, prompt: Sequence[int], sampling: S
 
     Two programs are compiled for each size of cache, a power of two; neither depends on the lengths of prompt and answer.
     """
-    if not prompt:
-        raise UserError("generate: a prompt is empty; give at least one token")
+    check_prompts(cfg, [prompt])
     length = len(prompt)
     key_1 = row_keys(jax.random.key(np.int64(seed).astype(np.int32)), row_numbers([prompt]))
     how = dataclasses.replace(sampling, max_new_tokens=0, stop=())  # what matters to the compiled program
