@@ -180,9 +180,15 @@ def _score_picture(scored: list[dict[str, Any]]) -> Markup:
         for (_, colour), value, other in zip(lines.values(), values, values[::-1], strict=True):
             if np.isfinite(value):  # the larger of two numbers stands above its point, the smaller below
                 below = value < other or (value == other and value is values[0])
-                place = dict(xytext=(0, -6), va="top") if below else dict(xytext=(0, 6), va="bottom")
                 axes.annotate(
-                    f"{value:.0f}", (i, value), textcoords="offset points", ha="center", fontsize=9, color=colour, **place
+                    f"{value:.0f}",
+                    (i, value),
+                    xytext=(0, -6 if below else 6),
+                    va="top" if below else "bottom",
+                    textcoords="offset points",
+                    ha="center",
+                    fontsize=9,
+                    color=colour,
                 )
     tilted = sum(map(len, names)) > 60
     axes.set_xticks(range(len(names)), names, rotation=40 if tilted else 0, ha="right" if tilted else "center")

@@ -24,7 +24,7 @@ def stream(cfg: config.Model, params: Params, prompt: Sequence[int], sampling: S
     """
     check_prompts(cfg, [prompt])
     length = len(prompt)
-    key_1 = row_keys(jax.random.key(np.int64(seed).astype(np.int32)), row_numbers([prompt]))
+    key_1 = row_keys(jax.random.key(np.int64(seed).astype(np.int32)), jnp.asarray(row_numbers([prompt])))
     how = dataclasses.replace(sampling, max_new_tokens=0, stop=())  # what matters to the compiled program
     cache = empty_cache(cfg, 1, 1 << (max(CHUNK, length + sampling.max_new_tokens) - 1).bit_length())
     tokens = np.zeros(-(-length // CHUNK) * CHUNK, np.int32)

@@ -40,8 +40,8 @@ def chat(
       longest: tokens that a conversation may have; 0 = any number.
     """
     _tell(HINT)
-    for line in (OFFER, *questions) if questions else ():
-        _tell(line)
+    for offer in (OFFER, *questions) if questions else ():
+        _tell(offer)
     messages: list[dict[str, str]] = []
     stopped = -TWICE
     while (line := _read_question()) is not None:
