@@ -148,7 +148,7 @@ def _run(options: argparse.Namespace) -> None:
     loaded = config.load(options.config_flags)
     recipe.run(loaded, options.workdir, getattr(options, "stage", ""), options.allow_data_change)
     last = options.workdir / "stages" / (getattr(options, "stage", "") or list(loaded.stages)[-1])
-    print(f"report: {(options.workdir / 'report.html').absolute()}")
+    print(f"report: {shlex.quote(str((options.workdir / 'report.html').absolute()))}")
     print(f"chat:   {machine.program()} chat --checkpoint={shlex.quote(str(last.absolute()))}")
 
 
