@@ -45,6 +45,7 @@ LAYERS = (
         "progress",
         "errors",
         "flags",
+        "machine",
         "tanuki_jax",
     ),  # tanuki_jax: the package itself, for its version
 )
@@ -54,7 +55,7 @@ FORBIDDEN = {("data", "model"), ("model", "data"), ("parallel", "model"), ("para
 # Libraries that only one room may import.
 OWNED = {"flax": "model", "orbax": "checkpoint", "MeCab": "tokenization", "sentencepiece": "tokenization"}
 # Imported by `tanuki --help`: nothing but the standard library and one another on top.
-HEAVY_FREE = ("cli", "flags", "schema", "errors", "tanuki_jax")
+HEAVY_FREE = ("cli", "flags", "machine", "schema", "errors", "tanuki_jax")
 
 
 class Import(NamedTuple):

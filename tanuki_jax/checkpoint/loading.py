@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -53,17 +54,20 @@ def locate(path: str | Path) -> tuple[Path, int]:
 def load(path: str | Path, mesh: jax.sharding.Mesh | None = None, param_dtype: str = "") -> Loaded:
     """Reads a checkpoint's parameters, onto the mesh where one is given; adapters come merged into what they lie on.
 
-    They have the dtype in which they were saved, or `param_dtype`.
+    They have the dtype in which they were saved, or `param_dtype`.  Where rounding swallows part of the adapters, that is said.
     """
     stage_directory, step = locate(path)
     meta = read_meta(stage_directory, step)
     if "adapter" in meta:
         found = load_adapters(path, mesh)
-        base = load(found.base, mesh, found.cfg.param_dtype)
+        cfg = dataclasses.replace(found.cfg, param_dtype=param_dtype or found.cfg.param_dtype)
+        base = load(found.base, mesh, cfg.param_dtype)
         everything = {**base.params, **found.params, **found.scales}
-        shardings = parameter_shardings(found.cfg, mesh) if mesh else None
-        params = jax.jit(model.lora.merge, out_shardings=shardings)(everything)
-        return _cast(Loaded(found.cfg, params, without_adapter(meta), stage_directory), param_dtype, mesh)
+        shardings = (parameter_shardings(cfg, mesh), replicated(mesh)) if mesh else None
+        params, losses = jax.jit(model.lora.merge_and_loss, out_shardings=shardings)(everything)
+        if (told := model.lora.told_loss(parallel.to_host(losses), cfg.param_dtype)) and jax.process_index() == 0:
+            print(f"{path}: {told}; model.param_dtype='float32' keeps it, and so does carry='adapter'", file=sys.stderr)
+        return Loaded(cfg, params, without_adapter(meta), stage_directory)
     cfg = config.from_dict(config.Model, meta["model"])
     shapes = model.parameter_shapes(cfg)
     shardings = parameter_shardings(cfg, mesh) if mesh else None

@@ -24,6 +24,9 @@ KINDS = ("llama", "mixtral", "tanuki")  # of config.json
 DTYPES = {"BF16": "bfloat16", "F32": "float32"}
 
 
+VECTOR = "D"  # axes of the scale of a norm, which is float32 here in any model
+
+
 class Name(NamedTuple):
     """Where a parameter of ours lies in a published checkpoint, and its axes; a published matrix is [out, in]."""
 
@@ -93,19 +96,21 @@ def open_huggingface(path: Path) -> Opened:
     def ours(name: Name, array: np.ndarray) -> np.ndarray:
         """A published array in our layout."""
         shape = [sizes[axis] for axis in name.axes]
-        return (transposed(array) if name.transposed else np.ascontiguousarray(array)).reshape(shape)
+        array = (transposed(array) if name.transposed else np.ascontiguousarray(array)).reshape(shape)
+        return array.astype(np.float32, copy=False) if name.axes == VECTOR else array
 
     def stored(name: Name, *before: int, read: Callable[..., np.ndarray]) -> Stored:
-        return Stored((*before, *(sizes[axis] for axis in name.axes)), cfg.param_dtype, read)
+        dtype = "float32" if name.axes == VECTOR else cfg.param_dtype
+        return Stored((*before, *(sizes[axis] for axis in name.axes)), dtype, read)
 
     def whole(name: Name) -> Stored:
-        weights.expect(name.theirs, published_shape(name, sizes))
+        weights.expect(name.theirs, published_shape(name, sizes), name.axes == VECTOR)
         return stored(name, read=lambda: ours(name, weights.read(name.theirs)))
 
     def stacked(name: Name) -> Stored:
         names = [f"model.layers.{layer}.{name.theirs}" for layer in range(cfg.n_layers)]
         for theirs in names:
-            weights.expect(theirs, published_shape(name, sizes))
+            weights.expect(theirs, published_shape(name, sizes), name.axes == VECTOR)
 
         def read(*layer: int) -> np.ndarray:
             return ours(name, weights.read(names[layer[0]])) if layer else np.stack([read(i) for i in range(cfg.n_layers)])
@@ -263,10 +268,10 @@ class _Weights:
     def has(self, name: str) -> bool:
         return name in self._map
 
-    def expect(self, name: str, shape: tuple[int, ...]) -> None:
-        """An error unless there is such a tensor, of this shape and of a dtype that is read."""
+    def expect(self, name: str, shape: tuple[int, ...], vector: bool = False) -> None:
+        """An error unless there is such a tensor, of this shape and of a dtype that is read; of a norm also float32."""
         found = list(self._locate(name).get_slice(name).get_shape())
-        if self.only and self.dtype(name) != self.only:
+        if self.only and self.dtype(name) not in (self.only, "float32" if vector else self.only):
             raise UserError(
                 f"{self.path}: {name} is {self.dtype(name)}, the embedding {self.only}; weights of one dtype are read, for "
                 "a cast would not be exact"

@@ -26,7 +26,7 @@ def import_huggingface(path: Path, output: Path, vocab_size: int = 0) -> str:
         done = 0
         for name, stored in opened.tree.items():
             for at in checkpoint.block_indices(name, stored.shape):
-                array = stored.read(*at).astype(cfg.param_dtype, copy=False)
+                array = stored.read(*at).astype(model.parameter_dtype(cfg, name), copy=False)
                 yield name, at, array
                 done += array.nbytes
                 progress.show(done)

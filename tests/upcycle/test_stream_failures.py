@@ -243,8 +243,8 @@ from tanuki_jax.upcycle import stream
 source, directory, kills = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 opened_by = stream.open_dense
 
-def open_slowly(path):
-    opened = opened_by(path)
+def open_slowly(path, dtype):
+    opened = opened_by(path, dtype)
     def slow(stored):
         def read(*row):
             time.sleep(0.03)
