@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tanuki_jax import lock
 from tanuki_jax.errors import PeerLost, Preempted, UserError
 from tanuki_jax.flags import make_parser
 
@@ -52,7 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError(f"tanuki {options.verb}: takes no --config")
         options.config_flags = config_flags
         _hush()
-        WORK[options.work](options)
+        with _held(options):
+            WORK[options.work](options)
         return 0
     except UserError as error:
         print(f"tanuki: {error}", file=sys.stderr)
@@ -130,6 +132,18 @@ def _hush() -> None:
 def _unraisable(found: Any) -> None:
     if "Event loop is closed" not in str(found.exc_value):  # Orbax's threads, when a save or restore has failed
         sys.__unraisablehook__(found)
+
+
+def _held(options: argparse.Namespace) -> contextlib.AbstractContextManager[None]:
+    """The lock on what a verb writes, taken before anything slow is imported.
+
+    Of several processes of a run, the first one takes it once it knows its number.
+    """
+    if options.work == "run" and not os.environ.get("TANUKI_COORDINATOR"):
+        return lock.workdir(options.workdir)
+    if hasattr(options, "output") and not getattr(options, "dry_run", False):
+        return lock.output(options.output)
+    return contextlib.nullcontext()
 
 
 def _fresh(output: Path) -> Path:

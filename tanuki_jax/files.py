@@ -19,6 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
+from tanuki_jax import lock
 from tanuki_jax.errors import UserError
 
 T = TypeVar("T")
@@ -32,7 +33,10 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a write says where ther
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, moved to it on success and removed on failure; for a file or a directory."""
+    """A temporary name beside `path`, moved to it on success and removed on failure; for a file or a directory.
+
+    It is not moved where a lock of this process is another's by now.
+    """
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -41,6 +45,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
     try:
         yield temporary
+        lock.check()
         if path.is_dir():
             shutil.rmtree(path)
         temporary.replace(path)
