@@ -28,8 +28,8 @@ from typing import Any
 from tanuki_jax.errors import UserError
 
 RENEW = 5.0  # seconds between two renewals
-STALE = 60.0  # seconds without one after which a holder that cannot be looked for is taken to be dead
-LOOK = 15.0  # of these, the seconds that the lock is watched at least
+STALE = 75.0  # seconds that the lock of a holder elsewhere is watched; NFS and gcsfuse may show what was there a minute ago
+NEAR = 15.0  # the same for one in another container of this machine
 POLL = 0.5  # seconds between two looks
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV, errno.EACCES)
 ENDING = ("SIGTERM", "SIGHUP")
@@ -148,7 +148,7 @@ def _take(lock: _Held) -> None:
     _tokens.add(lock.me.token)  # first, so that another thread sees that its holder lives
     try:
         while not _create(lock.path, own, text):
-            if (found := _read(lock.path)) and not _is_free(lock, found, own):
+            if (found := _read(lock.path)) and not _is_free(lock, found):
                 raise UserError(_refusal(lock, found[0]))
         own.unlink(missing_ok=True)
     except BaseException:
@@ -159,7 +159,7 @@ def _take(lock: _Held) -> None:
 
 
 def _write_own(lock: _Held, text: str) -> Path:
-    """A file that nobody else has; its time is what the file system takes for now."""
+    """A file that nobody else has, with the text of the lock."""
     own = lock.path.with_name(f"{lock.path.name}.{lock.me.token}")
     for attempt in range(9):  # who gives a lock back removes directories that it made and that are empty
         try:
@@ -184,7 +184,12 @@ def _create(path: Path, own: Path, text: str) -> bool:
         try:
             with path.open("x", encoding="utf-8") as f:
                 f.write(text)
-        except FileExistsError:
+        except OSError as second:
+            if second.errno not in (
+                errno.EEXIST,
+                errno.ESTALE,
+            ):  # gcsfuse learns only when it is closed that another was faster
+                raise
             return False
     return True
 
@@ -262,11 +267,17 @@ Found = tuple[Holder | None, int]  # what a lock says, None where that cannot be
 
 def _read(path: Path) -> Found | None:
     """What a lock says, None where there is none; the file is opened, since NFS then asks the server."""
-    try:
-        with path.open("rb") as f:
-            when, text = os.fstat(f.fileno()).st_mtime_ns, f.read()
-    except FileNotFoundError:
-        return None
+    for attempt in range(9):
+        try:
+            with path.open("rb") as f:
+                when, text = os.fstat(f.fileno()).st_mtime_ns, f.read()
+            break
+        except FileNotFoundError:
+            return None
+        except OSError as error:  # it was removed or renewed just now
+            if error.errno != errno.ESTALE or attempt == 8:
+                raise
+            time.sleep(POLL)
     try:
         holder = Holder(**json.loads(text))
     except (ValueError, TypeError):
@@ -274,13 +285,14 @@ def _read(path: Path) -> Found | None:
     return (holder if isinstance(holder.pid, int) and holder.pid > 0 else None), when
 
 
-def _is_free(lock: _Held, found: Found, own: Path) -> bool:
+def _is_free(lock: _Held, found: Found) -> bool:
     """Whether a lock that was found has no holder any more; then it is removed."""
-    holder, when = found
+    holder = found[0]
     lives = _lives(holder) if holder else None
     if lives is None:
         _say(f"{lock.what} is locked by {holder or 'another process'}, which cannot be looked for here; watching its lock")
-        lives = _is_renewed(lock.path, found, (own.stat().st_mtime_ns - when) / 1e9)
+        near = holder and holder.boot and holder.boot == lock.me.boot
+        lives = _is_renewed(lock.path, found, NEAR if near else STALE)
     if not lives:
         with hold(lock.path.with_name(f"{lock.path.name}~"), lock.what):
             if _read(lock.path) == found:
@@ -291,9 +303,9 @@ def _is_free(lock: _Held, found: Found, own: Path) -> bool:
     return not lives
 
 
-def _is_renewed(path: Path, found: Found, age: float) -> bool:
-    """Watches a lock of age `age` (seconds) until it is renewed, its time is over, or another has taken its place."""
-    until = time.monotonic() + min(STALE, max(LOOK, STALE - age))
+def _is_renewed(path: Path, found: Found, seconds: float) -> bool:
+    """Watches a lock until it is renewed, the time is over, or another has taken its place."""
+    until = time.monotonic() + seconds
     while time.monotonic() < until:
         time.sleep(POLL)
         now = _read(path)
