@@ -28,7 +28,7 @@ PIECE = 1 << 20  # bytes taken at a time, so few that they stay in a core's cach
 O_DIRECT = getattr(os, "O_DIRECT", 0)
 SOON = 4 << 30  # bytes that are read before anyone asks for them
 ADVICE = 4 << 20  # bytes, as many as the kernel takes upon itself at once
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a write says where there is no room
+FULL = lock.FULL
 
 
 @contextlib.contextmanager

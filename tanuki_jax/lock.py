@@ -31,6 +31,7 @@ RENEW = 5.0  # seconds between two renewals
 STALE = 75.0  # seconds that the lock of a holder elsewhere is watched; NFS and gcsfuse may show what was there a minute ago
 NEAR = 15.0  # the same for one in another container of this machine
 POLL = 0.5  # seconds between two looks
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a write says where there is no room
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV, errno.EACCES)
 ENDING = ("SIGTERM", "SIGHUP")
 
@@ -104,7 +105,8 @@ def hold(path: Path, what: str, cannot: str = "", signals: bool = True) -> Itera
     except BaseException as error:
         _remove_directories(lock)
         if isinstance(error, OSError):
-            raise UserError(f"{cannot or f'cannot write {path}'}: {error.strerror}") from error
+            full = f"the disk of {path.parent} is full; free some space and run the same command again"
+            raise UserError(full if error.errno in FULL else f"{cannot or f'cannot write {path}'}: {error.strerror}") from error
         raise
     threading.Thread(target=_renew, args=(lock,), name="lock", daemon=True).start()
     with _signals() if signals else contextlib.nullcontext():
@@ -144,23 +146,24 @@ def end_with_parent() -> None:
 def _take(lock: _Held) -> None:
     """Makes the lock's file, or raises UserError where another holds it."""
     text = json.dumps(asdict(lock.me), ensure_ascii=False)
-    own = _write_own(lock, text)
+    own = lock.path.with_name(f"{lock.path.name}.{lock.me.token}")
     _tokens.add(lock.me.token)  # first, so that another thread sees that its holder lives
     try:
+        _write_own(lock, own, text)
         while not _create(lock.path, own, text):
             if (found := _read(lock.path)) and not _is_free(lock, found):
                 raise UserError(_refusal(lock, found[0]))
         own.unlink(missing_ok=True)
     except BaseException:
         _tokens.discard(lock.me.token)
-        own.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            own.unlink(missing_ok=True)
         raise
     _held[str(lock.path)] = lock
 
 
-def _write_own(lock: _Held, text: str) -> Path:
-    """A file that nobody else has, with the text of the lock."""
-    own = lock.path.with_name(f"{lock.path.name}.{lock.me.token}")
+def _write_own(lock: _Held, own: Path, text: str) -> None:
+    """Writes a file that nobody else has, in a directory that is made."""
     for attempt in range(9):  # who gives a lock back removes directories that it made and that are empty
         try:
             lock.made += _make_directories(lock.path.parent)
@@ -169,7 +172,6 @@ def _write_own(lock: _Held, text: str) -> Path:
         except FileNotFoundError:
             if attempt == 8:
                 raise
-    return own
 
 
 def _create(path: Path, own: Path, text: str) -> bool:

@@ -17,6 +17,7 @@ import pytest
 
 from tanuki_jax import files, lock
 from tanuki_jax.errors import UserError
+from tests.test_checkpoint import files_of_at_most
 
 ROOT = Path(__file__).parents[1]
 HOLD = """
@@ -127,6 +128,12 @@ def test_what_cannot_be_locked_is_an_error_that_names_it(tmp_path):
     for hold, said in ((lock.output, "cannot write .*file/x: "), (lock.workdir, "--workdir: cannot write to .*file/x: ")):
         with pytest.raises(UserError, match=said), hold(tmp_path / "file" / "x"):
             pass
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(tmp_path):
+    with files_of_at_most(100), pytest.raises(UserError, match=rf"the disk of {tmp_path}/a is full; free some space"):
+        lock.output(tmp_path / "a" / "x").__enter__()
+    assert not list(tmp_path.iterdir())
 
 
 def test_directories_that_were_made_for_a_lock_go_with_it_if_they_are_empty(tmp_path):
