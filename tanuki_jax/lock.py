@@ -105,7 +105,7 @@ def hold(path: Path, what: str, cannot: str = "", signals: bool = True) -> Itera
     except BaseException as error:
         _remove_directories(lock)
         if isinstance(error, OSError):
-            full = f"the disk of {path.parent} is full; free some space and run the same command again"
+            full = f"checkpoint: the disk of {path.parent} is full; free some space and run the same command again"
             raise UserError(full if error.errno in FULL else f"{cannot or f'cannot write {path}'}: {error.strerror}") from error
         raise
     threading.Thread(target=_renew, args=(lock,), name="lock", daemon=True).start()
