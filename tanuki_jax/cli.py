@@ -11,7 +11,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,21 +134,29 @@ def _unraisable(found: Any) -> None:
         sys.__unraisablehook__(found)
 
 
-def _held(options: argparse.Namespace) -> contextlib.AbstractContextManager[None]:
-    """The lock on what a verb writes, taken before anything slow is imported.
+@contextlib.contextmanager
+def _held(options: argparse.Namespace) -> Iterator[None]:
+    """Holds the lock on what a verb writes, and takes it before anything slow is imported.
 
     Of several processes of a run, the first one takes it once it knows its number.
     """
-    if options.work == "run" and not os.environ.get("TANUKI_COORDINATOR"):
-        return lock.workdir(options.workdir)
-    if hasattr(options, "output") and not getattr(options, "dry_run", False):
-        return lock.output(options.output)
-    return contextlib.nullcontext()
+    with contextlib.ExitStack() as stack:
+        if options.work == "run" and not os.environ.get("TANUKI_COORDINATOR"):
+            stack.enter_context(lock.signals())
+            stack.enter_context(lock.workdir(options.workdir))
+        if hasattr(options, "output") and not getattr(options, "dry_run", False):
+            stack.enter_context(lock.signals())
+            stack.enter_context(lock.output(options.output))
+        yield
 
 
 def _fresh(output: Path) -> Path:
+    """The output of which its lock is held: it must not be there, and what a killed command left of it goes."""
+    from tanuki_jax import files
+
     if output.exists():
         raise UserError(f"--output: {output} is there already; name a new directory or remove it")
+    files.remove_unfinished(output)
     return output
 
 

@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import mmap
@@ -54,6 +55,15 @@ def atomic_path(path: Path) -> Iterator[Path]:
             shutil.rmtree(temporary)
         elif temporary.exists():
             temporary.unlink()
+
+
+def remove_unfinished(path: Path) -> None:
+    """Removes what killed processes left of `path` under the names of `atomic_path`; for who holds its lock."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}.tmp"):
+        if left.is_dir():
+            shutil.rmtree(left)
+        else:
+            left.unlink()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -70,9 +70,9 @@ _held: dict[str, _Held] = {}  # by the path of the file
 _tokens: set[str] = set()  # of locks that are held or being taken
 
 
-def workdir(directory: Path, signals: bool = True) -> contextlib.AbstractContextManager[None]:
+def workdir(directory: Path) -> contextlib.AbstractContextManager[None]:
     """The lock on a run's directory, which is made; `hold` says the rest."""
-    return hold(Path(directory) / ".lock", f"--workdir: {directory}", f"--workdir: cannot write to {directory}", signals)
+    return hold(Path(directory) / ".lock", f"--workdir: {directory}", f"--workdir: cannot write to {directory}")
 
 
 def output(path: Path) -> contextlib.AbstractContextManager[None]:
@@ -83,13 +83,12 @@ def output(path: Path) -> contextlib.AbstractContextManager[None]:
 
 
 @contextlib.contextmanager
-def hold(path: Path, what: str, cannot: str = "", signals: bool = True) -> Iterator[None]:
+def hold(path: Path, what: str, cannot: str = "") -> Iterator[None]:
     """Holds the lock in the file `path`, however that is spelt; a thread that holds it already goes on.
 
     Args:
       what: it protects, for messages.
       cannot: what is said where it cannot be written.
-      signals: SIGTERM and SIGHUP, which nobody else listens to, give it back before they end the process.
 
     Raises:
       UserError: another process or thread holds it, or it cannot be written.
@@ -109,11 +108,10 @@ def hold(path: Path, what: str, cannot: str = "", signals: bool = True) -> Itera
             raise UserError(full if error.errno in FULL else f"{cannot or f'cannot write {path}'}: {error.strerror}") from error
         raise
     threading.Thread(target=_renew, args=(lock,), name="lock", daemon=True).start()
-    with _signals() if signals else contextlib.nullcontext():
-        try:
-            yield
-        finally:
-            _give_back(lock)
+    try:
+        yield
+    finally:
+        _give_back(lock)
 
 
 def check(look: bool = True) -> None:
@@ -127,6 +125,24 @@ def check(look: bool = True) -> None:
                 _ = look and _is_ours(lock)
             if lock.lost:
                 raise UserError(f"{lock.what}: the lock {lock.path} {lock.lost}; this process ends and writes nothing more")
+
+
+@contextlib.contextmanager
+def signals() -> Iterator[None]:
+    """While inside, SIGTERM and SIGHUP give the locks back before they end the process.
+
+    Not for one of several processes: there JAX listens, of which Python does not know.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    numbers = [getattr(signal, name) for name in ENDING if main and hasattr(signal, name)]
+    taken = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, _end)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def end_with_parent() -> None:
@@ -237,21 +253,6 @@ def _remove_directories(lock: _Held) -> None:
     with contextlib.suppress(OSError):
         for directory in lock.made:
             directory.rmdir()
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[None]:
-    """While inside, a signal that would end the process gives the locks back first."""
-    main = threading.current_thread() is threading.main_thread()
-    numbers = [getattr(signal, name) for name in ENDING if main and hasattr(signal, name)]
-    taken = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
-    for number in taken:
-        signal.signal(number, _end)
-    try:
-        yield
-    finally:
-        for number in taken:
-            signal.signal(number, signal.SIG_DFL)
 
 
 def _end(number: int, frame: Any) -> None:

@@ -47,8 +47,7 @@ def run(recipe: Recipe, workdir: Path, only: str = "", allow_data_change: bool =
     parallel.initialize()
     with parallel.watching(_hangs), profile.listening(), contextlib.ExitStack() as held:
         parallel.at("the start")
-        signals = jax.process_count() == 1  # else JAX listens
-        parallel.on_first(lambda: held.enter_context(lock.workdir(workdir, signals)), "the lock on the workdir")
+        parallel.on_first(lambda: held.enter_context(lock.workdir(workdir)), "the lock on the workdir")
         return _run(recipe, workdir, only, allow_data_change)
 
 

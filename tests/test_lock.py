@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -24,7 +25,7 @@ HOLD = """
 import os, signal, sys, time
 from pathlib import Path
 from tanuki_jax import lock
-with getattr(lock, sys.argv[1])(Path(sys.argv[2])):
+with lock.signals(), getattr(lock, sys.argv[1])(Path(sys.argv[2])):
     print("held", flush=True)
     exec(sys.stdin.read())
 """
@@ -158,6 +159,16 @@ def test_whoever_ends_gives_it_back(tmp_path, capfd, ending):
     assert not list(tmp_path.iterdir())
     with lock.output(tmp_path / "x"):
         assert "taken over" not in capfd.readouterr().err
+
+
+def test_a_lock_touches_no_signal_by_itself(tmp_path):
+    """Of several processes of a run JAX listens to SIGTERM, without Python's knowledge."""
+    before = signal.getsignal(signal.SIGTERM)
+    with lock.output(tmp_path / "x"):
+        assert signal.getsignal(signal.SIGTERM) is before
+        with lock.signals():
+            assert signal.getsignal(signal.SIGTERM) is not before
+        assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_killed_holder_is_replaced_at_once_and_this_is_told(tmp_path, capfd):
