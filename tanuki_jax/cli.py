@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tanuki_jax import machine
+from tanuki_jax import lock, machine
 from tanuki_jax.errors import PeerLost, Preempted, UserError
 from tanuki_jax.flags import make_parser
 
@@ -56,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.config_flags = config_flags
         _hush()
         machine.choose_platform()
-        WORK[options.work](options)
+        with _held(options):
+            WORK[options.work](options)
         return 0
     except UserError as error:
         print(f"tanuki: {error}", file=sys.stderr)
@@ -136,9 +137,29 @@ def _unraisable(found: Any) -> None:
         sys.__unraisablehook__(found)
 
 
+@contextlib.contextmanager
+def _held(options: argparse.Namespace) -> Iterator[None]:
+    """Holds the lock on what a verb writes, and takes it before anything slow is imported.
+
+    Of several processes of a run, the first one takes it once it knows its number.
+    """
+    with contextlib.ExitStack() as stack:
+        if options.work == "run" and not os.environ.get("TANUKI_COORDINATOR"):
+            stack.enter_context(lock.signals())
+            stack.enter_context(lock.workdir(options.workdir))
+        if hasattr(options, "output") and not getattr(options, "dry_run", False):
+            stack.enter_context(lock.signals())
+            stack.enter_context(lock.output(options.output))
+        yield
+
+
 def _fresh(output: Path) -> Path:
+    """The output of which its lock is held: it must not be there, and what a killed command left of it goes."""
+    from tanuki_jax import files
+
     if output.exists():
         raise UserError(f"--output: {output} is there already; name a new directory or remove it")
+    files.remove_unfinished(output)
     return output
 
 

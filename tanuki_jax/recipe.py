@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import json
@@ -14,7 +15,20 @@ from typing import Any
 import jax
 import numpy as np
 
-from tanuki_jax import __version__, checkpoint, config, files, inputs, observe, parallel, placement, preflight, stage, start
+from tanuki_jax import (
+    __version__,
+    checkpoint,
+    config,
+    files,
+    inputs,
+    lock,
+    observe,
+    parallel,
+    placement,
+    preflight,
+    stage,
+    start,
+)
 from tanuki_jax.config import Recipe
 from tanuki_jax.data import chat
 from tanuki_jax.errors import Preempted, UserError
@@ -33,7 +47,9 @@ def run(recipe: Recipe, workdir: Path, only: str = "", allow_data_change: bool =
     if only and only not in recipe.stages:
         raise UserError(f"--stage: the recipe has no stage {only!r}; it has {', '.join(recipe.stages)}")
     parallel.initialize()
-    with parallel.watching(_hangs), profile.listening():
+    with parallel.watching(_hangs), profile.listening(), contextlib.ExitStack() as held:
+        parallel.at("the start")
+        parallel.on_first(lambda: held.enter_context(lock.workdir(workdir)), "the lock on the workdir")
         return _run(recipe, workdir, only, allow_data_change)
 
 
@@ -44,7 +60,6 @@ def _hangs(found: dict[str, Any]) -> None:
 
 def _run(recipe: Recipe, workdir: Path, only: str, allow_data_change: bool) -> dict[str, Any]:
     first = jax.process_index() == 0
-    parallel.at("the start")
     parallel.once(lambda: _claim(recipe, workdir), "the workdir")
     wanted = [only] if only else list(recipe.stages)
     preflight.check(recipe, wanted, workdir, versions())

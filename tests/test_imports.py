@@ -42,6 +42,7 @@ LAYERS = (
         "schema",
         "checks",
         "files",
+        "lock",
         "progress",
         "errors",
         "flags",
@@ -55,7 +56,7 @@ FORBIDDEN = {("data", "model"), ("model", "data"), ("parallel", "model"), ("para
 # Libraries that only one room may import.
 OWNED = {"flax": "model", "orbax": "checkpoint", "MeCab": "tokenization", "sentencepiece": "tokenization"}
 # Imported by `tanuki --help`: nothing but the standard library and one another on top.
-HEAVY_FREE = ("cli", "flags", "machine", "schema", "errors", "tanuki_jax")
+HEAVY_FREE = ("cli", "flags", "lock", "machine", "schema", "errors", "tanuki_jax")
 
 
 class Import(NamedTuple):

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tanuki_jax import checkpoint, config, files, model
+from tanuki_jax import checkpoint, config, files, lock, model
 from tanuki_jax.checkpoint import Opened
 from tanuki_jax.data.tokenizer import Tokenizer, copy_tokenizer
 from tanuki_jax.errors import UserError
@@ -68,7 +68,7 @@ def export_huggingface(path: Path, output: Path, vocab_size: int = 0, param_dtyp
     opened, exact = resized(checkpoint.open_stored(path, param_dtype=param_dtype), vocab_size, "export")
     kind = kind_of(opened.cfg)
     tensors = list(_tensors(opened, kind))
-    with files.disk_errors(output), files.atomic_path(output) as temporary:
+    with lock.output(output), files.disk_errors(output), files.atomic_path(output) as temporary:
         copy_tokenizer(opened.tokenizer_directory, temporary)
         temporary.mkdir(exist_ok=True)
         size = _write(temporary, tensors)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tanuki_jax import checkpoint, config, files, model
+from tanuki_jax import checkpoint, config, files, lock, model
 from tanuki_jax.data.tokenizer import copy_tokenizer
 from tanuki_jax.interop.huggingface import open_huggingface
 from tanuki_jax.interop.vocabulary import resized
@@ -31,7 +31,7 @@ def import_huggingface(path: Path, output: Path, vocab_size: int = 0) -> str:
                 done += array.nbytes
                 progress.show(done)
 
-    with files.disk_errors(output), files.atomic_path(output) as temporary:
+    with lock.output(output), files.disk_errors(output), files.atomic_path(output) as temporary:
         meta = {**opened.meta, "stage": "import", "model": config.to_dict(cfg), "data_fingerprint": "", "id": uuid.uuid4().hex}
         checkpoint.save_streamed(temporary, cfg, blocks(), meta)
         copy_tokenizer(path, temporary / "tokenizer")

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from tanuki_jax import checkpoint, config, files, interop, model, upcycle
+from tanuki_jax import checkpoint, config, files, interop, lock, model, upcycle
 from tanuki_jax.checkpoint import Opened
 from tanuki_jax.data.tokenizer import copy_tokenizer
 from tanuki_jax.errors import UserError
@@ -88,7 +88,7 @@ def plan(checkpoints: Sequence[str], shape: dict[str, Any], settings: dict[str, 
 def run(job: Job, output: Path) -> str:
     """Makes the mixture, and returns a table of what came of it.  `output` is there whole or not at all."""
     began = time.monotonic()
-    with files.disk_errors(output), files.atomic_path(output) as temporary:
+    with lock.output(output), files.disk_errors(output), files.atomic_path(output) as temporary:
         meta = {**job.sources[0].meta, "stage": "upcycle", "model": config.to_dict(job.cfg), "data_fingerprint": ""}
         meta["upcycle"] = config.to_dict(job.options) | {"seed": job.seed, "from": str(job.sources[0].stage_directory)}
         meta["id"] = uuid.uuid4().hex
