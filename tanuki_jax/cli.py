@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tanuki_jax.errors import PeerLost, Preempted, UserError
-from tanuki_jax.flags import make_parser
+from tanuki_jax.flags import make_parser, split_config
 
 PREEMPTED = 75  # EX_TEMPFAIL: try again
 PEER_LOST = 77  # another process of the run is gone: start all again
@@ -43,8 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         parser = make_parser()
-        config_flags = [a for a in given if a.startswith("--config")]
-        options = parser.parse_args([a for a in given if a not in config_flags])
+        config_flags, others = split_config(given)
+        options = parser.parse_args(others)
         if not hasattr(options, "work"):
             parser.print_help()
             return 0

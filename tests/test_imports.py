@@ -39,6 +39,7 @@ LAYERS = (
     ("ops",),
     (
         "config",
+        "config_file",
         "schema",
         "checks",
         "files",
