@@ -1,5 +1,6 @@
 """Every numeric key of the schema has a range, which its page names and nothing passes, from a file or a flag."""
 
+import copy
 import math
 import typing
 
@@ -12,7 +13,7 @@ from tanuki_jax.errors import UserError
 from tests.golden.__main__ import DOCS, numeric, ranges
 from tests.test_config import kind_of, named, recipe
 
-NUMERIC = numeric()
+NUMERIC, VALID = numeric(), recipe()
 RANGES = {name: field.metadata["range"] for name, field in NUMERIC.items()}
 ODD = (-1, 0, math.nan, math.inf, -math.inf, 1e30, -1e30, 10**30, 10**5000, 1, 0.5, True, None, "1", [1], {})
 # In dictionaries of the user's own names: the one that holds the number, and how.
@@ -27,7 +28,7 @@ HELD = {
 
 def put(name, value):
     """The valid recipe of test_config with a number put where the key holds one."""
-    values = recipe()
+    values = copy.deepcopy(VALID)
     *groups, last = named(name).split(".")
     place = values
     for group in groups:
@@ -93,7 +94,7 @@ def test_the_ends_of_a_range(name):
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
     path = tmp_path_factory.mktemp("config") / "valid.py"
-    path.write_text(f"def get_config():\n    return {recipe()!r}\n")
+    path.write_text(f"def get_config():\n    return {VALID!r}\n")
     return path
 
 
