@@ -47,10 +47,10 @@ def check_mesh(recipe: Recipe, name: str, mesh: jax.sharding.Mesh) -> None:
         raise UserError(f"config: mesh.expert {expert} does not divide model.n_experts {cfg.n_experts}; use a divisor of it")
     unit = 2 * context * ops.query_parts(cfg.attention, mesh.devices.flat[0].platform)
     if context > 1 and this.seq_len % unit:
-        left = "" if recipe.mesh.context == context else f", which batch_size {this.batch_size} leaves to each row"
+        left = "" if recipe.mesh.context == context else f", the devices that batch_size {this.batch_size} leaves to each row"
         raise UserError(
-            f"config: stages.{name}.seq_len {this.seq_len} cannot be split over {context} devices (mesh.context{left}): it is not "
-            f"a multiple of {unit}, two parts for each; set mesh.context, seq_len or batch_size, or take fewer devices"
+            f"config: stages.{name}.seq_len {this.seq_len} cannot be split over mesh.context {context}{left}: it is not a "
+            f"multiple of {unit}, two parts for each; set mesh.context, seq_len or batch_size, or take fewer devices"
         )
 
 

@@ -111,7 +111,7 @@ def test_what_does_not_fit_says_what_to_change():
 @pytest.mark.parametrize(
     ("mesh", "stage", "words"),
     [
-        ({}, dict(seq_len=128), ["stages.first.seq_len 128", "16 devices", "mesh.context"]),
+        ({}, dict(seq_len=128), ["stages.first.seq_len 128", "mesh.context 16", "batch_size 8"]),
         ({}, dict(batch_size=6), ["batch_size 6"]),
         (dict(context=3), {}, ["mesh", "128 devices"]),
         (dict(context=256), {}, ["mesh", "128 devices"]),
