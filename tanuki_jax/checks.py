@@ -69,8 +69,10 @@ def check_mixture(model: Model, where: str, trained: bool = True) -> None:
 
 def check_upcycle(model: Model, options: Upcycle, where: str) -> None:
     """An error, that begins with `where`, about settings with which no dense model becomes the mixture `model`."""
-    for name in ("noise_std", "router_std", "drop_ratio"):
+    for name in ("noise_std", "router_std"):
         _check_range(options, name, where)
+    if options.drop_ratio not in range_of(Upcycle, "drop_ratio"):
+        raise UserError(f"{where}drop_ratio {options.drop_ratio} must lie between 0 and 1")
     width = model.expert_d_ff or model.d_ff
     if options.strategy != "groups" and width != model.d_ff:
         raise UserError(f"{where}an expert_d_ff {width} other than d_ff {model.d_ff} needs the strategy groups")

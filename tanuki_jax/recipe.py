@@ -108,7 +108,11 @@ def _claim(recipe: Recipe, workdir: Path) -> bool:
     """Makes the workdir this recipe's, or refuses one that is another's."""
     path, mine = workdir / "recipe.json", config.to_dict(recipe)
     if path.is_file():
-        theirs = config.from_dict(Recipe, files.read_json(path))  # keys added since have their defaults
+        stored = files.read_json(path)
+        try:
+            theirs = config.from_dict(Recipe, stored)  # keys added since have their defaults
+        except UserError as error:
+            raise UserError(f"workdir: {path} is no recipe of this version ({error}); use another --workdir") from error
         differing = _differences(config.to_dict(theirs), mine)
         if differing:
             named = "; ".join(differing[:4]) + (" ..." if len(differing) > 4 else "")
