@@ -70,7 +70,8 @@ def check_mixture(model: Model, where: str, trained: bool = True) -> None:
 def check_upcycle(model: Model, options: Upcycle, where: str) -> None:
     """An error, that begins with `where`, about settings with which no dense model becomes the mixture `model`."""
     for name in ("noise_std", "router_std"):
-        _check_range(options, name, where)
+        if getattr(options, name) not in range_of(Upcycle, name):
+            raise UserError(f"{where}{name} is {getattr(options, name)}; a standard deviation is a number and not negative")
     if options.drop_ratio not in range_of(Upcycle, "drop_ratio"):
         raise UserError(f"{where}drop_ratio {options.drop_ratio} must lie between 0 and 1")
     width = model.expert_d_ff or model.d_ff
@@ -271,7 +272,11 @@ def _check_lora(recipe: Recipe, name: str, this: Stage) -> None:
     mixtures = len(mixture_layers(model))
     known = [n for n in PROJECTED if mixtures < model.n_layers or not n.startswith("mlp/")] + [*ROUTED][: 4 * bool(mixtures)]
     lora_ranks(options, known, f"{where}.lora.")
-    for pattern in options.patterns():
+    for pattern, rank in options.patterns().items():
+        if not fnmatch.filter(known, pattern):
+            raise UserError(
+                f"{where}.lora.targets: {pattern!r} with rank {rank} fits nothing; the matrices are {', '.join(known)}"
+            )
         if options.dropout and set(fnmatch.filter(known, pattern)) & set(ROUTED):
             raise UserError(f"{where}.lora.dropout is for attention and dense FFN; set it to 0 for {pattern!r}")
 
@@ -279,16 +284,11 @@ def _check_lora(recipe: Recipe, name: str, this: Stage) -> None:
 def lora_ranks(options: Lora, matrices: Sequence[str], where: str = "") -> dict[str, int]:
     """Rank of the adapter of each of a model's `matrices` that the targets fit, in their order.
 
-    Of several patterns that fit a matrix the one that fits the fewest of all counts, in whatever order they stand.  A pattern
-    that fits none, and two that fit as few with different ranks, are errors that begin with `where`.
+    Of several patterns that fit a matrix the one that fits the fewest of all counts, in whatever order they stand.  Two that
+    fit as few with different ranks are an error that begins with `where`.
     """
     targets = {pattern: rank or options.rank for pattern, rank in options.patterns().items()}
     fits = {pattern: [m for m in matrices if fnmatch.fnmatchcase(m, pattern)] for pattern in targets}
-    for pattern in targets:
-        if not fits[pattern]:
-            raise UserError(
-                f"{where}targets: {pattern!r} with rank {targets[pattern]} fits nothing; the matrices are {', '.join(matrices)}"
-            )
     found = {}
     for matrix in matrices:
         patterns = sorted((p for p in targets if matrix in fits[p]), key=lambda p: (len(fits[p]), p))

@@ -51,12 +51,15 @@ def unknown(path: str, known: Sequence[str]) -> str:
 
 def _split(flag: str) -> tuple[Path, str | None]:
     """The file, and the argument where there is one."""
-    file, colon, argument = (flag, "", "") if Path(flag).is_file() else flag.partition(":")
-    path = Path(file)
-    if path.is_dir():
-        raise UserError(f"--config: {file!r} is a directory; name a Python file in it, {path / 'FILE.py'}")
-    if not path.is_file():
-        raise UserError(f"--config: no such file {file!r}; the shipped ones are in configs/")
+    try:
+        file, colon, argument = (flag, "", "") if Path(flag).is_file() else flag.partition(":")
+        path = Path(file)
+        if path.is_dir():
+            raise UserError(f"--config: {file!r} is a directory; name a Python file in it, {path / 'FILE.py'}")
+        if not path.is_file():
+            raise UserError(f"--config: no such file {file!r}; the shipped ones are in configs/")
+    except OSError as error:
+        raise UserError(f"--config: {flag[:80]!r}: {error.strerror}") from error
     if path.suffix != ".py":
         raise UserError(f"--config: {file!r} is not a Python file; a config is FILE.py with get_config()")
     return path, argument if colon else None
@@ -116,11 +119,12 @@ def _said(error: BaseException, path: Path) -> str:
     if isinstance(error, SystemExit):
         return f"it ended the program{code}"
     call = next((found for found in _calls(error) if isinstance(found.get("self"), ConfigDict)), None)
+    name = call.get("key", call.get("attribute")) if call else None
     if call and isinstance(error, KeyError | AttributeError):
-        message = _missing(call)
-    elif call and isinstance(error, TypeError) and call.get("key") in call["self"]:
-        kind = type(call["self"][call["key"]]).__name__
-        message = f"{call['key']} must be {kind}, not {type(call['value']).__name__} {call['value']!r}"
+        message = _missing(str(name), list(map(str, call["self"])))
+    elif call and isinstance(error, TypeError) and name in call["self"] and "value" in call:
+        kind, value = type(call["self"][name]).__name__, call["value"]
+        message = f"{name} must be {kind}, not {type(value).__name__} {value!r}"
     elif isinstance(error, KeyError) and len(error.args) == 1:
         message = f"there is no {error.args[0]!r}"
     elif isinstance(error, FileNotFoundError):
@@ -133,10 +137,9 @@ def _calls(error: BaseException) -> list[dict[str, Any]]:
     return [frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__)]
 
 
-def _missing(call: Mapping[str, Any]) -> str:
-    """A group of keys was asked for one that it has not."""
-    name, held = call.get("key", call.get("attribute")), list(map(str, call["self"]))
-    near = difflib.get_close_matches(str(name), held, n=1)
+def _missing(name: str, held: list[str]) -> str:
+    """A group of keys that holds `held` was asked for another."""
+    near = difflib.get_close_matches(name, held, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return f"there is no {name!r} here; {hint}it has {', '.join(held) or 'nothing'}"
 
