@@ -160,7 +160,7 @@ def _check_stage(recipe: Recipe, name: str, this: Stage) -> None:
         raise UserError(f"{where}.mixture_of_experts follows from stage {this.init_from!r} that it starts from; leave it out")
     if this.kind in ("sft", "dpo") and not this.init_from:
         raise UserError(f"{where}.init_from is empty; a {this.kind} stage must start from a trained model")
-    _check_amounts(where, this)
+    _check_amounts(where, this, recipe.validation.tokens)
     _check_losses(where, this)
     _check_kept(recipe, where, this)
     _check_schedule(where, this.optimizer)
@@ -182,7 +182,7 @@ def _check_upcycling(recipe: Recipe, where: str, this: Stage) -> None:
             raise UserError(f"{where}.upcycle.experts_from {other!r} is neither a stage nor a checkpoint directory")
 
 
-def _check_amounts(where: str, this: Stage) -> None:
+def _check_amounts(where: str, this: Stage, held_out: int) -> None:
     if sum(bool(b) for b in (this.steps, this.tokens, this.epochs)) != 1:
         raise UserError(
             f"{where}: set exactly one of steps, tokens and epochs (now {this.steps}, {this.tokens}, {this.epochs})"
@@ -191,6 +191,11 @@ def _check_amounts(where: str, this: Stage) -> None:
         raise UserError(f"{where}.batch_size {this.batch_size} is not a multiple of microbatches {this.microbatches}")
     if this.epochs and this.kind == "pretrain":
         raise UserError(f"{where}.epochs is for sft and dpo; give a pretraining stage tokens or steps")
+    if this.kind == "pretrain" and 0 < held_out < this.seq_len:
+        raise UserError(
+            f"config: validation.tokens is {held_out}, less than one row ({where.removeprefix('config: ')}.seq_len "
+            f"{this.seq_len}); raise it, or set it to 0"
+        )
     batch = this.batch_size * this.seq_len
     if batch > LARGEST:
         raise UserError(

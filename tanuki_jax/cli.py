@@ -17,6 +17,7 @@ from typing import Any
 
 from tanuki_jax.errors import PeerLost, Preempted, UserError
 from tanuki_jax.flags import make_parser, split_config
+from tanuki_jax.schema import Tokenizer, range_of
 
 PREEMPTED = 75  # EX_TEMPFAIL: try again
 PEER_LOST = 77  # another process of the run is gone: start all again
@@ -244,10 +245,18 @@ def _tokenizer_train(options: argparse.Namespace) -> None:
 
 
 def _shares(text: str) -> dict[str, float]:
-    try:
-        return {name: float(share) for name, share in (part.split("=") for part in filter(None, text.split(",")))}
-    except ValueError as error:
-        raise UserError(f"--shares: {text!r} must be like ja=0.65,en=0.35") from error
+    allowed, found = range_of(Tokenizer, "shares"), {}
+    for part in filter(None, text.split(",")):
+        name, _, share = part.partition("=")
+        try:
+            value = float(share)
+        except ValueError as error:
+            raise UserError(f"--shares: {text!r} must be like ja=0.65,en=0.35") from error
+        if name in found or value not in allowed:
+            told = "it is there twice" if name in found else f"it must be {allowed.describe()}"
+            raise UserError(f"--shares: {part!r} of {text!r}: {told}")
+        found[name] = value
+    return found
 
 
 def _tokenizer_report(options: argparse.Namespace) -> None:
@@ -311,8 +320,6 @@ def _score(options: argparse.Namespace) -> None:
 def _sampling(options: argparse.Namespace, stop: int) -> Any:
     from tanuki_jax.model import Sampling
 
-    if options.max_new_tokens < 1 or options.temperature < 0 or not 0 < options.top_p <= 1:
-        raise UserError("--max_new_tokens must be at least 1, --temperature at least 0, --top_p above 0 and at most 1")
     return Sampling(options.max_new_tokens, options.temperature, options.top_p, (stop,))
 
 

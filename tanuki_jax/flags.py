@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from tanuki_jax.errors import UserError
-from tanuki_jax.schema import AMOUNT, CHOICES, COUNT, SEED, TEMPERATURE, TOP_P, Model, Range, Tokenizer, Upcycle, range_of
+from tanuki_jax.schema import AMOUNT, CHOICES, SEED, TEMPERATURE, TOP_P, Model, Range, Scoring, Tokenizer, Upcycle, range_of
 
 HELP = """\
 A trainer in which the whole Tanuki paper is one recipe.
@@ -89,10 +89,12 @@ def make_parser() -> Parser:
     made.add_argument(
         "--level",
         choices=CHOICES["level"],
-        default="bunsetsu",
+        default=Tokenizer.level,
         help="what no piece may cross (default %(default)s; the paper: morpheme)",
     )
-    made.add_argument("--dictionary", choices=CHOICES["dictionary"], default="ipadic", help="of MeCab (default %(default)s)")
+    made.add_argument(
+        "--dictionary", choices=CHOICES["dictionary"], default=Tokenizer.dictionary, help="of MeCab (default %(default)s)"
+    )
     made.add_argument("--shares", default="", help="share of the vocabulary of each language: ja=0.65,en=0.35")
     made = verb(tokenizer, "report", "tokenizer_report", "compression, round trip, boundaries and vocabulary use of tokenizers")
     _add(made, "tokenizer", "input", "fields", "json")
@@ -191,13 +193,15 @@ def _upcycle(made: argparse.ArgumentParser) -> None:
     made.add_argument(
         "--strategy",
         choices=CHOICES["strategy"],
-        default="noise",
+        default=Upcycle.strategy,
         help="the dense FFN; with noise (default, Tanuki); partly drawn anew (Drop-Upcycling); split (virtual groups)",
     )
 
     _key(made, Upcycle, "noise_std", "noise: absolute standard deviation on every FFN weight")
     _key(made, Upcycle, "drop_ratio", "drop: share of the inner dimensions that is drawn anew")
-    made.add_argument("--router_init", choices=CHOICES["router_init"], default="normal", help="the fresh router's distribution")
+    made.add_argument(
+        "--router_init", choices=CHOICES["router_init"], default=Upcycle.router_init, help="the fresh router's distribution"
+    )
     _key(made, Upcycle, "router_std", "standard deviation of the fresh router; Tanuki: 1")
     _key(made, Model, "n_experts", "experts of each block", 8)
     _key(made, Model, "top_k", "experts that a token visits")
@@ -257,7 +261,8 @@ def _add(parser: argparse.ArgumentParser, *names: str) -> None:
         elif name == "json":
             parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
         elif name == "sampling":
-            most, hot, share = number(int, COUNT), number(float, TEMPERATURE), number(float, TOP_P)
+            most = number(int, range_of(Scoring, "max_new_tokens"))
+            hot, share = number(float, TEMPERATURE), number(float, TOP_P)
             parser.add_argument("--max_new_tokens", type=most, default=256, help="longest answer (default %(default)s)")
             parser.add_argument("--temperature", type=hot, default=0.0, help="0 = the likeliest token (default)")
             parser.add_argument("--top_p", type=share, default=1.0, help="share of the probability that is sampled from")

@@ -63,10 +63,12 @@ def key(default: Any, doc: str, allowed: Range | None = None, resumable: bool = 
     return dataclasses.field(default=default, metadata=metadata)
 
 
-@functools.cache
+_hints = functools.cache(typing.get_type_hints)
+
+
 def kinds(schema: Any) -> dict[str, Any]:
     """The type of each key of a dataclass of the schema."""
-    return typing.get_type_hints(schema)
+    return _hints(schema)
 
 
 def range_of(schema: Any, name: str) -> Range:

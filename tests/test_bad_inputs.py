@@ -122,7 +122,7 @@ KEYS = {
         ["both set"],
     ),
 }
-FROM = "--checkpoint={empty}"
+FROM, TOKENIZER = "--checkpoint={empty}", ["tokenizer", "train", "--input=x", "--output={new}"]
 FLAGS = {
     "no verb": (["runn"], ["runn"]),
     "a verb twice": (["run", "run", "--config={file}", "--workdir={new}"], ["unrecognized arguments: run"]),
@@ -149,6 +149,10 @@ FLAGS = {
         ["tokenizer", "train", "--input=x", "--output={new}", "--character_coverage=nan"],
         ["--character_coverage", "nan"],
     ),
+    "shares of nothing": ([*TOKENIZER, "--shares=ja"], ["--shares", "ja=0.65,en=0.35"]),
+    "a share of NaN": ([*TOKENIZER, "--shares=ja=nan"], ["--shares", "ja=nan", "above 0"]),
+    "a share below 0": ([*TOKENIZER, "--shares=ja=0.5,en=-1"], ["--shares", "en=-1", "above 0"]),
+    "a share twice": ([*TOKENIZER, "--shares=ja=0.5,ja=0.5"], ["--shares", "ja=0.5", "twice"]),
     "rows below 0": (
         ["data", "inspect", "--data={empty}", "--tokenizer={empty}", "--rows=-1"],
         ["--rows", "it is -1", "at least 0"],

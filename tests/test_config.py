@@ -269,6 +269,7 @@ INVALID = {
         ),
         ["stages.pretrain.mixture_starts", "1,048,576 tokens", "never comes"],
     ),
+    "less than a row held out": (dict(validation__tokens=2047), ["validation.tokens is 2047", "stages.pretrain.seq_len 2048"]),
     "less than a step": (
         dict(stages__pretrain__steps=0, stages__pretrain__tokens=1000),
         ["stages.pretrain.tokens 1,000", "batch_size 256", "524,288"],

@@ -35,6 +35,7 @@ def generate(
     """
     if not prompts:
         return []
+    seed = (seed + 2**31) % 2**32 - 2**31  # a key takes 32 bits of it, and jit no number beyond them
     if not all(len(p) for p in prompts):
         raise UserError("generate: a prompt is empty; give at least one token")
     lengths = np.array([len(p) for p in prompts], np.int32)
