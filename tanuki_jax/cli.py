@@ -163,7 +163,7 @@ def _plan(options: argparse.Namespace) -> None:
     _print(options, found, plan.table(found))
     problems = plan.problems(found)
     if problems:
-        raise UserError("\n".join(problems))
+        raise UserError("\ntanuki: ".join(problems))
 
 
 def _read_soon(directory: Path) -> None:

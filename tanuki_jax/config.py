@@ -91,7 +91,7 @@ def defaults(schema: Any) -> ConfigDict:
 
 def recipe(**overrides: Any) -> ConfigDict:
     """A recipe with every key at its default, then `overrides` (values, or dicts for nested keys)."""
-    return _override(defaults(Recipe), overrides, Recipe)
+    return _override(defaults(Recipe), overrides)
 
 
 def stage(kind: str, **overrides: Any) -> ConfigDict:
@@ -99,7 +99,7 @@ def stage(kind: str, **overrides: Any) -> ConfigDict:
     return _override(defaults(Stage), {"kind": kind, **overrides}, Stage)
 
 
-def _override(config: ConfigDict, values: Mapping[str, Any], schema: Any, path: str = "") -> ConfigDict:
+def _override(config: ConfigDict, values: Mapping[str, Any], schema: Any = Recipe, path: str = "") -> ConfigDict:
     known = kinds(schema)
     for name, value in values.items():
         if name not in known:

@@ -45,7 +45,7 @@ def make_parser() -> Parser:
         made.add_argument("--allow_data_change", action="store_true", help="resume although the training data changed")
         made.epilog = "--config=FILE.py[:argument] names the recipe; --config.a.b=value sets one of its keys."
         if name == "train":
-            made.add_argument("--stage", required=True, help="name of the stage")
+            made.add_argument("--stage", type=stage, required=True, help="name of the stage")
 
     made = verb(
         verbs, "plan", "plan", "compile a recipe's train steps for a TPU slice that need not be here: memory, speed, days"
@@ -169,6 +169,13 @@ def number(kind: type[int] | type[float], allowed: Range) -> Callable[[str], flo
         return value
 
     return parse
+
+
+def stage(text: str) -> str:
+    """The name of one stage."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty; name a stage, or use `tanuki run` for all")
+    return text
 
 
 def path(text: str) -> Path:

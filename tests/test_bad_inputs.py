@@ -132,6 +132,7 @@ FLAGS = {
     "a workdir too long": (["run", "--config={file}", f"--workdir={LONG}"], ["--workdir", "name too long"]),
     "a workdir of NUL": (["run", "--config={file}", "--workdir=a\0b"], ["--workdir", "NUL"]),
     "a workdir below a file": (["run", "--config={file}", "--workdir={file}/a"], ["mine.py/a"]),
+    "a stage without a name": (["train", "--config={file}", "--workdir={new}", "--stage="], ["--stage", "empty"]),
     "no stage of it": (["train", "--config={file}", "--workdir={new}", "--stage=two"], ["--stage", "'two'", "one"]),
     "vocabulary below 0": (
         ["tokenizer", "train", "--input=x", "--output={new}", "--vocab_size=-5"],
