@@ -78,7 +78,7 @@ def _made(path: Path, argument: str | None) -> ConfigDict:
             raise UserError(f"config {path}: it has no get_config(); define one that returns what config.recipe(...) made")
         _check_argument(function, path, argument)
         made = function() if argument is None else function(argument)
-        made = ConfigDict(made) if isinstance(made, Mapping) else made
+        made = ConfigDict(made) if isinstance(made, Mapping) and not isinstance(made, ConfigDict) else made
     except UserError as error:
         where = _place(error, path)
         raise UserError(f"{error} ({where})" if where else str(error)) from error
