@@ -87,13 +87,28 @@ def check_upcycle(model: Model, options: Upcycle, where: str) -> None:
 
 
 def check_names(recipe: Recipe) -> None:
-    """An error about a name that would lead out of the workdir."""
+    """An error about a name that would lead out of the workdir, or that nothing to start from has."""
     for group, names in (("stages", recipe.stages), ("data", recipe.data)):
         for name in names:
             if not NAME.fullmatch(name):
                 raise UserError(
                     f"config: {group}: the name {name!r} becomes a file's; use letters, digits, _, - and . after the first"
                 )
+    for name in recipe.stages:
+        _check_parents(recipe, name)
+
+
+def _check_parents(recipe: Recipe, name: str) -> None:
+    this, known = recipe.stages[name], ", ".join(n for n in recipe.stages if n != name)
+    if this.init_from and this.init_from not in recipe.stages and not _exists(this.init_from):
+        raise UserError(
+            f"config: stages.{name}.init_from {this.init_from!r} is neither a stage ({known}) nor a checkpoint directory"
+        )
+    for other in this.upcycle.experts_from if this.kind == "upcycle" else ():
+        if other not in recipe.stages and not _exists(other):
+            raise UserError(
+                f"config: stages.{name}.upcycle.experts_from {other!r} is neither a stage nor a checkpoint directory"
+            )
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -148,9 +163,6 @@ def _check_shares(recipe: Recipe) -> None:
 def _check_stage(recipe: Recipe, name: str, this: Stage) -> None:
     where = f"config: stages.{name}"
     parent = this.init_from in recipe.stages
-    if this.init_from and not parent and not _exists(this.init_from):
-        known = ", ".join(n for n in recipe.stages if n != name)
-        raise UserError(f"{where}.init_from {this.init_from!r} is neither a stage ({known}) nor a checkpoint directory")
     if is_mixture(recipe, name) and not recipe.model.n_experts:
         raise UserError(f"{where} is a mixture of experts, but model.n_experts is 0")
     if this.kind == "upcycle":
@@ -178,8 +190,6 @@ def _check_upcycling(recipe: Recipe, where: str, this: Stage) -> None:
     for other in this.upcycle.experts_from:
         if other in recipe.stages and is_mixture(recipe, other):
             raise UserError(f"{where}.upcycle.experts_from names {other!r}, which is a mixture; it must be dense")
-        if other not in recipe.stages and not _exists(other):
-            raise UserError(f"{where}.upcycle.experts_from {other!r} is neither a stage nor a checkpoint directory")
 
 
 def _check_amounts(where: str, this: Stage, held_out: int) -> None:
