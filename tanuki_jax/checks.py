@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from tanuki_jax.errors import UserError
+from tanuki_jax.ranges import LARGEST
 from tanuki_jax.schema import (
-    LARGEST,
     PREFERENCES,
     PROJECTED,
     ROUTED,

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from tanuki_jax import config_file
 from tanuki_jax.checks import check_mixture, check_names, check_recipe, check_upcycle, lora_ranks, unreached
 from tanuki_jax.errors import UserError
+from tanuki_jax.ranges import Range
 from tanuki_jax.schema import (
     CHOICES,
     MIXTURE,
@@ -27,7 +28,6 @@ from tanuki_jax.schema import (
     Mesh,
     Model,
     Optimizer,
-    Range,
     Recipe,
     Rules,
     Scoring,

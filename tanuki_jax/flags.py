@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from tanuki_jax.errors import UserError
-from tanuki_jax.schema import AMOUNT, CHOICES, SEED, TEMPERATURE, TOP_P, Model, Range, Scoring, Tokenizer, Upcycle, range_of
+from tanuki_jax.ranges import AMOUNT, SEED, TEMPERATURE, TOP_P, Range
+from tanuki_jax.schema import CHOICES, Model, Scoring, Tokenizer, Upcycle, range_of
 
 HELP = """\
 A trainer in which the whole Tanuki paper is one recipe.
