@@ -103,7 +103,7 @@ def test_what_ancestors_used_is_what_their_rows_say(inputs, tmp_path):
             first=dict(steps=11, **phases),
             second=dict(kind="upcycle", mixture={}, steps=0),
             third=dict(steps=0, tokens=2000, mixture=dict(en=(1.0,), ja=(0.0,))),
-            fourth=dict(steps=3, **phases),
+            fourth=dict(steps=3, **{**phases, "mixture_starts": (0, 100, 300)}),
         )
     )
     expected = collections.Counter()
