@@ -7,15 +7,22 @@ files are read whole.
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import functools
 import glob
 import gzip
 import io
 import json
+import os
+import stat
+import sys
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tanuki_jax.data import datasets, encodings
 from tanuki_jax.data.store import Store
 from tanuki_jax.errors import UserError
 
@@ -36,21 +43,76 @@ def is_url(path: str) -> bool:
     return "://" in path
 
 
+HINTS = {
+    "gs": "pip install 'tanuki-jax[gcs]'",
+    "gcs": "pip install 'tanuki-jax[gcs]'",
+    "s3": "pip install s3fs",
+    "hf": "fetch it first: hf download NAME --repo-type dataset --local-dir DIR, and name DIR",
+    "http": "fetch it first, with curl -LO for example",
+    "https": "fetch it first, with curl -LO for example",
+}
+
+
+@contextlib.contextmanager
+def _remote_errors(path: str) -> Iterator[None]:
+    """Turns what the many file systems raise (no package, no network, no right, no such bucket) into one message."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # each library has its own
+        scheme = path.split("://")[0].lower()
+        hint = HINTS.get(scheme, "copy it here, or install fsspec's package for it")
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"data: {path} cannot be opened: {reason} ({hint})") from error
+
+
 def _remote(path: str) -> tuple[Any, str]:
+    if path.lower().startswith("hf://"):
+        raise UserError(f"data: {path} cannot be opened: data of the Hub is read from a copy of it ({HINTS['hf']})")
     import fsspec
 
-    try:
-        return fsspec.core.url_to_fs(path)
-    except (ImportError, ValueError) as error:
-        raise UserError(f"data: {path} cannot be opened: {error} (for gs:// pip install 'tanuki-jax[gcs]')") from error
+    with _remote_errors(path):
+        system, inner = fsspec.core.url_to_fs(path)
+    return system, inner
 
 
 def find(pattern: str) -> list[str]:
-    """The paths that a glob matches, sorted."""
-    if not is_url(pattern):
-        return sorted(glob.glob(pattern, recursive=True))
-    system, path = _remote(pattern)
-    return sorted(system.unstrip_protocol(found) for found in system.glob(path))
+    """The paths that a glob matches, sorted; a path that is there is itself, whatever its name looks like."""
+    if is_url(pattern):
+        system, path = _remote(pattern)
+        with _remote_errors(pattern):
+            return sorted(system.unstrip_protocol(found) for found in system.glob(path))
+    return [pattern] if os.path.lexists(pattern) else sorted(glob.glob(pattern, recursive=True))
+
+
+def check(path: str) -> None:
+    """An error where a path is neither a file nor a folder that may be read."""
+    if is_url(path):
+        return
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        link = f"a link to {os.readlink(path)}, and there " if os.path.islink(path) else ""
+        raise UserError(f"data: {path} cannot be read: {link}{error.strerror}") from error
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise UserError(f"data: {path} is a pipe or a device; write what it gives to a file, since data is read more than once")
+    if not os.access(path, os.R_OK | (os.X_OK if stat.S_ISDIR(mode) else 0)):
+        raise UserError(f"data: {path} cannot be read: {os.strerror(errno.EACCES)}; check its permissions")
+
+
+def same(path: str) -> Any:
+    """A key that all names of one file share: links, hard ones too."""
+    if is_url(path):
+        return path
+    found = os.stat(path)
+    return (found.st_dev, found.st_ino) if found.st_ino else os.path.realpath(path)
+
+
+@functools.cache
+def tell(line: str) -> None:
+    """Prints a line on stderr, once in a process."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def is_directory(path: str) -> bool:
@@ -99,10 +161,10 @@ def _text(path: str, start: int, stop: int, wanted: Collection[str]) -> Iterator
     with _open(path) as f:
         data = f.read()
     try:
-        text: Any = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        text = UserError(f"data: {path} is not valid UTF-8 at byte {error.start}; convert it, for example with iconv")
-    yield Record(path, text if isinstance(text, UserError) else {"text": text}, len(data))
+        value: Any = {"text": encodings.decode(encodings.without_mark(data, path), path)}
+    except UserError as error:
+        value = error
+    yield Record(path, value, len(data))
 
 
 def _jsonl(path: str, start: int, stop: int, wanted: Collection[str]) -> Iterator[Record]:
@@ -117,10 +179,11 @@ def _jsonl(path: str, start: int, stop: int, wanted: Collection[str]) -> Iterato
             line = f.readline()
             if not line:
                 return
-            number += 1
+            number, end = number + 1, at + len(line)
+            line = line if at else encodings.without_mark(line, path)
             if line.strip():
-                yield Record(f"{path}, byte {at}" if start else f"{path}:{number}", line, at + len(line) - start)
-            at += len(line)
+                yield Record(f"{path}, byte {at}" if start else f"{path}:{number}", line, end - start)
+            at = end
 
 
 def _gzip(path: str, start: int, stop: int, wanted: Collection[str]) -> Iterator[Record]:
@@ -152,6 +215,7 @@ def _check_not_empty(path: str) -> None:
 
 def _lines(path: str, lines: Any, raw: Any) -> Iterator[Record]:
     for number, line in enumerate(lines, 1):
+        line = line if number > 1 else encodings.without_mark(line, path)
         if line.strip():
             yield Record(f"{path}:{number}", line, raw.tell())
 
@@ -168,12 +232,33 @@ def _parquet(path: str, start: int, stop: int, wanted: Collection[str]) -> Itera
             size = bytes_of(path)
             for group in range(start, min(stop, table.num_row_groups)):
                 for batch in table.iter_batches(batch_size=256, row_groups=[group], columns=columns):
-                    for value in batch.to_pylist():
-                        name = f"{path}, row {row}" if not start else f"{path}, row {row} of row groups {start} on"
-                        yield Record(name, value, size * (group + 1 - start) // max(1, table.num_row_groups))
+                    name = f"{path}, row " + "{}" + (f" of row groups {start} on" if start else "")
+                    for where, value in _rows(batch, name, row):
+                        yield Record(where, value, size * (group + 1 - start) // max(1, table.num_row_groups))
                         row += 1
         except (pyarrow.ArrowInvalid, OSError) as error:
             raise UserError(f"data: {path} is not a whole Parquet file ({error}); fetch it again") from error
+
+
+def _rows(batch: Any, where: str, first: int) -> Iterator[tuple[str, Any]]:
+    """Where each row of a batch of Arrow's stands, and its value; an error in the place of one that is not UTF-8."""
+    try:
+        values = batch.to_pylist()
+    except UnicodeDecodeError:
+        values = [_value(batch.slice(i, 1), where.replace("{}", str(first + i))) for i in range(batch.num_rows)]
+    for i, value in enumerate(values, first):
+        yield where.replace("{}", str(i)), value
+
+
+def _value(row: Any, where: str) -> Any:
+    try:
+        return row.to_pylist()[0]
+    except UnicodeDecodeError as error:
+        try:
+            encodings.decode(error.object, where)
+        except UserError as known:
+            return known
+        return UserError(f"data: {where} is not valid UTF-8")
 
 
 def _arrow(path: str, start: int, stop: int, wanted: Collection[str]) -> Iterator[Record]:
@@ -184,8 +269,8 @@ def _arrow(path: str, start: int, stop: int, wanted: Collection[str]) -> Iterato
             stream = pyarrow.ipc.open_stream(f)
             row = 0
             for batch in stream:
-                for value in batch.to_pylist():
-                    yield Record(f"{path}, row {row}", value, f.tell())
+                for where, value in _rows(batch, f"{path}, row " + "{}", row):
+                    yield Record(where, value, f.tell())
                     row += 1
         except (pyarrow.ArrowInvalid, OSError) as error:
             raise UserError(f"data: {path} is not a whole Arrow stream ({error}); save the dataset again") from error
@@ -203,7 +288,7 @@ def _array_record(path: str, start: int, stop: int, wanted: Collection[str]) -> 
         except (RuntimeError, ValueError) as error:
             raise UserError(f"data: {path} is damaged near record {first} ({error}); fetch it again") from error
         for i, data in enumerate(batch, first):
-            value = data if data.lstrip()[:1] == b"{" else _example(data, f"{path}, record {i}")
+            value = data if data[:1] == b"{" else _example(data, f"{path}, record {i}")
             yield Record(f"{path}, record {i}", value, size * (i + 1 - start) // total)
 
 
@@ -225,6 +310,10 @@ def _example(data: bytes, where: str) -> Any:
     try:
         features = tf_example_generated_pb2.Example.FromString(data).features.feature
     except DecodeError:
+        features = {}
+    if not features and data.lstrip()[:1] == b"{":  # one of 123 bytes begins like JSON after a newline
+        return data
+    if not features:
         return UserError(f"data: {where} is neither a JSON object nor a tf.train.Example")
     return {name: f.bytes_list.value[0] for name, f in features.items() if len(f.bytes_list.value) == 1}
 
@@ -295,13 +384,19 @@ def size_of(path: str) -> int:
 
 def expand(path: str) -> list[str]:
     """The files of a dataset folder: one that Hugging Face datasets or TFDS wrote; a file is itself."""
-    if not is_directory(path) or _is_tfds(path):
+    if not is_directory(path):
+        return [path]
+    if _is_tfds(path):
+        _tell_splits(path)
         return [path]
     folder = path.rstrip("/")
     try:
         if _exists(f"{folder}/dataset_dict.json"):
             splits = _read_json(f"{folder}/dataset_dict.json")["splits"]
-            folder = f"{folder}/{'train' if 'train' in splits else splits[0]}"
+            taken = "train" if "train" in splits else splits[0]
+            left = ", ".join(name for name in splits if name != taken)
+            tell(f"data: {folder}: split {taken}{'; not read: ' if left else ''}{left}")
+            folder = f"{folder}/{taken}"
         if _exists(f"{folder}/state.json"):
             found = [f"{folder}/{entry['filename']}" for entry in _read_json(f"{folder}/state.json")["_data_files"]]
             for missing in (file for file in found if not _exists(file)):
@@ -311,9 +406,7 @@ def expand(path: str) -> list[str]:
         raise UserError(f"data: {folder} is not a whole dataset of Hugging Face's ({error!r}); save it again") from error
     if is_url(path):
         return [found for suffix in SUFFIXES for found in find(f"{folder}/**/*{suffix}")]
-    if any(Path(folder).glob("*.parquet")) or (Path(folder) / "data").is_dir():  # a clone of a dataset's repository
-        return sorted(str(p) for p in Path(folder).rglob("*.parquet"))
-    return [path]
+    return datasets.clone(Path(folder), [suffix for suffix in SUFFIXES if suffix != ".bin"], tell) or [path]
 
 
 def _exists(path: str) -> bool:
@@ -326,6 +419,17 @@ def _exists(path: str) -> bool:
 def _read_json(path: str) -> Any:
     with _open(path) as f:
         return json.loads(f.read().decode("utf-8"))
+
+
+def _tell_splits(path: str) -> None:
+    """Says which splits of a TFDS folder are read; a folder without its description is for the reader to refuse."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        splits = [entry["name"] for entry in _read_json(f"{path}/dataset_info.json")["splits"]]
+        others = ", ".join(name for name in splits if name != "train")
+        if "train" in splits:
+            tell(f"data: {path}: split train{'; not read: ' if others else ''}{others}")
+        elif len(splits) > 1:
+            tell(f"data: {path}: no split train; all are read: {others}")
 
 
 def _is_tfds(path: str) -> bool:

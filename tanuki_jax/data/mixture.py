@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
+from fractions import Fraction
 
 import grain
 import numpy as np
 
-BLOCK = 4096  # rows after which each source has exactly its share, to 1/BLOCK
+ORDER = 2  # raised when the order of rows changes: part of a stage's fingerprint, so that no run goes on in another order
+BLOCK = 1024  # rows that are put in order together; a power of two
+END = 1 << 62  # rows that any mixture has
+
+Weights = tuple[int, ...]  # of the sources, exact: whole numbers in the ratios of the given floats
+Counts = tuple[int, ...]  # rows of each source
 
 
 class StagedMixture(grain.transforms.DatasetSelectionMap):
     """Interleaves sources by weights that change at given rows, without repeating or skipping a row of any source.
 
-    Within a block of rows the sources follow a fixed pattern, spread as evenly as their shares allow; a source's rows
-    are taken in its own (shuffled) order, and every phase goes on where the one before stopped.
+    In each phase every source is, after any number of rows, within one row of its share, however small the share is.
+    A source's rows are taken in its own (shuffled) order, and every phase goes on where the one before stopped.
     """
 
     def __init__(
@@ -24,20 +32,15 @@ class StagedMixture(grain.transforms.DatasetSelectionMap):
         self.length = length
         self.first = np.array(used_before or [0] * len(weights[0]), np.int64)
         self.starts = np.array(starts, np.int64)
-        self.patterns = [_pattern(np.array(w, np.float64)) for w in weights]
-        sources = len(weights[0])
-        # ranks[p][r, k]: rows of source k among the first r of a block
-        self.ranks = [
-            np.concatenate([np.zeros((1, sources), np.int64), np.cumsum(np.eye(sources, dtype=np.int64)[p], axis=0)])
-            for p in self.patterns
-        ]
-        self.taken = [np.zeros(sources, np.int64)]  # rows of each source used before each phase
+        self.weights = [_exact(w) for w in weights]
+        self.taken = [np.zeros(len(weights[0]), np.int64)]  # rows of each source used before each phase
         for p in range(len(starts) - 1):
             self.taken.append(self.taken[p] + self._used(p, int(self.starts[p + 1] - self.starts[p])))
 
     def _used(self, phase: int, rows: int) -> np.ndarray:
-        blocks, rest = divmod(rows, BLOCK)
-        return blocks * self.ranks[phase][BLOCK] + self.ranks[phase][rest]
+        block, rest = divmod(rows, BLOCK)
+        whole = np.array(_counts(self.weights[phase], block * BLOCK), np.int64)
+        return whole + np.bincount(_block(self.weights[phase], block)[0][:rest], minlength=len(whole)) if rest else whole
 
     def __len__(self) -> int:
         return self.length
@@ -45,8 +48,9 @@ class StagedMixture(grain.transforms.DatasetSelectionMap):
     def __getitem__(self, index: int) -> tuple[int, int]:
         phase = int(np.searchsorted(self.starts, index, side="right")) - 1
         row = index - int(self.starts[phase])
-        source = int(self.patterns[phase][row % BLOCK])
-        return source, int(self.first[source] + self.taken[phase][source] + self._used(phase, row)[source])
+        owners, ranks = _block(self.weights[phase], row // BLOCK)
+        source = owners[row % BLOCK]
+        return source, int(self.first[source] + self.taken[phase][source]) + ranks[row % BLOCK]
 
     def used(self, rows: int) -> np.ndarray:
         """Rows of each source among the first `rows` of the mixture, int64 [sources]."""
@@ -54,18 +58,63 @@ class StagedMixture(grain.transforms.DatasetSelectionMap):
         return self.taken[phase] + self._used(phase, rows - int(self.starts[phase]))
 
 
-def _pattern(weights: np.ndarray) -> np.ndarray:
-    """int64 [BLOCK] of source numbers with exact shares (largest remainder), nowhere more than a row off them.
+def _exact(weights: Sequence[float]) -> Weights:
+    """Whole numbers in the very ratios of the weights, so that nothing drifts in however many rows."""
+    exact = [Fraction(float(w)) for w in weights]
+    if min(exact) < 0 or not any(exact):
+        raise ValueError(f"weights must be at least 0, and one above it: {list(weights)}")
+    scale = math.lcm(*(w.denominator for w in exact))
+    whole = [int(w * scale) for w in exact]
+    return tuple(w // math.gcd(*whole) for w in whole)
 
-    Balinski and Young's quota method: of the sources that may have one more row by now, the one that is due first.
+
+@functools.lru_cache(1 << 13)
+def _counts(weights: Weights, row: int) -> Counts:
+    """Rows of each source among the first `row`, a multiple of BLOCK: near to their shares, and never fewer than before.
+
+    Time is halved again and again: the counts at `row` lie between those at the two rows around it that more twos divide.
+    Hence those of any row are found in a few dozen steps.  Rounding passes half of what a source lost on to the next larger
+    one, so that small sources together take no more than their share from a large one.
     """
-    exact = weights / weights.sum() * BLOCK
-    counts = np.floor(exact).astype(np.int64)
-    for k in np.argsort(counts - exact, kind="stable")[: BLOCK - counts.sum()]:
+    if not row:
+        return (0,) * len(weights)
+    whole, step = sum(weights), row & -row
+    low = (0,) * len(weights) if row == END else _counts(weights, row - step)
+    high = tuple(END if w else 0 for w in weights) if row == END else _counts(weights, row + step)
+    counts, lost = [0] * len(weights), 0
+    for k in sorted(range(len(weights)), key=weights.__getitem__):
+        due = row * weights[k]
+        counts[k] = min(max((2 * due + lost + whole) // (2 * whole), low[k]), high[k])
+        lost += due - counts[k] * whole
+    ahead = [n * whole - row * w for n, w in zip(counts, weights, strict=True)]
+    while missing := row - sum(counts):  # a row too few or too many: the source that is furthest from its share
+        up = missing > 0
+        free = [k for k, n in enumerate(counts) if (n < high[k] if up else n > low[k])]
+        k = min(free, key=ahead.__getitem__) if up else max(free, key=ahead.__getitem__)
+        counts[k] += 1 if up else -1
+        ahead[k] += whole if up else -whole
+    return tuple(counts)
+
+
+@functools.lru_cache(1 << 8)
+def _block(weights: Weights, block: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """For each row of a block its source, and how many rows that source had before it.
+
+    The quota method: of the sources that one row more puts at most a row ahead, the one whose next row is due first.
+    """
+    whole, first = sum(weights), block * BLOCK
+    counts, last = list(_counts(weights, first)), _counts(weights, first + BLOCK)
+    left = [k for k, n in enumerate(counts) if n < last[k]]
+    opens = [-(-n * whole // w) if w else END for n, w in zip(counts, weights, strict=True)]  # the row that it may have next
+    due = [(n + 1) * whole // w if w else END for n, w in zip(counts, weights, strict=True)]  # the row that it must have
+    owners, ranks = [], []
+    for row in range(first + 1, first + BLOCK + 1):
+        may = [k for k in left if opens[k] <= row]
+        k = min(may, key=due.__getitem__) if may else min(left, key=lambda k: counts[k] * whole - row * weights[k])
+        owners.append(k)
+        ranks.append(counts[k])
         counts[k] += 1
-    owner, taken = np.empty(BLOCK, np.int64), np.zeros(len(counts), np.int64)
-    for row in range(BLOCK):
-        due = np.where(taken * BLOCK < counts * (row + 1), (taken + 1) / np.maximum(counts, 1), np.inf)
-        owner[row] = due.argmin()
-        taken[owner[row]] += 1
-    return owner
+        opens[k], due[k] = -(-counts[k] * whole // weights[k]), (counts[k] + 1) * whole // weights[k]
+        if counts[k] == last[k]:
+            left.remove(k)
+    return tuple(owners), tuple(ranks)

@@ -1,0 +1,119 @@
+"""The files of a folder that holds a dataset: of several splits `train`, and what was taken is told."""
+
+from __future__ import annotations
+
+import collections
+import fnmatch
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tanuki_jax.errors import UserError
+
+# As Hugging Face datasets knows splits by the names of files and folders.
+KEYWORDS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "dev", "val"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+SHARD = re.compile(r"data/(\w+)-\d{5}-of-\d{5}[^/]*$")  # of what push_to_hub wrote
+CLONED = (".git", ".gitattributes", "README.md")
+
+
+def clone(folder: Path, suffixes: Collection[str], tell: Callable[[str], None]) -> list[str]:
+    """The files of a clone of a dataset's repository that datasets would read as its split `train`; none of any other folder.
+
+    Its README may say which files those are; else it is the names of folders and files that do.
+    """
+    found = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.name.endswith(tuple(suffixes)) and p.is_file())
+    found = [name for name in found if not any(part.startswith(".") for part in Path(name).parts)]
+    splits, left = _declared(folder, found), ""
+    if splits is None:
+        found, left = _of_one_format(found, suffixes)
+        splits = _named(found)
+        known = any((folder / name).exists() for name in CLONED) or (folder / "data").is_dir() or left
+        if not found or not (known or splits or any(name.endswith(".parquet") for name in found)):
+            return []
+    if not splits:
+        tell(f"data: {folder}: no name of a file or folder in it is a split's; all {len(found)} files are read{left}")
+        return [str(folder / name) for name in found]
+    if "train" not in splits:
+        raise UserError(
+            f"data: {folder} has no split train, only {', '.join(splits)}; name the files that you want, {folder / found[0]} "
+            "for example"
+        )
+    others = [f"{name} ({len(files)})" for name, files in splits.items() if name != "train"]
+    tell(f"data: {folder}: split train, {len(splits['train'])} files{'; not read: ' * bool(others)}{', '.join(others)}{left}")
+    return [str(folder / name) for name in splits["train"]]
+
+
+def _of_one_format(found: Sequence[str], suffixes: Collection[str]) -> tuple[list[str], str]:
+    """The files of the commonest format, and what is told of the others: a repository may hold the same rows twice."""
+    formats = {name: max((s for s in suffixes if name.endswith(s)), key=len) for name in found}
+    count = collections.Counter(formats.values())
+    if len(count) < 2:
+        return list(found), ""
+    most = max(count, key=lambda suffix: (count[suffix], suffix == ".parquet"))
+    others = ", ".join(f"{n} {suffix}" for suffix, n in count.items() if suffix != most)
+    return [name for name in found if formats[name] == most], f"; of another format, and not read: {others}"
+
+
+def _named(found: Sequence[str]) -> dict[str, list[str]]:
+    """Split -> files, by the first of datasets' rules by which any file has one; files without one are left out."""
+    rules: tuple[Callable[[str], str], ...] = (
+        lambda name: match[1] if (match := SHARD.match(name)) else "",
+        lambda name: _keyword("/".join(Path(name).parts[:-1])),
+        lambda name: _keyword(Path(name).name),
+    )
+    for rule in rules:
+        splits: dict[str, list[str]] = {}
+        for name in found:
+            if split := rule(name):
+                splits.setdefault(split, []).append(name)
+        if splits:
+            return splits
+    return {}
+
+
+def _keyword(name: str) -> str:
+    for split, words in KEYWORDS.items():
+        if re.search(rf"(?:^|[-._ 0-9/])(?:{'|'.join(words)})(?:[-._ 0-9/]|$)", name):
+            return split
+    return ""
+
+
+def _declared(folder: Path, found: Sequence[str]) -> dict[str, list[str]] | None:
+    """Split -> files as the README's head says; none where it says nothing.  Of several configs the default one."""
+    configs = [c for c in _head(folder / "README.md").get("configs") or () if isinstance(c, Mapping) and c.get("data_files")]
+    if not configs:
+        return None
+    names = [str(c.get("config_name", "default")) for c in configs]
+    chosen = [c for c, name in zip(configs, names, strict=True) if len(configs) == 1 or c.get("default") or name == "default"]
+    if not chosen:
+        raise UserError(f"data: {folder} holds the configs {', '.join(names)}; name the files of one: {folder}/...")
+    declared = chosen[0]["data_files"]
+    if not isinstance(declared, list) or not all(isinstance(entry, Mapping) for entry in declared):
+        declared = [{"split": "train", "path": declared}]
+    splits: dict[str, list[str]] = {}
+    for entry in declared:
+        paths = entry.get("path") or ()
+        patterns = [paths] if isinstance(paths, str) else list(paths)
+        splits[str(entry.get("split", "train"))] = [n for n in found if any(fnmatch.fnmatch(n, str(p)) for p in patterns)]
+    return {name: files for name, files in splits.items() if files} or None
+
+
+def _head(readme: Path) -> Mapping[str, Any]:
+    """The YAML between the first two lines of dashes of a dataset's card."""
+    if not readme.is_file():
+        return {}
+    parts = re.split(r"^---\s*$", readme.read_text(encoding="utf-8", errors="replace"), maxsplit=2, flags=re.MULTILINE)
+    if len(parts) < 3 or parts[0].strip():
+        return {}
+    import yaml
+
+    try:
+        head = yaml.safe_load(parts[1])
+    except yaml.YAMLError:
+        return {}
+    return head if isinstance(head, Mapping) else {}
