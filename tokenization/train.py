@@ -78,7 +78,7 @@ def train(
     if level not in LEVELS:
         raise UserError(f"tokenizer: level {level!r} is none of {', '.join(LEVELS)}")
     check_options(vocab_size, character_coverage, shares)
-    with files.disk_errors(output, "tokenizer"):
+    with files.disk_errors(output.resolve().parent, "tokenizer"):
         return _train(texts, output, vocab_size, character_coverage, level, dictionary, shares)
 
 
@@ -87,8 +87,8 @@ def check_options(vocab_size: int, character_coverage: float, shares: Mapping[st
     least = len((UNK, BOS, EOS, PAD, *CONTROLS)) + 256 + 1 + len(SPELLING)  # bytes, the newline
     if not least < vocab_size <= 1 << 24:
         raise UserError(
-            f"tokenizer: vocab_size {vocab_size} must be above {least}, the special, byte and character pieces, "
-            f"and at most {1 << 24}"
+            f"tokenizer: vocab_size {vocab_size} pieces cannot be: there must be more than {least}, which are special tokens, "
+            f"bytes and their characters, and at most {1 << 24:,}"
         )
     if not 0 < character_coverage <= 1:
         raise UserError(f"tokenizer: character_coverage {character_coverage} must be above 0 and at most 1 (0.9995)")
@@ -194,8 +194,10 @@ def _read_model(path: Path) -> Any:
         model = sentencepiece_model_pb2.ModelProto.FromString(data)  # type: ignore[attr-defined]
     except DecodeError:
         model = None
-    if not model or not model.pieces:
-        raise UserError(f"tokenizer: SentencePiece left no whole model in {path.parent}; is its disk full? (TMPDIR names another)")
+    if model is None or not model.HasField("normalizer_spec"):  # which comes last
+        raise UserError(
+            f"tokenizer: SentencePiece left no whole model in {path.parent}; is the disk full? TMPDIR names another"
+        )
     return model
 
 

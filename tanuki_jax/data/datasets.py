@@ -110,7 +110,7 @@ def _head(readme: Path) -> Mapping[str, Any]:
     parts = re.split(r"^---\s*$", readme.read_text(encoding="utf-8", errors="replace"), maxsplit=2, flags=re.MULTILINE)
     if len(parts) < 3 or parts[0].strip():
         return {}
-    import yaml
+    import yaml  # type: ignore[import-untyped]
 
     try:
         head = yaml.safe_load(parts[1])

@@ -1,4 +1,4 @@
-"""Whether bytes and strings are the text that they seem: UTF-8 without marks, and without what another encoding leaves in it."""
+"""Whether bytes and strings are text: UTF-8 without marks, and without what another encoding leaves in it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MARKS = {
     b"\xfe\xff": "UTF-16",
 }  # with which a file of that encoding begins; the longer ones first
 UTF8_MARK = b"\xef\xbb\xbf"
-GUESSED = {"euc_jp": "EUC-JP", "cp932": "CP932", "utf-16-le": "UTF-16LE", "utf-16-be": "UTF-16BE"}  # iconv's names
+GUESSED = {"utf-16-le": "UTF-16LE", "euc_jp": "EUC-JP", "cp932": "CP932", "utf-16-be": "UTF-16BE"}  # iconv's names
 
 
 def without_mark(first: bytes, path: str) -> bytes:
@@ -30,24 +30,24 @@ def decode(data: bytes, where: str) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"data: {where} is not valid UTF-8 at byte {error.start}; {convert(_guess(data))}") from error
+        guess = _guess(data)
+        seems = f" (it seems to be {guess})" if guess else ""
+        raise UserError(f"data: {where} is not valid UTF-8 at byte {error.start}{seems}; {convert(guess)}") from error
 
 
 def convert(encoding: str) -> str:
     """How to turn a file into UTF-8."""
-    if not encoding:
-        return "convert it, for example with iconv -f ENCODING -t UTF-8 FILE > NEW"
-    return f"it may be {encoding}: iconv -f {encoding} -t UTF-8 FILE > NEW"
+    return f"convert it, for example with iconv -f {encoding or 'ENCODING'} -t UTF-8 FILE > NEW"
 
 
 def _guess(data: bytes) -> str:
-    """The encoding in which bytes are Japanese or plain text; empty where none is likely."""
+    """The encoding in which bytes are Japanese; empty where none is likely."""
     sample = data[:4096]
     for encoding, name in GUESSED.items():
         text = sample.decode(encoding, "ignore")
-        usual = sum("\u3040" <= c <= "\u30ff" or "\u4e00" <= c <= "\u9fff" or " " <= c <= "~" or c in "\n\r\t、。「」" for c in text)
-        wide = encoding.startswith("utf-16")
-        if len(text) * (2 if wide else 1) >= 0.4 * len(sample) and usual >= 0.9 * max(1, len(text)):
+        japanese = sum("\u3000" <= c <= "\u30ff" or "\u4e00" <= c <= "\u9fff" for c in text)
+        plain = sum(" " <= c <= "~" or c in "\n\r\t" for c in text)
+        if japanese + plain >= 0.9 * len(text) and japanese >= 0.3 * len(text) and len(text) >= 0.4 * len(sample):
             return name
     return ""
 
@@ -55,7 +55,10 @@ def _guess(data: bytes) -> str:
 def problem(text: str) -> str:
     """What is wrong with a string that should be text: characters that only another encoding leaves; empty = nothing."""
     if "\0" in text:
-        return f"holds NUL characters, as UTF-16 or UTF-32 read as UTF-8 does; {convert('UTF-16LE')}"
+        if text.count("\0") * 4 < len(text):
+            return f"holds a NUL character at {text.index(chr(0))}, which is no text; remove it"
+        big = text.startswith("\0")
+        return f"holds NUL characters, as UTF-16 or UTF-32 read as UTF-8 does; {convert('UTF-16BE' if big else 'UTF-16LE')}"
     if "\x1b" in text:
         at = text.index("\x1b")
         if text[at + 1 : at + 2] in ("$", "("):
@@ -66,8 +69,8 @@ def problem(text: str) -> str:
 
 def check(fields: Mapping[str, Any], names: Collection[str], where: str) -> None:
     """An error where a string anywhere in the fields `names` of a row is not text."""
-    for name in names:
-        for text in _strings(fields.get(name)):
+    for name, value in fields.items():
+        for text in _strings(value) if name in names else ():
             if found := problem(text):
                 raise UserError(f"data: {where}: {name} {found}")
 

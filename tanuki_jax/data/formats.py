@@ -91,9 +91,9 @@ def check(path: str) -> None:
     if is_url(path):
         return
     try:
-        mode = os.stat(path).st_mode
+        mode = Path(path).stat().st_mode
     except OSError as error:
-        link = f"a link to {os.readlink(path)}, and there " if os.path.islink(path) else ""
+        link = f"a link to {Path(path).readlink()}, and there " if Path(path).is_symlink() else ""
         raise UserError(f"data: {path} cannot be read: {link}{error.strerror}") from error
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         raise UserError(f"data: {path} is a pipe or a device; write what it gives to a file, since data is read more than once")
@@ -105,7 +105,7 @@ def same(path: str) -> Any:
     """A key that all names of one file share: links, hard ones too."""
     if is_url(path):
         return path
-    found = os.stat(path)
+    found = Path(path).stat()
     return (found.st_dev, found.st_ino) if found.st_ino else os.path.realpath(path)
 
 

@@ -78,7 +78,7 @@ def prepare(patterns: str, tokenizer: Tokenizer, output: Path, options: Options 
     if workers < 0:
         raise UserError(f"--workers: {workers} must be at least 0, which is as many as are of use")
     output = Path(output)
-    with files.disk_errors(output.parent, "data"):
+    with files.disk_errors(output, "data"):
         return _prepare(patterns, tokenizer, output, options, workers)
 
 

@@ -157,7 +157,9 @@ def _checked(row: sources.Row, kind: str) -> int:
     else:
         size = len(chat.text_of(row.fields))
     if not size:
-        raise UserError(f"data: {row.where} is an empty document (nothing, or white space only); remove it, or leave such rows out with --skip_bad")
+        raise UserError(
+            f"data: {row.where} is an empty document (or white space only); remove it, or leave such rows out with --skip_bad"
+        )
     return size
 
 

@@ -87,10 +87,10 @@ def matching_files(patterns: str) -> list[str]:
             else:
                 found[key] = path
     if again:
-        more = f", and so are {len(again) - 1} other names" if len(again) > 1 else ""
         path, first = again[0]
         told = f"{path} is named twice" if path == first else f"{path} is the same file as {first}"
-        formats.tell(f"data: {told}{more}; every file is read once")
+        more = f" ({len(again)} such names are left out)" if len(again) > 1 else ""
+        formats.tell(f"data: {told}, and is read once{more}")
     if not found:
         raise UserError(f"data: no input files given; name {', '.join(formats.SUFFIXES)} files")
     return list(found.values())
@@ -278,6 +278,8 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
     except UserError as error:
         raise UserError(f"data: {where} {error}") from error
     except json.JSONDecodeError as error:
+        if found := encodings.problem(text):
+            raise UserError(f"data: {where} {found}") from error
         raise UserError(f"data: {where} is not JSON: {error.msg} at column {error.colno}") from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
         raise UserError(f"data: {where} is not JSON that can be read: {error}") from error

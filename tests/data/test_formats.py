@@ -151,6 +151,17 @@ def test_dialogues_and_pairs_come_from_every_format_that_nests(tmp_path, name, r
     assert [row.fields for row in sources.read_rows(str(tmp_path / name))] == rows
 
 
+@pytest.mark.parametrize("name", ["a.arrayrecord", "a.array_record"])
+def test_an_example_of_any_length_is_one(tmp_path, name):
+    """One whose features take 123 bytes begins with a newline and a brace, as JSON may."""
+    rows = [{"text": "x" * n, "id": n} for n in range(60, 160)]
+    assert any(example(row)[:2] == b"\n{" for row in rows)
+    write_array_record(tmp_path / name, rows, example)
+    assert texts(tmp_path / name) == [row["text"] for row in rows]
+    write_array_record(tmp_path / name, rows, lambda row: b"\n" + json.dumps(row).encode())
+    assert texts(tmp_path / name) == [row["text"] for row in rows]
+
+
 # --- folders ------------------------------------------------------------------------------------------------------------------
 
 
