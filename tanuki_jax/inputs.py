@@ -32,7 +32,11 @@ class Inputs:
 
 def prepare(recipe: Recipe, workdir: Path, names: set[str]) -> Inputs:
     """Makes what is missing under `workdir`/data for the sources `names`."""
-    where = workdir / "data"
+    with files.disk_errors(workdir / "data", "data"):
+        return _prepare(recipe, workdir / "data", names)
+
+
+def _prepare(recipe: Recipe, where: Path, names: set[str]) -> Inputs:
     for_tokenizer = () if recipe.tokenizer.path else _for_tokenizer(recipe)
     located = {name: _locate(recipe, name, where) for name in sorted({*names, *for_tokenizer})}
     tokenizer = Tokenizer(_tokenizer(recipe, located, where))

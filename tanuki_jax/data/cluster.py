@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tanuki_jax.data.prepare import Manifest, Options, Plan, finish, plan
+from tanuki_jax.data.prepare import Manifest, Options, Plan, check_workers, finish, plan
 from tanuki_jax.data.shards import write_part
 from tanuki_jax.data.tokenizer import Tokenizer
 from tanuki_jax.errors import UserError
@@ -31,6 +31,7 @@ def prepare(
     Args:
       slurm: name=value pairs, comma-separated: time, partition (needed), cpus_per_task, mem_per_cpu_gb, qos.
     """
+    check_workers(workers)
     job = _slurm(slurm) if executor == "slurm" else {}
     made = plan(patterns, tokenizer, Path(output).resolve(), options)
     if (made.work.directory / "manifest.json").is_file():

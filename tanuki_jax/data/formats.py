@@ -18,7 +18,7 @@ import os
 import stat
 import sys
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -227,6 +227,7 @@ def _parquet(path: str, start: int, stop: int, wanted: Collection[str]) -> Itera
     with _open(path) as f:
         try:
             table = pyarrow.parquet.ParquetFile(f)
+            _check_columns(table.schema_arrow.names, path)
             columns = [name for name in table.schema_arrow.names if name in wanted] or None
             row = 0
             size = bytes_of(path)
@@ -236,8 +237,14 @@ def _parquet(path: str, start: int, stop: int, wanted: Collection[str]) -> Itera
                     for where, value in _rows(batch, name, row):
                         yield Record(where, value, size * (group + 1 - start) // max(1, table.num_row_groups))
                         row += 1
-        except (pyarrow.ArrowInvalid, OSError) as error:
+        except (pyarrow.ArrowException, OSError) as error:
             raise UserError(f"data: {path} is not a whole Parquet file ({error}); fetch it again") from error
+
+
+def _check_columns(names: Sequence[str], path: str) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"data: {path} has two columns {name!r}; keep one of them")
 
 
 def _rows(batch: Any, where: str, first: int) -> Iterator[tuple[str, Any]]:
@@ -266,13 +273,20 @@ def _arrow(path: str, start: int, stop: int, wanted: Collection[str]) -> Iterato
 
     with _open(path) as f:
         try:
-            stream = pyarrow.ipc.open_stream(f)
+            if f.read(6) == b"ARROW1":  # the format with an index at its end
+                whole = pyarrow.ipc.open_file(f)
+                names, batches = whole.schema.names, map(whole.get_batch, range(whole.num_record_batches))
+            else:
+                f.seek(0)
+                batches = pyarrow.ipc.open_stream(f)
+                names = batches.schema.names
+            _check_columns(names, path)
             row = 0
-            for batch in stream:
+            for batch in batches:
                 for where, value in _rows(batch, f"{path}, row " + "{}", row):
                     yield Record(where, value, f.tell())
                     row += 1
-        except (pyarrow.ArrowInvalid, OSError) as error:
+        except (pyarrow.ArrowException, OSError) as error:
             raise UserError(f"data: {path} is not a whole Arrow stream ({error}); save the dataset again") from error
 
 

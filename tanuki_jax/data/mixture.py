@@ -38,9 +38,12 @@ class StagedMixture(grain.transforms.DatasetSelectionMap):
             self.taken.append(self.taken[p] + self._used(p, int(self.starts[p + 1] - self.starts[p])))
 
     def _used(self, phase: int, rows: int) -> np.ndarray:
-        block, rest = divmod(rows, BLOCK)
-        whole = np.array(_counts(self.weights[phase], block * BLOCK), np.int64)
-        return whole + np.bincount(_block(self.weights[phase], block)[0][:rest], minlength=len(whole)) if rest else whole
+        weights, rest = self.weights[phase], rows % BLOCK
+        counts = np.array(_counts(weights, rows - rest), np.int64)
+        if rest:
+            owners, _ = _order(weights, rows - rest, rows - rest + BLOCK)
+            counts += np.bincount(owners[:rest], minlength=len(counts))
+        return counts
 
     def __len__(self) -> int:
         return self.length
@@ -48,9 +51,10 @@ class StagedMixture(grain.transforms.DatasetSelectionMap):
     def __getitem__(self, index: int) -> tuple[int, int]:
         phase = int(np.searchsorted(self.starts, index, side="right")) - 1
         row = index - int(self.starts[phase])
-        owners, ranks = _block(self.weights[phase], row // BLOCK)
-        source = owners[row % BLOCK]
-        return source, int(self.first[source] + self.taken[phase][source]) + ranks[row % BLOCK]
+        inside = row % BLOCK
+        owners, ranks = _order(self.weights[phase], row - inside, row - inside + BLOCK)
+        source = owners[inside]
+        return source, int(self.first[source] + self.taken[phase][source]) + ranks[inside]
 
     def used(self, rows: int) -> np.ndarray:
         """Rows of each source among the first `rows` of the mixture, int64 [sources]."""
@@ -96,19 +100,18 @@ def _counts(weights: Weights, row: int) -> Counts:
     return tuple(counts)
 
 
-@functools.lru_cache(1 << 8)
-def _block(weights: Weights, block: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """For each row of a block its source, and how many rows that source had before it.
+@functools.lru_cache(1 << 6)
+def _order(weights: Weights, first: int, stop: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """For each of the rows [first, stop) its source, and how many rows that source had before it.
 
     The quota method: of the sources that one row more puts at most a row ahead, the one whose next row is due first.
     """
-    whole, first = sum(weights), block * BLOCK
-    counts, last = list(_counts(weights, first)), _counts(weights, first + BLOCK)
+    whole, counts, last = sum(weights), list(_counts(weights, first)), _counts(weights, stop)
     left = [k for k, n in enumerate(counts) if n < last[k]]
     opens = [-(-n * whole // w) if w else END for n, w in zip(counts, weights, strict=True)]  # the row that it may have next
     due = [(n + 1) * whole // w if w else END for n, w in zip(counts, weights, strict=True)]  # the row that it must have
     owners, ranks = [], []
-    for row in range(first + 1, first + BLOCK + 1):
+    for row in range(first + 1, stop + 1):
         may = [k for k in left if opens[k] <= row]
         k = min(may, key=due.__getitem__) if may else min(left, key=lambda k: counts[k] * whole - row * weights[k])
         owners.append(k)

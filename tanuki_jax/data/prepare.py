@@ -75,11 +75,16 @@ def prepare(patterns: str, tokenizer: Tokenizer, output: Path, options: Options 
     what the assistant says.  Megatron-LM's own .bin files are taken as they are, if the tokenizer has their ids.  All rows
     must be of one kind.  workers: processes, 0 = as many as are of use here; the store is the same for any number.
     """
-    if workers < 0:
-        raise UserError(f"--workers: {workers} must be at least 0, which is as many as are of use")
+    check_workers(workers)
     output = Path(output)
     with files.disk_errors(output, "data"):
         return _prepare(patterns, tokenizer, output, options, workers)
+
+
+def check_workers(workers: int) -> None:
+    """An error about a number of processes or tasks that cannot be."""
+    if workers < 0:
+        raise UserError(f"--workers: {workers} must be at least 0, which is as many as are of use")
 
 
 def _prepare(patterns: str, tokenizer: Tokenizer, output: Path, options: Options, workers: int) -> Manifest:

@@ -133,6 +133,25 @@ def test_a_string_column_that_is_no_utf_8_is_one_bad_row(tmp_path, name, nested)
     assert len(list(sources.read_rows(str(tmp_path / name), bad=sources.ignore))) == 2
 
 
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_a_column_that_is_there_twice_is_an_error_that_names_it(tmp_path, name):
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 2, names=["text", "text"])
+    if name == "a.parquet":
+        pyarrow.parquet.write_table(table, tmp_path / name)
+    else:
+        with pyarrow.ipc.new_stream(str(tmp_path / name), table.schema) as f:
+            f.write_table(table)
+    with pytest.raises(UserError, match=rf"{name} has two columns 'text'"):
+        texts(tmp_path / name)
+
+
+def test_both_of_arrows_formats_are_read(tmp_path):
+    table = pyarrow.table({"text": ["a", "b"]})
+    with pyarrow.ipc.new_file(str(tmp_path / "a.arrow"), table.schema) as f:
+        f.write_table(table)
+    assert texts(tmp_path / "a.arrow") == ["a", "b"]
+
+
 @pytest.mark.parametrize("line", ['{"text": "a", "text": "b"}', '{"text": "a", "meta": {"n": 1, "n": 2}}'])
 def test_a_key_that_stands_twice_is_an_error_that_names_it(tmp_path, line):
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' + line + "\n")
