@@ -6,7 +6,6 @@ import collections
 import fnmatch
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from tanuki_jax.errors import UserError
@@ -18,34 +17,37 @@ KEYWORDS = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 SHARD = re.compile(r"data/(\w+)-\d{5}-of-\d{5}[^/]*$")  # of what push_to_hub wrote
-CLONED = (".git", ".gitattributes", "README.md")
 
 
-def clone(folder: Path, suffixes: Collection[str], tell: Callable[[str], None]) -> list[str]:
-    """The files of a clone of a dataset's repository that datasets would read as its split `train`; none of any other folder.
+def train_files(
+    folder: str, names: Sequence[str], readme: str, known: bool, suffixes: Collection[str], tell: Callable[[str], None]
+) -> list[str]:
+    """Of the files in a folder (a clone of a dataset's repository, say) those that datasets would read as its split `train`.
 
-    Its README may say which files those are; else it is the names of folders and files that do.
+    The README may say which files those are; else it is the names of folders and files that do.
+
+    Args:
+      names: relative to the folder; hidden ones are left out.
+      known: whether the folder is known to be a dataset's; of another that has no split's name nothing is read.
     """
-    found = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.name.endswith(tuple(suffixes)) and p.is_file())
-    found = [name for name in found if not any(part.startswith(".") for part in Path(name).parts)]
-    splits, left = _declared(folder, found), ""
+    found = sorted(name for name in names if not any(part.startswith(".") for part in name.split("/")))
+    splits, left = _declared(folder, found, readme), ""
     if splits is None:
         found, left = _of_one_format(found, suffixes)
         splits = _named(found)
-        known = any((folder / name).exists() for name in CLONED) or (folder / "data").is_dir() or left
-        if not found or not (known or splits or any(name.endswith(".parquet") for name in found)):
+        if not found or not (known or splits or left):
             return []
     if not splits:
         tell(f"data: {folder}: no name of a file or folder in it is a split's; all {len(found)} files are read{left}")
-        return [str(folder / name) for name in found]
+        return found
     if "train" not in splits:
         raise UserError(
-            f"data: {folder} has no split train, only {', '.join(splits)}; name the files that you want, {folder / found[0]} "
+            f"data: {folder} has no split train, only {', '.join(splits)}; name the files that you want, {folder}/{found[0]} "
             "for example"
         )
     others = [f"{name} ({len(files)})" for name, files in splits.items() if name != "train"]
     tell(f"data: {folder}: split train, {len(splits['train'])} files{'; not read: ' * bool(others)}{', '.join(others)}{left}")
-    return [str(folder / name) for name in splits["train"]]
+    return splits["train"]
 
 
 def _of_one_format(found: Sequence[str], suffixes: Collection[str]) -> tuple[list[str], str]:
@@ -63,8 +65,8 @@ def _named(found: Sequence[str]) -> dict[str, list[str]]:
     """Split -> files, by the first of datasets' rules by which any file has one; files without one are left out."""
     rules: tuple[Callable[[str], str], ...] = (
         lambda name: match[1] if (match := SHARD.match(name)) else "",
-        lambda name: _keyword("/".join(Path(name).parts[:-1])),
-        lambda name: _keyword(Path(name).name),
+        lambda name: _keyword(name.rpartition("/")[0]),
+        lambda name: _keyword(name.rpartition("/")[2]),
     )
     for rule in rules:
         splits: dict[str, list[str]] = {}
@@ -83,9 +85,9 @@ def _keyword(name: str) -> str:
     return ""
 
 
-def _declared(folder: Path, found: Sequence[str]) -> dict[str, list[str]] | None:
+def _declared(folder: str, found: Sequence[str], readme: str) -> dict[str, list[str]] | None:
     """Split -> files as the README's head says; none where it says nothing.  Of several configs the default one."""
-    configs = [c for c in _head(folder / "README.md").get("configs") or () if isinstance(c, Mapping) and c.get("data_files")]
+    configs = [c for c in _head(readme).get("configs") or () if isinstance(c, Mapping) and c.get("data_files")]
     if not configs:
         return None
     names = [str(c.get("config_name", "default")) for c in configs]
@@ -103,11 +105,9 @@ def _declared(folder: Path, found: Sequence[str]) -> dict[str, list[str]] | None
     return {name: files for name, files in splits.items() if files} or None
 
 
-def _head(readme: Path) -> Mapping[str, Any]:
+def _head(readme: str) -> Mapping[str, Any]:
     """The YAML between the first two lines of dashes of a dataset's card."""
-    if not readme.is_file():
-        return {}
-    parts = re.split(r"^---\s*$", readme.read_text(encoding="utf-8", errors="replace"), maxsplit=2, flags=re.MULTILINE)
+    parts = re.split(r"^---\s*$", readme, maxsplit=2, flags=re.MULTILINE)
     if len(parts) < 3 or parts[0].strip():
         return {}
     import yaml  # type: ignore[import-untyped]

@@ -418,9 +418,29 @@ def expand(path: str) -> list[str]:
             return found
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise UserError(f"data: {folder} is not a whole dataset of Hugging Face's ({error!r}); save it again") from error
-    if is_url(path):
-        return [found for suffix in SUFFIXES for found in find(f"{folder}/**/*{suffix}")]
-    return datasets.clone(Path(folder), [suffix for suffix in SUFFIXES if suffix != ".bin"], tell) or [path]
+    return _files_of(folder) or [path]
+
+
+CLONED = (".git", ".gitattributes", "README.md", "data")  # what says that a folder is a clone of a dataset's repository
+
+
+def _files_of(folder: str) -> list[str]:
+    """The files of the split train of a folder, or all of them where no name says a split; none of a folder of anything."""
+    suffixes = [suffix for suffix in SUFFIXES if suffix != ".bin"]
+    if is_url(folder):
+        paths = sorted({found for suffix in suffixes for found in find(f"{folder}/**/*{suffix}")})
+        start = paths[0].index(folder.rpartition("://")[2]) + len(folder.rpartition("://")[2]) + 1 if paths else 0
+        names, known = [found[start:] for found in paths], True
+    else:
+        names = [
+            str(p.relative_to(folder)) for p in Path(folder).rglob("*") if p.name.endswith(tuple(suffixes)) and p.is_file()
+        ]
+        known = any((Path(folder) / name).exists() for name in CLONED) or any(n.endswith(".parquet") for n in names)
+    readme = ""
+    if _exists(f"{folder}/README.md"):
+        with _open(f"{folder}/README.md") as f:
+            readme = f.read().decode("utf-8", "replace")
+    return [f"{folder}/{name}" for name in datasets.train_files(folder, names, readme, known, suffixes, tell)]
 
 
 def _exists(path: str) -> bool:

@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 
+import fsspec
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -65,6 +66,18 @@ def test_of_a_clone_only_the_split_train_is_read_and_it_is_told(tmp_path, capsys
     assert told.count("\n") == 1 and ("split train" in told or "all 2 files are read" in told)
     texts(folder)
     assert capsys.readouterr().err == ""  # once
+
+
+def test_of_a_folder_at_a_url_only_the_split_train_is_read(tmp_path, capsys):
+    system = fsspec.filesystem("memory")
+    for name in ("data/train-0.jsonl", "data/test-0.jsonl"):
+        write(tmp_path / name)
+        system.pipe(f"/clone/{name}", (tmp_path / name).read_bytes())
+    try:
+        assert texts("memory://clone") == ["train-0.jsonl"]
+        assert "split train, 1 files; not read: test (1)" in capsys.readouterr().err
+    finally:
+        system.rm("/clone", recursive=True)
 
 
 def test_a_clone_without_a_split_train_is_an_error_that_names_the_others(tmp_path):
