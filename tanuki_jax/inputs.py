@@ -12,7 +12,7 @@ from typing import Any
 
 from tanuki_jax import config, files
 from tanuki_jax.config import Recipe
-from tanuki_jax.data import formats, sources
+from tanuki_jax.data import paths, sources
 from tanuki_jax.data.prepare import Options, open_store, read_manifest, text_of
 from tanuki_jax.data.prepare import prepare as prepare_store
 from tanuki_jax.data.tokenizer import Tokenizer
@@ -86,9 +86,9 @@ def _tell_shared(recipe: Recipe, patterns: dict[str, str]) -> None:
     first: dict[Any, str] = {}
     for name, pattern in patterns.items():
         for path in sources.matching_files(pattern):
-            other = first.setdefault(formats.same(path), name)
+            other = first.setdefault(paths.same(path), name)
             if other != name:
-                formats.tell(f"data: {path} is in the sources {other} and {name}, and is trained on as often as both are")
+                paths.tell(f"data: {path} is in the sources {other} and {name}, and is trained on as often as both are")
 
 
 def _locate(recipe: Recipe, name: str, where: Path) -> tuple[str, str]:

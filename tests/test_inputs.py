@@ -3,7 +3,7 @@ import json
 import pytest
 
 from tanuki_jax import config, inputs
-from tanuki_jax.data import formats
+from tanuki_jax.data import paths
 from tanuki_jax.data.prepare import read_manifest
 from tanuki_jax.errors import UserError
 from tests.conftest import TEXTS
@@ -53,7 +53,7 @@ def test_a_source_without_files_that_no_stage_reads_is_not_asked_for(tmp_path):
 
 
 def test_a_file_of_two_sources_is_told(tmp_path, capsys):
-    formats.tell.cache_clear()
+    paths.tell.cache_clear()
     c = two_languages(tmp_path, ja=1)
     c.data.en, c.stages.pretrain.mixture = c.data.ja, dict(ja=(1.0,), en=(1.0,))
     inputs.prepare(config.resolve(c), tmp_path / "run", {"ja", "en"})

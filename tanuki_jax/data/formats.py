@@ -7,22 +7,14 @@ files are read whole.
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import functools
-import glob
 import gzip
 import io
-import json
-import os
-import stat
-import sys
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tanuki_jax.data import datasets, encodings
+from tanuki_jax.data import encodings, paths
 from tanuki_jax.data.store import Store
 from tanuki_jax.errors import UserError
 
@@ -35,130 +27,11 @@ class Record(NamedTuple):
     bytes_read: int
 
 
-# --- files: local paths, or URLs of any file system that fsspec knows -----------------------------------------------------
-
-
-def is_url(path: str) -> bool:
-    """Whether a path names a file system, as gs://bucket/file does."""
-    return "://" in path
-
-
-HINTS = {
-    "gs": "pip install 'tanuki-jax[gcs]'",
-    "gcs": "pip install 'tanuki-jax[gcs]'",
-    "s3": "pip install s3fs",
-    "hf": "fetch it first: hf download NAME --repo-type dataset --local-dir DIR, and name DIR",
-    "http": "fetch it first, with curl -LO for example",
-    "https": "fetch it first, with curl -LO for example",
-}
-
-
-@contextlib.contextmanager
-def _remote_errors(path: str) -> Iterator[None]:
-    """Turns what the many file systems raise (no package, no network, no right, no such bucket) into one message."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # each library has its own
-        scheme = path.split("://")[0].lower()
-        hint = HINTS.get(scheme, "copy it here, or install fsspec's package for it")
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"data: {path} cannot be opened: {reason} ({hint})") from error
-
-
-def _remote(path: str) -> tuple[Any, str]:
-    if path.lower().startswith("hf://"):
-        raise UserError(f"data: {path} cannot be opened: data of the Hub is read from a copy of it ({HINTS['hf']})")
-    import fsspec
-
-    with _remote_errors(path):
-        system, inner = fsspec.core.url_to_fs(path)
-    return system, inner
-
-
-def find(pattern: str) -> list[str]:
-    """The paths that a glob matches, sorted; a path that is there is itself, whatever its name looks like."""
-    if is_url(pattern):
-        system, path = _remote(pattern)
-        with _remote_errors(pattern):
-            return sorted(system.unstrip_protocol(found) for found in system.glob(path))
-    return [pattern] if os.path.lexists(pattern) else sorted(glob.glob(pattern, recursive=True))
-
-
-def check(path: str) -> None:
-    """An error where a path is neither a file nor a folder that may be read."""
-    if is_url(path):
-        return
-    try:
-        mode = Path(path).stat().st_mode
-    except OSError as error:
-        link = f"a link to {Path(path).readlink()}, and there " if Path(path).is_symlink() else ""
-        raise UserError(f"data: {path} cannot be read: {link}{error.strerror}") from error
-    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-        raise UserError(f"data: {path} is a pipe or a device; write what it gives to a file, since data is read more than once")
-    if not os.access(path, os.R_OK | (os.X_OK if stat.S_ISDIR(mode) else 0)):
-        raise UserError(f"data: {path} cannot be read: {os.strerror(errno.EACCES)}; check its permissions")
-
-
-def same(path: str) -> Any:
-    """A key that all names of one file share: links, hard ones too."""
-    if is_url(path):
-        return path
-    found = Path(path).stat()
-    return (found.st_dev, found.st_ino) if found.st_ino else os.path.realpath(path)
-
-
-@functools.cache
-def tell(line: str) -> None:
-    """Prints a line on stderr, once in a process."""
-    print(line, file=sys.stderr, flush=True)
-
-
-def is_directory(path: str) -> bool:
-    """Whether a path is a folder."""
-    if not is_url(path):
-        return Path(path).is_dir()
-    system, inner = _remote(path)
-    return bool(system.isdir(inner))
-
-
-def bytes_of(path: str) -> int:
-    """Size of a file, or of all files of a folder."""
-    if is_url(path):
-        system, inner = _remote(path)
-        return int(system.du(inner))
-    if path.endswith(".bin") or Path(path).is_file():
-        return Path(path).stat().st_size
-    return sum(p.stat().st_size for p in Path(path).rglob("*") if p.is_file())
-
-
-def identity_of(path: str) -> list[Any]:
-    """What changes when a file does: its name, size and time of change, or a remote file's own key."""
-    if path.endswith(".bin") and not is_url(path):
-        return [*_stats([Path(path), Path(path).with_suffix(".idx")])]
-    if is_url(path):
-        system, inner = _remote(path)
-        return [path, system.ukey(inner)]
-    return _stats(sorted(p for p in Path(path).rglob("*") if p.is_file()) if Path(path).is_dir() else [Path(path)])
-
-
-def _stats(paths: Iterable[Path]) -> list[Any]:
-    return [[str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in paths if p.exists()]
-
-
-def _open(path: str) -> Any:
-    if not is_url(path):
-        return Path(path).open("rb")
-    system, inner = _remote(path)
-    return system.open(inner, "rb")
-
-
 # --- readers ------------------------------------------------------------------------------------------------------------------
 
 
 def _text(path: str, start: int, stop: int, wanted: Collection[str]) -> Iterator[Record]:
-    with _open(path) as f:
+    with paths.open_file(path) as f:
         data = f.read()
     try:
         value: Any = {"text": encodings.decode(encodings.without_mark(data, path), path)}
@@ -169,7 +42,7 @@ def _text(path: str, start: int, stop: int, wanted: Collection[str]) -> Iterator
 
 def _jsonl(path: str, start: int, stop: int, wanted: Collection[str]) -> Iterator[Record]:
     """The lines that begin in bytes [start, stop)."""
-    with _open(path) as f:
+    with paths.open_file(path) as f:
         if start:
             f.seek(start - 1)
             f.readline()
@@ -187,7 +60,7 @@ def _jsonl(path: str, start: int, stop: int, wanted: Collection[str]) -> Iterato
 
 
 def _gzip(path: str, start: int, stop: int, wanted: Collection[str]) -> Iterator[Record]:
-    with _open(path) as raw:
+    with paths.open_file(path) as raw:
         _check_not_empty(path)
         try:
             with gzip.GzipFile(fileobj=raw) as f:
@@ -199,7 +72,7 @@ def _gzip(path: str, start: int, stop: int, wanted: Collection[str]) -> Iterator
 def _zstd(path: str, start: int, stop: int, wanted: Collection[str]) -> Iterator[Record]:
     import pyarrow
 
-    with _open(path) as raw:
+    with paths.open_file(path) as raw:
         _check_not_empty(path)
         try:
             stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), "zstd")
@@ -209,7 +82,7 @@ def _zstd(path: str, start: int, stop: int, wanted: Collection[str]) -> Iterator
 
 
 def _check_not_empty(path: str) -> None:
-    if not bytes_of(path):
+    if not paths.bytes_of(path):
         raise UserError(f"data: {path} has no bytes, not even those of an empty compressed file; fetch it again")
 
 
@@ -224,13 +97,13 @@ def _parquet(path: str, start: int, stop: int, wanted: Collection[str]) -> Itera
     import pyarrow
     import pyarrow.parquet
 
-    with _open(path) as f:
+    with paths.open_file(path) as f:
         try:
             table = pyarrow.parquet.ParquetFile(f)
             _check_columns(table.schema_arrow.names, path)
             columns = [name for name in table.schema_arrow.names if name in wanted] or None
             row = 0
-            size = bytes_of(path)
+            size = paths.bytes_of(path)
             for group in range(start, min(stop, table.num_row_groups)):
                 for batch in table.iter_batches(batch_size=256, row_groups=[group], columns=columns):
                     name = f"{path}, row " + "{}" + (f" of row groups {start} on" if start else "")
@@ -271,7 +144,7 @@ def _value(row: Any, where: str) -> Any:
 def _arrow(path: str, start: int, stop: int, wanted: Collection[str]) -> Iterator[Record]:
     import pyarrow
 
-    with _open(path) as f:
+    with paths.open_file(path) as f:
         try:
             if f.read(6) == b"ARROW1":  # the format with an index at its end
                 whole = pyarrow.ipc.open_file(f)
@@ -293,7 +166,7 @@ def _arrow(path: str, start: int, stop: int, wanted: Collection[str]) -> Iterato
 def _array_record(path: str, start: int, stop: int, wanted: Collection[str]) -> Iterator[Record]:
     """Records hold JSON objects, or tf.train.Example as MaxText's and TFDS's do."""
     reader = _array_reader(path)
-    size = bytes_of(path)
+    size = paths.bytes_of(path)
     total = max(1, reader.num_records())
     stop = min(stop, total if reader.num_records() else 0)
     for first in range(start, stop, 256):
@@ -309,7 +182,7 @@ def _array_record(path: str, start: int, stop: int, wanted: Collection[str]) -> 
 def _array_reader(path: str) -> Any:
     from array_record.python import array_record_module
 
-    if is_url(path):
+    if paths.is_url(path):
         raise UserError(f"data: {path}: ArrayRecord files are read from local paths only; copy it here")
     reader = array_record_module.ArrayRecordReader(path)
     if not reader.ok():
@@ -342,7 +215,7 @@ def _tfds(path: str, start: int, stop: int, wanted: Collection[str]) -> Iterator
         for split in splits:
             source = builder.as_data_source(split)
             for i in range(len(source)):
-                yield Record(f"{path} {split}, record {i}", source[i], bytes_of(path) * (i + 1) // len(source))
+                yield Record(f"{path} {split}, record {i}", source[i], paths.bytes_of(path) * (i + 1) // len(source))
     except (NotImplementedError, ValueError, OSError) as error:
         raise UserError(f"data: {path} is not a TFDS dataset in ArrayRecord files: {error}") from error
 
@@ -372,7 +245,7 @@ SUFFIXES = tuple(suffix for suffix in READERS if suffix.startswith("."))
 
 def format_of(path: str) -> str:
     """The key of READERS for a file or folder; empty where there is none."""
-    if _is_tfds(path):
+    if is_tfds(path):
         return "/tfds"
     return next((suffix for suffix in SUFFIXES if path.endswith(suffix)), "")
 
@@ -381,14 +254,14 @@ def size_of(path: str) -> int:
     """How many units a file can be cut into; 1 for formats that are read whole."""
     kind = format_of(path)
     if kind == ".jsonl":
-        return bytes_of(path)
+        return paths.bytes_of(path)
     if kind in (".arrayrecord", ".array_record"):
         return int(_array_reader(path).num_records())
     if kind == ".parquet":
         import pyarrow
         import pyarrow.parquet
 
-        with _open(path) as f:
+        with paths.open_file(path) as f:
             try:
                 return int(pyarrow.parquet.ParquetFile(f).num_row_groups)
             except (pyarrow.ArrowInvalid, OSError) as error:
@@ -396,75 +269,6 @@ def size_of(path: str) -> int:
     return 1
 
 
-def expand(path: str) -> list[str]:
-    """The files of a dataset folder: one that Hugging Face datasets or TFDS wrote; a file is itself."""
-    if not is_directory(path):
-        return [path]
-    if _is_tfds(path):
-        _tell_splits(path)
-        return [path]
-    folder = path.rstrip("/")
-    try:
-        if _exists(f"{folder}/dataset_dict.json"):
-            splits = _read_json(f"{folder}/dataset_dict.json")["splits"]
-            taken = "train" if "train" in splits else splits[0]
-            left = ", ".join(name for name in splits if name != taken)
-            tell(f"data: {folder}: split {taken}{'; not read: ' if left else ''}{left}")
-            folder = f"{folder}/{taken}"
-        if _exists(f"{folder}/state.json"):
-            found = [f"{folder}/{entry['filename']}" for entry in _read_json(f"{folder}/state.json")["_data_files"]]
-            for missing in (file for file in found if not _exists(file)):
-                raise UserError(f"data: {missing} is missing from the dataset in {path}; save it again")
-            return found
-    except (ValueError, KeyError, IndexError, TypeError) as error:
-        raise UserError(f"data: {folder} is not a whole dataset of Hugging Face's ({error!r}); save it again") from error
-    return _files_of(folder) or [path]
-
-
-CLONED = (".git", ".gitattributes", "README.md", "data")  # what says that a folder is a clone of a dataset's repository
-
-
-def _files_of(folder: str) -> list[str]:
-    """The files of the split train of a folder, or all of them where no name says a split; none of a folder of anything."""
-    suffixes = [suffix for suffix in SUFFIXES if suffix != ".bin"]
-    if is_url(folder):
-        paths = sorted({found for suffix in suffixes for found in find(f"{folder}/**/*{suffix}")})
-        start = paths[0].index(folder.rpartition("://")[2]) + len(folder.rpartition("://")[2]) + 1 if paths else 0
-        names, known = [found[start:] for found in paths], True
-    else:
-        names = [
-            str(p.relative_to(folder)) for p in Path(folder).rglob("*") if p.name.endswith(tuple(suffixes)) and p.is_file()
-        ]
-        known = any((Path(folder) / name).exists() for name in CLONED) or any(n.endswith(".parquet") for n in names)
-    readme = ""
-    if _exists(f"{folder}/README.md"):
-        with _open(f"{folder}/README.md") as f:
-            readme = f.read().decode("utf-8", "replace")
-    return [f"{folder}/{name}" for name in datasets.train_files(folder, names, readme, known, suffixes, tell)]
-
-
-def _exists(path: str) -> bool:
-    if not is_url(path):
-        return Path(path).is_file()
-    system, inner = _remote(path)
-    return bool(system.isfile(inner))
-
-
-def _read_json(path: str) -> Any:
-    with _open(path) as f:
-        return json.loads(f.read().decode("utf-8"))
-
-
-def _tell_splits(path: str) -> None:
-    """Says which splits of a TFDS folder are read; a folder without its description is for the reader to refuse."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        splits = [entry["name"] for entry in _read_json(f"{path}/dataset_info.json")["splits"]]
-        others = ", ".join(name for name in splits if name != "train")
-        if "train" in splits:
-            tell(f"data: {path}: split train{'; not read: ' if others else ''}{others}")
-        elif len(splits) > 1:
-            tell(f"data: {path}: no split train; all are read: {others}")
-
-
-def _is_tfds(path: str) -> bool:
-    return not is_url(path) and (Path(path) / "features.json").is_file()
+def is_tfds(path: str) -> bool:
+    """Whether a path is a folder that TFDS wrote."""
+    return not paths.is_url(path) and (Path(path) / "features.json").is_file()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tanuki_jax import files
-from tanuki_jax.data import chat, encodings, formats
+from tanuki_jax.data import chat, datasets, encodings, formats, paths
 from tanuki_jax.errors import UserError
 
 FIELDS = (
@@ -59,11 +59,11 @@ def split_patterns(patterns: str) -> list[str]:
     pieces, found = patterns.split(","), []
     while pieces:
         joined = [",".join(pieces[:n]) for n in range(len(pieces), 0, -1)]  # the longest first
-        there = [name for name in joined if name and not formats.is_url(name) and os.path.lexists(name)]
-        if there or formats.is_url(pieces[0]) or formats.find(pieces[0]):
+        there = [name for name in joined if name and not paths.is_url(name) and os.path.lexists(name)]
+        if there or paths.is_url(pieces[0]) or paths.find(pieces[0]):
             taken = there[0] if there else pieces[0]
         else:
-            taken = next((name for name in joined[:-1] if name and not formats.is_url(name) and formats.find(name)), pieces[0])
+            taken = next((name for name in joined[:-1] if name and not paths.is_url(name) and paths.find(name)), pieces[0])
         pieces = pieces[taken.count(",") + 1 :]
         found += [taken] if taken else []
     return found
@@ -77,11 +77,11 @@ def matching_files(patterns: str) -> list[str]:
     found: dict[Any, str] = {}
     again: list[tuple[str, str]] = []
     for pattern in split_patterns(patterns):
-        matches = formats.find(pattern)
+        matches = paths.find(pattern)
         if not matches:
             raise UserError(f"data: no such file: {pattern!r}{_unreadable(pattern)}")
         for path in (expanded for match in matches for expanded in _expand(match)):
-            key = formats.same(path)
+            key = paths.same(path)
             if key in found:
                 again.append((path, found[key]))
             else:
@@ -90,7 +90,7 @@ def matching_files(patterns: str) -> list[str]:
         path, first = again[0]
         told = f"{path} is named twice" if path == first else f"{path} is the same file as {first}"
         more = f" ({len(again)} such names are left out)" if len(again) > 1 else ""
-        formats.tell(f"data: {told}, and is read once{more}")
+        paths.tell(f"data: {told}, and is read once{more}")
     if not found:
         raise UserError(f"data: no input files given; name {', '.join(formats.SUFFIXES)} files")
     return list(found.values())
@@ -98,11 +98,11 @@ def matching_files(patterns: str) -> list[str]:
 
 def _expand(match: str) -> list[str]:
     """The files of what a glob matched, each of a known format and readable."""
-    formats.check(match)
-    paths = formats.expand(match)
-    for path in paths:
-        formats.check(path)
-        folder = formats.format_of(path) != "/tfds" and formats.is_directory(path)
+    paths.check(match)
+    found = datasets.expand(match)
+    for path in found:
+        paths.check(path)
+        folder = formats.format_of(path) != "/tfds" and paths.is_directory(path)
         if folder:
             raise UserError(
                 f"data: {path} is a directory, and no dataset that Hugging Face datasets or TFDS wrote; "
@@ -110,25 +110,25 @@ def _expand(match: str) -> list[str]:
             )
         if not formats.format_of(path):
             raise UserError(f"data: {path} is none of {', '.join(formats.SUFFIXES)}; convert it or narrow the pattern")
-    return paths
+    return found
 
 
 def _unreadable(pattern: str) -> str:
     """Why a glob may match nothing: a folder on its way that may not be looked into."""
     for folder in reversed(Path(pattern).parents):
-        if not formats.is_url(pattern) and folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK):
+        if not paths.is_url(pattern) and folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK):
             return f"; {folder} cannot be looked into, check its permissions"
     return ""
 
 
 def total_bytes(patterns: str) -> int:
     """Size of all files together."""
-    return sum(map(formats.bytes_of, matching_files(patterns)))
+    return sum(map(paths.bytes_of, matching_files(patterns)))
 
 
 def identity(patterns: str) -> str:
     """A fingerprint of the files' names, sizes and times of change; cheap for any amount of data."""
-    return files.fingerprint([formats.identity_of(path) for path in matching_files(patterns)])
+    return files.fingerprint([paths.identity_of(path) for path in matching_files(patterns)])
 
 
 def parts(patterns: str, part_bytes: int) -> list[Part]:
@@ -142,7 +142,7 @@ def parts(patterns: str, part_bytes: int) -> list[Part]:
             small.clear()
 
     for path in matching_files(patterns):
-        size = formats.bytes_of(path)
+        size = paths.bytes_of(path)
         units = _units(path) if size > part_bytes else 1
         if units > 1:
             flush()
@@ -168,7 +168,7 @@ def read_rows(patterns: str, fields: Fields = PLAIN, bad: Bad | None = None) -> 
     """All rows of all files, in order.  Text files give {"text"}."""
     before = 0
     for path in matching_files(patterns):
-        size = formats.bytes_of(path)
+        size = paths.bytes_of(path)
         for row in read_part(Part((path,), 0, WHOLE, size), fields, bad):
             if row is not None:
                 yield row._replace(bytes_read=before + row.bytes_read)
@@ -202,7 +202,7 @@ def read_part(part: Part, fields: Fields = PLAIN, bad: Bad | None = None, skip: 
             if number > skip:
                 bad(path, _reason(error, path))
                 yield None
-        before += formats.bytes_of(path) if len(part.paths) > 1 else 0
+        before += paths.bytes_of(path) if len(part.paths) > 1 else 0
 
 
 def _records(path: str, part: Part, wanted: Collection[str]) -> Iterator[formats.Record]:

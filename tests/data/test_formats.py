@@ -9,7 +9,7 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 from tensorflow_datasets.proto import tf_example_generated_pb2
 
-from tanuki_jax.data import formats, sources
+from tanuki_jax.data import paths, sources
 from tanuki_jax.errors import UserError
 
 TEXTS = ["狸\n山", "moon", " \u2028 ", "か\u3099" * 50, 'a "quoted"\tline\r\n', "🦝", *(f"row {i}" for i in range(300))]
@@ -97,7 +97,7 @@ def test_every_format_gives_the_rows_that_were_written(tmp_path, name):
     assert {sources.kind_of(row) for row in rows} == {"text"}
     assert len({row.where for row in rows}) == len(rows) and all(str(tmp_path / name) in row.where for row in rows)
     read = [row.bytes_read for row in rows]
-    assert read == sorted(read) and 0 < read[-1] <= (tmp_path / name).stat().st_size == formats.bytes_of(str(tmp_path / name))
+    assert read == sorted(read) and 0 < read[-1] <= (tmp_path / name).stat().st_size == paths.bytes_of(str(tmp_path / name))
 
 
 @pytest.mark.parametrize("name", FORMATS)
