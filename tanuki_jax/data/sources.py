@@ -54,11 +54,14 @@ def ignore(where: str, reason: str) -> None:
     """A `Bad` that leaves bad rows out without a word."""
 
 
+COMMAS = 7  # most commas that the name of a path may have
+
+
 def split_patterns(patterns: str) -> list[str]:
     """Comma-separated globs apart; a comma of a path that is there, or that alone makes a glob match, separates nothing."""
     pieces, found = patterns.split(","), []
     while pieces:
-        joined = [",".join(pieces[:n]) for n in range(len(pieces), 0, -1)]  # the longest first
+        joined = [",".join(pieces[:n]) for n in range(min(len(pieces), COMMAS + 1), 0, -1)]  # the longest first
         there = [name for name in joined if name and not paths.is_url(name) and os.path.lexists(name)]
         if there or paths.is_url(pieces[0]) or paths.find(pieces[0]):
             taken = there[0] if there else pieces[0]

@@ -135,6 +135,7 @@ def test_a_path_that_is_there_is_itself_whatever_its_name_looks_like(tmp_path, m
     assert texts("a[1].jsonl") == ["a[1].jsonl"] and texts("b,c.jsonl") == ["b,c.jsonl"] and texts("q?.jsonl") == ["q?.jsonl"]
     assert texts("a1.jsonl,b,c.jsonl,a[1].jsonl") == ["a1.jsonl", "b,c.jsonl", "a[1].jsonl"]
     assert texts("d,e/*.jsonl,a1.jsonl") == ["x.jsonl", "a1.jsonl"]
+    assert sources.split_patterns(",".join(["a1.jsonl"] * 3000)) == ["a1.jsonl"] * 3000  # in no time
     with pytest.raises(UserError, match="no such file: 'nosuch.jsonl'"):
         texts("a1.jsonl,nosuch.jsonl")
 
