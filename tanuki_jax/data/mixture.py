@@ -22,6 +22,7 @@ class StagedMixture(grain.transforms.DatasetSelectionMap):
     """Interleaves sources by weights that change at given rows, without repeating or skipping a row of any source.
 
     In each phase every source is, after any number of rows, within one row of its share, however small the share is.
+    Sources of one weight take turns, and are one source to what follows.
     A source's rows are taken in its own (shuffled) order, and every phase goes on where the one before stopped.
     """
 
@@ -32,7 +33,9 @@ class StagedMixture(grain.transforms.DatasetSelectionMap):
         self.length = length
         self.first = np.array(used_before or [0] * len(weights[0]), np.int64)
         self.starts = np.array(starts, np.int64)
-        self.weights = [_exact(w) for w in weights]
+        exact = [_fractions(w) for w in weights]
+        self.groups = [_groups(w) for w in weights]  # in each phase the sources of each weight
+        self.weights = [_exact([w[g[0]] * len(g) for g in groups]) for w, groups in zip(exact, self.groups, strict=True)]
         self.taken = [np.zeros(len(weights[0]), np.int64)]  # rows of each source used before each phase
         for p in range(len(starts) - 1):
             self.taken.append(self.taken[p] + self._used(p, int(self.starts[p + 1] - self.starts[p])))
@@ -43,7 +46,11 @@ class StagedMixture(grain.transforms.DatasetSelectionMap):
         if rest:
             owners, _ = _order(weights, rows - rest, rows - rest + BLOCK)
             counts += np.bincount(owners[:rest], minlength=len(counts))
-        return counts
+        result = np.zeros(len(self.first), np.int64)
+        for count, group in zip(counts.tolist(), self.groups[phase], strict=True):
+            for turn, source in enumerate(group):
+                result[source] = (count + len(group) - 1 - turn) // len(group)
+        return result
 
     def __len__(self) -> int:
         return self.length
@@ -53,8 +60,10 @@ class StagedMixture(grain.transforms.DatasetSelectionMap):
         row = index - int(self.starts[phase])
         inside = row % BLOCK
         owners, ranks = _order(self.weights[phase], row - inside, row - inside + BLOCK)
-        source = owners[inside]
-        return source, int(self.first[source] + self.taken[phase][source]) + ranks[inside]
+        group = self.groups[phase][owners[inside]]
+        rank, turn = divmod(ranks[inside], len(group))
+        source = group[turn]
+        return source, int(self.first[source] + self.taken[phase][source]) + rank
 
     def used(self, rows: int) -> np.ndarray:
         """Rows of each source among the first `rows` of the mixture, int64 [sources]."""
@@ -62,13 +71,26 @@ class StagedMixture(grain.transforms.DatasetSelectionMap):
         return self.taken[phase] + self._used(phase, rows - int(self.starts[phase]))
 
 
-def _exact(weights: Sequence[float]) -> Weights:
-    """Whole numbers in the very ratios of the weights, so that nothing drifts in however many rows."""
+def _fractions(weights: Sequence[float]) -> list[Fraction]:
     exact = [Fraction(float(w)) for w in weights]
     if min(exact) < 0 or not any(exact):
         raise ValueError(f"weights must be at least 0, and one above it: {list(weights)}")
-    scale = math.lcm(*(w.denominator for w in exact))
-    whole = [int(w * scale) for w in exact]
+    return exact
+
+
+def _groups(weights: Sequence[float]) -> list[list[int]]:
+    """The sources of each weight above 0, in order."""
+    found: dict[float, list[int]] = {}
+    for source, weight in enumerate(weights):
+        if weight:
+            found.setdefault(float(weight), []).append(source)
+    return list(found.values())
+
+
+def _exact(weights: Sequence[Fraction]) -> Weights:
+    """Whole numbers in the very ratios of the weights, so that nothing drifts in however many rows."""
+    scale = math.lcm(*(w.denominator for w in weights))
+    whole = [int(w * scale) for w in weights]
     return tuple(w // math.gcd(*whole) for w in whole)
 
 
@@ -84,7 +106,7 @@ def _counts(weights: Weights, row: int) -> Counts:
         return (0,) * len(weights)
     whole, step = sum(weights), row & -row
     low = (0,) * len(weights) if row == END else _counts(weights, row - step)
-    high = tuple(END if w else 0 for w in weights) if row == END else _counts(weights, row + step)
+    high = (END,) * len(weights) if row == END else _counts(weights, row + step)
     counts, lost = [0] * len(weights), 0
     for k in sorted(range(len(weights)), key=weights.__getitem__):
         due = row * weights[k]
@@ -108,8 +130,8 @@ def _order(weights: Weights, first: int, stop: int) -> tuple[tuple[int, ...], tu
     """
     whole, counts, last = sum(weights), list(_counts(weights, first)), _counts(weights, stop)
     left = [k for k, n in enumerate(counts) if n < last[k]]
-    opens = [-(-n * whole // w) if w else END for n, w in zip(counts, weights, strict=True)]  # the row that it may have next
-    due = [(n + 1) * whole // w if w else END for n, w in zip(counts, weights, strict=True)]  # the row that it must have
+    opens = [-(-n * whole // w) for n, w in zip(counts, weights, strict=True)]  # the row that it may have next
+    due = [(n + 1) * whole // w for n, w in zip(counts, weights, strict=True)]  # the row that it must have
     owners, ranks = [], []
     for row in range(first + 1, stop + 1):
         may = [k for k in left if opens[k] <= row]

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from tanuki_jax.data.mixture import BLOCK, StagedMixture
 
-NEAR = 1.05  # rows off a share: 1, but a little more where shares are multiples of one another, as they are here
 quick = settings(max_examples=25, deadline=None)
 
 
@@ -33,7 +32,7 @@ def test_shares_follow_the_weights_of_each_phase_to_within_a_row_at_any_point(mi
         counts = np.cumsum(chosen[:, None] == np.arange(len(weights[0])), axis=0)
         rows = np.arange(1, len(chosen) + 1)[:, None]
         due = rows * np.array(weights[phase]) / sum(weights[phase])
-        assert np.abs(counts - due).max() <= NEAR
+        assert np.abs(counts - due).max() <= 1 + 1e-9
 
 
 @quick
@@ -118,6 +117,16 @@ def check_shares(kind, seed, rows, step):
 def test_every_source_is_within_a_row_of_its_share_however_small(kind):
     for seed in range(4):
         check_shares(kind, seed, 10**6, 10**5)
+
+
+@pytest.mark.parametrize("weights", [[1.0] * 3 + [1e-4] * 5, [0.25] * 4 + [1e-5] * 4, [1.0] * 12, [1, 0.1, 0.01, 0.1, 1, 1e-6]])
+def test_sources_whose_shares_are_multiples_of_one_another_do_not_crowd(weights):
+    staged = StagedMixture([weights], [0], 10**7)
+    share = np.array(weights) / sum(weights)
+    for first in (0, 2000 * BLOCK, 2001 * BLOCK):
+        chosen = np.array([staged[first + i][0] for i in range(BLOCK)])
+        counts = staged.used(first) + np.cumsum(chosen[:, None] == np.arange(len(weights)), axis=0)
+        assert np.abs(counts - (first + 1 + np.arange(BLOCK))[:, None] * share).max() <= 1 + 1e-9
 
 
 @pytest.mark.slow
