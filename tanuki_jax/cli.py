@@ -294,7 +294,7 @@ def _tokenizer_report(options: argparse.Namespace) -> None:
     paths = [options.tokenizer, *map(Path, filter(None, options.against.split(",")))]
     domains = {
         pattern: (prepare.text_of(row) for row in sources.read_rows(pattern, _fields(options)))
-        for pattern in filter(None, options.input.split(","))
+        for pattern in sources.split_patterns(options.input)
     }
     found = report.report([report.open_encoder(path) for path in paths], domains, options.level)
     if options.picture:
