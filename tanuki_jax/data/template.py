@@ -98,7 +98,7 @@ def _environment() -> Any:
 
         code_generator_class = Generator
         intercepted_binops = frozenset(["%"])
-        concat = staticmethod(traced.join)  # type: ignore[assignment]
+        concat = staticmethod(traced.join)
 
         def getattr(self, obj: Any, attribute: str) -> Any:
             # A method of the template's own text ('\n'.join, '...'.format) has to trace what it is given.

@@ -23,7 +23,8 @@ class TurnFormat(NamedTuple):
     stop_ids: tuple[int, ...]  # what ends an answer or a tool call, eos included; ascending
 
 
-USER, ANSWER = {"role": "user", "content": "alpha"}, {"role": "assistant", "content": "beta"}
+USER: dict[str, Any] = {"role": "user", "content": "alpha"}
+ANSWER: dict[str, Any] = {"role": "assistant", "content": "beta"}
 CALLS = [
     {"type": "function", "function": {"name": "gamma", "arguments": arguments}}
     for arguments in ({"delta": "1"}, '{"delta": 1}')
@@ -38,7 +39,7 @@ def turn_format(tokenizer: Tokenizer) -> TurnFormat:
     answered = str.__str__(_example(tokenizer, [USER, ANSWER]) or "")
     shared = len(_common_prefix(prompted, unprompted))
     prompts = (prompted[shared:], _common_prefix(prompted, answered)[shared:])
-    calls = [{"role": "assistant", "content": "", "tool_calls": [call]} for call in CALLS]
+    calls: list[dict[str, Any]] = [{"role": "assistant", "content": "", "tool_calls": [call]} for call in CALLS]
     stops = {tokenizer.eos, *tokenizer.generation_eos}
     for said, more in ((ANSWER, [USER, ANSWER]), *((call, [RESULT, ANSWER]) for call in calls)):
         last = _tail(_example(tokenizer, [USER, said]), 1)
