@@ -15,8 +15,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict, FieldReference, config_flags
 
+from tanuki_jax import origins
 from tanuki_jax.checks import check_mixture, check_names, check_recipe, check_upcycle
 from tanuki_jax.errors import UserError
 from tanuki_jax.schema import (
@@ -82,14 +83,37 @@ __all__ = [
 # --- making a config ------------------------------------------------------------------------------------------------
 
 
+class Default(FieldReference):
+    """A key's default, which reads as any value does, and knows whether the config has set the key since."""
+
+    def __init__(self, value: Any) -> None:
+        super().__init__(value)
+        self.is_set = False
+
+    def set(self, value: Any, type_safe: bool = True) -> None:
+        """Sets the key, be it to the value that it has."""
+        super().set(value, type_safe)
+        self.is_set = True
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """For copies, which config_flags makes."""
+        super().__setstate__(state)
+        self.is_set = state["is_set"]
+
+
 def defaults(schema: Any) -> ConfigDict:
     """The schema's defaults as a ConfigDict (nested dataclasses become nested ConfigDicts)."""
     return ConfigDict(to_dict(schema()))
 
 
 def recipe(**overrides: Any) -> ConfigDict:
-    """A recipe with every key at its default, then `overrides` (values, or dicts for nested keys)."""
-    return _override(defaults(Recipe), overrides)
+    """A recipe with every key at its default, then `overrides` (values, or dicts for nested keys).
+
+    What is left out of its model is the checkpoint's own in a recipe that starts from one (origins.py).
+    """
+    made = to_dict(Recipe())
+    made["model"] = {name: Default(value) for name, value in made["model"].items()}
+    return _override(ConfigDict(made), overrides)
 
 
 def stage(kind: str, **overrides: Any) -> ConfigDict:
@@ -145,8 +169,20 @@ def resolve(config: ConfigDict | Mapping[str, Any]) -> Recipe:
     result = _typed(Recipe, config, "")
     check_names(result)
     result = dataclasses.replace(result, stages=_ordered(result.stages))
+    result = origins.completed(result, _left_out(config.get("model", {})))
     check_recipe(result)
     return result
+
+
+def _left_out(model: ConfigDict | Mapping[str, Any]) -> set[str]:
+    """Keys of a model that a config does not set."""
+    kept = {"preserve_field_references": True} if isinstance(model, ConfigDict) else {}
+    values = dict(model.items(**kept))
+    return {
+        f.name
+        for f in dataclasses.fields(Model)
+        if f.name not in values or (isinstance(found := values[f.name], Default) and not found.is_set)
+    }
 
 
 def from_dict(schema: type, values: Mapping[str, Any]) -> Any:

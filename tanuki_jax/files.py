@@ -51,6 +51,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
             temporary.unlink()
 
 
+def absolute(path: str | Path) -> Path:
+    """The path from the root, without `..`, which TensorStore does not take."""
+    path = Path(path)
+    return path.resolve() if ".." in path.parts else path.absolute()
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a whole UTF-8 file atomically."""
     with atomic_path(path) as temporary:

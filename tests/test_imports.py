@@ -41,6 +41,7 @@ LAYERS = (
         "config",
         "schema",
         "checks",
+        "origins",
         "files",
         "progress",
         "errors",

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tanuki_jax import files
 from tanuki_jax.data.tokenizer import Tokenizer
 from tanuki_jax.errors import UserError
 
@@ -77,6 +78,13 @@ def encode_chat(
             text += part
     flush()
     return ids, mask
+
+
+def stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The ids that end what is generated."""
+    file = tokenizer.directory / "generation_config.json"
+    told = files.read_json(file).get("eos_token_id") if file.is_file() else None
+    return tuple(sorted({tokenizer.eos, *(told if isinstance(told, list) else [] if told is None else [told])}))
 
 
 def render(

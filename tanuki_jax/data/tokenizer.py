@@ -16,7 +16,12 @@ from tanuki_jax.errors import UserError
 
 NEWLINE_CUT = {"type": "Split", "pattern": {"Regex": "\n"}, "behavior": "Isolated", "invert": False}
 PART = 1 << 15  # characters of a text that are encoded together, where newlines cut it
-FILES = ("tokenizer*", "special_tokens_map.json", "chat_template*")  # of a directory that may hold weights too
+FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "chat_template*",
+    "generation_config.json",
+)  # of a directory that may hold weights too
 LONGEST = 1 << 20  # the same for a line, or where newlines do not cut: longer ones are cut there, which a round trip survives
 
 
