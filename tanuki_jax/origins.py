@@ -59,7 +59,7 @@ def completed(recipe: Recipe, left_out: Collection[str]) -> Recipe:
 def _outside(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
     """Stage, key and path of every directory, other than a stage's own, that a stage takes weights from."""
     for name, this in recipe.stages.items():
-        if this.init_from not in recipe.stages and Path(this.init_from or "?").is_dir():
+        if this.init_from and this.init_from not in recipe.stages and Path(this.init_from).is_dir():
             yield name, "init_from", this.init_from
         for path in this.upcycle.experts_from if this.kind == "upcycle" else ():
             if path not in recipe.stages and (Path(path) / "checkpoints").is_dir():

@@ -96,7 +96,7 @@ def open_huggingface(path: Path, param_dtype: str = "") -> Opened:
     outer = dict(OUTER)
     if settings.get("tie_word_embeddings") and not weights.has("lm_head.weight"):
         outer["head"] = Name("model.embed_tokens.weight", "DV")
-    cfg = _model(path, settings, weights.dtype(outer["embed/table"].theirs))
+    cfg = _model(path, settings, param_dtype or weights.dtype(outer["embed/table"].theirs))
     sizes = sizes_of(cfg)
     weights.dtype_of_all = cfg.param_dtype
     fused = weights.has(f"model.layers.0.{DOWN}")
@@ -319,7 +319,7 @@ class _Weights:
             self._map = dict.fromkeys(self._open("model.safetensors").keys(), "model.safetensors")
         else:
             pickled = any(path.glob("*.bin")) or any(path.glob("*.pth"))
-            fix = "transformers' save_pretrained makes safetensors of .bin files" if pickled else "is the download whole?"
+            fix = "is the download whole?" + " transformers' save_pretrained makes them of .bin files" * pickled
             raise UserError(f"{path} has neither model.safetensors nor {INDEX}; {fix}")
 
     def has(self, name: str) -> bool:
@@ -331,7 +331,7 @@ class _Weights:
         dtype = self.dtype(name)
         if self.dtype_of_all and not self._cast and dtype != self.dtype_of_all:
             raise UserError(
-                f"{self.path}: {name} is {dtype}, the embedding {self.dtype_of_all}; weights of one dtype are read as they are; "
+                f"{self.path}: {name} is {dtype}, the embedding {self.dtype_of_all}; weights of one dtype come as they are; "
                 + CAST
             )
         if found != list(shape):

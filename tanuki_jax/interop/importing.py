@@ -26,7 +26,8 @@ def import_huggingface(path: Path, output: Path, vocab_size: int = 0, param_dtyp
 
     Returns what it is, and the lines of a config that begins with it; what is to be known of its tokenizer is said on stderr.
     """
-    opened, exact = resized(open_huggingface(path, param_dtype), vocab_size, "import")
+    found = open_huggingface(path, param_dtype) if param_dtype else open_huggingface(path)
+    opened, exact = resized(found, vocab_size, "import")
     cfg = opened.cfg
     check_rows(path, cfg.vocab_size)
     notes = tokenizer_notes(path)
@@ -100,7 +101,7 @@ def _lines(output: Path, cfg: config.Model, longest: int) -> str:
             'c.data = dict(chats="chats.jsonl")',
             *tokenizer,
             "c.stages.sft = config.stage(",
-            f'    "sft", init_from="{home}", mixture=dict(chats=(1.0,)),',
+            f'    "sft", init_from={str(home)!r}, mixture=dict(chats=(1.0,)),',
             f"    seq_len={min(longest, 2048)}, batch_size=8, epochs=1.0,",
             ")",
         ]

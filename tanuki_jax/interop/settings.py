@@ -79,13 +79,20 @@ def settings_of(opened: Opened, kind: str) -> tuple[dict[str, Any], dict[str, An
         settings |= {"gate_scale": cfg.gate_scale, "auto_map": CODE}
     tokenizer = _tokenizer(opened.tokenizer_directory)
     settings |= _special(kept, tokenizer, (tokenizer.eos,) if tokenizer else (), cfg.vocab_size)
-    generation = _sampling(opened)
-    base = {name: settings[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in settings} | generation
-    stops = stop_ids(tokenizer) if tokenizer else ()
-    made = ({} if generation else {"do_sample": False}) | generation | _special(base, tokenizer, stops, cfg.vocab_size)
-    if made != generation:
-        made.pop("_from_model_config", None)  # by which transformers makes it anew from config.json
-    return settings, made
+    return settings, _generation(opened, settings, tokenizer)
+
+
+def _generation(opened: Opened, settings: dict[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """generation_config.json: as it came, with all that ends an answer; where none came, of the special tokens."""
+    stops = [token for token in (stop_ids(tokenizer) if tokenizer else ()) if token < opened.cfg.vocab_size]
+    told = _sampling(opened)
+    special = {name: settings[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in settings}
+    old = {name: value for name, value in _published(opened).items() if name in SAMPLING and value is not None}
+    made = told or {"do_sample": False, **old, **special}
+    ends = _with_ids(made.get("eos_token_id", special.get("eos_token_id")), stops)
+    if ends is not None:
+        made = made | {"eos_token_id": ends}
+    return {name: value for name, value in made.items() if made == told or name != "_from_model_config"}  # else made anew
 
 
 def _sampling(opened: Opened) -> dict[str, Any]:
@@ -96,8 +103,7 @@ def _sampling(opened: Opened) -> dict[str, Any]:
     beside = files.read_json(file) if file.is_file() else {}
     if not isinstance(beside, dict):
         raise UserError(f"{file} is not a dictionary of settings")
-    old = {name: value for name, value in _published(opened).items() if name in SAMPLING and value is not None}
-    return (found | beside) or ({"do_sample": False, **old} if old else {})
+    return found | beside
 
 
 def _tokenizer(home: Path) -> Tokenizer | None:
@@ -139,6 +145,7 @@ def export_tokenizer(source: Path, target: Path) -> None:
     - `{% generation %}`, which only transformers knows, becomes a block that changes nothing;
     - the tokenizer.model of a Unigram is left out: llama.cpp's converter takes every such file for a BPE's.
     """
+    unigram = is_unigram(source / "tokenizer.json")
     copy_tokenizer(source, target)
     config = target / "tokenizer_config.json"
     if config.is_file():
@@ -153,7 +160,7 @@ def export_tokenizer(source: Path, target: Path) -> None:
         text = file.read_text(encoding="utf-8")
         if (plain_text := without_marks(text)) != text:
             file.write_text(plain_text, encoding="utf-8")
-    if is_unigram(target / "tokenizer.json"):
+    if unigram:
         (target / "tokenizer.model").unlink(missing_ok=True)
 
 
