@@ -32,7 +32,10 @@ class Tokenizer:
         directory = Path(directory)
         for name in ("tokenizer.json", "tokenizer_config.json"):
             if not (directory / name).is_file():
-                raise UserError(f"tokenizer: {directory} has no {name}; make one with `tanuki tokenizer train`")
+                raise UserError(
+                    f"tokenizer: {directory} has no {name}; a model needs the one that it was trained with, and for a new model "
+                    "`tanuki tokenizer train` makes one"
+                )
         self.directory = directory
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
