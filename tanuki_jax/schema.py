@@ -67,7 +67,7 @@ class Mesh:
 class Tokenizer:
     """An existing tokenizer, or how to train one."""
 
-    path: str = key("", "directory with tokenizer.json; empty = train one as below")
+    path: str = key("", "directory with tokenizer.json; empty = that of the checkpoint in init_from, or train one as below")
     vocab_size: int = key(65_000, "pieces, special tokens and the 256 bytes included")
     sources: tuple[str, ...] = key((), "names in `data` to train on; empty = all")
     character_coverage: float = key(0.9995, "share of characters that get a piece; the rest is spelt in bytes")
