@@ -206,7 +206,8 @@ class Stage:
     init_from: str = key("", "an earlier stage, a checkpoint directory, or empty: random weights")
     carry: str = key("params", "taken from init_from: params (adapters merged), adapter (trained on), all (Adam's moments too)")
     mixture_of_experts: bool = key(
-        False, "a stage that starts from random weights or from a checkpoint directory: whether that is a mixture"
+        False,
+        "a stage from random weights or a directory: whether it is a mixture; as the directory is, where n_experts is left out",
     )
     mixture: dict[str, tuple[float, ...]] = key(dict, "name in `data` -> its weight in each phase of the stage")
     mixture_starts: tuple[int, ...] = key((0,), "tokens after which each phase of the mixture begins")

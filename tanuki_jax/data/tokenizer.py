@@ -33,7 +33,7 @@ class Tokenizer:
         for name in ("tokenizer.json", "tokenizer_config.json"):
             if not (directory / name).is_file():
                 raise UserError(
-                    f"tokenizer: {directory} has no {name}; a model needs the one that it was trained with, and for a new model "
+                    f"tokenizer: {directory} has no {name}; a model needs its own tokenizer, and for a new model "
                     "`tanuki tokenizer train` makes one"
                 )
         self.directory = directory
@@ -115,7 +115,9 @@ def copy_tokenizer(source: Path, target: Path) -> None:
         with files.atomic_path(target) as temporary:
             temporary.mkdir()
             for file in (file for pattern in FILES for file in source.glob(pattern) if file.is_file()):
-                shutil.copy(file, temporary)
+                copy = temporary / file.relative_to(source)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copy(file, copy)
 
 
 def _spelling(token: Any) -> str:

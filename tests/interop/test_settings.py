@@ -249,11 +249,14 @@ def test_a_unigrams_sentencepiece_model_stays_behind_for_llama_cpp_takes_it_for_
     assert not (export(home, tmp_path / "back") / "tokenizer.model").exists()
 
 
-def test_a_bpes_sentencepiece_model_goes_out(tmp_path):
+def test_a_bpes_sentencepiece_model_and_all_other_files_go_out(tmp_path):
     home = given(tmp_path / "given")
-    (home / "tokenizer.model").write_bytes(b"theirs")
+    (home / "additional_chat_templates").mkdir()
+    names = ("tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json", "additional_chat_templates/tool_use.jinja")
+    for name in names:
+        (home / name).write_bytes(b"{}")
     back = export(import_(home, tmp_path / "ours"), tmp_path / "back")
-    assert (back / "tokenizer.model").read_bytes() == b"theirs" and not is_unigram(back / "tokenizer.json")
+    assert [(back / name).read_bytes() for name in names] == [b"{}"] * len(names) and not is_unigram(back / "tokenizer.json")
 
 
 class Marks(jinja2.ext.Extension):
