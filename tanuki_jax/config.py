@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict, FieldReference, config_flags
+from ml_collections import ConfigDict, config_flags
 
 from tanuki_jax import origins
 from tanuki_jax.checks import check_mixture, check_names, check_recipe, check_upcycle
@@ -83,22 +83,35 @@ __all__ = [
 # --- making a config ------------------------------------------------------------------------------------------------
 
 
-class Default(FieldReference):
-    """A key's default, which reads as any value does, and knows whether the config has set the key since."""
+class Group(ConfigDict):
+    """Keys at their defaults, which knows those that a config has set since, be it to the value that they had."""
 
-    def __init__(self, value: Any) -> None:
-        super().__init__(value)
-        self.is_set = False
+    def __init__(self, *values: Any, **options: Any) -> None:
+        super().__init__(*values, **options)
+        object.__setattr__(self, "_set", set())
 
-    def set(self, value: Any, type_safe: bool = True) -> None:
-        """Sets the key, be it to the value that it has."""
-        super().set(value, type_safe)
-        self.is_set = True
+    def __setitem__(self, key: str, value: Any) -> None:
+        if isinstance(value, Mapping | ConfigDict) and key in self and isinstance(self[key], Group):
+            given, value = value, Group(value)
+            value.update(given)
+        super().__setitem__(key, value)
+        self.__dict__.get("_set", set()).add(key)
+
+    def update(self, *others: Any, **values: Any) -> None:
+        """Sets what another group has set, and every key of anything else."""
+        before = set(self._set)
+        super().update(*others, **values)
+        unset = {key for other in others if isinstance(other, Group) for key in other.left_out()}
+        self._set.difference_update(unset - before - values.keys())
+
+    def left_out(self) -> set[str]:
+        """The keys that are at their defaults."""
+        return set(self) - self._set
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """For copies, which config_flags makes."""
         super().__setstate__(state)
-        self.is_set = state["is_set"]
+        object.__setattr__(self, "_set", set(state["_set"]))
 
 
 def defaults(schema: Any) -> ConfigDict:
@@ -111,9 +124,10 @@ def recipe(**overrides: Any) -> ConfigDict:
 
     What is left out of its model is the checkpoint's own in a recipe that starts from one (origins.py).
     """
-    made = to_dict(Recipe())
-    made["model"] = {name: Default(value) for name, value in made["model"].items()}
-    return _override(ConfigDict(made), overrides)
+    made, model = Group(to_dict(Recipe())), Group(to_dict(Model()))
+    with made.ignore_type():
+        made.model = model
+    return _override(made, overrides)
 
 
 def stage(kind: str, **overrides: Any) -> ConfigDict:
@@ -176,13 +190,7 @@ def resolve(config: ConfigDict | Mapping[str, Any]) -> Recipe:
 
 def _left_out(model: ConfigDict | Mapping[str, Any]) -> set[str]:
     """Keys of a model that a config does not set."""
-    kept = {"preserve_field_references": True} if isinstance(model, ConfigDict) else {}
-    values = dict(model.items(**kept))
-    return {
-        f.name
-        for f in dataclasses.fields(Model)
-        if f.name not in values or (isinstance(found := values[f.name], Default) and not found.is_set)
-    }
+    return {f.name for f in dataclasses.fields(Model)} - set(model) | (model.left_out() if isinstance(model, Group) else set())
 
 
 def from_dict(schema: type, values: Mapping[str, Any]) -> Any:

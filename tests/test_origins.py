@@ -1,5 +1,6 @@
 """What a recipe leaves out is the checkpoint's that a stage starts from, and what it sets must be what that has."""
 
+import copy
 import json
 
 import pytest
@@ -82,16 +83,27 @@ def test_a_recipe_without_a_directory_has_the_defaults():
     assert made.model == config.Model() and made.tokenizer == config.Tokenizer()
 
 
-def test_a_default_reads_as_a_value_and_knows_that_it_was_set(tmp_path):
-    """In arithmetic, in a copy, and when it is set to what it was."""
-    c = config.recipe()
-    assert c.model.d_ff // 2 == 7168 and isinstance(c.model.n_layers, int) and c.model.rope_theta == 1e4
+def test_what_is_set_is_known_in_copies_too(tmp_path):
+    """Also where it is set to what it was; what another config has left out stays left out."""
     c = recipe(written(tmp_path / "dense"))
+    assert c.model.d_ff // 2 == 7168 and c.model.rope_theta == 1e4  # defaults can be read
+    assert brought(config.resolve(copy.deepcopy(c)), DENSE) == DENSE
+    c.model.update(config.recipe(model=dict(n_heads=4)).model)
+    c.update(dict(model=dict(n_layers=2)))
+    assert brought(config.resolve(c), DENSE) == DENSE and c.model.left_out().isdisjoint({"n_heads", "n_layers"})
     c.model.d_ff = c.model.d_ff
-    for copied in (c, config.ConfigDict(c), c.copy_and_resolve_references()):
-        assert "d_ff 64 (here 14336)" in message(copied)
+    for copied in (c, copy.deepcopy(c)):
+        found = message(copied)
+        assert "d_ff 64 (here 14336)" in found and "d_model" not in found
+    assert "d_ff 64 (here 14336)" in message(c.copy_and_resolve_references())  # of which all is taken for set
     with pytest.raises(TypeError, match="d_model"):
         c.model.d_model = "wide"
+    for given in (dict(n_heads=4), config.ConfigDict(dict(n_heads=4)), config.recipe(model=dict(n_heads=4)).model):
+        c = recipe(tmp_path / "dense")
+        c.model = given
+        assert brought(config.resolve(c), DENSE) == DENSE and "n_heads" not in c.model.left_out()
+        c.model.d_ff = 65
+        assert "d_ff 64 (here 65)" in message(c)
 
 
 def test_a_flag_sets_a_key_and_leaves_the_others_out(tmp_path):

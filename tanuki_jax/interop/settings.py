@@ -86,7 +86,9 @@ def _generation(opened: Opened, settings: dict[str, Any], tokenizer: Tokenizer |
     """generation_config.json: as it came, with all that ends an answer; where none came, of the special tokens."""
     stops = [token for token in (stop_ids(tokenizer) if tokenizer else ()) if token < opened.cfg.vocab_size]
     told = _sampling(opened)
-    special = {name: settings[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in settings}
+    special: dict[str, Any] = {
+        name: settings[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in settings
+    }
     old = {name: value for name, value in _published(opened).items() if name in SAMPLING and value is not None}
     made = told or {"do_sample": False, **old, **special}
     ends = _with_ids(made.get("eos_token_id", special.get("eos_token_id")), stops)
