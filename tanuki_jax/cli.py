@@ -225,7 +225,7 @@ def _export(options: argparse.Namespace) -> None:
 def _fields(options: argparse.Namespace) -> Any:
     from tanuki_jax.data.sources import Fields
 
-    return Fields(options.text_field, options.language_field)
+    return Fields(options.text_field, options.language_field, options.row_format)
 
 
 def _tokenizer_train(options: argparse.Namespace) -> None:
@@ -310,12 +310,13 @@ def _score(options: argparse.Namespace) -> None:
     )
 
 
-def _sampling(options: argparse.Namespace, stop: int) -> Any:
+def _sampling(options: argparse.Namespace, tokenizer: Any) -> Any:
+    from tanuki_jax.data.chat import stop_ids
     from tanuki_jax.model import Sampling
 
     if options.max_new_tokens < 1 or options.temperature < 0 or not 0 < options.top_p <= 1:
         raise UserError("--max_new_tokens must be at least 1, --temperature at least 0, --top_p above 0 and at most 1")
-    return Sampling(options.max_new_tokens, options.temperature, options.top_p, (stop,))
+    return Sampling(options.max_new_tokens, options.temperature, options.top_p, stop_ids(tokenizer))
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -324,9 +325,9 @@ def _generate(options: argparse.Namespace) -> None:
 
     loaded = checkpoint.load(options.checkpoint)
     tokenizer = Tokenizer(loaded.tokenizer_directory)
-    prompt = tokenizer.encode(options.prompt) or [tokenizer.eos if tokenizer.bos is None else tokenizer.bos]
-    [ids] = model.generate(loaded.cfg, loaded.params, [prompt], _sampling(options, tokenizer.eos), options.seed)
-    text = tokenizer.decode(ids)
+    prompt = tokenizer.encode_prompt(options.prompt) or [tokenizer.eos if tokenizer.bos is None else tokenizer.bos]
+    [ids] = model.generate(loaded.cfg, loaded.params, [prompt], _sampling(options, tokenizer), options.seed)
+    text = tokenizer.decode_after(prompt, ids)
     _print(options, {"prompt": options.prompt, "text": text, "tokens": len(ids)}, options.prompt + text)
 
 
@@ -337,7 +338,7 @@ def _chat(options: argparse.Namespace) -> None:
 
     loaded = checkpoint.load(options.checkpoint)
     tokenizer = Tokenizer(loaded.tokenizer_directory)
-    chat(loaded.cfg, loaded.params, tokenizer, _sampling(options, tokenizer.eos), options.seed)
+    chat(loaded.cfg, loaded.params, tokenizer, _sampling(options, tokenizer), options.seed)
 
 
 def _print(options: argparse.Namespace, document: Any, text: str) -> None:

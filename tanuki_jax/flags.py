@@ -204,6 +204,12 @@ def _add(parser: argparse.ArgumentParser, *names: str) -> None:
         elif name == "fields":
             parser.add_argument("--text_field", default="text", help="field with the text, a.b if nested (default %(default)s)")
             parser.add_argument("--language_field", default="", help="field with the language tag, meta.lang for example")
+            parser.add_argument(
+                "--row_format",
+                choices=CHOICES["row_format"],
+                default="auto",
+                help="how rows that can be read in several ways are read (docs/data.md)",
+            )
         elif name == "output":
             parser.add_argument("--output", type=Path, required=True, help="directory to write; it must not be there yet")
         elif name == "checkpoint":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from pathlib import Path
 from tanuki_jax import config, files
 from tanuki_jax.config import Recipe
 from tanuki_jax.data import sources
-from tanuki_jax.data.prepare import Options, read_manifest, text_of
+from tanuki_jax.data.prepare import Options, made_by_this_version, read_manifest, text_of
 from tanuki_jax.data.prepare import prepare as prepare_store
 from tanuki_jax.data.tokenizer import Tokenizer
 from tanuki_jax.errors import UserError
@@ -46,15 +47,22 @@ def prepare(recipe: Recipe, workdir: Path, names: set[str]) -> Inputs:
             stores[name] = Path(patterns)
             continue
         source = recipe.data[name]
-        options = [source.text, source.skip_bad]
+        options = [source.text, source.skip_bad, *([source.row_format] if source.row_format != "auto" else [])]
         stores[name] = where / f"store-{name}-{files.fingerprint(identity, tokenizer.fingerprint, options)}"
+        if stores[name].is_dir() and not made_by_this_version(read_manifest(stores[name])):
+            print(f"data {name}: chat templates were followed otherwise when it was made; it is made anew", file=sys.stderr)
+            shutil.rmtree(stores[name])
         if not stores[name].is_dir():
-            how = Options(sources.Fields(source.text), source.skip_bad)
+            how = Options(_fields(source), source.skip_bad)
             made = prepare_store(patterns, tokenizer, stores[name], how)
             print(f"data {name}: {made}", file=sys.stderr, flush=True)
         elif read_manifest(stores[name]).tokenizer != tokenizer.fingerprint:
             raise UserError(f"data {name}: {stores[name]} was made with another tokenizer; remove it")
     return Inputs(tokenizer, stores)
+
+
+def _fields(source: config.Source) -> sources.Fields:
+    return sources.Fields(source.text, row_format=source.row_format)
 
 
 def _locate(recipe: Recipe, name: str, where: Path) -> tuple[str, str]:
@@ -113,7 +121,7 @@ def _tokenizer(recipe: Recipe, located: dict[str, tuple[str, str]], where: Path)
 def _texts(source: config.Source, patterns: str, max_bytes: int) -> Iterator[tuple[str, str]]:
     """(language, text) of each row."""
     read = 0
-    for row in sources.read_rows(patterns, sources.Fields(source.text), sources.ignore if source.skip_bad else None):
+    for row in sources.read_rows(patterns, _fields(source), sources.ignore if source.skip_bad else None):
         try:
             text = text_of(row)
         except UserError:

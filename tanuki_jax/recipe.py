@@ -16,6 +16,7 @@ import numpy as np
 
 from tanuki_jax import __version__, checkpoint, config, files, inputs, observe, parallel, placement, preflight, stage, start
 from tanuki_jax.config import Recipe
+from tanuki_jax.data import chat
 from tanuki_jax.errors import Preempted, UserError
 from tanuki_jax.evaluate import score
 from tanuki_jax.model import Sampling
@@ -180,7 +181,7 @@ def _scores(
     began, home, options = time.monotonic(), start.directory(workdir, name), recipe.scoring
     loaded = checkpoint.load(home, mesh)
     prompts = rules.held_out_prompts(options.prompts, recipe.seed)
-    sampling = Sampling(max_new_tokens=options.max_new_tokens, stop=(ready.tokenizer.eos,))
+    sampling = Sampling(max_new_tokens=options.max_new_tokens, stop=chat.stop_ids(ready.tokenizer))
     with jax.set_mesh(mesh):
         parallel.at(f"the answers of stage {name}")
         given = score.answers(

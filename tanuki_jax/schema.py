@@ -83,6 +83,7 @@ class Source:
 
     files: str = key("", "comma-separated globs of files (docs/data.md has the formats), a Megatron-LM .bin, or rules:NAME")
     text: str = key("text", "field that holds a document's text; meta.body for a nested one")
+    row_format: str = key("auto", "how rows that can be read in several ways are read; docs/data.md has the formats")
     language: str = key("", "language tag, for the tokenizer's shares")
     skip_bad: bool = key(False, "leave out bad rows, count and list them, instead of stopping at the first")
 
@@ -253,6 +254,10 @@ class Recipe:
 
 
 CHOICES = {
+    "row_format": (
+        *("auto", "text", "messages", "conversations", "preference", "prompt_completion", "instruction"),
+        *("question_answer", "turns", "tokens"),
+    ),
     "kind": ("pretrain", "upcycle", "sft", "dpo"),
     "carry": ("params", "adapter", "all"),
     "schedule": ("cosine", "wsd", "constant", "range"),

@@ -30,6 +30,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax
 import pytest
+from hypothesis import settings
 
 from tanuki_jax.data.tokenizer import Tokenizer
 

@@ -207,7 +207,7 @@ BAD = {
     "unknown role": (
         [*PREPARE, "--input={file}"],
         json.dumps({"messages": [TALK, {"role": "tanuki", "content": "ぽん"}]}),
-        ["bad.jsonl:1", "message 1", "assistant"],
+        ["bad.jsonl:1", "message 1", "'tanuki'", "chat template"],
     ),
     "two kinds": (
         [*PREPARE, "--input={file}"],

@@ -146,7 +146,7 @@ def test_a_cached_array_is_never_unpickled(tmp_path):
 )
 def test_a_chat_template_cannot_reach_python(template, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    of = dict(chat_template=template, bos_token="<s>", eos_token="</s>", special={})
+    of = dict(chat_template=template, chat_templates={"default": template}, named={"bos_token": "<s>", "eos_token": "</s>"})
     with pytest.raises(UserError):
         encode_chat(SimpleNamespace(**of), [{"role": "user", "content": "x"}])
     assert not list(tmp_path.iterdir())

@@ -12,7 +12,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -95,7 +95,7 @@ def _open(path: str) -> Any:
 # --- readers ------------------------------------------------------------------------------------------------------------------
 
 
-def _text(path: str, start: int, stop: int, wanted: Collection[str]) -> Iterator[Record]:
+def _text(path: str, start: int, stop: int, wanted: Container[str]) -> Iterator[Record]:
     with _open(path) as f:
         data = f.read()
     try:
@@ -105,7 +105,7 @@ def _text(path: str, start: int, stop: int, wanted: Collection[str]) -> Iterator
     yield Record(path, text if isinstance(text, UserError) else {"text": text}, len(data))
 
 
-def _jsonl(path: str, start: int, stop: int, wanted: Collection[str]) -> Iterator[Record]:
+def _jsonl(path: str, start: int, stop: int, wanted: Container[str]) -> Iterator[Record]:
     """The lines that begin in bytes [start, stop)."""
     with _open(path) as f:
         if start:
@@ -123,7 +123,7 @@ def _jsonl(path: str, start: int, stop: int, wanted: Collection[str]) -> Iterato
             at += len(line)
 
 
-def _gzip(path: str, start: int, stop: int, wanted: Collection[str]) -> Iterator[Record]:
+def _gzip(path: str, start: int, stop: int, wanted: Container[str]) -> Iterator[Record]:
     with _open(path) as raw:
         _check_not_empty(path)
         try:
@@ -133,7 +133,7 @@ def _gzip(path: str, start: int, stop: int, wanted: Collection[str]) -> Iterator
             raise UserError(f"data: {path} is not a whole gzip file ({error}); fetch it again") from error
 
 
-def _zstd(path: str, start: int, stop: int, wanted: Collection[str]) -> Iterator[Record]:
+def _zstd(path: str, start: int, stop: int, wanted: Container[str]) -> Iterator[Record]:
     import pyarrow
 
     with _open(path) as raw:
@@ -156,7 +156,7 @@ def _lines(path: str, lines: Any, raw: Any) -> Iterator[Record]:
             yield Record(f"{path}:{number}", line, raw.tell())
 
 
-def _parquet(path: str, start: int, stop: int, wanted: Collection[str]) -> Iterator[Record]:
+def _parquet(path: str, start: int, stop: int, wanted: Container[str]) -> Iterator[Record]:
     import pyarrow
     import pyarrow.parquet
 
@@ -176,7 +176,7 @@ def _parquet(path: str, start: int, stop: int, wanted: Collection[str]) -> Itera
             raise UserError(f"data: {path} is not a whole Parquet file ({error}); fetch it again") from error
 
 
-def _arrow(path: str, start: int, stop: int, wanted: Collection[str]) -> Iterator[Record]:
+def _arrow(path: str, start: int, stop: int, wanted: Container[str]) -> Iterator[Record]:
     import pyarrow
 
     with _open(path) as f:
@@ -191,7 +191,7 @@ def _arrow(path: str, start: int, stop: int, wanted: Collection[str]) -> Iterato
             raise UserError(f"data: {path} is not a whole Arrow stream ({error}); save the dataset again") from error
 
 
-def _array_record(path: str, start: int, stop: int, wanted: Collection[str]) -> Iterator[Record]:
+def _array_record(path: str, start: int, stop: int, wanted: Container[str]) -> Iterator[Record]:
     """Records hold JSON objects, or tf.train.Example as MaxText's and TFDS's do."""
     reader = _array_reader(path)
     size = bytes_of(path)
@@ -229,7 +229,7 @@ def _example(data: bytes, where: str) -> Any:
     return {name: f.bytes_list.value[0] for name, f in features.items() if len(f.bytes_list.value) == 1}
 
 
-def _tfds(path: str, start: int, stop: int, wanted: Collection[str]) -> Iterator[Record]:
+def _tfds(path: str, start: int, stop: int, wanted: Container[str]) -> Iterator[Record]:
     """A folder that TFDS wrote with file_format=array_record; its `train` split, or all of them where there is none."""
     import tensorflow_datasets
 
@@ -244,14 +244,14 @@ def _tfds(path: str, start: int, stop: int, wanted: Collection[str]) -> Iterator
         raise UserError(f"data: {path} is not a TFDS dataset in ArrayRecord files: {error}") from error
 
 
-def _tokens(path: str, start: int, stop: int, wanted: Collection[str]) -> Iterator[Record]:
+def _tokens(path: str, start: int, stop: int, wanted: Container[str]) -> Iterator[Record]:
     store = Store(Path(path).with_suffix(""))
     for i in range(store.documents):
         tokens = store.document(i)
         yield Record(f"{path}, document {i}", {"tokens": tokens}, int(store.offsets[i + 1]) * store.dtype.itemsize)
 
 
-Reader = Callable[[str, int, int, Collection[str]], Iterator[Record]]
+Reader = Callable[[str, int, int, Container[str]], Iterator[Record]]
 READERS: Mapping[str, Reader] = {
     ".txt": _text,
     ".jsonl": _jsonl,

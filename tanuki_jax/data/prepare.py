@@ -36,6 +36,7 @@ class Options:
 
 
 DEFAULT = Options()
+CONVERSATIONS = ("dialogue", "pair")  # kinds of rows that are rendered with a chat template
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Manifest:
     tokenizer: str  # fingerprint
     content: str  # fingerprint of all tokens
     shards: tuple[Any, ...]  # name, documents, tokens and SHA-256 of each
+    chat_version: int = 0  # chat.VERSION of dialogues and pairs
 
     def __str__(self) -> str:
         rate = f", {self.characters / max(self.tokens, 1):.3f} characters a token" if self.characters else ""
@@ -97,7 +99,9 @@ def plan(patterns: str, tokenizer: Tokenizer, output: Path, options: Options = D
     directory = output.parent / f".{output.name}.partial"
     work = Work(directory, tokenizer.directory, kind, options.fields, options.skip_bad, options.shard_characters)
     identity = files.fingerprint(
-        sources.identity(patterns), tokenizer.fingerprint, [kind, *options.fields, options.shard_characters, options.part_bytes]
+        sources.identity(patterns),
+        tokenizer.fingerprint,
+        [kind, chat.VERSION if kind in CONVERSATIONS else 0, *options.fields, options.shard_characters, options.part_bytes],
     )
     begun = directory / "identity.json"
     if directory.is_dir() and (not begun.is_file() or files.read_json(begun) != identity):
@@ -155,7 +159,8 @@ def _manifest(work: Work, shards: Sequence[Shard], tokenizer: Tokenizer) -> Mani
         sum(shard.rejected for shard in shards),
         tokenizer.fingerprint,
         files.fingerprint([shard.sha256 for shard in kept]),
-        tuple({"name": s.name, "documents": s.documents, "tokens": s.tokens, "sha256": s.sha256} for s in kept),
+        shards=tuple({"name": s.name, "documents": s.documents, "tokens": s.tokens, "sha256": s.sha256} for s in kept),
+        chat_version=chat.VERSION if work.kind in CONVERSATIONS else 0,
     )
 
 
@@ -229,6 +234,11 @@ def read_manifest(directory: Path) -> Manifest:
         return Manifest(**files.read_json(path))
     except TypeError as error:
         raise UserError(f"token store: {path} is of another version ({error}); prepare it again") from error
+
+
+def made_by_this_version(manifest: Manifest) -> bool:
+    """Whether conversations became ids and masks in the way in which they do now."""
+    return manifest.kind not in CONVERSATIONS or manifest.chat_version == chat.VERSION
 
 
 def open_store(directory: Path) -> tuple[Manifest, Store, Store | None]:

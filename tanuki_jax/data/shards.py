@@ -182,7 +182,7 @@ def _documents(kind: str, row: sources.Row, tokenizer: Tokenizer) -> list[Encode
     if kind == "pair":
         encoded = chat.encode_pair(tokenizer, row.fields)
     else:
-        encoded = [chat.encode_dialogue(tokenizer, row.fields["messages"])]
+        encoded = [chat.encode_dialogue(tokenizer, row.fields["messages"], chat.template_arguments(row.fields))]
     return [(np.array(ids), np.array(mask)) for ids, mask in encoded]
 
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from tanuki_jax import files
-from tanuki_jax.data import chat, formats
-from tanuki_jax.errors import UserError
+import numpy as np
 
-FIELDS = (
-    *("text", "messages", "prompt", "chosen", "rejected", "completion", "tokens", "instruction", "input", "output"),
-    *(f"{letter}{turn}" for turn in range(1, 10) for letter in "qa"),
-)
+from tanuki_jax import files
+from tanuki_jax.data import formats
+from tanuki_jax.data.conversation import Columns, read_fields
+from tanuki_jax.errors import UserError
 
 
 class Fields(NamedTuple):
@@ -21,9 +19,12 @@ class Fields(NamedTuple):
 
     text: str = "text"
     language: str = ""  # a field that holds the language tag; empty = none
+    row_format: str = "auto"  # a name of conversation.FORMATS where rows can be read in several ways
 
 
 PLAIN = Fields()
+KNOWN = Columns()
+KINDS = {"text": "text", "messages": "dialogue", "chosen": "pair", "tokens": "tokens"}  # field of a row that was read -> kind
 
 
 class Row(NamedTuple):
@@ -131,7 +132,7 @@ def read_rows(patterns: str, fields: Fields = PLAIN, bad: Bad | None = None) -> 
 def read_part(part: Part, fields: Fields = PLAIN, bad: Bad | None = None, skip: int = 0) -> Iterator[Row | None]:
     """The rows of a part after the first `skip`; with `bad`, a bad one is reported there and None takes its place."""
     before = number = 0
-    wanted = {*FIELDS, fields.text.split(".")[0], fields.language.split(".")[0]}
+    wanted = Columns(fields.text.split(".")[0], fields.language.split(".")[0])
     for path in part.paths:
         try:
             for record in formats.READERS[formats.format_of(path)](path, part.start, part.stop, wanted):
@@ -163,25 +164,18 @@ def _row(record: formats.Record, fields: Fields, before: int) -> Row:
     value, where = record.value, record.where
     if isinstance(value, UserError):
         raise value
-    if isinstance(value, bytes):
-        value = _parse(value, where)
-    if "tokens" not in value:
-        value = {name: _plain(inner, where) for name, inner in value.items()}
+    # A column has a value in every row; where a row had none, it is a null.
+    value = _parse(value, where) if isinstance(value, bytes) else _plain(value, where)
+    language = _field(value, fields.language) if fields.language else ""
     if fields.text != "text":
         if not isinstance(found := _field(value, fields.text), str):
             raise UserError(f"data: {where} has no text in {fields.text!r} (fields: {', '.join(value)})")
-        value = {**value, "text": found}
-    if "text" not in value and "messages" not in value and (turns := _conversation(value, where)):
-        value = {**value, "messages": turns}
-    language = _field(value, fields.language) if fields.language else ""
-    return Row(where, value, before + record.bytes_read, language if isinstance(language, str) else "")
-
-
-def _conversation(value: dict[str, Any], where: str) -> list[Mapping[str, Any]] | None:
+        value = {"text": found}
     try:
-        return chat.conversation(value)
+        value = {**{name: item for name, item in value.items() if name not in KNOWN}, **read_fields(value, fields.row_format)}
     except UserError as error:
         raise UserError(f"data: {where}: {error}") from error
+    return Row(where, value, before + record.bytes_read, language if isinstance(language, str) else "")
 
 
 def _field(value: Any, name: str) -> Any:
@@ -191,23 +185,19 @@ def _field(value: Any, name: str) -> Any:
 
 
 def _plain(value: Any, where: str) -> Any:
-    return _decode(value, where) if isinstance(value, bytes) else value
+    """A value of a columnar file as JSON would give it: bytes as text, arrays as lists, nulls left out."""
+    if isinstance(value, bytes):
+        return _decode(value, where)
+    if isinstance(value, dict):
+        return {name: item if name == "tokens" else _plain(item, where) for name, item in value.items() if item is not None}
+    if isinstance(value, np.ndarray | np.generic):
+        return _plain(value.tolist(), where)
+    return [_plain(item, where) for item in value] if isinstance(value, list | tuple) else value
 
 
 def kind_of(row: Row) -> str:
-    """text, dialogue, pair or tokens, from the row's fields; any other row is an error."""
-    fields = row.fields
-    if isinstance(fields.get("text"), str):
-        return "text"
-    if isinstance(fields.get("messages"), list):
-        return "dialogue"
-    if all(fields.get(name) is not None for name in ("prompt", "chosen", "rejected")):
-        return "pair"
-    if "tokens" in fields:
-        return "tokens"
-    raise UserError(
-        f"data: {row.where} has neither text, nor a conversation, nor prompt, chosen and rejected (fields: {', '.join(fields)})"
-    )
+    """text, dialogue, pair or tokens, from the row's fields."""
+    return next(kind for name, kind in KINDS.items() if name in row.fields)
 
 
 def _decode(data: bytes, where: str) -> str:

@@ -1,8 +1,14 @@
-"""The run-time tokenizer: tokenizer.json, read so that no text can produce a special token."""
+"""The run-time tokenizer: tokenizer.json, read so that no text can produce a special token.
+
+What transformers makes of a directory is made of it here: BOS by the tokenizer's own post-processor, prefix spaces, templates.
+"""
 
 from __future__ import annotations
 
+import bisect
+import functools
 import json
+import re
 import shutil
 from array import array
 from collections.abc import Sequence
@@ -14,14 +20,17 @@ import tokenizers
 from tanuki_jax import files
 from tanuki_jax.errors import UserError
 
+Span = tuple[int, int]  # characters [start, stop)
+
 NEWLINE_CUT = {"type": "Split", "pattern": {"Regex": "\n"}, "behavior": "Isolated", "invert": False}
 PART = 1 << 15  # characters of a text that are encoded together, where newlines cut it
+# Of a directory that may hold weights too: what belongs to its tokenizer, and how its publisher samples and stops.
 FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "chat_template*",
-    "generation_config.json",
-)  # of a directory that may hold weights too
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
+    *("chat_template*", "additional_chat_templates", "generation_config.json"),
+)
+NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")  # transformers' names
+STAND_INS = range(0xF0000, 0x10F000, 0x1000)  # private-use characters that stand for special tokens, a block at a time
 LONGEST = 1 << 20  # the same for a line, or where newlines do not cut: longer ones are cut there, which a round trip survives
 
 
@@ -37,23 +46,38 @@ class Tokenizer:
                     "`tanuki tokenizer train` makes one"
                 )
         self.directory = directory
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
-        except Exception as error:  # the library raises nothing narrower
-            raise UserError(f"tokenizer: {directory / 'tokenizer.json'} cannot be read: {error}") from error
+        self._config = files.read_json(directory / "tokenizer_config.json")
+        if not isinstance(self._config, dict):
+            raise UserError(f"tokenizer: {directory / 'tokenizer_config.json'} is not a dictionary of settings")
+        self._json = _as_transformers(files.read_json(directory / "tokenizer.json"), self._config)
+        self._tokenizer = self._load(self._json)
         self._tokenizer.encode_special_tokens = True  # their spelling in text is text
-        config = files.read_json(directory / "tokenizer_config.json")
         # Where a newline is always a token of its own, the ids of a text are those of its lines, one after another.
-        self._cuts_at_newlines = json.loads(self._tokenizer.to_str())["pre_tokenizer"] == NEWLINE_CUT
-        self.special = {a.content: i for i, a in self._tokenizer.get_added_tokens_decoder().items() if a.special}
-        self.bos_token, eos_token, pad_token = (_spelling(config.get(f"{name}_token")) for name in ("bos", "eos", "pad"))
+        self._cuts_at_newlines = self._json.get("pre_tokenizer") == NEWLINE_CUT
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.special = {a.content: i for i, a in added.items() if a.special}
+        self.added = {a.content: i for i, a in added.items()}
+        self.named = _named_tokens(self._config)
+        self.bos_token, eos_token = self.named.get("bos_token", ""), self.named.get("eos_token", "")
         if eos_token not in self.special:
             raise UserError(f"tokenizer: {directory} has no eos_token among its special tokens; every text must end with one")
         self.eos_token, self.eos = eos_token, self.special[eos_token]
-        self.bos, self.pad = self.special.get(self.bos_token), self.special.get(pad_token)
-        self.chat_template: str = config.get("chat_template") or _text(directory / "chat_template.jinja")
+        self.bos, self.pad = self.special.get(self.bos_token), self.special.get(self.named.get("pad_token", ""))
+        self.chat_templates = _chat_templates(directory, self._config)
+        self.chat_template = self.chat_templates.get("default", "")
+        self.generation_eos = _generation_eos(directory, set(added))
         self.vocab_size: int = self._tokenizer.get_vocab_size()
-        self.fingerprint = files.fingerprint(directory / "tokenizer.json", self.chat_template)
+        texts = [self.chat_template] if self.chat_templates.keys() <= {"default"} else [sorted(self.chat_templates.items())]
+        self.fingerprint = files.fingerprint(directory / "tokenizer.json", *texts)
+
+    def _load(self, data: dict[str, Any]) -> tokenizers.Tokenizer:
+        try:
+            loaded = tokenizers.Tokenizer.from_str(json.dumps(data))
+        except Exception as error:  # the library raises nothing narrower
+            raise UserError(f"tokenizer: {self.directory / 'tokenizer.json'} cannot be read: {error}") from error
+        loaded.no_truncation()
+        loaded.no_padding()
+        return loaded
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text alone; nothing is added."""
@@ -62,15 +86,75 @@ class Tokenizer:
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[int]]:
         """Ids, and for each the character of `text` at which it starts."""
         encoding = self._tokenizer.encode(_encodable(text), add_special_tokens=False)
-        # The library gives every byte of a run of unknown characters the start of the run; count its characters.
-        starts: list[int] = []
-        run = -1
-        for piece, (start, _) in zip(encoding.tokens, encoding.offsets, strict=True):
-            byte = byte_of(piece)
-            begins = byte is not None and byte & 0xC0 != 0x80  # the first byte of a character
-            starts.append(starts[-1] + begins if byte is not None and start == run else start)
-            run = start if byte is not None else -1
-        return encoding.ids, starts
+        return encoding.ids, [start for start, _ in _spans(encoding)]
+
+    def encode_prompt(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Ids as transformers' tokenizer(text) gives them: spelt special tokens are those tokens, and BOS or EOS is added
+        where the tokenizer's own post-processor does so (or add_bos_token, add_eos_token of tokenizer_config.json)."""
+        ids: list[int] = self._published.encode(_encodable(text), add_special_tokens=add_special_tokens).ids
+        return ids
+
+    def encode_rendered(
+        self, text: str, quoted: Sequence[Span] = (), controls: frozenset[int] = frozenset()
+    ) -> tuple[list[int], list[Span]]:
+        """Ids of a rendered chat, as transformers gives them, and the characters of each.
+
+        A special token, or one of `controls`, that touches any of the `quoted` spans (ascending) is text like any other.
+        """
+        if spelt := self.quoted_controls(text, quoted, controls):
+            written = [span for span in self._spelt_controls(text, controls) if span not in spelt]
+            return self._encode_quoted(text, written, controls)
+        encoding = self._chat.encode(_encodable(text), add_special_tokens=False)
+        return encoding.ids, _spans(encoding)
+
+    def quoted_controls(self, text: str, quoted: Sequence[Span], controls: frozenset[int]) -> list[Span]:
+        """Where a text spells special tokens, or `controls`, in a way that touches any of the `quoted` spans."""
+        return [span for span in self._spelt_controls(text, controls) if _touches(span, quoted)]
+
+    def _spelt_controls(self, text: str, controls: frozenset[int]) -> list[Span]:
+        names = [name for name, token in self.added.items() if name in text and (name in self.special or token in controls)]
+        return _longest_matches(text, names)
+
+    def _encode_quoted(self, text: str, written: Sequence[Span], controls: frozenset[int]) -> tuple[list[int], list[Span]]:
+        """The same where text spells special tokens: only those at `written` are; there one character stands for each."""
+        block = next((b for b in STAND_INS if not any(b <= ord(c) < b + STAND_INS.step for c in text)), None)
+        if block is None:
+            raise UserError("text has characters of every block of the private-use planes; remove them")
+        loaded, stand_ins = self._with_stand_ins(block, controls)
+        pieces: list[str] = []
+        positions: list[int] = []  # in `text`, of each character that is encoded
+        at = 0
+        for start, stop in written:
+            pieces += [text[at:start], stand_ins[text[start:stop]]]
+            positions += range(at, start + 1)
+            at = stop
+        positions += range(at, len(text) + 1)
+        encoding = loaded.encode(_encodable("".join([*pieces, text[at:]])), add_special_tokens=False)
+        originals = {loaded.token_to_id(char): self.added[name] for name, char in stand_ins.items()}
+        spans = [(positions[start], positions[stop]) for start, stop in _spans(encoding)]
+        return [originals.get(token, token) for token in encoding.ids], spans
+
+    @functools.cached_property
+    def _chat(self) -> tokenizers.Tokenizer:
+        """As transformers loads it, without the post-processor, which may only add tokens or trim offsets here."""
+        return self._load({**self._json, "post_processor": None})
+
+    @functools.cached_property
+    def _published(self) -> tokenizers.Tokenizer:
+        """As transformers loads it, with what it adds to a text."""
+        return self._load({**self._json, "post_processor": _post_processor(self._json, self._config, self.added)})
+
+    @functools.lru_cache(maxsize=4)  # noqa: B019 - a tokenizer lives as long as its process
+    def _with_stand_ins(self, block: int, controls: frozenset[int]) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
+        """A tokenizer for which the special tokens and `controls` are text; and the character that stands for each."""
+        names = [name for name, token in self.added.items() if name in self.special or token in controls]
+        marked = [{**a, "special": a["special"] or a["content"] in names} for a in self._json["added_tokens"]]
+        loaded = self._load({**self._json, "post_processor": None, "added_tokens": marked})
+        loaded.encode_special_tokens = True
+        flags = {a["content"]: {key: a[key] for key in ("lstrip", "rstrip", "single_word", "normalized")} for a in marked}
+        stand_ins = {name: chr(block + number) for number, name in enumerate(names)}
+        loaded.add_tokens([tokenizers.AddedToken(char, special=False, **flags[name]) for name, char in stand_ins.items()])
+        return loaded, stand_ins
 
     def encode_batch(self, texts: Sequence[str]) -> list[array]:
         """Ids of many texts, uint32, on all cores; long texts are cut so that the cores share them."""
@@ -104,6 +188,11 @@ class Tokenizer:
         """How a token is written in the vocabulary."""
         return self._tokenizer.id_to_token(token) or ""
 
+    def decode_after(self, prompt: Sequence[int], ids: Sequence[int]) -> str:
+        """The text that `ids` add to a prompt: with the space that some decoders strip where a text begins."""
+        before, whole = self.decode(prompt), self.decode([*prompt, *ids])
+        return whole[len(before) :] if whole.startswith(before) else self.decode(ids)
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids; special tokens are spelt out."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
@@ -114,15 +203,125 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     if (source / "tokenizer.json").is_file() and not target.is_dir():
         with files.atomic_path(target) as temporary:
             temporary.mkdir()
-            for file in (file for pattern in FILES for file in source.glob(pattern) if file.is_file()):
-                copy = temporary / file.relative_to(source)
-                copy.parent.mkdir(exist_ok=True)
-                shutil.copy(file, copy)
+            for file in (file for pattern in FILES for file in source.glob(pattern)):
+                if file.is_dir():
+                    shutil.copytree(file, temporary / file.name)
+                else:
+                    shutil.copy(file, temporary)
+
+
+def _named_tokens(config: dict[str, Any]) -> dict[str, str]:
+    """The special tokens that have names, as transformers hands them to a chat template: bos_token, eos_token, ..."""
+    extra = config.get("extra_special_tokens")
+    named = {**config, **(extra if isinstance(extra, dict) else {})}
+    spellings = {name: _spelling(value) for name, value in named.items() if name in NAMED or name.endswith("_token")}
+    return {name: text for name, text in spellings.items() if text}
 
 
 def _spelling(token: Any) -> str:
     """A special token of tokenizer_config.json: text, a dictionary with `content`, or nothing."""
-    return str(token["content"] if isinstance(token, dict) else token or "")
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else ""
+
+
+def _generation_eos(directory: Path, known: set[int]) -> tuple[int, ...]:
+    """eos_token_id of the publisher's generation_config.json, one or several; ids that are no added tokens are not its."""
+    path = directory / "generation_config.json"
+    config = files.read_json(path) if path.is_file() else {}
+    value = config.get("eos_token_id") if isinstance(config, dict) else None
+    return tuple(token for token in (value if isinstance(value, list) else [value]) if token in known)
+
+
+def _chat_templates(directory: Path, config: dict[str, Any]) -> dict[str, str]:
+    """Chat templates by name, from where transformers takes them: files go before tokenizer_config.json."""
+    named = {path.stem: _text(path) for path in sorted((directory / "additional_chat_templates").glob("*.jinja"))}
+    if (directory / "chat_template.jinja").is_file():
+        named["default"] = _text(directory / "chat_template.jinja")
+    inline = config.get("chat_template")
+    if named or not inline:
+        return named
+    if isinstance(inline, str):
+        return {"default": inline}
+    try:
+        return {str(entry["name"]): str(entry["template"]) for entry in inline}
+    except (TypeError, KeyError) as error:
+        raise UserError(
+            f"tokenizer: chat_template of {directory / 'tokenizer_config.json'} is neither text nor a list of "
+            '{"name", "template"}'
+        ) from error
+
+
+def _as_transformers(data: Any, config: dict[str, Any]) -> dict[str, Any]:
+    """tokenizer.json as transformers' class for it reads it.
+
+    LlamaTokenizer takes vocabulary and merges alone and makes the rest itself (transformers 5, tokenization_llama.py), unless
+    the file is byte-level.  Tokens that have names (eos_token, ...) are special whatever the file says.
+    """
+    if not isinstance(data, dict) or not isinstance(data.get("model"), dict):
+        raise UserError("tokenizer: tokenizer.json is not what the tokenizers library writes; fetch it again")
+    names = set(_named_tokens(config).values())
+    added = [{**a, "special": a.get("special", False) or a["content"] in names} for a in data.get("added_tokens") or ()]
+    data = {**data, "added_tokens": added}
+    llama = str(config.get("tokenizer_class")).removesuffix("Fast") == "LlamaTokenizer"
+    if not llama or data["model"].get("type") != "BPE" or "ByteLevel" in json.dumps([data.get("pre_tokenizer")]):
+        return data
+    prefix = config.get("add_prefix_space") is not False
+    scheme = ("always" if config.get("legacy") else "first") if prefix else "never"
+    metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
+    decoders: list[dict[str, Any]] = [
+        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+        *([{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []),
+    ]
+    model = {**data["model"], "fuse_unk": True, "byte_fallback": True, "dropout": None}
+    decoder = {"type": "Sequence", "decoders": decoders}
+    return {**data, "model": model, "normalizer": None, "pre_tokenizer": metaspace, "decoder": decoder}
+
+
+def _post_processor(data: dict[str, Any], config: dict[str, Any], added: dict[str, int]) -> Any:
+    """What puts BOS and EOS around a text: the file's, or as add_bos_token and add_eos_token say."""
+    if "add_bos_token" not in config and "add_eos_token" not in config:
+        return data.get("post_processor")
+    named = _named_tokens(config)
+    bos, eos = (named[f"{n}_token"] if config.get(f"add_{n}_token") and f"{n}_token" in named else None for n in ("bos", "eos"))
+    single = [{"SpecialToken": {"id": bos, "type_id": 0}}] if bos else []
+    single.append({"Sequence": {"id": "A", "type_id": 0}})
+    single += [{"SpecialToken": {"id": eos, "type_id": 0}}] if eos else []
+    tokens = {t: {"id": t, "ids": [added[t]], "tokens": [t]} for t in (bos, eos) if t}
+    pair = [*single, {"Sequence": {"id": "B", "type_id": 1}}]
+    return {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": tokens}
+
+
+def _spans(encoding: Any) -> list[Span]:
+    """The characters of each token."""
+    spans: list[Span] = []
+    run = -1
+    for piece, (start, stop) in zip(encoding.tokens, encoding.offsets, strict=True):
+        byte = byte_of(piece)
+        if byte is None:
+            spans.append((start, stop))
+            run = -1
+            continue
+        # The library gives every byte of a run of unknown characters the start of the run; count its characters.
+        begins = byte & 0xC0 != 0x80  # the first byte of a character
+        first = spans[-1][0] + begins if start == run else start
+        spans.append((first, first + 1))
+        run = start
+    return spans
+
+
+def _longest_matches(text: str, names: Sequence[str]) -> list[Span]:
+    """Where these spellings stand, from left to right, the longest first, as the tokenizers library finds them."""
+    if not names:
+        return []
+    pattern = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
+    return [match.span() for match in re.finditer(pattern, text)]
+
+
+def _touches(span: Span, others: Sequence[Span]) -> bool:
+    at = bisect.bisect_right(others, span[0], key=lambda other: other[1])
+    return at < len(others) and others[at][0] < span[1]
 
 
 def _text(path: Path) -> str:

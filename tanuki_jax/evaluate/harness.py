@@ -11,6 +11,7 @@ Log-likelihoods are those that its `hf` model gives of the exported checkpoint.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,12 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tanuki_jax import checkpoint, model
 from tanuki_jax.data import chat
 from tanuki_jax.data.tokenizer import Tokenizer
+from tanuki_jax.errors import UserError
 from tanuki_jax.evaluate.score import sequence_scores
 from tanuki_jax.model import Sampling
 
-# Stand for the special tokens in a rendered conversation: what a task says can never become one.
-BOS, EOS = "\ue010", "\ue011"
+# Stand around what a task says that spells a special token of a rendered conversation, which it must not become.
+QUOTE = "\ue010{}\ue011"
 
 
 class Harness(TemplateLM):
@@ -52,16 +54,25 @@ class Harness(TemplateLM):
         return self._tokenizer.eos if self._tokenizer.bos is None else self._tokenizer.bos
 
     def tok_encode(self, string: str, add_special_tokens: Any = None, **_: Any) -> list[int]:
-        ids: list[int] = []
-        for part in re.split(f"([{BOS}{EOS}])", string):
-            ids += (
-                [self.prefix_token_id] if part == BOS else [self.eot_token_id] if part == EOS else self._tokenizer.encode(part)
-            )
-        return ids
+        """As hf encodes: BOS where the tokenizer itself puts one, unless the text begins with it."""
+        parts = re.split(f"[{QUOTE.format('')}]", string)
+        begun = string.startswith(self._tokenizer.piece(self.prefix_token_id))
+        if len(parts) == 1:
+            return self._tokenizer.encode_prompt(string, not begun if add_special_tokens is None else add_special_tokens)
+        ends = [0]
+        for part in parts:
+            ends.append(ends[-1] + len(part))
+        quoted = list(zip(ends[1:-1:2], ends[2::2], strict=False))  # every other part
+        return self._tokenizer.encode_rendered("".join(parts), quoted, frozenset(chat.stop_ids(self._tokenizer)))[0]
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], disable_tqdm: bool = False, **_: Any) -> list[tuple[float, bool]]:
         sequences, masks = [], []
-        for _text, context, continuation in requests:
+        for text, context, continuation in requests:
+            if not continuation:
+                raise UserError(
+                    f"harness: {str(text)[:200]!r}: one token spans the end of the context and the whole continuation, so that "
+                    "nothing is left to score; end the context elsewhere"
+                )
             ids = [*context, *continuation][-self.max_length - 1 :]
             sequences.append(ids)
             masks.append([0] * (len(ids) - len(continuation)) + [1] * len(continuation))
@@ -98,10 +109,21 @@ class Harness(TemplateLM):
         sampled = options.get("do_sample", options.get("temperature", 0) > 0)
         most = int(options.get("max_gen_toks", self.max_new_tokens))
         temperature = float(options.get("temperature", 1.0)) if sampled else 0.0
-        return Sampling(most, temperature, float(options.get("top_p", 1.0)), (self.eot_token_id,))
+        return Sampling(most, temperature, float(options.get("top_p", 1.0)), chat.stop_ids(self._tokenizer))
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        return chat.render(chat_history, self._tokenizer.chat_template, BOS, EOS, add_generation_prompt)
+        """The rendered conversation; without a prompt for an answer it goes on in the last message, as hf's does."""
+        try:
+            rendered, quoted = chat.render_prompt(self._tokenizer, chat_history, add_generation_prompt)
+        except UserError as error:
+            without = [message for message in chat_history if message["role"] != "system"]
+            if len(without) == len(chat_history):
+                raise
+            print(f"harness: {error}; the system message is left out", file=sys.stderr)
+            rendered, quoted = chat.render_prompt(self._tokenizer, without, add_generation_prompt)
+        for start, stop in reversed(quoted):
+            rendered = rendered[:start] + QUOTE.format(rendered[start:stop]) + rendered[stop:]
+        return rendered
 
     def chat_template(self, chat_template: bool | str = False) -> str:
         return self._tokenizer.chat_template

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -50,6 +51,12 @@ def sequence_scores(
     A first token has nothing before it and is never counted.  Sequences are scored in order of length, padded to a
     power of two; causal attention keeps padding out of the result.
     """
+    for number, sequence in enumerate(sequences, 1):
+        if sequence and max(sequence) >= cfg.vocab_size:
+            raise UserError(
+                f"score: text {number} holds id {max(sequence)}, the model has {cfg.vocab_size} rows; "
+                "its tokenizer is of another model"
+            )
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
     result = [(0.0, True)] * len(sequences)
     while order:
@@ -81,11 +88,19 @@ def score_rows(cfg: config.Model, params: Any, tokenizer: Tokenizer, rows: Seque
         elif isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str):
             ids, starts = tokenizer.encode_with_offsets(row["prompt"] + row["completion"])
             mask = [int(i > 0 and start >= len(row["prompt"])) for i, start in enumerate(starts)]
+            if row["completion"] and max(starts) < len(row["prompt"]):
+                raise UserError(
+                    f"score: row {number} has no token that begins in its completion: one token spans the end of the "
+                    "prompt and all of it; end the prompt elsewhere"
+                )
         else:
             raise UserError(f"score: row {number} has neither text nor prompt and completion")
         sequences.append(ids or [tokenizer.eos])
         masks.append(mask[: len(ids)])
     logprobs = sequence_logprobs(cfg, params, sequences, masks)
+    for number, logprob in enumerate(logprobs, 1):
+        if not math.isfinite(logprob):
+            raise UserError(f"score: the log-probability of row {number} is {logprob}; the model's weights are damaged")
     return [{"logprob": logprob, "tokens": int(sum(mask))} for logprob, mask in zip(logprobs, masks, strict=True)]
 
 

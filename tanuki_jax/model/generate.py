@@ -37,6 +37,10 @@ def generate(
         return []
     if not all(len(p) for p in prompts):
         raise UserError("generate: a prompt is empty; give at least one token")
+    if (largest := max(map(max, prompts))) >= cfg.vocab_size:
+        raise UserError(
+            f"generate: the prompt holds id {largest}, the model has {cfg.vocab_size} rows; its tokenizer is of another model"
+        )
     lengths = np.array([len(p) for p in prompts], np.int32)
     width = 1 << max(4, int(lengths.max() - 1).bit_length())
     tokens = np.zeros((len(prompts), width), np.int32)

@@ -9,6 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tanuki_jax.data import chat
+from tanuki_jax.data.conversation import read_fields
 from tanuki_jax.data.tokenizer import Tokenizer
 from tanuki_jax.errors import UserError
 
@@ -146,7 +147,7 @@ def test_a_conversation_without_an_assistant_turn_is_an_error(tokenizer):
 @quick
 @given(conversations(), CONTENT, CONTENT)
 def test_of_a_pair_only_the_last_answers_are_in_the_mask(tokenizer, messages, chosen, rejected):
-    assume(chosen and rejected and chosen != rejected)
+    assume(chosen.strip() and rejected.strip() and chosen != rejected)
     prompt = [*messages, user("?")]
     sides = chat.encode_pair(tokenizer, {"prompt": prompt, "chosen": chosen, "rejected": [assistant(rejected)]})
     for (ids, mask), answer in zip(sides, (chosen, rejected), strict=True):
@@ -165,15 +166,15 @@ def test_an_empty_answer_is_refused_where_it_would_be_trained_on(tokenizer):
         with pytest.raises(UserError, match="empty answer"):
             chat.encode_pair(tokenizer, row)
     with pytest.raises(UserError, match="empty answer"):
-        chat.encode_dialogue(tokenizer, chat.conversation({"prompt": "q", "completion": ""}))
-    earlier = chat.conversation({"prompt": [user("q"), assistant(""), user("r")], "completion": "a"})
+        chat.encode_dialogue(tokenizer, read_fields({"prompt": "q", "completion": ""})["messages"])
+    earlier = read_fields({"prompt": [user("q"), assistant(""), user("r")], "completion": "a"})["messages"]
     ids, mask = chat.encode_dialogue(tokenizer, earlier)
     assert said(tokenizer, ids, mask) == ["a</s>"]
 
 
 def test_a_prompts_earlier_answers_are_not_trained_on(tokenizer):
     turns = [user("q"), assistant("earlier"), user("r")]
-    ids, mask = chat.encode_dialogue(tokenizer, chat.conversation({"prompt": turns, "completion": "later"}))
+    ids, mask = chat.encode_dialogue(tokenizer, read_fields({"prompt": turns, "completion": "later"})["messages"])
     assert said(tokenizer, ids, mask) == ["later</s>"]
     everything = chat.encode_dialogue(tokenizer, [*turns, assistant("later")])
     assert everything[0] == ids and said(tokenizer, *everything) == ["earlier</s>", "later</s>"]
@@ -213,7 +214,7 @@ def test_another_template_without_generation_tags_is_masked_too(with_template, m
     other = with_template(INDENTED)
     ids, mask = chat.encode_chat(other, messages)
     assert other.decode(ids) == "".join(f"<CLS>{m['role']}\n{m['content']}<SEP>\n" for m in messages) == plain(other, messages)
-    assert said(other, ids, mask) == [m["content"] for m in messages if m["role"] == "assistant" and m["content"]]
+    assert said(other, ids, mask) == [m["content"] + "<SEP>" for m in messages if m["role"] == "assistant"]
 
 
 def test_a_tokenizer_without_a_template_is_an_error_that_says_so(with_template):
@@ -240,13 +241,13 @@ ASKED = [{"role": "user", "content": "狸は？"}, {"role": "assistant", "conten
     ],
 )
 def test_a_conversation_is_read_however_it_is_spelt(fields):
-    assert chat.conversation(fields) == ASKED
+    assert read_fields(fields)["messages"] == ASKED
 
 
 def test_an_input_follows_its_instruction_and_turns_follow_each_other():
-    [asked, _] = chat.conversation({"instruction": "訳せ。", "input": "tanuki", "output": "狸"})
+    [asked, _] = read_fields({"instruction": "訳せ。", "input": "tanuki", "output": "狸"})["messages"]
     assert asked["content"] == "訳せ。\n\ntanuki"
-    turns = chat.conversation({"q1": "一", "a1": "二", "q2": "三", "a2": "四"})
+    turns = read_fields({"q1": "一", "a1": "二", "q2": "三", "a2": "四"})["messages"]
     assert [(m["role"], m["content"]) for m in turns] == [
         ("user", "一"),
         ("assistant", "二"),
@@ -255,9 +256,9 @@ def test_an_input_follows_its_instruction_and_turns_follow_each_other():
     ]
 
 
-@pytest.mark.parametrize("fields", [{}, {"text": "a"}, {"prompt": "a", "chosen": "b", "rejected": "c", "completion": "d"}])
+@pytest.mark.parametrize("fields", [{"text": "a"}, {"prompt": "a", "chosen": "b", "rejected": "c"}])
 def test_other_rows_are_no_conversation(fields):
-    assert chat.conversation(fields) is None
+    assert "messages" not in read_fields(fields)
 
 
 @pytest.mark.parametrize(
@@ -265,4 +266,4 @@ def test_other_rows_are_no_conversation(fields):
 )
 def test_an_empty_answer_is_an_error(fields):
     with pytest.raises(UserError):
-        chat.conversation(fields)
+        read_fields(fields)

@@ -1,0 +1,158 @@
+"""Jinja chat templates as transformers runs them, with the origin of every character of what they write.
+
+Filters, tags, functions and options are those that transformers' `apply_chat_template` offers (its `_compile_jinja_template`).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from typing import Any, NoReturn
+
+from tanuki_jax.data import traced
+from tanuki_jax.data.traced import Traced
+from tanuki_jax.errors import UserError
+
+
+def render(source: str, values: Mapping[str, Any]) -> Traced:
+    """What the template writes for `values`; a template that refuses them, or cannot be run, is a UserError."""
+    from jinja2.exceptions import TemplateError
+
+    template = compile_template(source)
+    try:
+        return traced.join((template.render(**values),))
+    except Refusal as error:
+        raise UserError(f"the chat template refuses this conversation: {error}") from error
+    except (TemplateError, RecursionError, OverflowError) as error:
+        raise UserError(f"chat_template: {error}; it cannot be run on this conversation") from error
+    except Exception as error:  # a template is anybody's program
+        raise UserError(f"chat_template: {error} ({type(error).__name__}); it cannot be run on this conversation") from error
+
+
+class Refusal(Exception):
+    """What a template raises with raise_exception."""
+
+
+@functools.lru_cache(maxsize=32)
+def mentions(source: str) -> frozenset[str]:
+    """Every name, attribute and string constant of a template: the parts of a message that it may look at are among them."""
+    from jinja2 import nodes
+
+    tree = _environment().parse(source)
+    names = {node.name for node in tree.find_all(nodes.Name)} | {node.attr for node in tree.find_all(nodes.Getattr)}
+    return frozenset(names | {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)})
+
+
+@functools.lru_cache(maxsize=32)
+def compile_template(source: str) -> Any:
+    """The compiled template."""
+    from jinja2.exceptions import TemplateSyntaxError
+
+    if not source:
+        raise UserError(
+            "tokenizer_config.json has no chat_template; add one, or train the tokenizer with `tanuki tokenizer train`"
+        )
+    try:
+        return _environment().from_string(source)
+    except TemplateSyntaxError as error:
+        raise UserError(f"chat_template: line {error.lineno}: {error.message}; mend it in the tokenizer's directory") from error
+
+
+@functools.cache
+def _environment() -> Any:
+    from jinja2 import nodes
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.nativetypes import NativeCodeGenerator
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generator(NativeCodeGenerator):
+        """Writes values as they are, without str() around them; `~` joins them as output is joined."""
+
+        def visit_Concat(self, node: nodes.Concat, frame: Any) -> None:
+            self.write("environment.concat((")
+            for argument in node.nodes:
+                self.visit(argument, frame)
+                self.write(", ")
+            self.write("))")
+
+    class Generation(Extension):
+        """transformers' {% generation %}, which marks what the assistant says."""
+
+        tags = {"generation"}
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
+
+        def _mark(self, caller: Callable[[], str]) -> Traced:
+            text = traced.join((caller(),))
+            return Traced(text, (run._replace(generated=True) for run in text._runs))
+
+    class Environment(ImmutableSandboxedEnvironment):
+        """Jinja's sandbox over traced text."""
+
+        code_generator_class = Generator
+        intercepted_binops = frozenset(["%"])
+        concat = staticmethod(traced.join)  # type: ignore[assignment]
+
+        def getattr(self, obj: Any, attribute: str) -> Any:
+            # A method of the template's own text ('\n'.join, '...'.format) has to trace what it is given.
+            return super().getattr(Traced(obj) if type(obj) is str else obj, attribute)
+
+        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            return traced.derive(super().call_binop(context, operator, left, right), (left, right))
+
+        def wrap_str_format(self, value: Any) -> Callable[..., Any] | None:
+            form = super().wrap_str_format(value)
+            if form is None:
+                return None
+            return lambda *values, **named: traced.derive(str.__str__(form(*values, **named)), (*values, *named.values()))
+
+    environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    environment.filters = {name: _tracing(filter) for name, filter in environment.filters.items()}
+    environment.filters["join"] = _join_filter()
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise
+    environment.globals["strftime_now"] = _strftime_now
+    return environment
+
+
+def _tracing(filter: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter of Jinja's whose result belongs to the traced text that it was made from."""
+
+    @functools.wraps(filter)  # Jinja's marks of what a filter is passed are attributes
+    def apply(*arguments: Any, **named: Any) -> Any:
+        return traced.derive(filter(*arguments, **named), (*arguments, *named.values()))
+
+    return apply
+
+
+def _join_filter() -> Callable[..., Any]:
+    from jinja2.filters import make_attrgetter, pass_environment
+
+    @pass_environment
+    def join(environment: Any, value: Any, d: str = "", attribute: str | int | None = None) -> Traced:
+        items = value if attribute is None else map(make_attrgetter(environment, attribute), value)
+        return traced.join(items, str(d))
+
+    return join
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> Traced:
+    return traced.to_json(value, sort_keys, ensure_ascii=ensure_ascii, indent=indent, separators=separators)
+
+
+def _raise(message: str) -> NoReturn:
+    raise Refusal(message)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)
