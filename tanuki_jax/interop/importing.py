@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from tanuki_jax import checkpoint, config, files, model
+from tanuki_jax.data.chat import stop_ids
 from tanuki_jax.data.tokenizer import Tokenizer, copy_tokenizer
 from tanuki_jax.errors import UserError
 from tanuki_jax.interop.huggingface import open_huggingface
@@ -70,10 +71,11 @@ def tokenizer_notes(path: Path) -> list[str]:
     if (path / "tokenizer.json").is_file():
         try:
             tokenizer = Tokenizer(path)
+            if tokenizer.chat_template:
+                stop_ids(tokenizer)  # which renders a few conversations
+                return []
         except UserError as error:
             return [f"the tokenizer cannot be used as it is: {error}"]
-        if tokenizer.chat_template:
-            return []
         return [
             "the tokenizer has no chat template, which sft, dpo and chat need; "
             f"write one to {path}/chat_template.jinja and import again"

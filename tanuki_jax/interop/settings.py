@@ -84,7 +84,7 @@ def settings_of(opened: Opened, kind: str) -> tuple[dict[str, Any], dict[str, An
 
 def _generation(opened: Opened, settings: dict[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any]:
     """generation_config.json: as it came, with all that ends an answer; where none came, of the special tokens."""
-    stops = [token for token in (stop_ids(tokenizer) if tokenizer else ()) if token < opened.cfg.vocab_size]
+    stops = [token for token in (_stops(tokenizer) if tokenizer else ()) if token < opened.cfg.vocab_size]
     told = _sampling(opened)
     special: dict[str, Any] = {
         name: settings[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in settings
@@ -95,6 +95,14 @@ def _generation(opened: Opened, settings: dict[str, Any], tokenizer: Tokenizer |
     if ends is not None:
         made = made | {"eos_token_id": ends}
     return {name: value for name, value in made.items() if made == told or name != "_from_model_config"}  # else made anew
+
+
+def _stops(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """What ends an answer; as far as it is known without the template, where that cannot be rendered."""
+    try:
+        return stop_ids(tokenizer)
+    except UserError:
+        return (tokenizer.eos, *tokenizer.generation_eos)
 
 
 def _sampling(opened: Opened) -> dict[str, Any]:
