@@ -13,6 +13,7 @@ from tanuki_jax.schema import (
     PROJECTED,
     ROUTED,
     Model,
+    Optimizer,
     Recipe,
     Stage,
     Upcycle,
@@ -138,6 +139,7 @@ def _check_stage(recipe: Recipe, name: str, this: Stage) -> None:
     if this.kind in ("sft", "dpo") and not this.init_from:
         raise UserError(f"{where}.init_from is empty; a {this.kind} stage must start from a trained model")
     _check_amounts(where, this)
+    check_moments(f"{where}.optimizer.", this.optimizer)
     _check_losses(where, this)
     _check_kept(recipe, where, this)
     rates = this.optimizer
@@ -266,3 +268,19 @@ def _check_mixture(recipe: Recipe, where: str, this: Stage) -> None:
             raise UserError(f"{where}.mixture: the weights of phase {phase} sum to 0; give at least one source a weight")
     if this.kind in ("sft", "dpo") and len(starts) > 1:
         raise UserError(f"{where}.mixture_starts: only a pretraining mixture may change inside a stage")
+
+
+LEAST_FRESH = 2**-8  # 1 - beta2: a step of bfloat16
+
+
+def check_moments(where: str, rates: Optimizer) -> None:
+    """An error, that begins with `where`, about moments in bfloat16 that would be more rounding than gradients.
+
+    Stochastic rounding keeps the mean of the second moment, and adds noise of variance 2.8e-6 / (1 - beta2) of its square,
+    where that of the gradients has about 1 - beta2: from 0.998 on rounding has the greater part.
+    """
+    if rates.moment_dtype == "bfloat16" and 1 - rates.beta2 < LEAST_FRESH:
+        raise UserError(
+            f"{where}moment_dtype is bfloat16, which has too few digits for a beta2 of {rates.beta2:g}; use a beta2 up to "
+            f"{1 - LEAST_FRESH:.3f}, or moment_dtype=float32"
+        )

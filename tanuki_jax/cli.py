@@ -7,14 +7,17 @@ import contextlib
 import gc
 import json
 import logging
+import math
 import os
+import shlex
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from tanuki_jax import lock, machine
 from tanuki_jax.errors import PeerLost, Preempted, UserError
 from tanuki_jax.flags import make_parser
 
@@ -52,7 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError(f"tanuki {options.verb}: takes no --config")
         options.config_flags = config_flags
         _hush()
-        WORK[options.work](options)
+        machine.choose_platform()
+        with _held(options):
+            WORK[options.work](options)
         return 0
     except UserError as error:
         print(f"tanuki: {error}", file=sys.stderr)
@@ -132,9 +137,29 @@ def _unraisable(found: Any) -> None:
         sys.__unraisablehook__(found)
 
 
+@contextlib.contextmanager
+def _held(options: argparse.Namespace) -> Iterator[None]:
+    """Holds the lock on what a verb writes, and takes it before anything slow is imported.
+
+    Of several processes of a run, the first one takes it once it knows its number.
+    """
+    with contextlib.ExitStack() as stack:
+        if options.work == "run" and not os.environ.get("TANUKI_COORDINATOR"):
+            stack.enter_context(lock.signals())
+            stack.enter_context(lock.workdir(options.workdir))
+        if hasattr(options, "output") and not getattr(options, "dry_run", False):
+            stack.enter_context(lock.signals())
+            stack.enter_context(lock.output(options.output))
+        yield
+
+
 def _fresh(output: Path) -> Path:
+    """The output of which its lock is held: it must not be there, and what a killed command left of it goes."""
+    from tanuki_jax import files
+
     if output.exists():
         raise UserError(f"--output: {output} is there already; name a new directory or remove it")
+    files.remove_unfinished(output)
     return output
 
 
@@ -143,9 +168,9 @@ def _run(options: argparse.Namespace) -> None:
 
     loaded = config.load(options.config_flags)
     recipe.run(loaded, options.workdir, getattr(options, "stage", ""), options.allow_data_change)
-    print(f"report: {options.workdir / 'report.html'}")
     last = options.workdir / "stages" / (getattr(options, "stage", "") or list(loaded.stages)[-1])
-    print(f"chat:   tanuki chat --checkpoint={last}")
+    print(f"report: {shlex.quote(str((options.workdir / 'report.html').absolute()))}")
+    print(f"chat:   {machine.program()} chat --checkpoint={shlex.quote(str(last.absolute()))}")
 
 
 def _plan(options: argparse.Namespace) -> None:
@@ -216,10 +241,12 @@ def _export(options: argparse.Namespace) -> None:
 
     if options.format == "peft" and options.vocab_size:
         raise UserError("--vocab_size: adapters have no vocabulary; set it where their base is exported")
+    if options.format == "peft" and options.param_dtype:
+        raise UserError("--param_dtype: adapters are float32; it is for --format=hf")
     if options.format == "peft":
         print(interop.export_adapters(options.checkpoint, _fresh(options.output), options.base_name))
     else:
-        print(interop.export_huggingface(options.checkpoint, _fresh(options.output), options.vocab_size))
+        print(interop.export_huggingface(options.checkpoint, _fresh(options.output), options.vocab_size, options.param_dtype))
 
 
 def _fields(options: argparse.Namespace) -> Any:
@@ -231,18 +258,20 @@ def _fields(options: argparse.Namespace) -> Any:
 def _tokenizer_train(options: argparse.Namespace) -> None:
     from tanuki_jax import files
     from tanuki_jax.data import prepare, sources
+    from tokenization.reach import check_vocab_size
     from tokenization.train import train
 
-    shares = _shares(options.shares)
+    how = {"level": options.level, "dictionary": options.dictionary, "shares": _shares(options.shares)}
     with files.atomic_path(_fresh(options.output)) as temporary:
-        rows = sources.read_rows(options.input, _fields(options))
-        texts = ((row.language, prepare.text_of(row)) for row in rows)
-        trained = train(
-            texts, temporary, options.vocab_size, options.character_coverage, options.level, options.dictionary, shares
-        )
+
+        def texts() -> Iterator[tuple[str, str]]:
+            return ((row.language, prepare.text_of(row)) for row in sources.read_rows(options.input, _fields(options)))
+
+        check_vocab_size(texts(), options.vocab_size, options.character_coverage, **how)
+        trained = train(texts(), temporary, options.vocab_size, options.character_coverage, **how)
     print(f"{options.output}: {trained}")
     if trained.pieces < options.vocab_size:
-        print(f"the text has too few distinct units for {options.vocab_size:,} pieces", file=sys.stderr)
+        print(f"the text has too few distinct units for {options.vocab_size:,} pieces; it gave all it has", file=sys.stderr)
 
 
 def _shares(text: str) -> dict[str, float]:
@@ -314,7 +343,7 @@ def _sampling(options: argparse.Namespace, tokenizer: Any) -> Any:
     from tanuki_jax.data.chat import stop_ids
     from tanuki_jax.model import Sampling
 
-    if options.max_new_tokens < 1 or options.temperature < 0 or not 0 < options.top_p <= 1:
+    if options.max_new_tokens < 1 or not 0 <= options.temperature < math.inf or not 0 < options.top_p <= 1:
         raise UserError("--max_new_tokens must be at least 1, --temperature at least 0, --top_p above 0 and at most 1")
     return Sampling(options.max_new_tokens, options.temperature, options.top_p, stop_ids(tokenizer))
 
@@ -334,11 +363,20 @@ def _generate(options: argparse.Namespace) -> None:
 def _chat(options: argparse.Namespace) -> None:
     from tanuki_jax import checkpoint
     from tanuki_jax.data.tokenizer import Tokenizer
-    from tanuki_jax.serve.chat import chat
+    from tanuki_jax.serve.chat import chat, offered_questions
 
     loaded = checkpoint.load(options.checkpoint)
     tokenizer = Tokenizer(loaded.tokenizer_directory)
-    chat(loaded.cfg, loaded.params, tokenizer, _sampling(options, tokenizer), options.seed)
+    newest = checkpoint.locate(options.checkpoint) == checkpoint.locate(loaded.stage_directory)
+    chat(
+        loaded.cfg,
+        loaded.params,
+        tokenizer,
+        _sampling(options, tokenizer),
+        options.seed,
+        questions=offered_questions(loaded.stage_directory) if newest else (),  # they were answered by the newest step
+        longest=checkpoint.longest_row(loaded.meta),
+    )
 
 
 def _print(options: argparse.Namespace, document: Any, text: str) -> None:

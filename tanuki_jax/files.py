@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import mmap
@@ -19,6 +20,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
+from tanuki_jax import lock
 from tanuki_jax.errors import UserError
 
 T = TypeVar("T")
@@ -27,12 +29,15 @@ PIECE = 1 << 20  # bytes taken at a time, so few that they stay in a core's cach
 O_DIRECT = getattr(os, "O_DIRECT", 0)
 SOON = 4 << 30  # bytes that are read before anyone asks for them
 ADVICE = 4 << 20  # bytes, as many as the kernel takes upon itself at once
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a write says where there is no room
+FULL = lock.FULL
 
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, moved to it on success and removed on failure; for a file or a directory."""
+    """A temporary name beside `path`, moved to it on success and removed on failure; for a file or a directory.
+
+    It is not moved where a lock of this process is another's by now.
+    """
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -41,6 +46,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
     try:
         yield temporary
+        lock.check()
         if path.is_dir():
             shutil.rmtree(path)
         temporary.replace(path)
@@ -55,6 +61,15 @@ def absolute(path: str | Path) -> Path:
     """The path from the root, without `..`, which TensorStore does not take."""
     path = Path(path)
     return path.resolve() if ".." in path.parts else path.absolute()
+
+
+def remove_unfinished(path: Path) -> None:
+    """Removes what killed processes left of `path` under the names of `atomic_path`; for who holds its lock."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}.tmp"):
+        if left.is_dir():
+            shutil.rmtree(left)
+        else:
+            left.unlink()
 
 
 def write_text(path: Path, text: str) -> None:

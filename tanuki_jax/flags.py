@@ -79,6 +79,12 @@ def make_parser() -> Parser:
         help="hf: all weights, adapters merged into them (default); peft: the adapters alone",
     )
     made.add_argument("--base_name", default="", help="peft: the model that adapter_config.json names")
+    made.add_argument(
+        "--param_dtype",
+        choices=CHOICES["param_dtype"],
+        default="",
+        help="hf: cast the matrices; without it they stay as they are",
+    )
     _vocabulary(made)
 
     tokenizer = verbs.add_parser("tokenizer", help="train a tokenizer, or report on one").add_subparsers(
@@ -137,6 +143,7 @@ def make_parser() -> Parser:
     made.add_argument("--prompt", required=True, help="the text to continue")
     made = verb(verbs, "chat", "chat", "talk to a trained model")
     _add(made, "checkpoint", "sampling")
+    made.epilog = "/new begins a new conversation, /quit or the end of input leaves; Ctrl-C ends an answer, twice it leaves."
     return parser
 
 
@@ -175,7 +182,8 @@ def _upcycle(made: argparse.ArgumentParser) -> None:
     made.add_argument("--dry_run", action="store_true", help="only say what would come out, in what time and memory")
     made.epilog = (
         "Layer by layer: memory holds one dense layer and one expert.  A few random tokens go through both models on the way, "
-        "and how far their logits differ is told: nothing for copy and groups."
+        "and how far their logits differ is told: the order of sums alone for copy, and for groups of 2, 4, 8, ... parts; "
+        "other numbers of parts round the weights."
     )
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from tanuki_jax import config, files
+from tanuki_jax import config, files, lock
 from tanuki_jax.config import Recipe
 from tanuki_jax.data import sources
 from tanuki_jax.data.prepare import Options, made_by_this_version, read_manifest, text_of
@@ -104,7 +104,7 @@ def _tokenizer(recipe: Recipe, located: dict[str, tuple[str, str]], where: Path)
         from tokenization.train import train
 
         texts = chain.from_iterable(_texts(recipe.data[n], located[n][0], options.max_bytes) for n in names)
-        with files.atomic_path(output) as temporary:
+        with lock.output(output), files.atomic_path(output) as temporary:
             trained = train(
                 texts,
                 temporary,

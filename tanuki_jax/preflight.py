@@ -107,9 +107,9 @@ def _room(recipe: Recipe, names: list[str], workdir: Path) -> int:
 
 def checkpoint_bytes(recipe: Recipe, name: str) -> int:
     """Bytes of a stage's parameters and both moments."""
-    cfg = config.model_of(recipe, name)
-    sizes = [jnp.dtype(cfg.param_dtype).itemsize, *2 * [jnp.dtype(recipe.stages[name].optimizer.moment_dtype).itemsize]]
-    return sum(sizes) * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(model.parameter_shapes(cfg)))
+    leaves = jax.tree.leaves(model.parameter_shapes(config.model_of(recipe, name)))
+    moments = 2 * jnp.dtype(recipe.stages[name].optimizer.moment_dtype).itemsize
+    return sum((leaf.dtype.itemsize + moments) * math.prod(leaf.shape) for leaf in leaves)
 
 
 def _collective() -> float:

@@ -6,15 +6,21 @@ import math
 import sys
 import time
 
+SIZES = (("MB", 1e6), ("kB", 1e3), ("bytes", 1.0))  # a smaller unit where the whole is under ten of the larger
+
 
 class Progress:
     """Work done, rate and time left: one line that renews itself on a terminal, else a line now and then.
 
-    unit: what is counted, divided by `scale` (1e6 and "MB" for bytes).
+    total: what there is to do; 0 where it is not known, or nothing: no line then says "of".  Work beyond it counts as the
+      new total, for a file may have grown.
+    unit: what is counted, divided by `scale` (1e6 and "MB" for bytes, of which fewer are shown in a smaller unit).
     """
 
     def __init__(self, name: str, total: int, unit: str = "", scale: float = 1, quiet: bool = False) -> None:
-        self.name, self.total, self.unit, self.scale, self.quiet = name, total, unit, scale, quiet
+        self.name, self.total, self.unit, self.scale, self.quiet = name, max(total, 0), unit, scale, quiet
+        if (unit, scale) == SIZES[0] and total:
+            self.unit, self.scale = next((size for size in SIZES if self.total >= 10 * size[1]), SIZES[-1])
         self._live = sys.stderr.isatty()
         self._start = time.monotonic()
         self._next = self._start + (0.0 if self._live else 10.0)
@@ -23,30 +29,42 @@ class Progress:
 
     def show(self, done: int, text: str = "") -> None:
         """Reports that `done` of `total` is done."""
-        now, finished = time.monotonic(), done >= self.total
+        now, known = time.monotonic(), self.total > 0
+        if known:
+            self.total = max(self.total, done)
+        finished = known and done >= self.total
         if self._first is None:
             self._first = (now, done)
-        if self._ended:  # the last line has been shown
+        if self._ended or not (known or done > 0):  # the last line has been shown, or there is nothing to do
             return
         short = finished and now - self._start < 1.0  # what took no time needs no line
         if self.quiet or short or (now < self._next and not finished):
             return
-        since, at = self._first
-        rate = (done - at) / (now - since) if done > at and now > since else 0.0
-        left = duration((self.total - done) / rate) if rate else "?"
-        count = f"{done / self.scale:,.0f}/{self.total / self.scale:,.0f}{self.unit and ' ' + self.unit}"
-        line = f"{self.name}  {count}  {text}{text and '  '}{duration(now - self._start)} gone, {left} left"
-        start, end = ("\r\033[K", "\n" if finished else "") if self._live else ("", "\n")
+        line = f"{self.name}  {self._count(done)}  {text}{text and '  '}{duration(now - self._start)} gone"
+        if known:
+            line += f", {self._left(done, now, self._first)} left"
+        renews = self._live and known  # else the line would stay open, for nobody says when the work ends
+        start, end = ("\r\033[K", "\n" if finished else "") if renews else ("", "\n")
         print(f"{start}{line}", end=end, file=sys.stderr, flush=True)
         self._ended = finished
-        self._next = now + (0.5 if self._live else 10.0)
+        self._next = now + (0.5 if renews else 10.0)
+
+    def _count(self, done: int) -> str:
+        whole = f"/{self.total / self.scale:,.0f}" if self.total else ""
+        return f"{done / self.scale:,.0f}{whole}{self.unit and ' ' + self.unit}"
+
+    def _left(self, done: int, now: float, first: tuple[float, int]) -> str:
+        if done >= self.total:
+            return duration(0)
+        since, at = first
+        return duration((self.total - done) * (now - since) / (done - at)) if done > at and now > since else "?"
 
 
 def duration(seconds: float) -> str:
     """4s, 3m20s, 2h05m, 3d4h."""
     if not math.isfinite(seconds):
         return "?"
-    minutes, s = divmod(int(seconds), 60)
+    minutes, s = divmod(int(max(seconds, 0)), 60)
     hours, m = divmod(minutes, 60)
     days, h = divmod(hours, 24)
     if days:

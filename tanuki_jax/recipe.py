@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import json
@@ -14,11 +15,25 @@ from typing import Any
 import jax
 import numpy as np
 
-from tanuki_jax import __version__, checkpoint, config, files, inputs, observe, parallel, placement, preflight, stage, start
+from tanuki_jax import (
+    __version__,
+    checkpoint,
+    config,
+    files,
+    inputs,
+    lock,
+    observe,
+    parallel,
+    placement,
+    preflight,
+    stage,
+    start,
+)
 from tanuki_jax.config import Recipe
 from tanuki_jax.data import chat
 from tanuki_jax.errors import Preempted, UserError
 from tanuki_jax.evaluate import score
+from tanuki_jax.evaluate.offered import offered_questions
 from tanuki_jax.model import Sampling
 from tanuki_jax.report import write_report
 from tanuki_jax.synth import rules
@@ -32,7 +47,9 @@ def run(recipe: Recipe, workdir: Path, only: str = "", allow_data_change: bool =
     if only and only not in recipe.stages:
         raise UserError(f"--stage: the recipe has no stage {only!r}; it has {', '.join(recipe.stages)}")
     parallel.initialize()
-    with parallel.watching(_hangs), profile.listening():
+    with parallel.watching(_hangs), profile.listening(), contextlib.ExitStack() as held:
+        parallel.at("the start")
+        parallel.on_first(lambda: held.enter_context(lock.workdir(workdir)), "the lock on the workdir")
         return _run(recipe, workdir, only, allow_data_change)
 
 
@@ -43,7 +60,6 @@ def _hangs(found: dict[str, Any]) -> None:
 
 def _run(recipe: Recipe, workdir: Path, only: str, allow_data_change: bool) -> dict[str, Any]:
     first = jax.process_index() == 0
-    parallel.at("the start")
     parallel.once(lambda: _claim(recipe, workdir), "the workdir")
     wanted = [only] if only else list(recipe.stages)
     preflight.check(recipe, wanted, workdir, versions())
@@ -73,8 +89,8 @@ def _run(recipe: Recipe, workdir: Path, only: str, allow_data_change: bool) -> d
             parallel.at(f"the start of stage {name}")
             entry = stage.run(recipe, name, workdir, ready, meshes[name], allow_data_change, tell)
             parallel.at(f"the scores of stage {name}")
-            entry["scores"], samples = _scores(recipe, name, workdir, ready, mesh)
-            result = {"entry": entry, "samples": samples}
+            entry["scores"], shown = _scores(recipe, name, workdir, ready, mesh)
+            result = {"entry": entry, **shown}
             finish = functools.partial(files.write_json, start.directory(workdir, name) / "done.json", result)
             parallel.on_first(finish, f"the end of stage {name}")
             if first:
@@ -174,25 +190,27 @@ def _shape(mesh: jax.sharding.Mesh) -> str:
 
 def _scores(
     recipe: Recipe, name: str, workdir: Path, ready: inputs.Inputs, mesh: jax.sharding.Mesh
-) -> tuple[dict[str, Any], list[Any]]:
-    """Exact answers to held-out prompts, and preferences between held-out pairs, of the stage's last checkpoint."""
+) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+    """Exact answers to held-out prompts, and preferences between held-out pairs, of the stage's last checkpoint.
+
+    Besides, `samples` of the answers, and the `questions` that a conversation may begin with.
+    """
     if not recipe.scoring.prompts:
-        return {}, []
+        return {}, {"samples": [], "questions": []}
     began, home, options = time.monotonic(), start.directory(workdir, name), recipe.scoring
     loaded = checkpoint.load(home, mesh)
     prompts = rules.held_out_prompts(options.prompts, recipe.seed)
     sampling = Sampling(max_new_tokens=options.max_new_tokens, stop=chat.stop_ids(ready.tokenizer))
     with jax.set_mesh(mesh):
         parallel.at(f"the answers of stage {name}")
-        given = score.answers(
-            loaded.cfg,
-            loaded.params,
-            ready.tokenizer,
-            [row["messages"] for row in prompts],
-            sampling,
-            options.batch_size,
-        )
+
+        def answers(conversations: list[Any]) -> list[str]:
+            return score.answers(loaded.cfg, loaded.params, ready.tokenizer, conversations, sampling, options.batch_size)
+
+        given = answers([row["messages"] for row in prompts])
         scores = score.exact_answers(prompts, given, rules.correct)
+        samples = [{**row, "given": answer} for row, answer in zip(prompts, given, strict=True)][: 2 * len(rules.FAMILIES)]
+        questions = offered_questions(samples, scores["families"], rules.correct, answers, options.batch_size)
         if options.pairs:
             parallel.at(f"the preferences of stage {name}")
             margins = score.pair_margins(
@@ -207,15 +225,14 @@ def _scores(
                 reference = np.array(json.loads(before.read_text(encoding="utf-8")))
                 scores["reward_accuracy"] = round(float((margins > reference).mean()), 4)
     scores["seconds"] = round(time.monotonic() - began, 1)
-    samples = [{**row, "given": answer} for row, answer in zip(prompts, given, strict=True)][: 2 * len(rules.FAMILIES)]
-    return scores, samples
+    return scores, {"samples": samples, "questions": questions}
 
 
 def _line(entry: dict[str, Any]) -> str:
     scores = entry["scores"]
     parts = [f"stage {entry['name']} done: {entry['steps']} steps, {entry['tokens']:,} tokens"]
     if entry["final_loss"] is not None:
-        parts.append(f"loss {entry['final_loss']:.3f}")
+        parts.append(f"loss of the last step {entry['final_loss']:.3f}")
     if scores:
         parts.append(f"exact answers {scores['exact']:.1%} of {scores['prompts']} held-out prompts")
     if found := entry.get("learning_rate_range"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from typing import Any
 
 import numpy as np
@@ -26,24 +27,36 @@ def mixtures(metrics: dict[str, Rows]) -> dict[str, Rows]:
     return {name: rows for name, rows in metrics.items() if rows and "moe/load" in rows[-1]}
 
 
+def short(name: str, most: int = 20) -> str:
+    """A name whose middle is left out where it is wider than `most` letters; a Japanese one counts twice."""
+    widths = [1 + (unicodedata.east_asian_width(letter) in "WF") for letter in name]
+    if sum(widths) <= most:
+        return name
+    begin, end = 0, len(name)
+    while sum(widths[: begin + 1]) + sum(widths[end - 1 :]) < most:  # a letter more at each end, as long as there is room
+        begin, end = begin + 1, end - 1
+    return f"{name[:begin]}…{name[end:]}"
+
+
 def load_picture(plt: Any, stages: dict[str, Rows]) -> Any:
     """Share of the assignments that each expert of each layer received in the last logged steps of each stage."""
-    figure, grid = plt.subplots(1, len(stages), figsize=(9, 2.2), squeeze=False)
+    figure, grid = plt.subplots(1, len(stages), figsize=(max(7.2, 2.2 * len(stages)), 2.4), squeeze=False, layout="constrained")
     image: Any = None
     for axes, (name, rows) in zip(grid[0], stages.items(), strict=True):
         load_LE = np.mean([row["moe/load"] for row in rows[-10:]], axis=0)
         image = axes.imshow(load_LE * load_LE.shape[1], vmin=0, vmax=2, cmap="RdBu_r", aspect="auto")
-        axes.set_title(name, fontsize=9)
-        axes.set_xlabel("専門家 (expert)", fontsize=8)
-        axes.set_yticks(range(len(load_LE)))
-    grid[0][0].set_ylabel("層 (layer)", fontsize=8)
+        axes.set_title(short(name, 16), fontsize=9)
+        axes.set_xlabel("専門家 (expert)", fontsize=9)
+        for axis in (axes.xaxis, axes.yaxis):  # whole numbers, as many as there is room for
+            axis.get_major_locator().set_params(integer=True)
+    grid[0][0].set_ylabel("層 (layer)", fontsize=9)
     figure.colorbar(image, ax=list(grid[0]), label="1 = 均等 (even)")
     return figure
 
 
 def health_picture(plt: Any, stages: dict[str, Rows]) -> Any:
     """Over training: similarity of experts beside the original's, largest load, router norm; at the end, the gate's weights."""
-    figure, ((similarity, load), (norm, gate)) = plt.subplots(2, 2, figsize=(9, 5.6))
+    figure, ((similarity, load), (norm, gate)) = plt.subplots(2, 2, figsize=(8, 6.4))
     offset, total = 0.0, sum(rows[-1]["tokens"] for rows in stages.values())
     curves = (
         (similarity, "moe/similarity", "#ff725c"),
@@ -64,7 +77,7 @@ def health_picture(plt: Any, stages: dict[str, Rows]) -> Any:
             axes.axvline(offset / total, color="#cccccc", linewidth=0.8)
     steps = np.array(list(ORIGINAL))
     similarity.plot(steps / steps[-1], list(ORIGINAL.values()), "o--", color="#999999", markersize=3, linewidth=0.8)
-    similarity.annotate("Tanuki-8x8B", (1, 0.49), ha="right", va="bottom", fontsize=8, color="#777777")
+    similarity.annotate("Tanuki-8x8B", (1, 0.45), ha="right", va="top", fontsize=9, color="#666666")
     similarity.set_ylim(0, 1.03)
     similarity.set_ylabel("専門家の類似度 (similarity)")
     load.axhline(1, color="#999999", linewidth=0.8, linestyle="--")
@@ -73,13 +86,13 @@ def health_picture(plt: Any, stages: dict[str, Rows]) -> Any:
     norm.set_ylim(0, None)
     norm.set_ylabel("ルーターのノルム (router norm)")
     for axes in (similarity, load, norm):
-        axes.set_xlabel("混合モデルの学習の割合 (share of training as a mixture)", fontsize=8)
+        axes.set_xlabel("混合モデルの学習の割合\n(share of training as a mixture)", fontsize=9)
     for name, rows in stages.items():
         bins = np.mean([np.mean(row["moe/gate"], axis=0) for row in rows[-10:] if "moe/gate" in row] or [[0.0]], axis=0)
-        gate.stairs(bins, np.linspace(0, 1, len(bins) + 1), label=name)
-    gate.set_xlabel("最大のゲート重み (largest gate weight)", fontsize=8)
+        gate.stairs(bins, np.linspace(0, 1, len(bins) + 1), label=short(name, 16))
+    gate.set_xlabel("最大のゲート重み\n(largest gate weight)", fontsize=9)
     gate.set_ylabel("トークンの割合 (share of tokens)")
-    gate.legend(frameon=False, fontsize=7)
+    gate.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0)
     for axes in (similarity, load, norm, gate):
         axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()

@@ -37,7 +37,7 @@ class Model:
     normalized_gate: bool = key(True, "router logits are z-scored over experts (Tanuki, Skywork-MoE) or plain (Mixtral)")
     gate_scale: float = key(1.0, "lambda: the z-scores are multiplied by it; more makes the gate sharper (Skywork-MoE, eq. 5)")
     router_bias: bool = key(False, "a bias of each expert that only counts in choosing the top-k (loss-free balancing)")
-    param_dtype: str = key("float32", "dtype of the stored parameters")
+    param_dtype: str = key("float32", "dtype of the stored matrices (docs/scaling.md); norms and biases are float32")
     dtype: str = key("auto", "dtype of matrix products: float32, bfloat16, or auto (bfloat16 except on CPU)")
     capacity_factor: float = key(0.0, "room of an expert relative to an even load, tokens beyond it are dropped; 0 = dropless")
     attention: str = key("auto", "auto (by platform), splash (TPU), cudnn (GPU), xla or reference")
@@ -133,7 +133,7 @@ class Optimizer:
     beta1: float = key(0.9, "decay of Adam's first moment")
     beta2: float = key(0.95, "decay of Adam's second moment")
     eps: float = key(1e-8, "Adam's epsilon")
-    moment_dtype: str = key("float32", "dtype in which both moments are stored; they are computed in float32")
+    moment_dtype: str = key("float32", "dtype in which both moments are stored; bfloat16 for a beta2 up to 0.996")
     weight_decay: float = key(0.1, "decoupled decay, multiplied by the learning rate")
     clip_norm: float = key(1.0, "largest global gradient norm; 0 = no clipping")
 

@@ -107,6 +107,7 @@ def run(
         "model": config.to_dict(cfg),
         "recipe": config.to_dict(recipe),
         "data_fingerprint": data.fingerprint,
+        "mesh": dict(mesh.shape),
     }
     if frozen:
         base, scales = base_directory(recipe, name, workdir), adapter_scales(recipe, name, workdir)
@@ -144,6 +145,7 @@ def run(
 
     def check_meta(saved: dict[str, Any]) -> None:
         checkpoint.check_architecture(str(home), saved["model"], cfg)
+        _check_room(name, cfg, saved, meta)
         if saved["data_fingerprint"] != data.fingerprint and not allow_data_change:
             raise UserError(
                 f"stage {name}: its data is not what the checkpoint in {home} was trained on (fingerprint {data.fingerprint}, "
@@ -164,6 +166,28 @@ def run(
     if this.optimizer.schedule == "range":
         entry["learning_rate_range"] = lr_range.result(read_metrics(home))
     return entry
+
+
+def _check_room(name: str, cfg: config.Model, saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """With a capacity, an error where the tokens among which experts share their room are others than before.
+
+    They are those of one microbatch on one device.
+    """
+    if not (cfg.n_experts and cfg.capacity_factor):
+        return
+
+    def parts(meta: dict[str, Any]) -> dict[str, int]:
+        axes = {f"mesh.{axis}": size for axis, size in meta.get("mesh", {}).items() if axis != "tensor"}
+        return {f"stages.{name}.microbatches": meta["recipe"]["stages"][name]["microbatches"], **axes}
+
+    before, here = parts(saved), parts(now)
+    differing = [f"{key} was {before[key]}, is {here.get(key, 1)}" for key in before if before[key] != here.get(key, 1)]
+    if differing:
+        raise UserError(
+            f"stage {name}: {'; '.join(differing)}. With model.capacity_factor {cfg.capacity_factor:g} experts have room for a "
+            "share of the tokens of one microbatch on one device, so this would change which are dropped; go on with those of "
+            "before, or begin anew in another --workdir"
+        )
 
 
 def _upcycle(recipe: Recipe, name: str, workdir: Path, mesh: jax.sharding.Mesh) -> dict[str, Any]:
@@ -265,7 +289,7 @@ def _source_logprobs(
     cfg: config.Model, params: Any, rows: packing.PackedPairs, batch_size: int, mesh: jax.sharding.Mesh
 ) -> np.ndarray:
     """Log-probabilities [pairs, 2] of one source; the rows are walked in order, the last batch filled up with repetitions."""
-    compute = jax.jit(lambda p, batch: losses.pair_scores(cfg, p, batch)[0].logprobs)
+    compute = jax.jit(lambda p, batch: losses.pair_scores(model.dropless(cfg), p, batch)[0].logprobs)
     result = np.zeros((len(rows.ref_logprobs), 2), np.float32)
     progress = Progress("reference log-probabilities", len(rows), "rows", quiet=jax.process_index() != 0)
     for start in range(0, len(rows), batch_size):

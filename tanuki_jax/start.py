@@ -114,14 +114,12 @@ def carried_moments(parent: Path | None, abstract: State) -> Any:
     """The optimizer's state of the parent stage."""
     if parent is None:
         raise UserError("config: carry='all' needs a stage or checkpoint in init_from")
-    checkpoints = checkpoint.Checkpoints(parent, keep=checkpoint.EVERY)
+    stage_directory, step = checkpoint.locate(parent)
+    checkpoint.check_sums(stage_directory, step, "optimizer")
+    checkpoints = checkpoint.Checkpoints(stage_directory, keep=checkpoint.EVERY)
     try:
-        step = checkpoints.latest()
-        if step is None:
-            raise UserError(f"checkpoint: {parent} has no checkpoint to carry the optimizer state from")
-        checkpoint.check_sums(parent, step, "optimizer")
         return checkpoints.restore(step, dataclasses.replace(abstract, balance={})).opt_state
-    except ValueError as error:
+    except (ValueError, KeyError, FileNotFoundError) as error:
         raise UserError(f"checkpoint: {parent} has no optimizer state of this model; set carry='params'") from error
     finally:
         checkpoints.close()

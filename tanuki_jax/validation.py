@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from tanuki_jax import config, parallel
+from tanuki_jax import config, model, parallel
 from tanuki_jax.data import loader
 from tanuki_jax.data.packing import Example, Held
 from tanuki_jax.data.tokenizer import Tokenizer, byte_of
@@ -23,7 +23,7 @@ def make_validation(
     Bits per byte compare models with different tokenizers: the bits of all tokens over the UTF-8 bytes that they spell.
     Special tokens count among the bits, since they must be predicted, and have no bytes.
     """
-    loss = losses.make_loss("pretrain", cfg, config.Loss(router_aux_loss=0.0))
+    loss = losses.make_loss("pretrain", model.dropless(cfg), config.Loss(router_aux_loss=0.0))
     score = jax.jit(lambda params, batch: loss(params, batch)[2]["loss"])
     sizes = {name: sum(_bytes(rows[i], tokenizer) for i in range(len(rows))) for name, rows in held_out.items()}
 

@@ -34,6 +34,8 @@ from hypothesis import settings
 
 from tanuki_jax.data.tokenizer import Tokenizer
 
+settings.register_profile("tests", deadline=None)  # a busy machine is no fault
+settings.load_profile("tests")
 jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 TEXTS = [

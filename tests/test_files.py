@@ -44,6 +44,15 @@ def test_an_error_leaves_the_old_directory_and_nothing_else(tmp_path):
     assert names(path) == ["old"] and names(tmp_path) == ["a"]
 
 
+def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path):
+    for name in ("a[1]", ".a[1].0123abcd.tmp", ".a[1].mine.tmp", ".a1.0123abcd.tmp", ".b.0123abcd.tmp"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x").touch()
+    (tmp_path / ".a[1].ffffffff.tmp").touch()
+    files.remove_unfinished(tmp_path / "a[1]")
+    assert names(tmp_path) == [".a1.0123abcd.tmp", ".a[1].mine.tmp", ".b.0123abcd.tmp", "a[1]"]
+
+
 def test_a_directory_is_replaced_whole(tmp_path):
     path = tmp_path / "deep" / "a"
     for name in ("one", "two"):

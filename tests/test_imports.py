@@ -43,9 +43,11 @@ LAYERS = (
         "checks",
         "origins",
         "files",
+        "lock",
         "progress",
         "errors",
         "flags",
+        "machine",
         "tanuki_jax",
     ),  # tanuki_jax: the package itself, for its version
 )
@@ -55,7 +57,7 @@ FORBIDDEN = {("data", "model"), ("model", "data"), ("parallel", "model"), ("para
 # Libraries that only one room may import.
 OWNED = {"flax": "model", "orbax": "checkpoint", "MeCab": "tokenization", "sentencepiece": "tokenization"}
 # Imported by `tanuki --help`: nothing but the standard library and one another on top.
-HEAVY_FREE = ("cli", "flags", "schema", "errors", "tanuki_jax")
+HEAVY_FREE = ("cli", "flags", "lock", "machine", "schema", "errors", "tanuki_jax")
 
 
 class Import(NamedTuple):

@@ -3,6 +3,7 @@ import io
 import json
 import math
 import re
+import shlex
 import struct
 import time
 
@@ -118,6 +119,9 @@ def test_the_same_command_again_trains_nothing(workdir, summary, capsys):
     data = times(workdir / "data")
     assert cli.main(["run", CONFIG, f"--workdir={workdir}"]) == 0
     assert time.monotonic() - began < 20
+    report, chat = capsys.readouterr().out.splitlines()[-2:]
+    assert shlex.split(report) == ["report:", str(workdir.absolute() / "report.html")]  # to be pasted in any directory
+    assert shlex.split(chat)[-2:] == ["chat", f"--checkpoint={workdir.absolute() / 'stages' / STAGES[-1]}"]
     assert times(workdir / "stages") == stages and times(workdir / "data") == data
     assert json.loads((workdir / "summary.json").read_text(encoding="utf-8")) == summary
 

@@ -1,7 +1,10 @@
 """What a stage may start from, and which data it accepts when it goes on."""
 
 import json
+import shutil
 
+import jax
+import numpy as np
 import pytest
 
 from tanuki_jax import checkpoint, cli, config, parallel, placement
@@ -44,6 +47,31 @@ def write(home, rows):
 
 def run(home, *flags):
     return cli.main(["run", f"--config={home / 'recipe.py'}", f"--workdir={home / 'run'}", *flags])
+
+
+LOW = ("--config.model.param_dtype=bfloat16", "--config.stages.scratch.optimizer.moment_dtype=bfloat16")
+TIGHT = ("--config.model.capacity_factor=1.0", "--config.mesh.fsdp=2", "--config.mesh.data=2", "--config.mesh.context=2")
+
+
+def test_with_bfloat16_and_little_room_a_stage_goes_on_bit_by_bit_and_on_the_same_devices_only(home, tmp_path, capfd):
+    """As after a kill behind the save of step 2."""
+    flags = [f"--config={home / 'recipe.py'}", f"--workdir={tmp_path / 'run'}", "--stage=scratch", *LOW, *TIGHT]
+    assert cli.main(["train", *flags]) == 0
+    stage = tmp_path / "run/stages/scratch"
+    whole = checkpoint.load(stage).params
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(whole)} == {"float32", "bfloat16"}
+    shutil.rmtree(stage / "checkpoints/3")
+    (stage / "done.json").unlink()
+    changed = {
+        "stages.scratch.microbatches was 1, is 2": "--config.stages.scratch.microbatches=2",
+        "mesh.data was 2, is 1; mesh.fsdp was 2, is 4": ["--config.mesh.data=1", "--config.mesh.fsdp=4"],
+    }
+    for words, flag in changed.items():
+        capfd.readouterr()
+        assert cli.main(["train", *flags, *([flag] if isinstance(flag, str) else flag)]) == 1
+        assert f"stage scratch: {words}. With model.capacity_factor 1" in capfd.readouterr().err
+    assert cli.main(["train", *flags]) == 0
+    jax.tree.map(np.testing.assert_array_equal, checkpoint.load(stage).params, whole)
 
 
 def adam_steps(home, name):

@@ -121,10 +121,30 @@ def test_checkpoints_from_before_the_chunks_are_read_too(tmp_path, monkeypatch):
     assert all((found[name] == array).all() for name, array in params.items())
 
 
-def test_bfloat16_stays_bfloat16(tmp_path):
+def test_bfloat16_stays_bfloat16_but_norms_are_float32_also_those_of_before_they_always_were(tmp_path):
     cfg = small(param_dtype="bfloat16")
-    params = plainly_saved(tmp_path, cfg, "bfloat16")
-    assert_reads(checkpoint.open_stored(tmp_path), params)
+    saved = plainly_saved(tmp_path, cfg, "bfloat16")
+    assert {array.dtype.name for array in saved.values()} == {"bfloat16"}
+    expected = {name: array.astype(model.parameter_dtype(cfg, name)) for name, array in saved.items()}
+    assert {name for name, array in expected.items() if array.dtype == np.float32} == {
+        "norm_final",
+        "layers/norm_attn",
+        "layers/norm_mlp",
+    }
+    assert_reads(checkpoint.open_stored(tmp_path), expected)
+    found = named(checkpoint.load(tmp_path).params)
+    for name, array in expected.items():
+        assert found[name].dtype == array.dtype
+        np.testing.assert_array_equal(found[name], array, err_msg=name)
+
+
+def test_a_checkpoint_is_opened_in_another_dtype(tmp_path):
+    cfg = small(n_layers=1)
+    saved = plainly_saved(tmp_path, cfg)
+    opened = checkpoint.open_stored(tmp_path, "bfloat16")
+    assert opened.cfg.param_dtype == "bfloat16"
+    other = small(n_layers=1, param_dtype="bfloat16")
+    assert_reads(opened, {name: array.astype(model.parameter_dtype(other, name)) for name, array in saved.items()})
 
 
 def test_the_newest_step_or_the_one_named_is_opened(tmp_path):

@@ -15,6 +15,8 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 
+from tanuki_jax import lock
+
 LEVELS = ("morpheme", "predicate", "bunsetsu", "none")
 # Surface with the white space before it, part of speech, its two finer classes, and the dictionary form.
 NODE = '-F "%M\\t%f[0],%f[1],%f[2],%f[6]\\n" -U "%M\\t%f[0],%f[1],%f[2],*\\n" -E "\\n"'
@@ -138,7 +140,7 @@ def _counted(
         for language, texts in (*head, *batches):
             yield language, _count(texts, level, dictionary)
         return
-    pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+    pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), lock.end_with_parent)
     with pool:
         waiting: collections.deque = collections.deque()
         for language, texts in (*head, *batches):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
+import time
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from tanuki_jax.checkpoint import sums
 from tanuki_jax.errors import UserError
 from tanuki_jax.origins import locate
 
+REMOVED, POLL = 2.0, 0.1  # seconds that a step, which lacks a file, may be on its way out; and between two looks
 # Keys of a model that do not change its tree of parameters.
 COMPUTED = (
     *("dtype", "remat", "unroll", "logits_chunk", "attention", "experts", "capacity_factor"),
@@ -41,17 +44,20 @@ class Loaded:
 def load(path: str | Path, mesh: jax.sharding.Mesh | None = None, param_dtype: str = "") -> Loaded:
     """Reads a checkpoint's parameters, onto the mesh where one is given; adapters come merged into what they lie on.
 
-    They have the dtype in which they were saved, or `param_dtype`.
+    They have the dtype in which they were saved, or `param_dtype`.  Where rounding swallows part of the adapters, that is said.
     """
     stage_directory, step = locate(path)
     meta = read_meta(stage_directory, step)
     if "adapter" in meta:
         found = load_adapters(path, mesh)
-        base = load(found.base, mesh, found.cfg.param_dtype)
+        cfg = dataclasses.replace(found.cfg, param_dtype=param_dtype or found.cfg.param_dtype)
+        base = load(found.base, mesh, cfg.param_dtype)
         everything = {**base.params, **found.params, **found.scales}
-        shardings = parameter_shardings(found.cfg, mesh) if mesh else None
-        params = jax.jit(model.lora.merge, out_shardings=shardings)(everything)
-        return _cast(Loaded(found.cfg, params, without_adapter(meta), stage_directory), param_dtype, mesh)
+        shardings = (parameter_shardings(cfg, mesh), replicated(mesh)) if mesh else None
+        params, losses = jax.jit(model.lora.merge_and_loss, out_shardings=shardings)(everything)
+        if (told := model.lora.told_loss(parallel.to_host(losses), cfg.param_dtype)) and jax.process_index() == 0:
+            print(f"{path}: {told}; model.param_dtype='float32' keeps it, and so does carry='adapter'", file=sys.stderr)
+        return Loaded(cfg, params, without_adapter(meta), stage_directory)
     cfg = config.from_dict(config.Model, meta["model"])
     shapes = model.parameter_shapes(cfg)
     shardings = parameter_shardings(cfg, mesh) if mesh else None
@@ -87,6 +93,7 @@ def _restore(stage_directory: Path, step: int, shapes: Any, shardings: Any) -> A
         like = sharded_like(shapes, shardings) if shardings else single_device(shapes)
         return checkpoints.restore_items(step, {"params": like})["params"]
     except (ValueError, KeyError, FileNotFoundError) as error:
+        check_there(stage_directory / "checkpoints" / str(step))
         raise UserError(f"checkpoint: {stage_directory} step {step} cannot be read: {str(error).splitlines()[0]}") from error
     finally:
         checkpoints.close()
@@ -98,11 +105,28 @@ def check_sums(stage_directory: Path, step: int, item: str, right: Collection[st
     right: files that need no look, by their paths in the step.
     """
     home = Path(stage_directory) / "checkpoints" / str(step)
-    if wrong := parallel.first_of(sums.damage(home, *parallel.share(), item=item, right=right), "check sums"):
+    wrong = sums.damage(home, *parallel.share(), item=item, right=right) or ("" if home.is_dir() else "it is missing")
+    if wrong := parallel.first_of(wrong, "check sums"):
         _is_damaged(home, wrong)
 
 
+def check_there(home: Path) -> None:
+    """An error where the directory of a step, which was there, is gone: a run that goes on keeps only its newest ones."""
+    until = time.monotonic() + REMOVED
+    while home.is_dir() and any(int(p.name) > int(home.name) for p in home.parent.iterdir() if p.name.isdigit()):
+        if time.monotonic() > until:
+            return
+        time.sleep(POLL)
+    if not home.is_dir():
+        raise UserError(
+            f"checkpoint: {home} was removed while it was read, as a run that goes on removes its older steps; "
+            "give the command again for the newest one, or keep more (stages.NAME.keep, keep_every)"
+        )
+
+
 def _is_damaged(home: Path, wrong: str) -> None:
+    if "missing" in wrong:
+        check_there(home)
     others = sorted((int(p.name) for p in home.parent.iterdir() if p.name.isdigit() and p != home), reverse=True)
     fix = f"use {home.parent / str(others[0])}" if others else "bring back another copy"
     raise UserError(f"checkpoint: {home} is damaged, {wrong}; {fix}")
@@ -117,6 +141,7 @@ def read_meta(stage_directory: Path, step: int) -> dict[str, Any]:
         meta: dict[str, Any] = files.read_json(home / "meta" / "metadata")  # a manager of Orbax takes ten times as long
         config.from_dict(config.Model, meta["model"])
     except (ValueError, KeyError, OSError) as error:
+        check_there(home)
         raise UserError(f"checkpoint: {stage_directory} step {step} cannot be read: {str(error).splitlines()[0]}") from error
     return meta
 

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from tanuki_jax import files, parallel
+from tanuki_jax import files, lock, parallel
 from tanuki_jax.checkpoint import sums
 from tanuki_jax.errors import UserError
 
@@ -50,7 +50,11 @@ class _Pinned(ocp.checkpoint_managers.PreservationPolicy):
 
 
 class Checkpoints:
-    """The checkpoints of one stage: the `keep` newest, and those that the last save was told to keep."""
+    """The checkpoints of one stage: the `keep` newest, and those that the last save was told to keep.
+
+    Opening them writes nothing, since another run may be saving there.  What a killed run left of a save is removed by the
+    first save, which only the holder of the workdir's lock may begin.
+    """
 
     def __init__(self, stage_directory: Path, keep: int = 1) -> None:
         self.directory = files.absolute(stage_directory) / "checkpoints"
@@ -64,12 +68,11 @@ class Checkpoints:
             preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
             enable_async_checkpointing=True,
             async_options=ocp.AsyncOptions(timeout_secs=SAVE_SECONDS),
-            cleanup_tmp_directories=keep != EVERY,  # who only reads must not disturb a run that is saving
+            cleanup_tmp_directories=False,
         )
         with files.disk_errors(self.directory):
-            self.directory.mkdir(parents=True, exist_ok=True)
             self._manager = _Manager(self.directory, options=options)
-        self._given_up = False
+        self._given_up = self._begun = False
         self._sealing: threading.Thread | None = None
         self._unsealed: OSError | None = None  # why the sums could not be written
 
@@ -152,6 +155,7 @@ class Checkpoints:
         with self._saving():
             self._wait()
             self._probe(trees)
+            self._begin()
             self._manager.save(step, args=ocp.args.Composite(**items, meta=ocp.args.JsonSave({"step": step, **meta})))
             self._sealing = threading.Thread(target=self._seal, args=(step,), name="seal", daemon=True)
             self._sealing.start()
@@ -165,13 +169,21 @@ class Checkpoints:
             if not self._sealing.is_alive():
                 self._wait()
 
+    def _begin(self) -> None:
+        """Before the first save, removes what a killed run left of one."""
+        if not self._begun:
+            parallel.on_first(lambda: _remove_unfinished(self.directory), "removing unfinished saves")
+        self._begun = True
+
     def _probe(self, trees: dict[str, Any]) -> None:
         """An OSError on all processes where one cannot write here, or there is no room: some would find out in the middle of a
-        save, and the others wait for them.
+        save, and the others wait for them.  A UserError where the run's lock is another's by now.
         """
+        parallel.on_first(lock.check, "the lock on the workdir")
         probe, size = self.directory / f".probe-{jax.process_index()}", sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
         wrong = ""
         try:
+            self.directory.mkdir(parents=True, exist_ok=True)
             probe.write_bytes(bytes(4096))
             probe.unlink()
             if shutil.disk_usage(self.directory).free < size / 2:  # it may be compressed
@@ -247,9 +259,16 @@ class Checkpoints:
             join_orbax()
             with suppress(Exception):
                 self._manager.close()
-            for unfinished in self.directory.glob("*.orbax-checkpoint-tmp*"):
-                shutil.rmtree(unfinished, ignore_errors=True)
+            if self._begun and jax.process_index() == 0:
+                with suppress(UserError):  # nothing where another run writes by now
+                    lock.check()
+                    _remove_unfinished(self.directory)
             raise
+
+
+def _remove_unfinished(directory: Path) -> None:
+    for unfinished in directory.glob("*.orbax-checkpoint-tmp*"):
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _of_first(found: Any) -> Any:

@@ -41,6 +41,12 @@ class Opened:
     meta: dict[str, Any]
     stage_directory: Path
     verified: Callable[[], None] = lambda: None
+    losses: list[np.ndarray] = dataclasses.field(default_factory=list)  # of adapters, each time that a matrix was merged
+
+    @property
+    def told_loss(self) -> str:
+        """What rounding has lost of adapters, by all that was read; empty where there is nothing to tell."""
+        return model.lora.told_loss(sum(self.losses), self.cfg.param_dtype) if self.losses else ""
 
     @property
     def tokenizer_directory(self) -> Path:
@@ -49,35 +55,52 @@ class Opened:
         return own if own.is_dir() else self.stage_directory
 
 
-def open_stored(path: str | Path) -> Opened:
-    """A checkpoint of ours, to be read a layer at a time; adapters come merged into what they lie on."""
+def open_stored(path: str | Path, param_dtype: str = "") -> Opened:
+    """A checkpoint of ours, to be read a layer at a time; adapters come merged into what they lie on.
+
+    Matrices have the dtype in which they were saved, or `param_dtype`, and norms are float32.
+    """
     stage_directory, step = locate(path)
     reading = sums.Reading(stage_directory / "checkpoints" / str(step))
     verified = functools.cache(lambda: check_sums(stage_directory, step, "params", reading.right))
     meta = read_meta(stage_directory, step)
     cfg = config.from_dict(config.Model, meta["model"])
+    cfg = dataclasses.replace(cfg, param_dtype=param_dtype or cfg.param_dtype)
     if "adapter" in meta:
-        base = open_stored(base_of(stage_directory, meta))
+        base, losses = open_stored(base_of(stage_directory, meta), cfg.param_dtype), list[np.ndarray]()
         scales, ranks = meta["adapter"]["scales"], meta["adapter"]["ranks"]
         sides = _opened(stage_directory, step, [f"lora/{name}/{side}" for name in ranks for side in "ab"], reading, verified)
         tree = dict(base.tree)
         for name in ranks:
             a, b = sides[f"lora/{name}/a"], sides[f"lora/{name}/b"]
-            tree[name] = _merged(name, tree[name], a, b, np.array(scales[name]))
+            tree[name] = _merged(name, tree[name], a, b, np.array(scales[name]), losses)
 
         def both() -> None:
             verified()
             base.verified()
 
-        return Opened(cfg, tree, without_adapter(meta), stage_directory, both)
+        return Opened(cfg, tree, without_adapter(meta), stage_directory, both, losses)
     names = [name for name, _, _ in model.named_parameters(cfg)]
-    return Opened(cfg, _opened(stage_directory, step, names, reading, verified), meta, stage_directory, verified)
+    found = _opened(stage_directory, step, names, reading, verified)
+    tree = {name: _cast(stored, model.parameter_dtype(cfg, name)) for name, stored in found.items()}
+    return Opened(cfg, tree, meta, stage_directory, verified)
 
 
-def _merged(name: str, base: Stored, a: Stored, b: Stored, scale_L: np.ndarray) -> Stored:
+def _cast(stored: Stored, dtype: str) -> Stored:
+    """The array in another dtype: a cast that was asked for, or norms of before they were always float32."""
+    if stored.dtype == dtype:
+        return stored
+    return Stored(stored.shape, dtype, lambda *row: stored.read(*row).astype(dtype))
+
+
+def _merged(name: str, base: Stored, a: Stored, b: Stored, scale_L: np.ndarray, losses: list[np.ndarray]) -> Stored:
     def read(*row: int) -> np.ndarray:
-        scale = np.float32(scale_L[row[0]] if row else scale_L)
-        return np.asarray(model.lora.merged(name, base.read(*row), a.read(*row), b.read(*row), scale))
+        scale, w = np.float32(scale_L[row[0]] if row else scale_L), base.read(*row)
+        exact, change = model.lora.added(name, w, a.read(*row), b.read(*row), scale)
+        merged = exact.astype(w.dtype)
+        if w.dtype != np.float32:
+            losses.append(np.asarray(model.lora.lost(w, change, exact, merged)))
+        return np.asarray(merged)
 
     return Stored(base.shape, base.dtype, read)
 

@@ -59,7 +59,7 @@ def encode_chat(
         frozenset(turn.stop_ids),
     )
     tokens = set(tokenizer.added.values())
-    added = [span for token, span in zip(ids, spans, strict=True) if token in tokens]
+    added = [(span, token) for token, span in zip(ids, spans, strict=True) if token in tokens]
     trained = trained_spans(tokenizer, rendered, messages, turn, added)
     mask = [0] * len(ids)
     at = 0

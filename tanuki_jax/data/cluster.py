@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tanuki_jax import lock
 from tanuki_jax.data.prepare import Manifest, Options, Plan, finish, plan
 from tanuki_jax.data.shards import write_part
 from tanuki_jax.data.tokenizer import Tokenizer
@@ -32,6 +33,14 @@ def prepare(
       slurm: name=value pairs, comma-separated: time, partition (needed), cpus_per_task, mem_per_cpu_gb, qos.
     """
     job = _slurm(slurm) if executor == "slurm" else {}
+    with lock.output(output):
+        return _prepare(patterns, tokenizer, output, options, workers, job)
+
+
+def _prepare(
+    patterns: str, tokenizer: Tokenizer, output: Path, options: Options, workers: int, job: Mapping[str, Any]
+) -> Manifest | None:
+    """On Slurm where there are options of its jobs."""
     made = plan(patterns, tokenizer, Path(output).resolve(), options)
     if (made.work.directory / "manifest.json").is_file():
         return finish(made, tokenizer)
@@ -41,7 +50,7 @@ def prepare(
         pipeline=[step], tasks=len(made.parts), workers=workers, logging_dir=logs, skip_completed=False
     )
     try:
-        if executor == "slurm":
+        if job:
             from datatrove.executor.slurm import SlurmPipelineExecutor
 
             first = SlurmPipelineExecutor(**common, **job, job_name=f"tokenize-{made.output.name}")
@@ -67,7 +76,8 @@ def _task(made: Plan, data: Any, rank: int = 0, world_size: int = 1) -> None:
 
 
 def _finish(made: Plan, data: Any, rank: int = 0, world_size: int = 1) -> None:
-    finish(made, Tokenizer(made.work.tokenizer))
+    with lock.output(made.output):
+        finish(made, Tokenizer(made.work.tokenizer))
 
 
 def _slurm(text: str) -> Mapping[str, Any]:

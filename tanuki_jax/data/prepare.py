@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tanuki_jax import files
+from tanuki_jax import files, lock
 from tanuki_jax.data import chat, sources
 from tanuki_jax.data.shards import Shard, Work, finished_shards, prefixes, write_part
 from tanuki_jax.data.store import Store
@@ -76,7 +76,12 @@ def prepare(patterns: str, tokenizer: Tokenizer, output: Path, options: Options 
     what the assistant says.  Megatron-LM's own .bin files are taken as they are, if the tokenizer has their ids.  All rows
     must be of one kind.  workers: processes, 0 = as many as are of use here; the store is the same for any number.
     """
-    made = plan(patterns, tokenizer, Path(output), options)
+    with lock.output(output):
+        return _prepare(patterns, tokenizer, Path(output), options, workers)
+
+
+def _prepare(patterns: str, tokenizer: Tokenizer, output: Path, options: Options, workers: int) -> Manifest:
+    made = plan(patterns, tokenizer, output, options)
     if (made.work.directory / "manifest.json").is_file():
         return finish(made, tokenizer)
     number = workers or _workers(made)
@@ -138,6 +143,7 @@ def finish(made: Plan, tokenizer: Tokenizer) -> Manifest:
 
 def _publish(made: Plan) -> Manifest:
     """Removes the traces of the work, its identity last, and gives the store its name."""
+    lock.check()
     directory = made.work.directory
     for name in ("*.done", "?????-?????.json", ".*", "identity.json"):
         for path in directory.glob(name):
@@ -211,6 +217,7 @@ def _write_in_processes(made: Plan, workers: int, progress: Progress) -> None:
         try:
             for future in concurrent.futures.as_completed(futures):
                 future.result()
+                lock.check()
                 read += futures[future].size
                 progress.show(read)
         except BaseException:
@@ -219,6 +226,7 @@ def _write_in_processes(made: Plan, workers: int, progress: Progress) -> None:
 
 
 def _use_threads(threads: int) -> None:
+    lock.end_with_parent()
     os.environ["RAYON_NUM_THREADS"] = str(threads)  # of the tokenizers library
 
 

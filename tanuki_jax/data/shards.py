@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import hashlib
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -187,13 +188,17 @@ def _documents(kind: str, row: sources.Row, tokenizer: Tokenizer) -> list[Encode
 
 
 class _Writer:
-    """One shard on its way: files under temporary names, renamed together, the .json last."""
+    """One shard on its way: files under temporary names, renamed together, the .json last.
+
+    The names are nobody else's, so that a process that should be dead by now cannot write into the same files.
+    """
 
     def __init__(self, work: Work, name: str, vocab_size: int) -> None:
         self._work, self._name = work, name
-        self._tokens = StoreWriter(work.directory / f".tokens-{name}", token_dtype(vocab_size))
+        self._hidden = f".{uuid.uuid4().hex[:8]}."
+        self._tokens = StoreWriter(work.directory / f"{self._hidden}tokens-{name}", token_dtype(vocab_size))
         masked = work.kind in ("dialogue", "pair")
-        self._mask = StoreWriter(work.directory / f".mask-{name}", np.dtype(np.uint8)) if masked else None
+        self._mask = StoreWriter(work.directory / f"{self._hidden}mask-{name}", np.dtype(np.uint8)) if masked else None
         self._hash = hashlib.sha256()
         self._reasons: list[dict[str, str]] = []
         self.records = self.rows = self.rejected = self.characters = 0
@@ -217,7 +222,7 @@ class _Writer:
             writer.close()
             for suffix in (".bin", ".idx"):
                 hidden = Path(f"{writer.prefix}{suffix}")
-                hidden.replace(hidden.with_name(hidden.name.removeprefix(".")))
+                hidden.replace(hidden.with_name(hidden.name.removeprefix(self._hidden)))
         shard = Shard(
             self._name,
             self.records,

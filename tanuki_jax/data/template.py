@@ -14,6 +14,9 @@ from tanuki_jax.data import traced
 from tanuki_jax.data.traced import Traced
 from tanuki_jax.errors import UserError
 
+# Jinja's filters that only cut, choose or replace.
+KEEPING = frozenset(("trim", "string", "first", "last", "default", "d", "replace", "reverse", "min", "max", "random", "attr"))
+
 
 def render(source: str, values: Mapping[str, Any]) -> Traced:
     """What the template writes for `values`; a template that refuses them, or cannot be run, is a UserError."""
@@ -111,7 +114,7 @@ def _environment() -> Any:
             return lambda *values, **named: traced.derive(str.__str__(form(*values, **named)), (*values, *named.values()))
 
     environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
-    environment.filters = {name: _tracing(filter) for name, filter in environment.filters.items()}
+    environment.filters = {name: _tracing(filter, name in KEEPING) for name, filter in environment.filters.items()}
     environment.filters["join"] = _join_filter()
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise
@@ -119,12 +122,15 @@ def _environment() -> Any:
     return environment
 
 
-def _tracing(filter: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter of Jinja's whose result belongs to the traced text that it was made from."""
+def _tracing(filter: Callable[..., Any], keeps: bool) -> Callable[..., Any]:
+    """A filter of Jinja's; unless it keeps the origin of each character, its result belongs to what it was made from."""
 
     @functools.wraps(filter)  # Jinja's marks of what a filter is passed are attributes
     def apply(*arguments: Any, **named: Any) -> Any:
-        return traced.derive(filter(*arguments, **named), (*arguments, *named.values()))
+        result = filter(*arguments, **named)
+        if isinstance(result, Traced) and not keeps:
+            result = str.__str__(result)
+        return traced.derive(result, (*arguments, *named.values()))
 
     return apply
 

@@ -90,7 +90,7 @@ class Tokenizer:
 
     def encode_prompt(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Ids as transformers' tokenizer(text) gives them: spelt special tokens are those tokens, and BOS or EOS is added
-        where the tokenizer's own post-processor does so (or add_bos_token, add_eos_token of tokenizer_config.json)."""
+        where the post-processor of tokenizer.json does so (beside which transformers 5 does not look at add_bos_token)."""
         ids: list[int] = self._published.encode(_encodable(text), add_special_tokens=add_special_tokens).ids
         return ids
 
@@ -142,7 +142,7 @@ class Tokenizer:
     @functools.cached_property
     def _published(self) -> tokenizers.Tokenizer:
         """As transformers loads it, with what it adds to a text."""
-        return self._load({**self._json, "post_processor": _post_processor(self._json, self._config, self.added)})
+        return self._load(self._json)
 
     @functools.lru_cache(maxsize=4)  # noqa: B019 - a tokenizer lives as long as its process
     def _with_stand_ins(self, block: int, controls: frozenset[int]) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
@@ -274,23 +274,9 @@ def _as_transformers(data: Any, config: dict[str, Any]) -> dict[str, Any]:
         {"type": "Fuse"},
         *([{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []),
     ]
-    model = {**data["model"], "fuse_unk": True, "byte_fallback": True, "dropout": None}
+    model = {**data["model"], "unk_token": None, "fuse_unk": True, "byte_fallback": True, "dropout": None}
     decoder = {"type": "Sequence", "decoders": decoders}
     return {**data, "model": model, "normalizer": None, "pre_tokenizer": metaspace, "decoder": decoder}
-
-
-def _post_processor(data: dict[str, Any], config: dict[str, Any], added: dict[str, int]) -> Any:
-    """What puts BOS and EOS around a text: the file's, or as add_bos_token and add_eos_token say."""
-    if "add_bos_token" not in config and "add_eos_token" not in config:
-        return data.get("post_processor")
-    named = _named_tokens(config)
-    bos, eos = (named[f"{n}_token"] if config.get(f"add_{n}_token") and f"{n}_token" in named else None for n in ("bos", "eos"))
-    single = [{"SpecialToken": {"id": bos, "type_id": 0}}] if bos else []
-    single.append({"Sequence": {"id": "A", "type_id": 0}})
-    single += [{"SpecialToken": {"id": eos, "type_id": 0}}] if eos else []
-    tokens = {t: {"id": t, "ids": [added[t]], "tokens": [t]} for t in (bos, eos) if t}
-    pair = [*single, {"Sequence": {"id": "B", "type_id": 1}}]
-    return {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": tokens}
 
 
 def _spans(encoding: Any) -> list[Span]:

@@ -13,11 +13,13 @@ from tanuki_jax.data.tokenizer import Span, Tokenizer
 from tanuki_jax.data.traced import Traced
 from tanuki_jax.errors import UserError
 
+Placed = tuple[Span, int]  # a token and its characters
+
 
 class TurnFormat(NamedTuple):
     """How a template writes a turn of the assistant, as a few example conversations show it."""
 
-    prompt: str  # what add_generation_prompt adds
+    prompts: tuple[str, ...]  # what add_generation_prompt adds; and as much of it as stands before an answer, too
     stop_ids: tuple[int, ...]  # what ends an answer or a tool call, eos included; ascending
 
 
@@ -32,17 +34,17 @@ RESULT = {"role": "tool", "name": "gamma", "content": "epsilon"}
 @functools.lru_cache(maxsize=8)
 def turn_format(tokenizer: Tokenizer) -> TurnFormat:
     """How the tokenizer's template writes the assistant's turns."""
-    prompted, unprompted = (_example(tokenizer, [USER], prompt=prompt) for prompt in (True, False))
-    prompt = ""
-    if prompted is not None and unprompted is not None and prompted.startswith(unprompted):
-        prompt = str.__str__(prompted)[len(unprompted) :]
+    prompted, unprompted = (str.__str__(_example(tokenizer, [USER], prompt=prompt) or "") for prompt in (True, False))
+    answered = str.__str__(_example(tokenizer, [USER, ANSWER]) or "")
+    shared = len(_common_prefix(prompted, unprompted))
+    prompts = (prompted[shared:], _common_prefix(prompted, answered)[shared:])
     calls = [{"role": "assistant", "content": "", "tool_calls": [call]} for call in CALLS]
     stops = {tokenizer.eos, *tokenizer.generation_eos}
     for said, more in ((ANSWER, [USER, ANSWER]), *((call, [RESULT, ANSWER]) for call in calls)):
         last = _tail(_example(tokenizer, [USER, said]), 1)
         between = _tail(_example(tokenizer, [USER, said, *more]), 1)
         stops.update(_end_of_turn(tokenizer, last, between))
-    return TurnFormat(prompt if prompt.strip() else "", tuple(sorted(stops)))
+    return TurnFormat(tuple(prompt for prompt in prompts if prompt.strip()), tuple(sorted(stops)))
 
 
 def _end_of_turn(tokenizer: Tokenizer, last: str, between: str) -> list[int]:
@@ -100,14 +102,16 @@ def is_trained(message: Mapping[str, Any]) -> bool:
 
 
 def trained_spans(
-    tokenizer: Tokenizer, rendered: Traced, messages: Messages, turn: TurnFormat, added: Sequence[Span]
+    tokenizer: Tokenizer, rendered: Traced, messages: Messages, turn: TurnFormat, added: Sequence[Placed]
 ) -> list[Span]:
-    """The characters of the rendering that are trained, ascending.  added: where its special and other added tokens are."""
+    """The characters of the rendering that are trained, ascending.  added: its special and other added tokens."""
     trained = [i for i, m in enumerate(messages) if m["role"] == "assistant" and is_trained(m)]
     if any(run.generated for run in traced.runs_of(rendered)):
-        return _marked_spans(tokenizer, rendered, trained, turn)
+        return _marked_spans(rendered, trained, turn, added)
     text = str.__str__(rendered)
     sourced = [_Part(*span, run.source, run.offset) for span, run in traced.spans_of(rendered) if run.source]
+    spoken = {part.source[0] for part in sourced if part.stop > part.start and _speaks(part.source)}
+    sourced = [part for part in sourced if part.stop > part.start or part.source[0] not in spoken]
     groups = [list(group) for _, group in itertools.groupby(sourced, key=lambda part: part.source[0])]
     result: list[Span] = []
     before = 0
@@ -136,7 +140,7 @@ def _turns(
     before: int,
     after: int,
     turn: TurnFormat,
-    added: Sequence[Span],
+    added: Sequence[Placed],
 ) -> list[Span]:
     """The turn that a message is in text[before:after]; several, where the template ends one and prompts for the next."""
     stops = [tokenizer.piece(token) for token in turn.stop_ids]
@@ -152,30 +156,33 @@ def _turns(
         if found:
             result.append((begun, part.stop + found[1]))
             begun, before = None, part.stop + found[1]
-            if not turn.prompt or turn.prompt not in text[before:following]:
+            if not any(prompt in text[before:following] for prompt in turn.prompts):
                 return result
     if begun is not None:  # no token that ends turns: the next message's first, which a model that is trained on it stops at
-        controls = _controls(tokenizer, text[parts[-1].stop : after], tokenizer.special)
-        result.append((begun, parts[-1].stop + (controls[0][0][1] if controls else 0)))
+        special = set(tokenizer.special.values())
+        stop = parts[-1].stop
+        result.append((begun, next((b for (a, b), token in added if stop <= a < after and token in special), stop)))
     return result
 
 
-def _start(text: str, message: Mapping[str, Any], part: _Part, before: int, turn: TurnFormat, added: Sequence[Span]) -> int:
+def _start(text: str, message: Mapping[str, Any], part: _Part, before: int, turn: TurnFormat, added: Sequence[Placed]) -> int:
     """Where a turn begins to be trained: behind the generation prompt, or at the first of what is said."""
-    prompt = text.rfind(turn.prompt, before, part.start) if turn.prompt else -1
-    if prompt >= 0:
-        return prompt + len(turn.prompt)
+    for prompt in turn.prompts:
+        if (at := text.rfind(prompt, before, part.start)) >= 0:
+            return at + len(prompt)
     whole, start, offset = message.get(str(part.source[1])), part.start, part.offset
     if not isinstance(whole, str) or not offset:
         return start
     while offset > 0 and start > before and text[start - 1] == whole[offset - 1]:
         start, offset = start - 1, offset - 1  # <think> of a content that the template has taken apart and put together again
-    return next((b for a, b in added if a < start < b), start)
+    start = next((b for (a, b), _ in added if a < start < b), start)
+    return start + len(text[start : part.start]) - len(text[start : part.start].lstrip())
 
 
-def _marked_spans(tokenizer: Tokenizer, rendered: Traced, trained: Sequence[int], turn: TurnFormat) -> list[Span]:
+def _marked_spans(rendered: Traced, trained: Sequence[int], turn: TurnFormat, added: Sequence[Placed]) -> list[Span]:
     """What {% generation %} marks, and the token that ends the turn where it follows at once."""
     text = str.__str__(rendered)
+    stops = [span for span, token in added if token in turn.stop_ids]
     result: list[Span] = []
     for generated, group in itertools.groupby(traced.spans_of(rendered), key=lambda part: part[1].generated):
         parts = list(group)
@@ -184,9 +191,8 @@ def _marked_spans(tokenizer: Tokenizer, rendered: Traced, trained: Sequence[int]
         if generated and (not owners or owners.intersection(trained)):
             result.append((start, stop))
         elif result and result[-1][1] == start:
-            rest = text[start : next((a for (a, _), run in parts if run.source), stop)]
-            controls, ended = (_controls(tokenizer, part, tokenizer.added) for part in (rest, text[result[-1][0] : start]))
-            ends = bool(controls) and controls[0][1] in turn.stop_ids and not rest[: controls[0][0][0]].strip()
-            if ends and not (ended and ended[-1][1] in turn.stop_ids):
-                result[-1] = (result[-1][0], start + controls[0][0][1])
+            ended = any(result[-1][0] <= a and not text[b:start].strip() for a, b in stops if b <= start)
+            following = next(((a, b) for a, b in stops if start <= a < stop and not text[start:a].strip()), None)
+            if following and not ended:
+                result[-1] = (result[-1][0], following[1])
     return result

@@ -31,7 +31,7 @@ def _sums(cfg: config.Model, params: Any, tokens_BS: jax.Array, weights_BS: jax.
         "segment_ids": jnp.ones((B, S), jnp.int32),
         "positions": jnp.broadcast_to(jnp.arange(S), (B, S)),
     }
-    hidden = model.apply(cfg, params, batch).hidden
+    hidden = model.apply(model.dropless(cfg), params, batch).hidden
     scores = ops.token_logprobs(hidden[:, :-1], params["head"], tokens_BS[:, 1:])
     return jnp.stack([(value * weights_BS[:, 1:]).sum(axis=1) for value in (scores.logprob, 1 - scores.correct)])
 

@@ -12,6 +12,7 @@ import json
 import math
 import shutil
 import struct
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tanuki_jax import checkpoint, config, files, model
+from tanuki_jax import checkpoint, config, files, lock, model
 from tanuki_jax.checkpoint import Opened
 from tanuki_jax.errors import UserError
 from tanuki_jax.interop.huggingface import (
@@ -55,18 +56,20 @@ class Tensor(NamedTuple):
 
     name: str
     shape: tuple[int, ...]
+    dtype: str
     parts: list[Part]
 
 
-def export_huggingface(path: Path, output: Path, vocab_size: int = 0) -> str:
-    """Writes the checkpoint at `path` as a Hugging Face directory and says what it is."""
-    opened, exact = resized(checkpoint.open_stored(path), vocab_size, "export")
+def export_huggingface(path: Path, output: Path, vocab_size: int = 0, param_dtype: str = "") -> str:
+    """Writes the checkpoint at `path` as a Hugging Face directory, in its dtype or in `param_dtype`, and says what it is."""
+    saved = config.from_dict(config.Model, checkpoint.read_meta(*checkpoint.locate(path))["model"]).param_dtype
+    opened, exact = resized(checkpoint.open_stored(path, param_dtype=param_dtype), vocab_size, "export")
     kind = kind_published(opened, kind_of(opened.cfg))
     tensors = list(_tensors(opened, kind))
-    with files.disk_errors(output), files.atomic_path(output) as temporary:
+    with lock.output(output), files.disk_errors(output), files.atomic_path(output) as temporary:
         export_tokenizer(opened.tokenizer_directory, temporary)
         temporary.mkdir(exist_ok=True)
-        size = _write(temporary, tensors, opened.cfg.param_dtype)
+        size = _write(temporary, tensors)
         settings, generation = settings_of(opened, kind)
         files.write_json(temporary / "config.json", settings)
         files.write_json(temporary / "generation_config.json", generation)
@@ -77,7 +80,24 @@ def export_huggingface(path: Path, output: Path, vocab_size: int = 0) -> str:
     total, active = model.count_parameters(opened.cfg)
     how = ", load with trust_remote_code=True (the normalised gate is no Mixtral)" if kind == "tanuki" else ""
     counts = f"{total:,} parameters" + (f", {active:,} active" if active != total else "")
+    if opened.cfg.param_dtype != saved:
+        counts += f", cast from {saved} to {opened.cfg.param_dtype}"
+    if opened.losses or opened.cfg.param_dtype != saved != "bfloat16":
+        exact = exact.replace("exact", "rounded", 1)
+    if len({tensor.dtype for tensor in tensors}) > 1:
+        counts += ", norms in float32, for bfloat16 would round them"
+    if opened.told_loss:
+        print(f"export: {opened.told_loss}; --param_dtype=float32 or --format=peft keeps it", file=sys.stderr)
     return f"{output}: {ARCHITECTURES[kind]}{how}; {counts}, {len(tensors)} tensors, {size / 1e9:,.2f} GB, {exact}"
+
+
+def _norm_dtype(opened: Opened) -> str:
+    """The dtype of the model where it holds the scales of all norms as they are, as it does those that were imported in it."""
+    dtype = opened.cfg.param_dtype
+    if dtype == "float32":
+        return dtype
+    norms = (opened.tree[path].read() for path in opened.tree if model.is_vector(path))
+    return dtype if all((array == array.astype(dtype)).all() for array in norms) else "float32"
 
 
 def kind_of(cfg: config.Model) -> str:
@@ -101,14 +121,16 @@ def _tensors(opened: Opened, kind: str) -> Iterator[Tensor]:
     """All tensors in the order in which a token meets them."""
     cfg, tree = opened.cfg, opened.tree
     sizes = sizes_of(cfg) | {"F": cfg.expert_d_ff or cfg.d_ff if cfg.n_experts else cfg.d_ff}
+    dtypes = {False: cfg.param_dtype, True: _norm_dtype(opened)}
 
     def one(path: str, name: Name, theirs: str, *at: int) -> Tensor:
-        return Tensor(theirs, published_shape(name, sizes), [part(path, name, *at)])
+        return Tensor(theirs, published_shape(name, sizes), dtypes[model.is_vector(path)], [part(path, name, *at)])
 
     def part(path: str, name: Name, *at: int) -> Part:
         rows, *rest = published_shape(name, sizes)
         count = math.ceil(rows * math.prod(rest) * np.dtype(tree[path].dtype).itemsize / PIECE)
-        whole = _shared(functools.partial(tree[path].read, *at), count + 1)
+        dtype = dtypes[model.is_vector(path)]
+        whole = _shared(lambda: tree[path].read(*at).astype(dtype, copy=False), count + 1)
         pieces = [slice(0), *(slice(rows * i // count, rows * (i + 1) // count) for i in range(count))]
         return [functools.partial(_rows, name, whole, piece) for piece in pieces]
 
@@ -118,8 +140,8 @@ def _tensors(opened: Opened, kind: str) -> Iterator[Tensor]:
         def of_all(*names: str) -> list[Part]:
             return [part(f"layers/{name}", EXPERT[name], layer, number) for number in range(E) for name in names]
 
-        yield Tensor(f"model.layers.{layer}.{GATE_UP}", (E, 2 * F, D), of_all("moe/gate", "moe/up"))
-        yield Tensor(f"model.layers.{layer}.{DOWN}", (E, D, F), of_all("moe/down"))
+        yield Tensor(f"model.layers.{layer}.{GATE_UP}", (E, 2 * F, D), dtypes[False], of_all("moe/gate", "moe/up"))
+        yield Tensor(f"model.layers.{layer}.{DOWN}", (E, D, F), dtypes[False], of_all("moe/down"))
 
     yield one("embed/table", OUTER["embed/table"], OUTER["embed/table"].theirs)
     for layer in range(cfg.n_layers):
@@ -175,15 +197,14 @@ def _rows(name: Name, read: Read, rows: slice) -> np.ndarray:
     return transposed(array.reshape(math.prod(inward), -1)[:, rows])
 
 
-def _write(directory: Path, tensors: list[Tensor], dtype: str) -> int:
+def _write(directory: Path, tensors: list[Tensor]) -> int:
     """Safetensors files of SHARD bytes and their index; returns the bytes of all tensors.
 
     The format (a JSON header with the offset of every tensor, then the bytes) is written here, since the library holds a whole
     file in memory.
     """
-    letters = {ours: theirs for theirs, ours in DTYPES.items()}[dtype]
-    item = np.dtype(dtype).itemsize
-    sizes = {t.name: int(np.prod(t.shape)) * item for t in tensors}
+    letters = {ours: theirs for theirs, ours in DTYPES.items()}
+    sizes = {t.name: int(np.prod(t.shape)) * np.dtype(t.dtype).itemsize for t in tensors}
     shards: list[list[Tensor]] = [[]]
     for tensor in tensors:
         if shards[-1] and sum(sizes[t.name] for t in shards[-1]) + sizes[tensor.name] > SHARD:
@@ -197,7 +218,7 @@ def _write(directory: Path, tensors: list[Tensor], dtype: str) -> int:
         at = 0
         for tensor in shard:
             offsets = [at, at + sizes[tensor.name]]
-            header[tensor.name] = {"dtype": letters, "shape": list(tensor.shape), "data_offsets": offsets}
+            header[tensor.name] = {"dtype": letters[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
             at, index[tensor.name] = offsets[1], file
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)

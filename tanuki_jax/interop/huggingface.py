@@ -30,6 +30,9 @@ LONGEST = {"llama": 2048, "mistral": 131_072, "mixtral": 131_072, "tanuki": 131_
 WINDOW = {"mistral": 4096}
 
 
+VECTOR = "D"  # axes of the scale of a norm, which is float32 here in any model
+
+
 class Name(NamedTuple):
     """Where a parameter of ours lies in a published checkpoint, and its axes; a published matrix is [out, in]."""
 
@@ -104,19 +107,21 @@ def open_huggingface(path: Path, param_dtype: str = "") -> Opened:
     def ours(name: Name, array: np.ndarray) -> np.ndarray:
         """A published array in our layout."""
         shape = [sizes[axis] for axis in name.axes]
-        return (transposed(array) if name.transposed else np.ascontiguousarray(array)).reshape(shape)
+        array = (transposed(array) if name.transposed else np.ascontiguousarray(array)).reshape(shape)
+        return array.astype(np.float32, copy=False) if name.axes == VECTOR else array
 
     def stored(name: Name, *before: int, read: Callable[..., np.ndarray]) -> Stored:
-        return Stored((*before, *(sizes[axis] for axis in name.axes)), cfg.param_dtype, read)
+        dtype = "float32" if name.axes == VECTOR else cfg.param_dtype
+        return Stored((*before, *(sizes[axis] for axis in name.axes)), dtype, read)
 
     def whole(name: Name) -> Stored:
-        weights.expect(name.theirs, published_shape(name, sizes))
+        weights.expect(name.theirs, published_shape(name, sizes), name.axes == VECTOR)
         return stored(name, read=lambda: ours(name, weights.read(name.theirs)))
 
     def stacked(name: Name) -> Stored:
         names = [f"model.layers.{layer}.{name.theirs}" for layer in range(cfg.n_layers)]
         for theirs in names:
-            weights.expect(theirs, published_shape(name, sizes))
+            weights.expect(theirs, published_shape(name, sizes), name.axes == VECTOR)
 
         def read(*layer: int) -> np.ndarray:
             return ours(name, weights.read(names[layer[0]])) if layer else np.stack([read(i) for i in range(cfg.n_layers)])
@@ -304,7 +309,8 @@ class _Weights:
     def __init__(self, path: Path, cast: str = "") -> None:
         self.path, self._cast = path, cast
         self.dtype_of_all = ""  # once it is known
-        self.dtypes: set[str] = set()  # as the files have them
+        self.dtypes: set[str] = set()  # of the matrices, as the files have them
+        self._wanted: dict[str, str] = {}  # name -> what it is cast to
         self._used: set[str] = set()
         index = path / INDEX
         if index.is_file():
@@ -325,11 +331,11 @@ class _Weights:
     def has(self, name: str) -> bool:
         return name in self._map
 
-    def expect(self, name: str, shape: tuple[int, ...]) -> None:
-        """An error unless there is such a tensor, of this shape and of a dtype that is read."""
+    def expect(self, name: str, shape: tuple[int, ...], vector: bool = False) -> None:
+        """An error unless there is such a tensor, of this shape and of a dtype that is read; of a norm also float32."""
         found = list(self._locate(name).get_slice(name).get_shape())
-        dtype = self.dtype(name)
-        if self.dtype_of_all and not self._cast and dtype != self.dtype_of_all:
+        dtype, wanted = self.dtype(name), ("float32" if vector else "", self.dtype_of_all)
+        if self.dtype_of_all and not self._cast and dtype not in wanted:
             raise UserError(
                 f"{self.path}: {name} is {dtype}, the embedding {self.dtype_of_all}; weights of one dtype come as they are; "
                 + CAST
@@ -337,7 +343,9 @@ class _Weights:
         if found != list(shape):
             raise UserError(f"{self.path}: {name} has shape {found}, where config.json asks for {list(shape)}")
         self._used.add(name)
-        self.dtypes.add(dtype)
+        self._wanted[name] = "float32" if vector else self._cast
+        if not vector:  # those of norms become float32, which holds every value of all but float64
+            self.dtypes.add(dtype)
 
     def dtype(self, name: str) -> str:
         """That of a tensor; an error where it is not read, or not without a cast."""
@@ -351,7 +359,7 @@ class _Weights:
     def read(self, name: str, part: tuple[Any, ...] = ()) -> np.ndarray:
         opened = self._locate(name)
         array = opened.get_slice(name)[part] if part else opened.get_tensor(name)
-        return cast(array, self._cast, f"{self.path}: {name}") if self._cast else array
+        return cast(array, self._wanted.get(name) or self._cast, f"{self.path}: {name}") if self._cast else array
 
     def check_all_used(self) -> None:
         """An error where a tensor has no place in our model: a bias, an adapter."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tanuki_jax import checkpoint, config, files, model
+from tanuki_jax import checkpoint, config, files, lock, model
 from tanuki_jax.data.chat import stop_ids
 from tanuki_jax.data.tokenizer import Tokenizer, copy_tokenizer
 from tanuki_jax.errors import UserError
@@ -39,12 +39,12 @@ def import_huggingface(path: Path, output: Path, vocab_size: int = 0, param_dtyp
         done = 0
         for name, stored in opened.tree.items():
             for at in checkpoint.block_indices(name, stored.shape):
-                array = stored.read(*at).astype(cfg.param_dtype, copy=False)
+                array = stored.read(*at).astype(model.parameter_dtype(cfg, name), copy=False)
                 yield name, at, array
                 done += array.nbytes
                 progress.show(done)
 
-    with files.disk_errors(output), files.atomic_path(output) as temporary:
+    with lock.output(output), files.disk_errors(output), files.atomic_path(output) as temporary:
         meta = {**opened.meta, "stage": "import", "model": config.to_dict(cfg), "data_fingerprint": "", "id": uuid.uuid4().hex}
         checkpoint.save_streamed(temporary, cfg, blocks(), meta)
         copy_tokenizer(path, temporary / "tokenizer")

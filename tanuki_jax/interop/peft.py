@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from tanuki_jax import checkpoint, config, files, model
+from tanuki_jax import checkpoint, config, files, lock, model
 from tanuki_jax.data.tokenizer import copy_tokenizer
 from tanuki_jax.errors import UserError
 from tanuki_jax.interop.export import kind_of
@@ -84,7 +84,7 @@ def export_adapters(path: Path, output: Path, base_name: str = "") -> str:
     if experts and kind == "tanuki":
         tensors |= _fused(experts)
     settings = _settings(found, kind, names, {name: scale for name, (_, scale) in flat.items()}, base_name)
-    with files.disk_errors(output), files.atomic_path(output) as temporary:
+    with lock.output(output), files.disk_errors(output), files.atomic_path(output) as temporary:
         temporary.mkdir()
         save_file(tensors, temporary / WEIGHTS, {"format": "pt", "base_fingerprint": found.meta["adapter"]["base_fingerprint"]})
         files.write_json(temporary / SETTINGS, settings)
@@ -219,7 +219,7 @@ def import_adapters(path: Path, base: Path, output: Path) -> str:
         raise UserError(f"import: the adapters in {path} were trained on another model than {base}; give that one as --base")
     count = sum(t.size for t in tensors.values())
     ranks, params, scales = _ours(Path(path), cfg, settings, tensors)
-    with files.disk_errors(output), files.atomic_path(output) as temporary:
+    with lock.output(output), files.disk_errors(output), files.atomic_path(output) as temporary:
         told_of = checkpoint.adapters_meta(temporary, base, ranks, scales)
         new = {**meta, "stage": "import", "data_fingerprint": "", "id": uuid.uuid4().hex, "adapter": told_of}
         checkpoint.save_params(temporary, params, new)

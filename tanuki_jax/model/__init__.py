@@ -3,12 +3,15 @@
 from tanuki_jax.model import layerwise, lora
 from tanuki_jax.model.generate import Sampling, generate
 from tanuki_jax.model.health import expert_health, expert_similarity
+from tanuki_jax.model.layers import is_vector, parameter_dtype
+from tanuki_jax.model.streaming import stream
 from tanuki_jax.model.transformer import (
     Dropout,
     Outputs,
     apply,
     count_parameters,
     decode,
+    dropless,
     empty_cache,
     flops_per_token,
     init,
@@ -26,17 +29,21 @@ __all__ = [
     "apply",
     "count_parameters",
     "decode",
+    "dropless",
     "empty_cache",
     "expert_health",
     "expert_similarity",
     "flops_per_token",
     "generate",
     "init",
+    "is_vector",
     "layerwise",
     "logical_axes",
     "lora",
     "mean_logits",
     "named_parameters",
+    "parameter_dtype",
     "parameter_shapes",
+    "stream",
     "token_scores",
 ]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import zlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,33 +33,58 @@ def generate(
 ) -> list[list[int]]:
     """Continues each prompt; returns the new token ids without the stop token.
 
-    Prompts are padded to a power of two, so that few shapes are compiled.
+    Prompts are padded to a power of two, so that few shapes are compiled.  What is drawn for a prompt depends on the seed and
+    on the prompt alone, not on the rows beside it; of equal prompts in one batch each has its own draws.
     """
     if not prompts:
         return []
+    check_prompts(cfg, prompts)
+    lengths = np.array([len(p) for p in prompts], np.int32)
+    width = 1 << max(4, int(lengths.max() - 1).bit_length())
+    tokens = np.zeros((len(prompts), width), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    out = parallel.to_host(
+        _generate(cfg, sampling, params, tokens, lengths, np.int64(seed).astype(np.int32), row_numbers(prompts))
+    )
+    stop = set(sampling.stop)
+    return [[int(t) for t in row[: next((i for i, t in enumerate(row) if int(t) in stop), len(row))]] for row in out]
+
+
+def check_prompts(cfg: config.Model, prompts: Sequence[Sequence[int]]) -> None:
+    """A UserError where a prompt is empty, or of another vocabulary."""
     if not all(len(p) for p in prompts):
         raise UserError("generate: a prompt is empty; give at least one token")
     if (largest := max(map(max, prompts))) >= cfg.vocab_size:
         raise UserError(
             f"generate: the prompt holds id {largest}, the model has {cfg.vocab_size} rows; its tokenizer is of another model"
         )
-    lengths = np.array([len(p) for p in prompts], np.int32)
-    width = 1 << max(4, int(lengths.max() - 1).bit_length())
-    tokens = np.zeros((len(prompts), width), np.int32)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    out = parallel.to_host(_generate(cfg, sampling, params, tokens, lengths, seed))
-    stop = set(sampling.stop)
-    return [[int(t) for t in row[: next((i for i, t in enumerate(row) if int(t) in stop), len(row))]] for row in out]
+
+
+def row_numbers(prompts: Sequence[Sequence[int]]) -> np.ndarray:
+    """Of each prompt its check sum, and how many before it are the same, [B, 2] uint32."""
+    seen: Counter[bytes] = Counter()
+    numbers = []
+    for prompt in prompts:
+        spelt = np.asarray(prompt, np.int64).tobytes()
+        numbers.append((zlib.crc32(spelt), seen[spelt]))
+        seen[spelt] += 1
+    return np.array(numbers, np.uint32)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _generate(
-    cfg: config.Model, sampling: Sampling, params: Params, tokens_BP: jax.Array, lengths_B: jax.Array, seed: jax.Array
+    cfg: config.Model,
+    sampling: Sampling,
+    params: Params,
+    tokens_BP: jax.Array,
+    lengths_B: jax.Array,
+    seed: jax.Array,
+    numbers_B2: jax.Array,
 ) -> jax.Array:
     """New tokens [B, max_new_tokens]; what follows a row's stop token is meaningless."""
     B, P = tokens_BP.shape
-    key = jax.random.key(seed)
+    keys_B = row_keys(jax.random.key(seed), numbers_B2)
     limit = sampling.max_new_tokens
     cache = empty_cache(cfg, B, P + limit)
     positions_BP = jnp.broadcast_to(jnp.arange(P), (B, P))
@@ -65,21 +92,13 @@ def _generate(
     last_BD = hidden_BPD[jnp.arange(B), lengths_B - 1]
     stop = jnp.array(sampling.stop or (-1,))
 
-    def choose(hidden_BD: jax.Array, step: jax.Array) -> jax.Array:
-        head_DV = params["head"].astype(hidden_BD.dtype)
-        logits_BV = jnp.einsum("BD,DV->BV", hidden_BD, head_DV, preferred_element_type=jnp.float32)
-        if sampling.temperature == 0:
-            return logits_BV.argmax(axis=-1).astype(jnp.int32)
-        logits_BV = _nucleus(logits_BV / sampling.temperature, sampling.top_p)
-        return jax.random.categorical(jax.random.fold_in(key, step), logits_BV).astype(jnp.int32)
-
     def running(state: Any) -> jax.Array:
         step, *_, done_B = state
         return (step < limit) & ~done_B.all()
 
     def one(state: Any) -> Any:
         step, hidden_BD, cache, out_BT, done_B = state
-        token_B = choose(hidden_BD, step)
+        token_B = choose(sampling, params, keys_B, hidden_BD, step)
         out_BT = out_BT.at[:, step].set(token_B)
         done_B = done_B | (token_B[:, None] == stop).any(axis=1)
         hidden_B1D, cache = decode(cfg, params, cache, token_B[:, None], (lengths_B + step)[:, None])
@@ -87,6 +106,22 @@ def _generate(
 
     state = (jnp.int32(0), last_BD, cache, jnp.zeros((B, limit), jnp.int32), jnp.zeros((B,), bool))
     return jax.lax.while_loop(running, one, state)[3]
+
+
+def row_keys(key: jax.Array, numbers_B2: jax.Array) -> jax.Array:
+    """The random key of each row."""
+    return jax.vmap(lambda numbers_2: jax.random.fold_in(jax.random.fold_in(key, numbers_2[0]), numbers_2[1]))(numbers_B2)
+
+
+def choose(sampling: Sampling, params: Params, keys_B: jax.Array, hidden_BD: jax.Array, step: jax.Array) -> jax.Array:
+    """The new token number `step` of each row, [B] int32, from the hidden states of the tokens before it."""
+    head_DV = params["head"].astype(hidden_BD.dtype)
+    logits_BV = jnp.einsum("BD,DV->BV", hidden_BD, head_DV, preferred_element_type=jnp.float32)
+    if sampling.temperature == 0:
+        return logits_BV.argmax(axis=-1).astype(jnp.int32)
+    logits_BV = _nucleus(logits_BV / sampling.temperature, sampling.top_p)
+    drawn_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, step)
+    return jax.vmap(jax.random.categorical)(drawn_B, logits_BV).astype(jnp.int32)
 
 
 def _nucleus(logits_BV: jax.Array, top_p: float) -> jax.Array:

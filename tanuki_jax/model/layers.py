@@ -15,10 +15,10 @@ from tanuki_jax import config, ops, parallel
 def parameter(
     module: nn.Module, cfg: config.Model, name: str, axes: str, kind: str = "inner", expert: bool = False
 ) -> jax.Array:
-    """A parameter whose shape follows from its axis letters, "DNH" say, in `param_dtype`.
+    """A parameter whose shape follows from its axis letters, "DNH" say, in its `parameter_dtype`.
 
     kind: "inner" is N(0, init_std); "outer" writes to the residual stream and is divided by sqrt(2L), as in Megatron-LM;
-    "scale" is 1, "zero" is 0 and always float32.  An expert's F may be its own.
+    "scale" is 1, "zero" is 0.  An expert's F may be its own.
     """
     sizes = {
         "V": cfg.vocab_size,
@@ -32,9 +32,22 @@ def parameter(
     std = cfg.init_std / (2 * cfg.n_layers) ** 0.5 if kind == "outer" else cfg.init_std
     constant = {"scale": nn.initializers.ones, "zero": nn.initializers.zeros}
     initializer = constant.get(kind) or nn.initializers.normal(std)
-    dtype = jnp.dtype("float32" if kind == "zero" else cfg.param_dtype)
-    split = nn.with_logical_partitioning(initializer, tuple(axes))
-    return cast(jax.Array, module.param(name, split, tuple(sizes[a] for a in axes), dtype))
+
+    def drawn(key: jax.Array, shape: tuple[int, ...], dtype: str) -> jax.Array:
+        return initializer(key, shape, jnp.float32).astype(dtype)  # bfloat16 of its own has 128 numbers between 1 and 2
+
+    split = nn.with_logical_partitioning(drawn, tuple(axes))
+    return cast(jax.Array, module.param(name, split, tuple(sizes[a] for a in axes), parameter_dtype(cfg, name)))
+
+
+def is_vector(name: str) -> bool:
+    """Whether a parameter, by its name or path, is the scale of a norm or a bias: few, float32 everywhere, and not decayed."""
+    return name.rpartition("/")[2].startswith(("norm", "bias"))
+
+
+def parameter_dtype(cfg: config.Model, name: str) -> str:
+    """The dtype in which a parameter is stored: float32 for norms and biases, else `param_dtype`."""
+    return "float32" if is_vector(name) else cfg.param_dtype
 
 
 def used(module: nn.Module, cfg: config.Model, name: str, axes: str, kind: str = "inner") -> jax.Array:

@@ -95,7 +95,7 @@ class MoE(nn.Module):
         logits_BSE = jnp.einsum("BSD,DE->BSE", x_BSD.astype(jnp.float32), router_DE, precision=jax.lax.Precision.HIGHEST)
         bias_E = parameter(self, cfg, "bias", "E", "zero").astype(jnp.float32) if cfg.router_bias else None
         gate = weights_BSk, experts_BSk, _ = route(logits_BSE, cfg.top_k, cfg.normalized_gate, cfg.gate_scale, bias_E)
-        y_BSD, kept_BSk = _experts(cfg, x_BSD, weights_BSk, experts_BSk, *matrices)
+        y_BSD, kept_BSk = _experts(cfg, x_BSD, weights_BSk, experts_BSk, valid_BS, *matrices)
         return y_BSD, router_stats(logits_BSE, *gate, kept_BSk, valid_BS)
 
 
@@ -103,19 +103,23 @@ def _experts(cfg: config.Model, *arguments: jax.Array) -> tuple[jax.Array, jax.A
     """Each device dispatches its own tokens, to experts that come to it whole or, over `expert`, to where the experts are.
 
     Weights are gathered over the axes that only their storage is split over, and their gradients scattered back; with F
-    split over `tensor` the devices' partial sums are added up.
+    split over `tensor` the devices' partial sums are added up.  With a capacity an expert has room for a share of each device's
+    own tokens, in which padding does not count.
     """
 
     def ffn(
         x_BSD: jax.Array,
         weights_BSk: jax.Array,
         experts_BSk: jax.Array,
+        valid_BS: jax.Array,
         *matrices: jax.Array,
         axis: str = "",
         impl: str = cfg.experts,
     ) -> tuple[jax.Array, jax.Array]:
         flat = (a.reshape(-1, a.shape[-1]) for a in (x_BSD, weights_BSk, experts_BSk))
-        y_TD, kept_Tk = ops.expert_ffn(*flat, *matrices, impl=impl, capacity=cfg.capacity_factor, axis=axis)
+        y_TD, kept_Tk = ops.expert_ffn(
+            *flat, *matrices, impl=impl, capacity=cfg.capacity_factor, valid_T=valid_BS.reshape(-1), axis=axis
+        )
         return y_TD.reshape(x_BSD.shape), kept_Tk.reshape(experts_BSk.shape)
 
     if not parallel.splits_batch(arguments[0].shape[0]):
@@ -123,17 +127,18 @@ def _experts(cfg: config.Model, *arguments: jax.Array) -> tuple[jax.Array, jax.A
         return ffn(*arguments, impl="padded" if parallel.size(*parallel.MESH_AXES) > 1 else cfg.experts)
     mesh = jax.sharding.get_abstract_mesh()
     stored, used = (
-        [parallel.spec(axes, column, mesh, w.shape) for (_, axes, _), w in zip(MATRICES, arguments[3:], strict=True)]
+        [parallel.spec(axes, column, mesh, w.shape) for (_, axes, _), w in zip(MATRICES, arguments[4:], strict=True)]
         for column in ("stored", "used")
     )
     tokens = parallel.activation_spec("BS")
 
     def local(
-        x_BSD: jax.Array, weights_BSk: jax.Array, experts_BSk: jax.Array, *matrices: jax.Array
+        x_BSD: jax.Array, weights_BSk: jax.Array, experts_BSk: jax.Array, valid_BS: jax.Array, *matrices: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         whole = [parallel.gathered_within(w, *specs) for w, *specs in zip(matrices, stored, used, strict=True)]
-        y_BSD, kept_BSk = ffn(x_BSD, weights_BSk, experts_BSk, *whole, axis="expert" if mesh.shape["expert"] > 1 else "")
+        axis = "expert" if mesh.shape["expert"] > 1 else ""
+        y_BSD, kept_BSk = ffn(x_BSD, weights_BSk, experts_BSk, valid_BS, *whole, axis=axis)
         return (jax.lax.psum(y_BSD, "tensor") if used[0][2] else y_BSD), kept_BSk
 
-    specs = (tokens, tokens, tokens, *stored)
+    specs = (tokens, tokens, tokens, tokens, *stored)
     return jax.shard_map(local, in_specs=specs, out_specs=(tokens, tokens), check_vma=False)(*arguments)

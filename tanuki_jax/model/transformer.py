@@ -275,6 +275,11 @@ def mean_logits(cfg: config.Model, params: Params, outputs: Outputs) -> jax.Arra
     return jnp.einsum("BSD,D->BS", outputs.hidden.astype(jnp.float32), mean_D, precision="highest")
 
 
+def dropless(cfg: config.Model) -> config.Model:
+    """The model without limits of its experts' room, which are for train steps: no text's result depends on those beside it."""
+    return dataclasses.replace(cfg, capacity_factor=0.0)
+
+
 def empty_cache(cfg: config.Model, batch_size: int, length: int) -> Cache:
     """Keys and values [L, B, M, K, H] of M = `length` positions, in the compute dtype."""
     shape = (cfg.n_layers, batch_size, length, cfg.n_kv_heads, cfg.head_dim)
@@ -289,7 +294,7 @@ def decode(
     Rows may be at different positions; a token sees the slots 0 to its position, so tokens written past a row's true
     end are never seen before they are overwritten.  Returns [B, S, D] in the compute dtype.
     """
-    cfg = dataclasses.replace(cfg, capacity_factor=0.0)  # else an answer would depend on the other rows
+    cfg = dropless(cfg)  # else an answer would depend on the other rows
     batch = {"tokens": tokens_BS, "positions": positions_BS, "segment_ids": jnp.ones_like(tokens_BS)}
     hidden_BSD, cache, _ = cast(Any, Transformer(cfg).apply(_variables(cfg, params), batch, cache))
     return hidden_BSD, cache

@@ -8,6 +8,7 @@ from tanuki_jax.ops.expert_ffn import expert_ffn
 from tanuki_jax.ops.grouped_matmul import grouped_matmul
 from tanuki_jax.ops.linear import linear, rows
 from tanuki_jax.ops.normal import normal, normal_pairs
+from tanuki_jax.ops.rounding import round_stochastically
 
 __all__ = [
     "TokenScores",
@@ -21,6 +22,7 @@ __all__ = [
     "on_tpu",
     "platform",
     "residuals",
+    "round_stochastically",
     "rows",
     "splash_kernel",
     "token_logprobs",

@@ -28,6 +28,7 @@ def expert_ffn(
     *,
     impl: str = "auto",
     capacity: float = 0.0,
+    valid_T: jax.Array | None = None,
     axis: str = "",
 ) -> tuple[jax.Array, jax.Array]:
     """Sum over a token's experts of weight * down(silu(gate x) * up x).
@@ -45,6 +46,8 @@ def expert_ffn(
         "auto": by platform; on GPUs "mosaic" where its kernels fit, else "padded".
       capacity: 0 is dropless.  Else an expert takes the first ceil(capacity * T*k / E) assignments of these T tokens and
         drops the others, which then count 0 (Switch Transformer, Fedus et al. 2021); the layout is "padded".
+      valid_T: bool, with a capacity: tokens that are not padding.  Only they take room, and only they count in the T above;
+        padding gives 0.  Without it all are valid.
       axis: inside shard_map, the mesh axis over which the experts are split: each device holds E / (its size) of them, and
         tokens travel there and back by all-to-all; the layout is "padded".
 
@@ -62,16 +65,21 @@ def expert_ffn(
     if impl == "reference":
         return _reference(x_TD, weights_Tk, experts_Tk, gate_EDF, up_EDF, down_EFD), everything
 
-    # rank: how many earlier assignments went to the same expert
+    # rank: how many earlier assignments went to the same expert, of valid tokens where there is a capacity
     onehot_AE = jax.nn.one_hot(experts_Tk.reshape(-1), E, dtype=jnp.int32)
+    if capacity and valid_T is not None:
+        onehot_AE *= jnp.repeat(valid_T, k)[:, None]
     sizes_E = onehot_AE.sum(axis=0)
     rank_Tk = ((jnp.cumsum(onehot_AE, axis=0) - 1) * onehot_AE).sum(axis=1).reshape(T, k)
     matrices = (gate_EDF, up_EDF, down_EFD)
 
     if capacity:
-        room = min(T, int(np.ceil(capacity * T * k / E)))
+        share = np.float32(capacity * k / E * (1 - 2**-20))  # of each token; a little less, or an error would be rounded up
+        room = min(T, int(np.ceil(np.float32(T) * share)))
         kept_Tk = rank_Tk < room
-        return _padded(x_TD, weights_Tk, experts_Tk, rank_Tk, matrices, axis, shards, room), kept_Tk
+        if valid_T is not None:
+            kept_Tk &= (rank_Tk < jnp.ceil(valid_T.sum().astype(jnp.float32) * share)) & valid_T[:, None]
+        return _padded(x_TD, weights_Tk, experts_Tk, rank_Tk, kept_Tk, matrices, axis, shards, room), kept_Tk
     if impl == "padded" or axis:
         return _fitting(x_TD, weights_Tk, experts_Tk, rank_Tk, sizes_E, matrices, axis, shards), everything
     if impl == "pallas":
@@ -130,16 +138,16 @@ def _fitting(x_TD, weights_Tk, experts_Tk, rank_Tk, sizes_E, matrices, axis, sha
         fullest = jax.lax.pmax(fullest, jax.sharding.get_abstract_mesh().manual_axes)
     # The usual case keeps its activations; the rare ones recompute theirs, or every case would store for all others.
     branches: list[Callable[[], jax.Array]] = [
-        functools.partial(_padded, x_TD, weights_Tk, experts_Tk, rank_Tk, matrices, axis, shards, room) for room in rooms
+        functools.partial(_padded, x_TD, weights_Tk, experts_Tk, rank_Tk, rank_Tk < room, matrices, axis, shards, room)
+        for room in rooms
     ]
     branches[1:] = [jax.checkpoint(branch) for branch in branches[1:]]
     return jax.lax.switch(jnp.searchsorted(jnp.array(rooms), fullest), branches)
 
 
-def _padded(x_TD, weights_Tk, experts_Tk, rank_Tk, matrices, axis, shards, room):
-    """Every expert takes up to `room` of these tokens, at rows e*room and on; those beyond are dropped."""
+def _padded(x_TD, weights_Tk, experts_Tk, rank_Tk, kept_Tk, matrices, axis, shards, room):
+    """Every expert takes up to `room` of these tokens, at rows e*room and on; those that are not kept are dropped."""
     E = matrices[0].shape[0] * shards
-    kept_Tk = rank_Tk < room
     slot_Tk = jnp.where(kept_Tk, experts_Tk * room + rank_Tk, E * room)
     x_RD, back = _dispatch(x_TD, slot_Tk, kept_Tk, E * room)
     if axis:

@@ -35,7 +35,7 @@ def _places(rows: int, columns: int) -> tuple[jax.Array, jax.Array]:
 
 def _pair(key: jax.Array, row: jax.Array, column: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Two normal numbers of each place (Box and Muller 1958): 2^23 radii, and 2^24 angles in each of the four quadrants."""
-    a, b = _threefry(jax.random.bits(key, (2,), jnp.uint32), row, column)
+    a, b = threefry(jax.random.bits(key, (2,), jnp.uint32), row, column)
     # Halves keep both within their open intervals, and are exact.
     uniform = ((a >> 9).astype(jnp.int32).astype(jnp.float32) + 0.5) * np.float32(2**-23)
     angle = ((b.astype(jnp.int32) >> 8).astype(jnp.float32) + 0.5) * np.float32(math.pi / 2 * 2**-24)
@@ -59,7 +59,7 @@ def _signed(x: jax.Array, sign: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(x, jnp.uint32) ^ sign, jnp.float32)
 
 
-def _threefry(key_2: jax.Array, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+def threefry(key_2: jax.Array, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Two words of hash for two words of a counter: Threefry-2x32 with 20 rounds (Salmon et al. 2011), written out."""
     keys = (key_2[0], key_2[1], key_2[0] ^ key_2[1] ^ np.uint32(0x1BD11BDA))
     x, y = x + keys[0], y + keys[1]

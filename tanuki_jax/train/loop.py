@@ -225,10 +225,11 @@ class _Attempt:
 
     def _log(self, number: int, loss: float, metrics: dict[str, jax.Array], probed: dict[str, Any]) -> None:
         job, clock = self.job, self.clock
-        self.progress.show(number, f"loss {loss:.3f}  {clock.tokens_per_second:,.0f} tokens/s")
+        rate = clock.tokens_per_second
+        self.progress.show(number, f"loss {loss:.3f}" + (f"  {rate:,.0f} tokens/s" if rate else ""))
         if not (number % job.options.log_every == 0 or number == job.steps or probed):
             return
-        waited, rate = clock.mean_wait(), clock.tokens_per_second
+        waited = clock.mean_wait()
         parallel.spends(waited)
         if self.writer:
             how = {
@@ -284,9 +285,9 @@ def _record(path: Path, batch: Any) -> None:
 
 
 def summary(job: Job) -> dict[str, Any]:
-    """Steps, tokens, seconds, rate and final loss of a finished stage, from its metrics."""
+    """Steps, tokens, seconds, rate and final loss (of the last step that was finite) of a finished stage, from its metrics."""
     rows = read_metrics(job.directory)
-    losses = [row["loss"] for row in rows if row["loss"] is not None][-10:]
+    losses = [row["loss"] for row in rows if row["loss"] is not None]
     seconds = rows[-1]["seconds"] if rows else 0.0
     tokens = job.steps * job.tokens_per_step
     return {
@@ -296,5 +297,5 @@ def summary(job: Job) -> dict[str, Any]:
         "tokens_per_second": round(tokens / seconds, 1) if seconds else None,
         "goodput": rows[-1]["goodput"] if rows else None,
         "times": rows[-1]["times"] if rows else {},
-        "final_loss": round(float(np.mean(losses)), 4) if losses else None,
+        "final_loss": round(losses[-1], 4) if losses else None,
     }

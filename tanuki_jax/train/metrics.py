@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from tanuki_jax import files
+from tanuki_jax import files, lock
 
 # Dense bfloat16 peak of one device, FLOP/s (vendors' data sheets); where a kind is missing, mfu is null.
 PEAK_FLOPS = {
@@ -49,7 +49,8 @@ class MetricsWriter:
             self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
 
     def write(self, row: dict[str, Any]) -> None:
-        """One logged step."""
+        """One logged step; an error where the run's lock is another's by now."""
+        lock.check(look=False)
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         if self._board:

@@ -2,44 +2,64 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from tanuki_jax import config
+from tanuki_jax import config, model, ops
 
 
 def make_optimizer(options: config.Optimizer) -> optax.GradientTransformation:
     """Adam direction plus weight decay on matrices; the step multiplies it by minus the learning rate.
 
-    Moments are computed in float32 and stored in `moment_dtype`.  Norm scales do not decay; embedding, head and router do,
-    as in Megatron-LM.
+    Moments are computed in float32 and stored in `moment_dtype`, where that is bfloat16 by stochastic rounding.  Norm scales
+    do not decay; embedding, head and router do, as in Megatron-LM.
     """
-    adam = optax.scale_by_adam(b1=options.beta1, b2=options.beta2, eps=options.eps, mu_dtype=jnp.float32)
+    adam = optax.scale_by_adam(b1=options.beta1, b2=options.beta2, eps=options.eps)
     return optax.chain(_stored_as(adam, options.moment_dtype), optax.add_decayed_weights(options.weight_decay, mask=decays))
 
 
 def _stored_as(adam: optax.GradientTransformation, dtype: str) -> optax.GradientTransformation:
-    """Adam whose moments lie in `dtype` between steps."""
-    if dtype == "float32":
-        return adam
+    """Adam whose moments lie in `dtype` between steps, whatever the dtype of the parameters."""
 
-    def moments(state: Any, dtype: Any) -> Any:
+    def init(params: Any) -> Any:
+        state: Any = adam.init(params)
         return state._replace(mu=optax.tree.cast(state.mu, dtype), nu=optax.tree.cast(state.nu, dtype))
 
     def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        directions, state = adam.update(grads, moments(state, jnp.float32), params)
-        return directions, moments(state, dtype)
+        stored = {"mu": state.mu, "nu": state.nu}
+        directions, new = adam.update(grads, state._replace(**optax.tree.cast(stored, jnp.float32)), params)
+        key = jax.random.fold_in(jax.random.key(0), new.count)
+        return directions, new._replace(**rounded_like(stored, {"mu": new.mu, "nu": new.nu}, key))
 
-    return optax.GradientTransformation(lambda params: moments(adam.init(params), dtype), update)
+    return optax.GradientTransformation(init, update)
+
+
+def rounded_like(stored: Any, values: Any, key: jax.Array) -> Any:
+    """`values`, a tree of float32, in the dtypes of the tree `stored`; in bfloat16 by stochastic rounding.
+
+    To the nearest, a change below half a step of bfloat16, 2^-9 of the number, would be lost, and lost again with every step.
+    The draws depend on the key and on the path of each array.
+    """
+    word, other = jax.random.bits(key, (2,), jnp.uint32)
+
+    def one(path: Any, old: jax.Array, value: jax.Array) -> jax.Array:
+        if old.dtype != jnp.bfloat16:
+            return value.astype(old.dtype)
+        number = np.uint32(zlib.crc32(jax.tree_util.keystr(path).encode()))
+        return ops.round_stochastically(value, jnp.stack([word ^ number, other]))
+
+    return jax.tree_util.tree_map_with_path(one, stored, values)
 
 
 def decays(params: Any) -> Any:
     """True for each parameter that decays: all but norm scales (matrices here, stacked over layers) and biases of experts."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: not path[-1].key.startswith(("norm", "bias")), params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: not model.is_vector(path[-1].key), params)
 
 
 def learning_rate(options: config.Optimizer, total_steps: int) -> Callable[[jax.Array], jax.Array]:

@@ -14,8 +14,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from tanuki_jax import model
 from tanuki_jax.train.balance import Balance
 from tanuki_jax.train.losses import Batch, LossFn
+from tanuki_jax.train.optimizer import rounded_like
+
+ROUNDING = 2**32 - 1  # what the keys of rounding are folded from; those of the losses' draws are folded from steps
 
 
 @jax.tree_util.register_dataclass
@@ -44,7 +48,12 @@ def init_state(
     balance: Balance | None = None,
     frozen: Any = None,
 ) -> State:
-    """The state before the first step."""
+    """The state before the first step; norms and biases, if given in less, are float32 from here on."""
+
+    def wide(path: Any, w: jax.Array) -> jax.Array:
+        return w.astype(jnp.float32) if model.is_vector(path[-1].key) else w
+
+    params = jax.tree_util.tree_map_with_path(wide, params)
     return State(jnp.int32(0), params, optimizer.init(params), key, balance or {}, frozen or {})
 
 
@@ -101,6 +110,8 @@ def make_update(
 ) -> Callable[[State, Any, dict[str, jax.Array]], tuple[State, dict[str, jax.Array]]]:
     """`update(state, gradients, metrics) -> (state, metrics)`: what a step does once it has its gradients.
 
+    The update is computed in float32; parameters in bfloat16 are rounded stochastically, by draws that the state's key (of the
+    recipe's seed and the stage), the step and the parameter's path decide.
     `rebalance` (train/balance.py) then looks at the load of the experts.
     Gradients that are not finite change nothing but the step number; the metrics show it, and the loop counts them.
     """
@@ -111,9 +122,11 @@ def make_update(
         if clip_norm:
             scale = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-12))
             grads = jax.tree.map(lambda g: g * scale, grads)
-        directions, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.tree.cast(state.params, jnp.float32)
+        directions, opt_state = optimizer.update(grads, state.opt_state, params)
         rate = state.rate * learning_rate(state.step)
-        params = jax.tree.map(lambda p, d: (p - rate * d).astype(p.dtype), state.params, directions)
+        key = jax.random.fold_in(jax.random.fold_in(state.key, ROUNDING), state.step)
+        params = rounded_like(state.params, jax.tree.map(lambda p, d: p - rate * d, params, directions), key)
         balance = state.balance
         if rebalance:
             params, balance, metrics = rebalance(params, balance, metrics)

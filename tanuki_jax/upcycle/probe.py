@@ -81,7 +81,7 @@ class Probe:
         layers = jax.tree.map(
             lambda s: jax.ShapeDtypeStruct(s.shape[1:], s.dtype), model.parameter_shapes(self._dense)["layers"]
         )
-        router_DE = jax.ShapeDtypeStruct((self._dense.d_model, self._mixture.n_experts), layers["norm_mlp"].dtype)
+        router_DE = jax.ShapeDtypeStruct((self._dense.d_model, self._mixture.n_experts), layers["mlp"]["gate"].dtype)
         x_2SD = jax.ShapeDtypeStruct((2, TOKENS, self._dense.d_model), jnp.float32)
         self._entered.lower({n: layers[n] for n in LAYER}, layers["mlp"], router_DE, x_2SD).compile()
 

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import sys
 import time
 import uuid
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from tanuki_jax import checkpoint, config, files, interop, model, upcycle
+from tanuki_jax import checkpoint, config, files, interop, lock, model, upcycle
 from tanuki_jax.checkpoint import Opened
 from tanuki_jax.data.tokenizer import copy_tokenizer
 from tanuki_jax.errors import UserError
@@ -33,11 +34,15 @@ QK_NORM = ("attn/norm_q", "attn/norm_k")
 Arrays = dict[str, np.ndarray]  # by name, of one FFN
 
 
-def open_dense(path: str) -> Opened:
-    """A dense checkpoint, ours or a Hugging Face directory, to be read a layer at a time."""
+def open_dense(path: str, param_dtype: str = "") -> Opened:
+    """A dense checkpoint, ours or a Hugging Face directory, to be read a layer at a time.
+
+    Adapters are merged into what they lie on in `param_dtype`, or in the dtype of that.
+    """
     if not path or not Path(path).is_dir():
         raise UserError(f"--checkpoint: no such directory: {path}")
-    opened = interop.open_llama(Path(path)) if interop.is_huggingface(Path(path)) else checkpoint.open_stored(path)
+    theirs = interop.is_huggingface(Path(path))
+    opened = interop.open_llama(Path(path)) if theirs else checkpoint.open_stored(path, param_dtype)
     if opened.cfg.n_experts:
         raise UserError(f"upcycle: {path} is a mixture already; give a dense one")
     return opened
@@ -71,7 +76,7 @@ def plan(checkpoints: Sequence[str], shape: dict[str, Any], settings: dict[str, 
 
     shape: keys of upcycle.SHAPE; settings: keys of config.Upcycle; dtype: of the output, by default the checkpoint's.
     """
-    sources = tuple(open_dense(path) for path in checkpoints)
+    sources = tuple(open_dense(path, dtype or "") for path in checkpoints)
     check_alike(sources)
     cfg = upcycle.mixture_of(sources[0].cfg, **shape)
     cfg = dataclasses.replace(cfg, param_dtype=dtype or cfg.param_dtype)
@@ -83,20 +88,18 @@ def plan(checkpoints: Sequence[str], shape: dict[str, Any], settings: dict[str, 
 def run(job: Job, output: Path) -> str:
     """Makes the mixture, and returns a table of what came of it.  `output` is there whole or not at all."""
     began = time.monotonic()
-    with files.disk_errors(output), files.atomic_path(output) as temporary:
+    with lock.output(output), files.disk_errors(output), files.atomic_path(output) as temporary:
         meta = {**job.sources[0].meta, "stage": "upcycle", "model": config.to_dict(job.cfg), "data_fingerprint": ""}
         meta["upcycle"] = config.to_dict(job.options) | {"seed": job.seed, "from": str(job.sources[0].stage_directory)}
         meta["id"] = uuid.uuid4().hex
         identity = write(job, temporary, meta)
         for source in job.sources:
             source.verified()
+            if source.told_loss:
+                print(f"upcycle: {source.stage_directory}: {source.told_loss}; --param_dtype=float32 keeps it", file=sys.stderr)
         copy_tokenizer(job.sources[0].tokenizer_directory, temporary / "tokenizer")
     seconds = time.monotonic() - began
     size = _bytes(job.cfg)
-    strategy, cfg = job.options.strategy, job.cfg
-    exact = strategy == "copy" or (strategy == "groups" and cfg.top_k % upcycle.granularity(cfg) == 0)
-    rounding = 3e-2 if exact and cfg.param_dtype == "bfloat16" else 1e-4  # the roots of `groups` are rounded
-    kind = "exact up to rounding" if identity.difference <= rounding * identity.spread else "not the dense model's function"
     return _table(
         job,
         [
@@ -105,10 +108,20 @@ def run(job: Job, output: Path) -> str:
             (
                 "identity",
                 f"logits of {TOKENS} random tokens differ by at most {identity.difference:.2e} "
-                f"(their deviation is {identity.spread:.2f}): {kind}",
+                f"(their deviation is {identity.spread:.2f}): {_kind(job, identity)}",
             ),
         ],
     )
+
+
+def _kind(job: Job, identity: Identity) -> str:
+    """What the identity check found, in words."""
+    if identity.difference <= 1e-4 * identity.spread:
+        return "exact up to the order of sums"
+    parts = upcycle.granularity(job.cfg)
+    if job.options.strategy == "groups" and job.cfg.top_k % parts == 0 and parts & (parts - 1):
+        return f"the dense model's function but for weights of down, which {parts} parts, no power of two, round"
+    return "not the dense model's function"
 
 
 def predicted(job: Job, output: Path) -> str:
@@ -154,7 +167,7 @@ def write(job: Job, output: Path, meta: dict[str, Any]) -> Identity:
 
 
 def _bytes(cfg: config.Model) -> int:
-    return sum(math.prod(shape) for _, _, shape in model.named_parameters(cfg)) * np.dtype(cfg.param_dtype).itemsize
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(model.parameter_shapes(cfg)))
 
 
 def _shown(blocks: Iterator[checkpoint.Block], progress: Progress) -> Iterator[checkpoint.Block]:
@@ -176,7 +189,7 @@ def _blocks(
         if not _finite(array):
             where = f"{name}, layer {layer[0]}" if layer else name
             raise UserError(f"upcycle: {source.stage_directory} has NaN or Inf in {where}; use an earlier checkpoint")
-        return array.astype(dtype, copy=False)
+        return array.astype(model.parameter_dtype(cfg, name), copy=False)
 
     def shared(name: str, *layer: int) -> np.ndarray:
         """What all have in common: the only source's, or the mean."""

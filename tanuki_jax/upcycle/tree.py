@@ -10,8 +10,9 @@ drop    in each expert, a share of the inner dimensions is drawn anew, the same 
 groups  virtual groups (He et al. 2024; Megatron-LM's upcycling_utils): the FFN is split into G parts, part e mod G for
         expert e, and every G neighbours share their router column, so that a group is chosen together.  With the softmax
         after the top-k each part weighs 1/G of its group, which the factor s = G makes up for.  The published scaling puts
-        s^(1/3) on all three matrices, which is exact for a squared ReLU, but silu(c x) is not c silu(x): here it is s^(1/2)
-        on up and down, and the mixture begins as the dense model.
+        s^(1/3) on all three matrices, which is exact for a squared ReLU, but silu(c x) is not c silu(x): here it is on up
+        and down alone, as evenly as a power of two on up allows.  Powers of two round nothing in any dtype, so with G one
+        the mixture begins as the dense model, bit by bit but for the order of sums; with another G down is rounded once.
 
 The router is always new.  With `experts_from`, expert e starts from the e-th dense model in turn, and what is not FFN is the
 mean of them (Sukhbaatar et al. 2024, "Branch-Train-MiX").
@@ -51,7 +52,7 @@ def upcycle(params: Any, cfg: config.Model, options: config.Upcycle, key: jax.Ar
     Returns:
       The tree with `layers/moe/{router [L,D,E], gate, up [L,E,D,F], down [L,E,F,D]}` in place of `mlp`; where only some layers
       become mixtures, these in `moe`, the others in `mlp`.  With `copy` and `groups` (top_k a multiple of G) the function
-      computed is that of the dense model, whatever the router says.
+      computed is that of the dense model, whatever the router says; but for rounding of `down` where G is no power of two.
     """
     check(cfg, options)
     trees = (params, *others)
@@ -173,7 +174,8 @@ def _groups(weights: Weights, _: None, number: int, cfg: config.Model, options: 
         piece = jax.lax.dynamic_slice_in_dim(weights[name], start, width, axis=axis)
         return (piece.astype(jnp.float32) * scale).astype(piece.dtype)
 
-    return {"gate": part("gate", 1, 1.0), "up": part("up", 1, parts**0.5), "down": part("down", 0, parts**0.5)}
+    of_up = 2.0 ** round(math.log2(parts) / 2)
+    return {"gate": part("gate", 1, 1.0), "up": part("up", 1, of_up), "down": part("down", 0, parts / of_up)}
 
 
 DRAWN = ("noise", "drop")  # those that draw normal numbers

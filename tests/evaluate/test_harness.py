@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 
 from tanuki_jax import checkpoint, cli
+from tanuki_jax.errors import UserError
 from tests import tiny_recipe
+from tests.data import byte_level
+from tests.data.test_templates import CHATML, INST
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs the extra harness")
 pytestmark = pytest.mark.slow
@@ -87,3 +90,66 @@ def test_a_task_runs_from_end_to_end(ours, tmp_path):
     }
     found = lm_eval.simple_evaluate(model=ours, tasks=[task], bootstrap_iters=0)
     assert 0 <= found["results"]["tiny"]["acc,none"] <= 1
+
+
+# --- models of others -------------------------------------------------------------------------------------------------------
+
+OTHERS = {
+    "ChatML": dict(template=CHATML.replace("CONTENT", "m.content"), eos="<|im_end|>", bos=None),
+    "BOS before every text": dict(template=INST.replace("END", "eos_token"), scheme="first", post=True),
+    "BOS as the config says": dict(template=INST.replace("END", "eos_token"), add_bos_token=True),
+}
+
+
+@pytest.fixture(scope="module", params=OTHERS)
+def foreign(request, tmp_path_factory):
+    """Our harness on an imported model with its own tokenizer and template, and hf on the published files."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    from lm_eval.models.huggingface import HFLM
+
+    from tanuki_jax.evaluate.harness import Harness
+
+    directory, output = (tmp_path_factory.mktemp("foreign") / name for name in ("hf", "ours"))
+    made = byte_level.make(directory, **OTHERS[request.param])
+    torch.manual_seed(0)
+    shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    settings = transformers.LlamaConfig(
+        vocab_size=512,
+        initializer_range=0.3,
+        bos_token_id=made.bos,
+        eos_token_id=made.eos,
+        max_position_embeddings=128,
+        **shape,
+    )
+    transformers.LlamaForCausalLM(settings).save_pretrained(directory)
+    assert cli.main(["import", f"--hf={directory}", f"--output={output}"]) == 0
+    return Harness(output), HFLM(str(directory), device="cpu", dtype="float32")
+
+
+def test_of_another_model_too_likelihoods_and_greedy_answers_are_those_of_hf(foreign):
+    ours, theirs = foreign
+    asked = requests(*((c, t) for c in ("", "Hi there", "Paris. ", "<s>Rome") for t in (" Paris", " Rome.\n", "狸")))
+    mine, hf = ours.loglikelihood(asked, disable_tqdm=True), theirs.loglikelihood(asked, disable_tqdm=True)
+    np.testing.assert_allclose([a for a, _ in mine], [a for a, _ in hf], rtol=1e-4, atol=1e-3)
+    options = {"until": ["\n\n"], "max_gen_toks": 8, "do_sample": False}
+    prompts = requests(("Hi there", dict(options)), ("Paris", dict(options)))
+    assert ours.generate_until(prompts) == theirs.generate_until(prompts, disable_tqdm=True)
+
+
+def test_of_another_model_too_conversations_are_those_of_hf(foreign):
+    ours, theirs = foreign
+    for history in ([{"role": "user", "content": "Hi there"}], [{"role": "user", "content": " 狸\n"}]):
+        text = ours.apply_chat_template(history)
+        assert text == theirs.apply_chat_template(history) and ours.tok_encode(text) == theirs.tok_encode(text)
+        begun = [*history, {"role": "assistant", "content": "The answer is"}]
+        going_on = ours.apply_chat_template(begun, add_generation_prompt=False)
+        assert going_on == theirs.apply_chat_template(begun, add_generation_prompt=False)
+        asked = requests((text, " Paris"), (going_on, " Rome"))
+        mine, hf = ours.loglikelihood(asked, disable_tqdm=True), theirs.loglikelihood(asked, disable_tqdm=True)
+        np.testing.assert_allclose([a for a, _ in mine], [a for a, _ in hf], rtol=1e-4, atol=1e-3)
+
+
+def test_a_continuation_of_no_token_is_an_error_that_names_it(ours, monkeypatch):
+    monkeypatch.setattr(ours, "_encode_pair", lambda context, continuation: ([5, 6], []))
+    with pytest.raises(UserError, match="'Answer'.*nothing is left to score"):
+        ours.loglikelihood(requests(("Answer", "s")), disable_tqdm=True)

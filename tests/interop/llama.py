@@ -105,7 +105,10 @@ def shapes(cfg):
 
 
 def flat(cfg, arrays):
-    """The same weights under our names, in our layouts: a published matrix is [out, in], its heads one after another."""
+    """The same weights under our names, in our layouts: a published matrix is [out, in], its heads one after another.
+
+    Norms are float32 here.
+    """
     N, K, H, D, L = cfg.n_heads, cfg.n_kv_heads, cfg.head_dim, cfg.d_model, range(cfg.n_layers)
 
     def stacked(name, layout=lambda w: w):
@@ -117,12 +120,12 @@ def flat(cfg, arrays):
         "layers/attn/k": stacked("self_attn.k_proj", lambda w: np.moveaxis(w.reshape(K, H, D), 2, 0)),
         "layers/attn/v": stacked("self_attn.v_proj", lambda w: np.moveaxis(w.reshape(K, H, D), 2, 0)),
         "layers/attn/o": stacked("self_attn.o_proj", lambda w: np.moveaxis(w.reshape(D, N, H), 0, 2)),
-        "layers/norm_attn": stacked("input_layernorm"),
-        "layers/norm_mlp": stacked("post_attention_layernorm"),
+        "layers/norm_attn": stacked("input_layernorm").astype(np.float32),
+        "layers/norm_mlp": stacked("post_attention_layernorm").astype(np.float32),
         "layers/mlp/gate": stacked("mlp.gate_proj", np.transpose),
         "layers/mlp/up": stacked("mlp.up_proj", np.transpose),
         "layers/mlp/down": stacked("mlp.down_proj", np.transpose),
-        "norm_final": arrays["model.norm.weight"],
+        "norm_final": arrays["model.norm.weight"].astype(np.float32),
         "head": arrays.get("lm_head.weight", arrays["model.embed_tokens.weight"]).T,
     }
 

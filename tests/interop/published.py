@@ -139,8 +139,10 @@ def save(home, cfg, named, meta=(), where=None, step=0):
 
 def random(cfg, seed=0):
     rng = np.random.default_rng(seed)
-    dtype = DTYPES[cfg.param_dtype]
-    return {name: (rng.normal(size=shape) * 0.1).astype(dtype) for name, _, shape in model.named_parameters(cfg)}
+    drawn_by_name = {
+        name: (rng.normal(size=shape) * 0.1).astype(DTYPES[cfg.param_dtype]) for name, _, shape in model.named_parameters(cfg)
+    }
+    return {name: w.astype(model.parameter_dtype(cfg, name)) for name, w in drawn_by_name.items()}
 
 
 def stage(home, name, tokenizer=None):

@@ -56,6 +56,23 @@ def test_what_transformers_wrote_comes_back_to_the_last_bit(kind, real):
     assert {name: after.get(name) for name in same} == {name: before[name] for name in same}
 
 
+@pytest.mark.parametrize("rounded", [True, False])
+def test_norms_are_exported_in_bfloat16_where_it_holds_them_and_come_back_bit_by_bit(rounded, tmp_path, capsys):
+    cfg = dense(param_dtype="bfloat16", n_heads=4, head_dim=6)
+    named = random(cfg)
+    if not rounded:
+        named["layers/norm_mlp"] = named["layers/norm_mlp"] + np.float32(2**-12)
+    home = save(tmp_path / "ours", cfg, named)
+    back = export(home, tmp_path / "hf")
+    dtypes = {name: array.dtype.name for name, array in read_directory(back).items()}
+    norms = {name for name in dtypes if "norm" in name}
+    assert {dtypes[name] for name in norms} == {"bfloat16" if rounded else "float32"}
+    assert {dtypes[name] for name in dtypes.keys() - norms} == {"bfloat16"}
+    said = capsys.readouterr().out
+    assert ("norms in float32" in said) != rounded and ", exact" in said
+    assert_same_bits(stored(import_(back, tmp_path / "again"))[1], named)
+
+
 def in_float32(home):
     """Model and parameters of a published directory, computed in float32."""
     cfg, named = opened(home)

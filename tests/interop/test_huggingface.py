@@ -51,7 +51,15 @@ def test_a_directory_is_read_as_our_tree_to_the_last_bit(dtype, shards, tmp_path
     assert {name: stored.shape for name, stored in opened.tree.items()} == {
         n: s for n, _, s in model.named_parameters(opened.cfg)
     }
-    assert {stored.dtype for stored in opened.tree.values()} == {dtype}
+    assert all(stored.dtype == model.parameter_dtype(opened.cfg, name) for name, stored in opened.tree.items())
+
+
+def test_norms_in_float32_beside_matrices_in_bfloat16_are_read_as_they_are(tmp_path):
+    arrays = drawn(CFG, dtype="bfloat16")
+    arrays |= {name: w.astype(np.float32) + np.float32(2**-12) for name, w in arrays.items() if "norm" in name}
+    opened = interop.open_llama(write(tmp_path / "llama", CFG, arrays))
+    assert opened.cfg.param_dtype == "bfloat16"
+    assert_same(read(opened), flat(CFG, arrays))
 
 
 @pytest.mark.parametrize("name", ["layers/attn/q", "layers/mlp/down", "norm_final"])

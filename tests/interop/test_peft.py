@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import shutil
 
 import flax.traverse_util
@@ -205,6 +206,51 @@ def test_whole_weights_have_the_adapters_in_them(kind, ours, tmp_path):
     found, expected = (flat(checkpoint.load(place).params) for place in (tmp_path / "back", home))
     for path, wanted in expected.items():
         assert np.abs(found[path] - wanted).max() <= 1e-6 * np.abs(wanted).max(), path
+
+
+LOST = r"merged into bfloat16 weights, the adapters lose (\d+)% of what they change .*, and (\d+)% of the weights stay"
+
+
+@pytest.mark.parametrize("size", [3e-6, 3e-4, 0.3], ids=["swallowed", "rounded", "kept"])
+def test_what_bfloat16_swallows_of_adapters_is_told_wherever_they_are_merged(size, tmp_path, capsys):
+    cfg, options = small(**SHAPE, param_dtype="bfloat16"), config.Lora(rank=2, targets={"attn/q": 0, "mlp/*": 0})
+    below = init(cfg, jax.random.key(0))
+    checkpoint.save_params(tmp_path / "base", below, {"model": config.to_dict(cfg)})
+    trained, scales = model.lora.init_adapters(cfg, options, jax.random.key(1))
+    trained = jax.tree.map(lambda w: w + size, trained)
+    ranks, factors = model.lora.ranks(cfg, options), model.lora.scales(cfg, options)
+    told = checkpoint.adapters_meta(tmp_path / "sft", tmp_path / "base", ranks, factors)
+    checkpoint.save_params(tmp_path / "sft", trained, {"model": config.to_dict(cfg), "adapter": told})
+
+    wide = flat(model.lora.merge(jax.tree.map(jnp.float32, {**below, **trained, **scales})))
+    before, merged = (flat(jax.tree.map(jnp.float32, tree)) for tree in (below, checkpoint.load(tmp_path / "sft").params))
+    lost = [(merged[p] - wide[p]).ravel() for p in ranks]
+    change = [(wide[p] - before[p]).ravel() for p in ranks]
+    share = np.linalg.norm(np.concatenate(lost)) / np.linalg.norm(np.concatenate(change))
+    same = np.mean(np.concatenate([(merged[p] == before[p]).ravel() for p in ranks]))
+    flags = ["export", f"--checkpoint={tmp_path / 'sft'}"]
+    told = {"load": capsys.readouterr().err}
+    assert tanuki(*flags, f"--output={tmp_path / 'hf'}") == 0
+    found = capsys.readouterr()
+    told["export"] = found.err
+    assert ", rounded" in found.out and "exact" not in found.out
+    for where, text in told.items():
+        match = re.search(LOST, text)
+        assert bool(match) == (share > 0.01), where
+        if match:
+            np.testing.assert_allclose([int(n) / 100 for n in match.groups()], [min(share, 1), same], atol=0.02)
+    assert (size == 0.3) == (share < 0.01) and (size == 3e-6) == (same > 0.9)
+    assert "--format=peft" in told["export"] or size == 0.3
+    assert tanuki(*flags, f"--output={tmp_path / 'wide'}", "--param_dtype=float32") == 0
+    found = capsys.readouterr()
+    assert "cast from bfloat16 to float32" in found.out and ", exact" in found.out and "lose" not in found.err
+    assert tanuki("import", f"--hf={tmp_path / 'wide'}", f"--output={tmp_path / 'back'}") == 0
+    for path, w in flat(checkpoint.load(tmp_path / "back").params).items():
+        np.testing.assert_allclose(w, wide[path], rtol=1e-6, atol=1e-9, err_msg=path)
+    loaded = checkpoint.load(tmp_path / "sft", param_dtype="float32")
+    assert "lose" not in capsys.readouterr().err
+    for path, w in flat(loaded.params).items():
+        np.testing.assert_allclose(w, wide[path], rtol=1e-6, atol=1e-9, err_msg=path)
 
 
 @pytest.mark.slow

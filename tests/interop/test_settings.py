@@ -391,7 +391,9 @@ def test_weights_of_other_or_several_dtypes_are_cast_on_request(case, to, tmp_pa
     if to == "bfloat16" and case != "float32 in bfloat16":
         assert "3 bits of mantissa" in first
     found = read_directory(export(tmp_path / "ours", tmp_path / "back"))
-    assert_same_bits(found, {name: MIXED[case](name, w).astype(to) for name, w in theirs.items()})
+    given = {name: MIXED[case](name, w) for name, w in theirs.items()}
+    # Norms are float32 in any model, and go out so where bfloat16 would round them.
+    assert_same_bits(found, {name: w.astype("float32" if "norm" in name else to) for name, w in given.items()})
 
 
 def test_a_cast_that_is_none_is_exact_and_one_that_overflows_is_refused(tmp_path, capsys):

@@ -1,9 +1,12 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tanuki_jax.model.moe import GATE_BINS, route, router_stats
+from tanuki_jax import config
+from tanuki_jax.model.moe import GATE_BINS, MoE, route, router_stats
 
 
 def numpy_gate(logits, top_k, normalized, scale=1.0, bias=0.0):
@@ -47,6 +50,25 @@ def test_lambda_and_bias_against_a_numpy_loop(normalized, with_bias, scale):
         assert 0 < same.sum() < same.size  # it does choose otherwise, at times
         order = lambda w, e: np.take_along_axis(np.asarray(w), np.argsort(e, -1), -1)  # noqa: E731
         np.testing.assert_allclose(order(weights, experts)[same], order(plain_weights, plain_experts)[same], rtol=1e-6)
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["padding first", "padding last"])
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_with_a_capacity_padding_takes_no_room_and_is_not_counted(top_k, before):
+    """What 24 real tokens get, drop and count does not depend on the length to which their rows are padded."""
+    cfg = config.Model(d_model=8, d_ff=8, n_experts=4, top_k=top_k, capacity_factor=0.9, dtype="float32", init_std=0.5)
+    rows, real, module = 3, 8, MoE(cfg)
+    x = jax.random.normal(jax.random.key(0), (rows, real, 8))
+    params, found = module.init(jax.random.key(1), x, jnp.ones((rows, real), bool)), {}
+    for length in (8, 9, 16):
+        pad = [(0, 0), (length - real, 0) if before else (0, length - real), (0, 0)]
+        valid = jnp.pad(jnp.ones((rows, real), bool), pad[:2])
+        y, stats = jax.jit(module.apply)(params, jnp.pad(x, pad, constant_values=1.0), valid)
+        found[length] = y[valid], *stats
+        assert not np.asarray(y[~valid]).any()
+    assert found[8][-2] > 0  # some are dropped
+    for length in (9, 16):
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), found[length], found[8])
 
 
 @pytest.mark.parametrize("normalized", [True, False])

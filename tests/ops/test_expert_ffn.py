@@ -196,6 +196,21 @@ def test_room_for_everything_drops_nothing():
     close(found, reference("one expert takes all", 45, 2, 4))
 
 
+@pytest.mark.parametrize("capacity", [0.5, 0.7, 1.0])
+def test_padding_takes_no_room(capacity):
+    """What real tokens get is what they get without the padding, wherever it lies; padding gives nothing and gets nothing."""
+    T, k, E = 45, 2, 4
+    x, weights, experts, *matrices = problem("even", T, k, E)
+    valid = np.ones(T, bool)
+    valid[[*range(0, 12), 20, *range(40, 45)]] = False
+    with_room = functools.partial(ops.expert_ffn, capacity=capacity)
+    found, kept = jax.jit(functools.partial(with_room, valid_T=jnp.asarray(valid)))(x, weights, experts, *matrices)
+    expected, expected_kept = with_room(x[valid], weights[valid], experts[valid], *matrices)
+    np.testing.assert_array_equal(kept[valid], expected_kept)
+    np.testing.assert_allclose(found[valid], expected, atol=1e-5)
+    assert not expected_kept.all() and not kept[~valid].any() and not np.asarray(found)[~valid].any()
+
+
 # --- experts on several devices -------------------------------------------------------------------------------------
 
 

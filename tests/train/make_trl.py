@@ -88,6 +88,10 @@ def write_tokenizer(directory):
 
     from tanuki_jax.data.chat import TEMPLATE
 
+    answer = "{{ '\n\n### 応答:\n' + message['content'] + eos_token }}"  # TRL finds what the assistant says by marks
+    assert answer in TEMPLATE
+    marks = "{{ '\n\n### 応答:\n' }}{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}"
+
     pieces = [(piece, -10.0 if len(piece) == 1 else -8.0) for piece in (*SPECIAL, *PIECES)]
     assert len(pieces) == SHAPE["vocab_size"], len(pieces)
     made = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk_id=0))
@@ -98,7 +102,7 @@ def write_tokenizer(directory):
     made.save(str(directory / "tokenizer.json"))
     named = dict(zip(("unk_token", "bos_token", "eos_token", "pad_token"), SPECIAL, strict=True))
     (directory / "tokenizer_config.json").write_text(
-        json.dumps({**named, "chat_template": TEMPLATE, "tokenizer_class": "PreTrainedTokenizerFast"})
+        json.dumps({**named, "chat_template": TEMPLATE.replace(answer, marks), "tokenizer_class": "PreTrainedTokenizerFast"})
     )
     return directory
 

@@ -102,6 +102,14 @@ def test_metrics_after_the_checkpoint_are_written_anew_when_the_run_goes_on(tmp_
     assert loop.summary(job(tmp_path))["tokens"] == 90
 
 
+def test_the_final_loss_is_the_last_one_and_no_mean(tmp_path):
+    for step, loss in enumerate((3.0, 2.0, 1.23456, None), 1):
+        row = {"step": step, "loss": loss, "seconds": 1.0, "goodput": 1.0, "times": {}}
+        with (tmp_path / "metrics.jsonl").open("a", encoding="utf-8") as f:
+            f.write(json.dumps(row) + "\n")
+    assert loop.summary(job(tmp_path))["final_loss"] == 1.2346  # of the last step that was finite
+
+
 def test_counters_of_a_step_are_logged_with_it(tmp_path):
     run(job(tmp_path, log_every=4, counters=lambda step: {"data/ja/tokens": 7 * step, "data/ja/epoch": step / 2}))
     assert [(row["data/ja/tokens"], row["data/ja/epoch"]) for row in rows(tmp_path)] == [(28, 2.0), (56, 4.0), (63, 4.5)]

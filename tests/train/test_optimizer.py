@@ -1,13 +1,16 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from tanuki_jax import config
+from tanuki_jax import checks, config
+from tanuki_jax.errors import UserError
 from tanuki_jax.train import losses
 from tanuki_jax.train.optimizer import decays, learning_rate, make_optimizer
-from tanuki_jax.train.step import init_state, make_train_step
+from tanuki_jax.train.step import init_state, make_train_step, make_update
 from tests.tiny import init, packed_batch, small
 
 
@@ -65,6 +68,75 @@ def test_low_precision_moments_change_a_step_little():
     for low, high in zip(jax.tree.leaves(found["bfloat16"]), jax.tree.leaves(found["float32"]), strict=True):
         assert low.dtype == jnp.float32
         np.testing.assert_allclose(low, high, rtol=0.02, atol=0.02)
+
+
+def stationary(beta2, dtype="bfloat16", steps=4000, size=400):
+    """The second moment after so many gradients of 1, before them ten of 100: a spike, which has to be forgotten."""
+    optimizer = make_optimizer(config.Optimizer(beta2=beta2, moment_dtype=dtype))
+    params = {"w": jnp.zeros(size)}
+
+    def one(state, n):
+        return optimizer.update({"w": jnp.where(n < 10, 100.0, 1.0) * jnp.ones(size)}, state, params)[1], None
+
+    state = jax.jit(lambda s: jax.lax.scan(one, s, jnp.arange(steps))[0])(optimizer.init(params))
+    return np.float32(state[0].nu["w"]), np.float32(state[0].mu["w"])
+
+
+@pytest.mark.parametrize("beta2", [0.9, 0.95, 0.99, 0.996])
+def test_moments_in_bfloat16_keep_their_mean_for_every_beta2_that_is_accepted(beta2):
+    checks.check_moments("", config.Optimizer(beta2=beta2, moment_dtype="bfloat16"))
+    exact, _ = stationary(beta2, "float32", size=1)
+    nu, mu = stationary(beta2)
+    deviation = np.sqrt(2.8e-6 / (1 - beta2))
+    assert abs(nu.mean() / exact - 1) < 4 * deviation / np.sqrt(len(nu)) + 1e-3
+    assert nu.std() < 1.5 * deviation < 0.05
+    np.testing.assert_allclose(mu.mean(), 1, atol=2e-3)
+
+
+@pytest.mark.parametrize("beta2", [0.997, 0.999, 0.9999])
+def test_a_beta2_that_bfloat16_drowns_in_rounding_is_refused_with_both_keys(beta2):
+    with pytest.raises(UserError, match=f"optimizer.moment_dtype is bfloat16.*beta2 of {beta2:g}.*or moment_dtype=float32"):
+        checks.check_moments("optimizer.", config.Optimizer(beta2=beta2, moment_dtype="bfloat16"))
+    checks.check_moments("optimizer.", config.Optimizer(beta2=beta2))
+
+
+@pytest.mark.parametrize("rate", [1e-3, 1e-5, 1e-6])
+def test_parameters_in_bfloat16_move_as_far_as_in_float32_at_any_rate(rate):
+    """Norms are float32, whatever they are given in."""
+    options = config.Optimizer(learning_rate=rate, schedule="constant")
+    optimizer, w = make_optimizer(options), 0.02 * jax.random.normal(jax.random.key(1), (2000,))
+    update, moved = jax.jit(make_update(optimizer, learning_rate(options, 50), 1.0)), {}
+    for dtype in ("bfloat16", "float32"):
+        state = init_state({"w": w.astype(dtype), "norm_x": jnp.ones(4, dtype)}, optimizer, jax.random.key(0))
+        first = jax.tree.map(np.float32, state.params)
+        assert state.params["norm_x"].dtype == jnp.float32 and state.params["w"].dtype == dtype
+        assert {leaf.dtype for leaf in jax.tree.leaves((state.opt_state[0].mu, state.opt_state[0].nu))} == {
+            jnp.dtype("float32")
+        }
+        for _ in range(50):
+            state, _ = update(state, {"w": jnp.sign(w), "norm_x": jnp.full(4, 0.1)}, {"loss": jnp.float32(1)})
+        moved[dtype] = {name: np.abs(np.float32(state.params[name]) - first[name]).mean() for name in first}
+        assert state.params["w"].dtype == dtype
+    assert moved["bfloat16"]["w"] == pytest.approx(moved["float32"]["w"], rel=0.2)
+    assert moved["bfloat16"]["norm_x"] == pytest.approx(moved["float32"]["norm_x"], rel=1e-4)
+
+
+def test_draws_follow_seed_step_and_path_alone():
+    """A step made again is the same, another step, key or parameter has other draws."""
+    options = config.Optimizer(learning_rate=1e-4, schedule="constant", weight_decay=0.0)
+    optimizer = make_optimizer(options)
+    update = jax.jit(make_update(optimizer, learning_rate(options, 50)))
+
+    def after(seed=0, step=0):
+        ones = {name: jnp.ones(300, jnp.bfloat16) for name in "ab"}
+        state = init_state(ones, optimizer, jax.random.key(seed))
+        state = dataclasses.replace(state, step=jnp.int32(step))
+        params = update(state, {name: jnp.ones(300) for name in "ab"}, {"loss": jnp.float32(1)})[0].params
+        return np.stack([np.float32(params[name]) for name in "ab"])
+
+    np.testing.assert_array_equal(after(), after())
+    assert 0 < (after() < 1).mean() < 0.1 and (after()[0] != after()[1]).any()
+    assert (after() != after(step=1)).any() and (after() != after(seed=1)).any()
 
 
 def test_steps_equal_optax_adamw():

@@ -1,6 +1,7 @@
 """Our steps of SFT and DPO against what TRL's trainers logged on the same batches from the same weights (make_trl.py)."""
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 
 from tanuki_jax import config
 from tanuki_jax.data import chat, packing
+from tanuki_jax.data.conversation import read_fields
 from tanuki_jax.data.tokenizer import Tokenizer
 from tanuki_jax.train import losses
 from tanuki_jax.train.optimizer import learning_rate, make_optimizer
@@ -233,9 +235,12 @@ def test_what_a_prompt_says_next_is_not_learnt():
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    made = Tokenizer(make_trl.write_tokenizer(tmp_path_factory.mktemp("tokenizer")))
-    assert made.chat_template == chat.TEMPLATE
-    return made
+    directory = make_trl.write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    path = directory / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    assert "{% generation %}" in config["chat_template"]
+    path.write_text(json.dumps({**config, "chat_template": chat.TEMPLATE}), encoding="utf-8")  # ours needs no marks
+    return Tokenizer(directory)
 
 
 def by_ids(docs):
@@ -258,7 +263,7 @@ def test_dialogues_are_encoded_as_in_trl(tokenizer):
 def test_answers_are_encoded_as_in_trl(tokenizer, name, turns):
     """Prompts of one turn, and those with an earlier answer."""
     rows = [row for row in make_trl.rows("answers", make_trl.count(CASES[name])) if len(row["prompt"]) == turns]
-    ours, trl = by_ids(chat.encode_dialogue(tokenizer, chat.conversation(row)) for row in rows), recorded(name)
+    ours, trl = by_ids(chat.encode_dialogue(tokenizer, read_fields(row)["messages"]) for row in rows), recorded(name)
     common = ours.keys() & trl.keys()
     assert len(common) > 0.7 * len(ours)  # 20 steps do not reach every packed row
     assert {ids: ours[ids] for ids in common} == {ids: trl[ids] for ids in common}
@@ -276,7 +281,7 @@ def test_pairs_are_encoded_as_in_trl(tokenizer, name):
 def test_rows_are_packed_as_full_as_in_trl(tokenizer):
     case = CASES["sft_packed"]
     rows = make_trl.rows("answers", make_trl.count(case))
-    lengths = np.array([len(chat.encode_dialogue(tokenizer, chat.conversation(row))[0]) for row in rows])
+    lengths = np.array([len(chat.encode_dialogue(tokenizer, read_fields(row)["messages"])[0]) for row in rows])
     starts, units, _ = packing.best_fit(lengths, case.settings["max_length"])
     assert sorted(np.add.reduceat(lengths[units], starts[:-1])) == sorted(stored("sft_packed")["fill"])
 

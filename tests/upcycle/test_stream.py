@@ -56,13 +56,17 @@ CASES = {
 EXACT = ("copy", "groups")
 
 
+def in_dtype(params, dtype):
+    """A tree as it is stored: norms in float32."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, w: jnp.asarray(w).astype("float32" if model.is_vector(path[-1].key) else dtype), params
+    )
+
+
 def expected_of(case):
     """Parameters of the dense models in the dtype of the output, and of the mixture, made on trees."""
     dtype = case.dtype or case.sources[0].dtype
-    trees = [
-        jax.tree.map(lambda w: jnp.asarray(w).astype(dtype), nested(flat(CFG, drawn(CFG, source.seed, source.dtype))))
-        for source in case.sources
-    ]
+    trees = [in_dtype(nested(flat(CFG, drawn(CFG, source.seed, source.dtype))), dtype) for source in case.sources]
     cfg = dataclasses.replace(upcycle.mixture_of(CFG, **shape(**case.shape)), param_dtype=dtype)
     options = config.Upcycle(**case.strategy)
     return cfg, trees, upcycle.upcycle(trees[0], cfg, options, jax.random.key(case.seed), trees[1:])
@@ -147,13 +151,22 @@ def test_what_is_said_at_the_end_is_what_came_out(place, tmp_path, capsys):
     [
         ("float32", ["--strategy=copy"]),
         ("bfloat16", ["--strategy=groups", "--expert_d_ff=20", "--top_k=2"]),
-    ],  # sqrt(2) is rounded
-    ids=["copy", "groups of two in bfloat16"],
+        ("bfloat16", ["--strategy=groups", "--expert_d_ff=10", "--top_k=4"]),
+    ],
+    ids=["copy", "groups of two in bfloat16", "groups of four in bfloat16"],
 )
 def test_an_exact_strategy_is_called_exact(dtype, flags, place, tmp_path, capsys):
     source = place(Source("llama", dtype))
     assert cli.main(["upcycle", f"--checkpoint={source}", f"--output={tmp_path / 'm'}", f"--n_experts={E}", *flags]) == 0
-    assert "exact up to rounding" in capsys.readouterr().out
+    assert "exact up to the order of sums" in capsys.readouterr().out
+
+
+def test_groups_that_round_the_weights_are_not_called_exact(place, tmp_path, capsys):
+    flags = ["--strategy=groups", "--expert_d_ff=8", "--n_experts=5", "--top_k=5"]
+    source = place(Source("llama", "bfloat16"))
+    assert cli.main(["upcycle", f"--checkpoint={source}", f"--output={tmp_path / 'm'}", *flags]) == 0
+    found = capsys.readouterr().out
+    assert "exact" not in found and "weights of down, which 5 parts, no power of two, round" in found
 
 
 def test_the_meta_of_the_output_says_what_it_is_and_where_it_comes_from(place, tmp_path):
@@ -218,8 +231,8 @@ def watched(monkeypatch):
     def watch(notice):
         open_dense = stream.open_dense
 
-        def opened(path):
-            found = open_dense(path)
+        def opened(path, dtype):
+            found = open_dense(path, dtype)
 
             def telling(name, stored):
                 def read(*row):

@@ -58,11 +58,14 @@ def draw_key(seed, layer, number):
     return key
 
 
+UP = {1: 1, 2: 1, 3: 2, 4: 2, 5: 2, 8: 4}  # factor of up, by the number of parts
+
+
 def numpy_groups(weights, number, parts):
     width = weights["gate"].shape[1] // parts
     of_part = slice(number % parts * width, (number % parts + 1) * width)
     return {
         "gate": weights["gate"][:, of_part],
-        "up": weights["up"][:, of_part] * parts**0.5,
-        "down": weights["down"][of_part] * parts**0.5,
+        "up": weights["up"][:, of_part] * UP[parts],
+        "down": weights["down"][of_part] * (parts / UP[parts]),
     }
