@@ -165,7 +165,12 @@ def loader(options: argparse.Namespace) -> None:
     size = 400
     print("| loader | tokens/s |\n|---|---|")
     print(f"| plain loop over a memory map, shuffled rows, stacked | {_rate(_memmap_loop(prefix, size)):,.0f} |", flush=True)
-    for name, reset, sources in (("one source", False, 1), ("two sources mixed", False, 2), ("two, attention reset", True, 2)):
+    for name, reset, sources in (
+        ("one source", False, 1),
+        ("two sources mixed", False, 2),
+        ("twelve, weights down to 1e-6", False, 12),
+        ("two, attention reset", True, 2),
+    ):
         print(f"| tanuki_jax, {name} | {_rate(_ours(prefix, size, reset, sources)):,.0f} |", flush=True)
     records = options.workdir / "rows.array_record"
     if not records.is_file():
@@ -213,7 +218,7 @@ def _ours(prefix: Path, steps: int, reset: bool, sources: int) -> Iterator[dict[
     from tanuki_jax.data.store import Store
 
     rows = Windows(Store(prefix), SEQ_LEN, reset, 65_024)
-    weights = [0.7, 0.3] if sources == 2 else [1.0]
+    weights = [0.7, 0.3] if sources == 2 else [10 ** (-6 * k / 11) for k in range(sources)] if sources > 2 else [1.0]
     mixture = StagedMixture([weights], [0], steps * BATCH)
     mixed = room.mixed_rows([room.Source(rows, seed) for seed in range(sources)], mixture)
     return room.host_batches(mixed, BATCH, range(BATCH), 0, steps)

@@ -7,7 +7,6 @@ import contextlib
 import gc
 import json
 import logging
-import math
 import os
 import shlex
 import sys
@@ -19,7 +18,8 @@ from typing import Any
 
 from tanuki_jax import lock, machine
 from tanuki_jax.errors import PeerLost, Preempted, UserError
-from tanuki_jax.flags import make_parser
+from tanuki_jax.flags import make_parser, split_config
+from tanuki_jax.schema import Tokenizer, range_of
 
 PREEMPTED = 75  # EX_TEMPFAIL: try again
 PEER_LOST = 77  # another process of the run is gone: start all again
@@ -46,8 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         parser = make_parser()
-        config_flags = [a for a in given if a.startswith("--config")]
-        options = parser.parse_args([a for a in given if a not in config_flags])
+        config_flags, others = split_config(given)
+        options = parser.parse_args(others)
         if not hasattr(options, "work"):
             parser.print_help()
             return 0
@@ -187,7 +187,7 @@ def _plan(options: argparse.Namespace) -> None:
     _print(options, found, plan.table(found))
     problems = plan.problems(found)
     if problems:
-        raise UserError("\n".join(problems))
+        raise UserError("\ntanuki: ".join(problems))
 
 
 def _read_soon(directory: Path) -> None:
@@ -275,10 +275,18 @@ def _tokenizer_train(options: argparse.Namespace) -> None:
 
 
 def _shares(text: str) -> dict[str, float]:
-    try:
-        return {name: float(share) for name, share in (part.split("=") for part in filter(None, text.split(",")))}
-    except ValueError as error:
-        raise UserError(f"--shares: {text!r} must be like ja=0.65,en=0.35") from error
+    allowed, found = range_of(Tokenizer, "shares"), {}
+    for part in filter(None, text.split(",")):
+        name, _, share = part.partition("=")
+        try:
+            value = float(share)
+        except ValueError as error:
+            raise UserError(f"--shares: {text!r} must be like ja=0.65,en=0.35") from error
+        if name in found or value not in allowed:
+            told = "it is there twice" if name in found else f"it must be {allowed.describe()}"
+            raise UserError(f"--shares: {part!r} of {text!r}: {told}")
+        found[name] = value
+    return found
 
 
 def _tokenizer_report(options: argparse.Namespace) -> None:
@@ -288,7 +296,7 @@ def _tokenizer_report(options: argparse.Namespace) -> None:
     paths = [options.tokenizer, *map(Path, filter(None, options.against.split(",")))]
     domains = {
         pattern: (prepare.text_of(row) for row in sources.read_rows(pattern, _fields(options)))
-        for pattern in filter(None, options.input.split(","))
+        for pattern in sources.split_patterns(options.input)
     }
     found = report.report([report.open_encoder(path) for path in paths], domains, options.level)
     if options.picture:
@@ -343,8 +351,6 @@ def _sampling(options: argparse.Namespace, tokenizer: Any) -> Any:
     from tanuki_jax.data.chat import stop_ids
     from tanuki_jax.model import Sampling
 
-    if options.max_new_tokens < 1 or not 0 <= options.temperature < math.inf or not 0 < options.top_p <= 1:
-        raise UserError("--max_new_tokens must be at least 1, --temperature at least 0, --top_p above 0 and at most 1")
     return Sampling(options.max_new_tokens, options.temperature, options.top_p, stop_ids(tokenizer))
 
 

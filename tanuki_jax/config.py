@@ -8,24 +8,20 @@ turns it into the frozen dataclasses that the rest of the package reads.
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import sys
 import typing
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
-from tanuki_jax import origins
-from tanuki_jax.checks import check_mixture, check_names, check_recipe, check_upcycle
+from tanuki_jax import config_file, origins
+from tanuki_jax.checks import check_mixture, check_names, check_recipe, check_upcycle, lora_ranks, unreached
 from tanuki_jax.errors import UserError
+from tanuki_jax.ranges import Range
 from tanuki_jax.schema import (
     CHOICES,
-    COMPUTED,
     MIXTURE,
     PREFERENCES,
-    RESUMABLE,
     Guard,
     Lora,
     Loss,
@@ -41,22 +37,23 @@ from tanuki_jax.schema import (
     Upcycle,
     Validation,
     is_mixture,
+    kinds,
     mixture_layers,
     model_of,
+    steps_of,
 )
 
 __all__ = [
     "CHOICES",
-    "COMPUTED",
     "MIXTURE",
     "PREFERENCES",
-    "RESUMABLE",
     "Guard",
     "Lora",
     "Loss",
     "Mesh",
     "Model",
     "Optimizer",
+    "Range",
     "Recipe",
     "Rules",
     "Scoring",
@@ -71,13 +68,17 @@ __all__ = [
     "defaults",
     "from_dict",
     "is_mixture",
+    "kinds",
     "load",
+    "lora_ranks",
     "mixture_layers",
     "model_of",
     "recipe",
     "resolve",
     "stage",
+    "steps_of",
     "to_dict",
+    "unreached",
 ]
 
 # --- making a config ------------------------------------------------------------------------------------------------
@@ -109,7 +110,7 @@ class Group(ConfigDict):
         return set(self) - self._set
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """For copies, which config_flags makes."""
+        """For copies."""
         super().__setstate__(state)
         object.__setattr__(self, "_set", set(state["_set"]))
 
@@ -132,25 +133,19 @@ def recipe(**overrides: Any) -> ConfigDict:
 
 def stage(kind: str, **overrides: Any) -> ConfigDict:
     """A stage with every key at its default, then `overrides`."""
-    return _override(defaults(Stage), {"kind": kind, **overrides})
+    return _override(defaults(Stage), {"kind": kind, **overrides}, Stage)
 
 
-def _override(config: ConfigDict, values: Mapping[str, Any], path: str = "") -> ConfigDict:
-    free = path in ("mixture", "data", "stages", "shares", "preference", "targets")  # dictionaries of the user's own names
+def _override(config: ConfigDict, values: Mapping[str, Any], schema: Any = Recipe, path: str = "") -> ConfigDict:
+    known = kinds(schema)
     for name, value in values.items():
-        if not free and name not in config:
-            raise UserError(_unknown(f"{path}.{name}".lstrip("."), config.keys()))
-        if isinstance(value, Mapping) and name in config and isinstance(config[name], ConfigDict):
-            _override(config[name], value, name)
+        if name not in known:
+            raise UserError(f"config: {config_file.unknown(f'{path}{name}', list(known))}")
+        if dataclasses.is_dataclass(known[name]) and isinstance(value, Mapping):
+            _override(config[name], value, known[name], f"{path}{name}.")
         else:
             config[name] = value
     return config
-
-
-def _unknown(path: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(path.rsplit(".", 1)[-1], list(known), n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(sorted(known))}"
-    return f"config: unknown key {path!r}; {hint}"
 
 
 # --- reading a config -----------------------------------------------------------------------------------------------
@@ -158,24 +153,7 @@ def _unknown(path: str, known: Sequence[str]) -> str:
 
 def load(arguments: Sequence[str]) -> Recipe:
     """Reads `--config=FILE.py[:argument]` and `--config.a.b=value` overrides into a validated recipe."""
-    from absl import flags
-
-    paths = [a.split("=", 1)[1] for a in arguments if a.startswith("--config=")]
-    if not paths:
-        raise UserError("--config is missing; for example --config=configs/nano.py")
-    file = paths[-1].split(":", 1)[0]
-    if not Path(file).is_file():
-        raise UserError(f"--config: no such file {file!r}; the shipped ones are in configs/")
-    sys.modules.pop("config_config", None)  # ml_collections loads every config under this name, over the one before
-    values = flags.FlagValues()
-    holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=["tanuki", *arguments])
-    try:
-        values(["tanuki", *arguments])
-    except UserError:
-        raise
-    except Exception as error:  # the file is the user's program: it can fail in any way
-        raise UserError(f"config {file}: {type(error).__name__}: {' '.join(str(error).split())}") from error
-    return resolve(holder.value)
+    return resolve(config_file.read(arguments))
 
 
 def resolve(config: ConfigDict | Mapping[str, Any]) -> Recipe:
@@ -221,38 +199,56 @@ def changed(value: Any, default: Any = None, path: str = "") -> list[str]:
     return [] if value == default else [f"{path} = {value}"]
 
 
-def _typed(kind: Any, value: Any, path: str) -> Any:
-    """`value` as `kind`, or a UserError that names the key."""
+def _typed(kind: Any, value: Any, path: str, allowed: Range | None = None) -> Any:
+    """`value` as `kind`, its numbers in the range that the schema allows, or a UserError that names the key."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     where = path or "config"
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        if kind is Source and isinstance(value, str):
-            value = {"files": value}
-        if not isinstance(value, Mapping | ConfigDict):
-            raise UserError(f"config: {where} must be a group of keys, not {value!r}")
-        fields = {f.name: f for f in dataclasses.fields(kind)}
-        hints = typing.get_type_hints(kind)
-        for name in value:
-            if name not in fields:
-                raise UserError(_unknown(f"{path}.{name}".lstrip("."), list(fields)))
-        typed = {n: _typed(hints[n], value[n], f"{path}.{n}".lstrip(".")) for n in fields if n in value}
-        for name, item in typed.items():
-            if name in CHOICES and item not in CHOICES[name]:
-                raise UserError(f"config: {path}.{name} is {item!r}; it must be one of {', '.join(CHOICES[name])}")
-        return kind(**typed)
+        return _group(kind, value, path)
     if origin is dict:
         if not isinstance(value, Mapping | ConfigDict):
-            raise UserError(f"config: {where} must be a dictionary, not {value!r}")
-        return {name: _typed(arguments[1], value[name], f"{where}.{name}") for name in value}
+            raise UserError(f"config: {where} must be a dictionary, not {_said(value)}")
+        if wrong := [name for name in value if not isinstance(name, str)]:
+            raise UserError(f"config: {where} must have names, not {_said(wrong[0])}")
+        return {name: _typed(arguments[1], value[name], f"{where}.{name}", allowed) for name in value}
     if origin is tuple:
         if isinstance(value, str) or not isinstance(value, Sequence):
-            raise UserError(f"config: {where} must be a tuple of {arguments[0].__name__}, not {value!r}")
-        return tuple(_typed(arguments[0], item, where) for item in value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise UserError(f"config: {where} must be {kind.__name__}, not {type(value).__name__} {value!r}")
-    return value
+            raise UserError(f"config: {where} must be a tuple of {arguments[0].__name__}, not {_said(value)}")
+        return tuple(_typed(arguments[0], item, where, allowed) for item in value)
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not (whole if kind is int else isinstance(value, kind) or (kind is float and whole)):
+        raise UserError(f"config: {where} must be {kind.__name__}, not {type(value).__name__} {_said(value)}")
+    if allowed is not None and value not in allowed:
+        raise UserError(f"config: {where} is {_said(value)}; it must be {allowed.describe()}")
+    return float(value) if kind is float else value
+
+
+def _group(kind: Any, value: Any, path: str) -> Any:
+    """`value` as a dataclass of the schema; what it leaves out has its default."""
+    if kind is Source and isinstance(value, str):
+        value = {"files": value}
+    if not isinstance(value, Mapping | ConfigDict):
+        raise UserError(f"config: {path or 'config'} must be a group of keys, not {_said(value)}")
+    known = {f.name: f for f in dataclasses.fields(kind)}
+    for name in value:
+        if name not in known:
+            raise UserError(f"config: {config_file.unknown(f'{path}.{name}'.lstrip('.'), list(known))}")
+    typed = {
+        name: _typed(kinds(kind)[name], value[name], f"{path}.{name}".lstrip("."), field.metadata["range"])
+        for name, field in known.items()
+        if name in value
+    }
+    for name, item in typed.items():
+        if name in CHOICES and item not in CHOICES[name]:
+            raise UserError(f"config: {path}.{name} is {item!r}; it must be one of {', '.join(CHOICES[name])}")
+    return kind(**typed)
+
+
+def _said(value: Any) -> str:
+    try:
+        return repr(value)
+    except ValueError:  # Python writes no whole number of more than 4,300 digits
+        return "a number of thousands of digits"
 
 
 def _ordered(stages: Mapping[str, Stage]) -> dict[str, Stage]:

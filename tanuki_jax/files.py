@@ -102,8 +102,8 @@ def write_jsonl(path: Path, rows: Iterable[Any]) -> int:
 
 
 @contextlib.contextmanager
-def disk_errors(directory: Path) -> Iterator[None]:
-    """Turns the many ways in which a full or closed disk shows itself into one message."""
+def disk_errors(directory: Path, what: str = "checkpoint") -> Iterator[None]:
+    """Turns the many ways in which a full or closed disk shows itself into one message; what: with which it begins."""
     try:
         yield
     except (OSError, ValueError, RuntimeError) as error:
@@ -113,11 +113,17 @@ def disk_errors(directory: Path) -> Iterator[None]:
             sign in text for sign in ("No space left", "ENOSPC", "Disk quota", "RESOURCE_EXHAUSTED", "File too large")
         ):
             raise UserError(
-                f"checkpoint: the disk of {directory} is full; free some space and run the same command again"
+                f"{what}: the disk of {directory} is full{_limit(error)}; free some space and run the same command again"
             ) from error
         if isinstance(error, PermissionError) or "Permission denied" in text or "Read-only file system" in text:
-            raise UserError(f"checkpoint: {directory} cannot be written to; check its permissions") from error
+            raise UserError(f"{what}: {directory} cannot be written to; check its permissions") from error
         raise
+
+
+def _limit(error: Exception) -> str:
+    """A file may also be larger than the user or the file system allows."""
+    found = getattr(error, "errno", None) == errno.EFBIG or "File too large" in str(error)
+    return ", or a file larger than `ulimit -f` or its file system allows" if found else ""
 
 
 def reserve(file: IO[bytes], size: int) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from tanuki_jax.errors import UserError
-from tanuki_jax.schema import CHOICES
+from tanuki_jax.ranges import AMOUNT, SEED, TEMPERATURE, TOP_P, Range
+from tanuki_jax.schema import CHOICES, Model, Scoring, Tokenizer, Upcycle, range_of
 
 HELP = """\
 A trainer in which the whole Tanuki paper is one recipe.
@@ -40,11 +42,11 @@ def make_parser() -> Parser:
 
     for name, text in (("run", "run or resume a whole recipe"), ("train", "run or resume one stage of a recipe")):
         made = verb(verbs, name, "run", text)
-        made.add_argument("--workdir", type=Path, required=True, help="where everything is written")
+        made.add_argument("--workdir", type=path, required=True, help="where everything is written")
         made.add_argument("--allow_data_change", action="store_true", help="resume although the training data changed")
         made.epilog = "--config=FILE.py[:argument] names the recipe; --config.a.b=value sets one of its keys."
         if name == "train":
-            made.add_argument("--stage", required=True, help="name of the stage")
+            made.add_argument("--stage", type=stage, required=True, help="name of the stage")
 
     made = verb(
         verbs, "plan", "plan", "compile a recipe's train steps for a TPU slice that need not be here: memory, speed, days"
@@ -62,9 +64,9 @@ def make_parser() -> Parser:
 
     made = verb(verbs, "import", "import", "a Hugging Face model, or PEFT's adapters, to a checkpoint; streamed, exact")
     made.add_argument(
-        "--hf", type=Path, required=True, help="directory of a Llama, Mixtral or Tanuki (config.json) or of adapter_config.json"
+        "--hf", type=path, required=True, help="directory of a Llama, Mixtral or Tanuki (config.json) or of adapter_config.json"
     )
-    made.add_argument("--base", type=Path, help="for adapters: the checkpoint of ours that they lie on")
+    made.add_argument("--base", type=path, help="for adapters: the checkpoint of ours that they lie on")
     made.add_argument(
         "--param_dtype", choices=CHOICES["param_dtype"], default="", help="cast all weights; without it they come as they are"
     )
@@ -92,20 +94,17 @@ def make_parser() -> Parser:
     )
     made = verb(tokenizer, "train", "tokenizer_train", "MeCab-bounded SentencePiece from text to tokenizer.json")
     _add(made, "input", "output", "fields")
-    made.add_argument("--vocab_size", type=int, default=65_000, help="pieces (default %(default)s)")
-    made.add_argument(
-        "--character_coverage",
-        type=float,
-        default=0.9995,
-        help="share of characters with a piece of their own (default %(default)s)",
-    )
+    _key(made, Tokenizer, "vocab_size", "pieces")
+    _key(made, Tokenizer, "character_coverage", "share of characters with a piece of their own")
     made.add_argument(
         "--level",
-        choices=("morpheme", "predicate", "bunsetsu", "none"),
-        default="bunsetsu",
+        choices=CHOICES["level"],
+        default=Tokenizer.level,
         help="what no piece may cross (default %(default)s; the paper: morpheme)",
     )
-    made.add_argument("--dictionary", choices=("ipadic", "unidic"), default="ipadic", help="of MeCab (default %(default)s)")
+    made.add_argument(
+        "--dictionary", choices=CHOICES["dictionary"], default=Tokenizer.dictionary, help="of MeCab (default %(default)s)"
+    )
     made.add_argument("--shares", default="", help="share of the vocabulary of each language: ja=0.65,en=0.35")
     made = verb(tokenizer, "report", "tokenizer_report", "compression, round trip, boundaries and vocabulary use of tokenizers")
     _add(made, "tokenizer", "input", "fields", "json")
@@ -113,7 +112,7 @@ def make_parser() -> Parser:
     made.add_argument(
         "--level", choices=("morpheme", "predicate", "bunsetsu"), default="bunsetsu", help="units whose boundaries are watched"
     )
-    made.add_argument("--picture", type=Path, help="draw compression and byte fallback there (.svg, .png)")
+    made.add_argument("--picture", type=path, help="draw compression and byte fallback there (.svg, .png)")
 
     data = verbs.add_parser("data", help="make a token store, or look into one").add_subparsers(
         dest="what", required=True, metavar="prepare|inspect"
@@ -121,9 +120,14 @@ def make_parser() -> Parser:
     made = verb(data, "prepare", "data_prepare", "from text, dialogues, pairs or tokens to a token store; resumable")
     _add(made, "input", "tokenizer", "output", "fields")
     made.add_argument("--skip_bad", action="store_true", help="leave out bad rows, and count and list them")
-    made.add_argument("--workers", type=int, default=0, help="processes; 0 = as many as are of use (default)")
     made.add_argument(
-        "--shard_characters", type=int, default=100_000_000, help="text of a shard, what a kill loses (default %(default)s)"
+        "--workers", type=number(int, Range(0, 10_000)), default=0, help="processes; 0 = as many as are of use (default)"
+    )
+    made.add_argument(
+        "--shard_characters",
+        type=number(int, Range(1, 10**12)),
+        default=100_000_000,
+        help="text of a shard, what a kill loses (default %(default)s)",
     )
     made.add_argument(
         "--executor", choices=("local", "ray", "slurm"), default="local", help="where workers run; ray and slurm: docs/data.md"
@@ -131,10 +135,12 @@ def make_parser() -> Parser:
     made.add_argument("--slurm", default="", help="options of the jobs, comma-separated: partition=cpu,time=24:00:00,...")
     made.epilog = "Killed, the same command goes on from the last finished shard; the result has the same bytes."
     made = verb(data, "inspect", "data_inspect", "what a token store holds")
-    made.add_argument("--data", type=Path, required=True, help="directory of the token store")
+    made.add_argument("--data", type=path, required=True, help="directory of the token store")
     _add(made, "tokenizer", "json")
-    made.add_argument("--rows", type=int, default=3, help="documents or rows shown (default %(default)s)")
-    made.add_argument("--seq_len", type=int, default=0, help="show rows of so many tokens, as a stage packs them")
+    made.add_argument("--rows", type=number(int, AMOUNT), default=3, help="documents or rows shown (default %(default)s)")
+    made.add_argument(
+        "--seq_len", type=number(int, Range(0, 2**27)), default=0, help="show rows of so many tokens, as a stage packs them"
+    )
 
     made = verb(verbs, "score", "score", "log-probabilities of given texts")
     _add(made, "checkpoint", "input", "json")
@@ -145,6 +151,53 @@ def make_parser() -> Parser:
     _add(made, "checkpoint", "sampling")
     made.epilog = "/new begins a new conversation, /quit or the end of input leaves; Ctrl-C ends an answer, twice it leaves."
     return parser
+
+
+def split_config(given: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The flags of the config, each as `--config.key=value` also where a space stands for the sign, and the others."""
+    ours, others, left = [], [], list(given)
+    while left:
+        flag = left.pop(0)
+        if flag != "--config" and not flag.startswith(("--config=", "--config.")):
+            others.append(flag)
+            continue
+        if "=" not in flag and left and not left[0].startswith("--"):
+            flag += f"={left.pop(0)}"
+        ours.append(flag)
+    return ours, others
+
+
+def number(kind: type[int] | type[float], allowed: Range) -> Callable[[str], float]:
+    """What argparse makes a flag's number with, in the range of the config's key."""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text[:80]!r} is not a {'whole ' * (kind is int)}number") from None
+        if value not in allowed:
+            raise argparse.ArgumentTypeError(f"it is {text[:80]}; it must be {allowed.describe()}")
+        return value
+
+    return parse
+
+
+def stage(text: str) -> str:
+    """The name of one stage."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty; name a stage, or use `tanuki run` for all")
+    return text
+
+
+def path(text: str) -> Path:
+    """A file or directory that can be looked for."""
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError("a path holds no NUL" if text else "it is empty; name a file or directory")
+    try:
+        Path(text).exists()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text[:80]!r}: {error.strerror}") from None
+    return Path(text)
 
 
 def _upcycle(made: argparse.ArgumentParser) -> None:
@@ -158,27 +211,26 @@ def _upcycle(made: argparse.ArgumentParser) -> None:
     made.add_argument(
         "--strategy",
         choices=CHOICES["strategy"],
-        default="noise",
+        default=Upcycle.strategy,
         help="the dense FFN; with noise (default, Tanuki); partly drawn anew (Drop-Upcycling); split (virtual groups)",
     )
 
-    def number(name: str, kind: Any, default: float, text: str) -> None:
-        made.add_argument(f"--{name}", type=kind, default=default, help=f"{text} (default %(default)s)")
-
-    number("noise_std", float, 1e-3, "noise: absolute standard deviation on every FFN weight")
-    number("drop_ratio", float, 0.5, "drop: share of the inner dimensions that is drawn anew")
-    made.add_argument("--router_init", choices=CHOICES["router_init"], default="normal", help="the fresh router's distribution")
-    number("router_std", float, 0.02, "standard deviation of the fresh router; Tanuki: 1")
-    number("n_experts", int, 8, "experts of each block")
-    number("top_k", int, 2, "experts that a token visits")
-    number("expert_d_ff", int, 0, "groups: inner width of an expert, a divisor of the dense one; 0 = the same")
-    number("first_dense", int, 0, "layers at the beginning that stay dense")
-    number("moe_every", int, 1, "of the other layers every n-th becomes a mixture")
+    _key(made, Upcycle, "noise_std", "noise: absolute standard deviation on every FFN weight")
+    _key(made, Upcycle, "drop_ratio", "drop: share of the inner dimensions that is drawn anew")
+    made.add_argument(
+        "--router_init", choices=CHOICES["router_init"], default=Upcycle.router_init, help="the fresh router's distribution"
+    )
+    _key(made, Upcycle, "router_std", "standard deviation of the fresh router; Tanuki: 1")
+    _key(made, Model, "n_experts", "experts of each block", 8)
+    _key(made, Model, "top_k", "experts that a token visits")
+    _key(made, Model, "expert_d_ff", "groups: inner width of an expert, a divisor of the dense one; 0 = the same")
+    _key(made, Model, "first_dense", "layers at the beginning that stay dense")
+    _key(made, Model, "moe_every", "of the other layers every n-th becomes a mixture")
     made.add_argument("--plain_gate", action="store_true", help="Mixtral's gate instead of Tanuki's normalised one")
-    number("gate_scale", float, 1.0, "lambda of the normalised gate")
+    _key(made, Model, "gate_scale", "lambda of the normalised gate")
     made.add_argument("--router_bias", action="store_true", help="with a bias of each expert for loss-free balancing, at 0")
     made.add_argument("--param_dtype", choices=CHOICES["param_dtype"], help="of the output; the checkpoint's without it")
-    number("seed", _seed, 0, "of everything random")
+    _add(made, "seed")
     made.add_argument("--dry_run", action="store_true", help="only say what would come out, in what time and memory")
     made.epilog = (
         "Layer by layer: memory holds one dense layer and one expert.  A few random tokens go through both models on the way, "
@@ -190,16 +242,21 @@ def _upcycle(made: argparse.ArgumentParser) -> None:
 def _vocabulary(made: Any) -> None:
     made.add_argument(
         "--vocab_size",
-        type=int,
+        type=number(int, Range(0, 2**24)),
         default=0,
         help="rows of embedding and head: less cuts padding off, more adds zeros; 0 = as is",
     )
 
 
-def _seed(text: str) -> int:
-    if not -(2**63) <= int(text) < 2**63:
-        raise argparse.ArgumentTypeError(f"the seed {text} does not fit into 64 bits")
-    return int(text)
+def _key(made: Any, group: Any, name: str, text: str, default: float | None = None) -> None:
+    """A flag that is a numeric key of the schema: its type, range and, where no other is given, its default."""
+    held = getattr(group, name)
+    made.add_argument(
+        f"--{name}",
+        type=number(type(held), range_of(group, name)),
+        default=held if default is None else default,
+        help=f"{text} (default %(default)s)",
+    )
 
 
 def _add(parser: argparse.ArgumentParser, *names: str) -> None:
@@ -219,17 +276,21 @@ def _add(parser: argparse.ArgumentParser, *names: str) -> None:
                 help="how rows that can be read in several ways are read (docs/data.md)",
             )
         elif name == "output":
-            parser.add_argument("--output", type=Path, required=True, help="directory to write; it must not be there yet")
+            parser.add_argument("--output", type=path, required=True, help="directory to write; it must not be there yet")
         elif name == "checkpoint":
             parser.add_argument(
-                "--checkpoint", type=Path, required=True, help="a stage's directory (its newest step) or one step's"
+                "--checkpoint", type=path, required=True, help="a stage's directory (its newest step) or one step's"
             )
         elif name == "tokenizer":
-            parser.add_argument("--tokenizer", type=Path, required=True, help="directory with tokenizer.json")
+            parser.add_argument("--tokenizer", type=path, required=True, help="directory with tokenizer.json")
         elif name == "json":
             parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
         elif name == "sampling":
-            parser.add_argument("--max_new_tokens", type=int, default=256, help="longest answer (default %(default)s)")
-            parser.add_argument("--temperature", type=float, default=0.0, help="0 = the likeliest token (default)")
-            parser.add_argument("--top_p", type=float, default=1.0, help="share of the probability that is sampled from")
-            parser.add_argument("--seed", type=int, default=0)
+            most = number(int, range_of(Scoring, "max_new_tokens"))
+            hot, share = number(float, TEMPERATURE), number(float, TOP_P)
+            parser.add_argument("--max_new_tokens", type=most, default=256, help="longest answer (default %(default)s)")
+            parser.add_argument("--temperature", type=hot, default=0.0, help="0 = the likeliest token (default)")
+            parser.add_argument("--top_p", type=share, default=1.0, help="share of the probability that is sampled from")
+            _add(parser, "seed")
+        elif name == "seed":
+            parser.add_argument("--seed", type=number(int, SEED), default=0, help="of everything random (default %(default)s)")

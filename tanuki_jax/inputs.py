@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from tanuki_jax import config, files, lock
 from tanuki_jax.config import Recipe
-from tanuki_jax.data import sources
-from tanuki_jax.data.prepare import Options, made_by_this_version, read_manifest, text_of
+from tanuki_jax.data import paths, sources
+from tanuki_jax.data.prepare import Options, made_by_this_version, open_store, read_manifest, text_of
 from tanuki_jax.data.prepare import prepare as prepare_store
 from tanuki_jax.data.tokenizer import Tokenizer
 from tanuki_jax.errors import UserError
@@ -31,8 +32,12 @@ class Inputs:
 
 def prepare(recipe: Recipe, workdir: Path, names: set[str]) -> Inputs:
     """Makes what is missing under `workdir`/data for the sources `names`."""
-    where = workdir / "data"
-    for_tokenizer = () if recipe.tokenizer.path else recipe.tokenizer.sources or tuple(recipe.data)
+    with files.disk_errors(workdir / "data", "data"):
+        return _prepare(recipe, workdir / "data", names)
+
+
+def _prepare(recipe: Recipe, where: Path, names: set[str]) -> Inputs:
+    for_tokenizer = () if recipe.tokenizer.path else _for_tokenizer(recipe)
     located = {name: _locate(recipe, name, where) for name in sorted({*names, *for_tokenizer})}
     tokenizer = Tokenizer(_tokenizer(recipe, located, where))
     if tokenizer.vocab_size > recipe.model.vocab_size:
@@ -40,6 +45,7 @@ def prepare(recipe: Recipe, workdir: Path, names: set[str]) -> Inputs:
             f"config: model.vocab_size {recipe.model.vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size} "
             f"pieces; set it to {-(-tokenizer.vocab_size // 128) * 128}"
         )
+    _tell_shared(recipe, {name: located[name][0] for name in sorted(names)})
     stores = {}
     for name in sorted(names):
         patterns, identity = located[name]
@@ -49,6 +55,8 @@ def prepare(recipe: Recipe, workdir: Path, names: set[str]) -> Inputs:
         source = recipe.data[name]
         options = [source.text, source.skip_bad, *([source.row_format] if source.row_format != "auto" else [])]
         stores[name] = where / f"store-{name}-{files.fingerprint(identity, tokenizer.fingerprint, options)}"
+        if stores[name].is_dir():
+            _remove_damaged(stores[name], open_store)
         if stores[name].is_dir() and not made_by_this_version(read_manifest(stores[name])):
             print(f"data {name}: chat templates were followed otherwise when it was made; it is made anew", file=sys.stderr)
             shutil.rmtree(stores[name])
@@ -63,6 +71,31 @@ def prepare(recipe: Recipe, workdir: Path, names: set[str]) -> Inputs:
 
 def _fields(source: config.Source) -> sources.Fields:
     return sources.Fields(source.text, row_format=source.row_format)
+
+
+def _for_tokenizer(recipe: Recipe) -> tuple[str, ...]:
+    """The sources that train the tokenizer, in this order: not those without files that no stage reads."""
+    read = {n for stage in recipe.stages.values() for n, weights in stage.mixture.items() if any(weights)}
+    return recipe.tokenizer.sources or tuple(n for n, source in recipe.data.items() if source.files or n in read)
+
+
+def _remove_damaged(path: Path, opens: Callable[[Path], object]) -> None:
+    """Removes what was made before and cannot be opened, and says so: it is made anew."""
+    try:
+        opens(path)
+    except (UserError, OSError, ValueError, KeyError, TypeError) as error:
+        print(f"data: {path} is damaged ({error}) and made anew", file=sys.stderr, flush=True)
+        shutil.rmtree(path)
+
+
+def _tell_shared(recipe: Recipe, patterns: dict[str, str]) -> None:
+    """Says which files two sources share: they are trained on twice, which may be meant."""
+    first: dict[Any, str] = {}
+    for name, pattern in patterns.items():
+        for path in sources.matching_files(pattern):
+            other = first.setdefault(paths.same(path), name)
+            if other != name:
+                paths.tell(f"data: {path} is in the sources {other} and {name}, and is trained on as often as both are")
 
 
 def _locate(recipe: Recipe, name: str, where: Path) -> tuple[str, str]:
@@ -97,9 +130,11 @@ def _tokenizer(recipe: Recipe, located: dict[str, tuple[str, str]], where: Path)
     options = recipe.tokenizer
     if options.path:
         return Path(options.path)
-    names = options.sources or tuple(recipe.data)  # in this order, so that the fingerprint does not depend on the stages run
+    names = _for_tokenizer(recipe)  # in this order, so that the fingerprint does not depend on the stages run
     origins = [[located[n][1], recipe.data[n].text, recipe.data[n].language] for n in names]
     output = where / f"tokenizer-{files.fingerprint(config.to_dict(options), origins)}"
+    if output.is_dir():
+        _remove_damaged(output, Tokenizer)
     if not output.is_dir():
         from tokenization.train import train
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import optax
 
-from tanuki_jax import checkpoint, config, model, parallel
+from tanuki_jax import checkpoint, config, model, ops, parallel
 from tanuki_jax.config import Recipe
 from tanuki_jax.errors import UserError
 from tanuki_jax.train import balance
@@ -45,10 +45,12 @@ def check_mesh(recipe: Recipe, name: str, mesh: jax.sharding.Mesh) -> None:
             raise UserError(f"config: mesh.tensor {tensor} does not divide model.{key} {size}; use a divisor of it")
     if cfg.n_experts % expert:
         raise UserError(f"config: mesh.expert {expert} does not divide model.n_experts {cfg.n_experts}; use a divisor of it")
-    if context > 1 and this.seq_len % (2 * context):
+    unit = 2 * context * ops.query_parts(cfg.attention, mesh.devices.flat[0].platform)
+    if context > 1 and this.seq_len % unit:
+        left = "" if recipe.mesh.context == context else f", the devices that batch_size {this.batch_size} leaves to each row"
         raise UserError(
-            f"config: stages.{name}.seq_len {this.seq_len} is not a multiple of {2 * context}, two parts for each device of "
-            f"mesh.context {context}"
+            f"config: stages.{name}.seq_len {this.seq_len} cannot be split over mesh.context {context}{left}: it is not a "
+            f"multiple of {unit}, two parts for each; set mesh.context, seq_len or batch_size, or take fewer devices"
         )
 
 

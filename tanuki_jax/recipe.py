@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import importlib.metadata
 import json
 import platform
 import sys
 import time
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +125,11 @@ def _claim(recipe: Recipe, workdir: Path) -> bool:
     """Makes the workdir this recipe's, or refuses one that is another's."""
     path, mine = workdir / "recipe.json", config.to_dict(recipe)
     if path.is_file():
-        theirs = config.from_dict(Recipe, files.read_json(path))  # keys added since have their defaults
+        stored = files.read_json(path)
+        try:
+            theirs = config.from_dict(Recipe, stored)  # keys added since have their defaults
+        except UserError as error:
+            raise UserError(f"workdir: {path} is no recipe of this version ({error}); use another --workdir") from error
         differing = _differences(config.to_dict(theirs), mine)
         if differing:
             named = "; ".join(differing[:4]) + (" ..." if len(differing) > 4 else "")
@@ -139,13 +145,22 @@ def _claim(recipe: Recipe, workdir: Path) -> bool:
     return True
 
 
-def _differences(old: Any, new: Any, path: str = "") -> list[str]:
-    if path.rsplit(".", 1)[-1] in config.RESUMABLE:
-        return []
-    if isinstance(old, dict) and isinstance(new, dict):
-        names = [*old, *(n for n in new if n not in old)]
-        return [line for n in names for line in _differences(old.get(n), new.get(n), f"{path}.{n}".lstrip("."))]
-    return [] if old == new else [f"{path} was {old}, is {new}"]
+def _differences(old: Any, new: Any, kind: Any = Recipe, path: str = "") -> list[str]:
+    """What differs between two recipes, as nested dicts, but for the keys that the schema calls resumable."""
+    if dataclasses.is_dataclass(kind):
+        named = [(f.name, config.kinds(kind)[f.name]) for f in dataclasses.fields(kind) if not f.metadata["resumable"]]
+    elif typing.get_origin(kind) is dict:
+        named = [(name, typing.get_args(kind)[1]) for name in {**old, **new}]
+    else:
+        return [] if old == new else [f"{path} was {old}, is {new}"]
+    lines = []
+    for name, inner in named:
+        below = f"{path}.{name}".lstrip(".")
+        if (name in old) != (name in new):
+            lines.append(f"{below} is {'new' if name in new else 'gone'}")
+        elif name in old:
+            lines += _differences(old[name], new[name], inner, below)
+    return lines
 
 
 def _announce(recipe: Recipe, mesh: jax.sharding.Mesh, meshes: dict[str, jax.sharding.Mesh]) -> None:
@@ -167,6 +182,9 @@ def _announce(recipe: Recipe, mesh: jax.sharding.Mesh, meshes: dict[str, jax.sha
     for name in (n for n in meshes if recipe.stages[n].lora.rank):
         told = placement.describe_adapters(config.model_of(recipe, name), recipe.stages[name].lora)
         print(f"stage {name}: {told}", file=sys.stderr)
+    for name in meshes:
+        if (steps := config.steps_of(recipe.stages[name])) and (told := config.unreached(recipe.stages[name].optimizer, steps)):
+            print(f"stage {name}: {told}", file=sys.stderr)
     for mixture in sorted({config.is_mixture(recipe, name) for name in meshes}):
         name = next(n for n in meshes if config.is_mixture(recipe, n) == mixture)
         print(

@@ -99,6 +99,8 @@ def run(
     if this.kind == "dpo":
         data = data.with_reference(_reference(recipe, name, workdir, data, mesh, frozen))
     parallel.agree(f"fingerprint of the data of stage {name}", data.fingerprint)
+    if this.epochs and jax.process_index() == 0 and (told := config.unreached(this.optimizer, data.steps)):
+        print(f"stage {name}: {told}", file=sys.stderr, flush=True)
     train_step, abstract, shardings = program(recipe, name, data.steps, mesh)
     optimizer = make_optimizer(this.optimizer)
     meta = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import sys
+import zipfile
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -17,12 +18,13 @@ import numpy as np
 from tanuki_jax import files
 from tanuki_jax.config import Recipe, Stage
 from tanuki_jax.data import loader, packing
-from tanuki_jax.data.mixture import StagedMixture
+from tanuki_jax.data.mixture import ORDER, StagedMixture
 from tanuki_jax.data.prepare import Manifest, open_store
 from tanuki_jax.data.store import Store
 from tanuki_jax.errors import UserError
 from tanuki_jax.inputs import Inputs
 
+SHUFFLED = 16  # least runs of a source; fewer would hardly be an order of their own
 NEEDS = {"pretrain": ("text", "dialogue", "tokens"), "sft": ("dialogue",), "dpo": ("pair",)}
 
 
@@ -108,6 +110,7 @@ def stage_data(recipe: Recipe, name: str, inputs: Inputs, cache: Path) -> StageD
         starts,
         [this.seq_len, this.batch_size, this.reset_attention, this.kind, recipe.validation.tokens],
         [first, runs, seeds],
+        *([ORDER] if len(names) > 1 or any(size % run for size, run in zip(sizes, runs, strict=True)) else []),
     )
     return StageData(names, order, mixture, steps, this.batch_size, fingerprint, held_out)
 
@@ -134,6 +137,7 @@ def _opened(recipe: Recipe, name: str, source: str, inputs: Inputs, cache: Path)
                 f"stage {name}: source {source!r} has too little text for one row of {this.seq_len} tokens"
                 f"{' beside validation.tokens' if held_out else ''}; add data or lower seq_len"
             )
+        print(f"stage {name}: {windows.described(source)}", file=sys.stderr)
         return manifest.content, windows
     assert mask is not None
     packed = _packed(name, source, this.kind, tokens, mask, manifest, this.seq_len, cache)
@@ -182,11 +186,12 @@ def _steps(recipe: Recipe, name: str) -> int:
 def _run(recipe: Recipe, source: str, seq_len: int, rows: int) -> int:
     """Rows of a source that stay together when it is shuffled: those of the longest row that any stage reads from it.
 
-    So a stage with longer or shorter rows goes on in the same order of the source's text.
+    So a stage with longer or shorter rows goes on in the same order of the source's text.  A source is shuffled row by row
+    where that would leave little to shuffle, or more than a per cent of it for the end of each epoch.
     """
     lengths = [s.seq_len for s in recipe.stages.values() if s.kind == "pretrain" and any(s.mixture.get(source, ()))]
     run = math.lcm(*lengths) // seq_len
-    return run if run <= rows else 1
+    return run if rows >= run * SHUFFLED and rows % run <= rows // 100 else 1
 
 
 def _seed(seed: int, *names: str) -> int:
@@ -197,27 +202,30 @@ def _packed(
     stage: str, source: str, kind: str, tokens: Store, mask: Store, manifest: Manifest, seq_len: int, cache: Path
 ) -> packing.Packing:
     """The pack index of dialogues or pairs, from the cache where it is there; says what it wastes."""
-    lengths = tokens.lengths
-    units = np.minimum(lengths, seq_len) if kind == "sft" else lengths[::2] + lengths[1::2]
-    path = cache / f"pack-{files.fingerprint(manifest.content, kind, seq_len, len(units))}.npz"
-    if not path.is_file():
-        room = units.copy()
-        for long in np.flatnonzero(lengths > seq_len).tolist() if kind == "sft" else ():
-            if not mask.document(long)[1:seq_len].any():  # what would be kept of it is all prompt
-                room[long] = seq_len + 1
-        made = packing.best_fit(room, seq_len)
-        with files.atomic_path(path) as temporary, temporary.open("wb") as f:
-            np.savez(f, starts=made.starts, units=made.units, dropped=made.dropped)
-    with np.load(path) as saved:
-        packed = packing.Packing(saved["starts"], saved["units"], int(saved["dropped"]))
-    rows, noun = len(packed.starts) - 1, "dialogues" if kind == "sft" else "pairs"
-    filled = int(units[packed.units].sum()) / max(1, rows * seq_len)
-    cut = int((lengths > seq_len).sum()) - packed.dropped if kind == "sft" else 0
-    why = f"with no answer in their first {seq_len} tokens" if kind == "sft" else f"longer than {seq_len} tokens"
-    print(
-        f"stage {stage}: {len(packed.units):,} {noun} of {source} in {rows:,} rows, {1 - filled:.1%} padding"
-        + (f"; {cut:,} longer than {seq_len} tokens cut" if cut else "")
-        + (f"; {packed.dropped:,} {why} left out" if packed.dropped else ""),
-        file=sys.stderr,
-    )
+    lengths, pairs = tokens.lengths, kind == "dpo"
+    units = len(lengths) // 2 if pairs else len(lengths)
+    path = cache / f"pack-{files.fingerprint(manifest.content, kind, seq_len, units)}.npz"
+    packed = _read_packing(path, units)
+    if packed is None:
+        packed = packing.pack(tokens, mask, seq_len, pairs)
+        with files.disk_errors(cache, "data"), files.atomic_path(path) as temporary, temporary.open("wb") as f:
+            np.savez(f, starts=packed.starts, units=packed.units, dropped=packed.dropped)
+    print(f"stage {stage}: {packing.described(packed, lengths, seq_len, pairs, source)}", file=sys.stderr)
     return packed
+
+
+def _read_packing(path: Path, units: int) -> packing.Packing | None:
+    """A pack index from the cache; none where it is not there or damaged, which is told."""
+    if not path.is_file():
+        return None
+    try:
+        with np.load(path) as saved:
+            packed = packing.Packing(saved["starts"], saved["units"], int(saved["dropped"]))
+        sound = packed.starts[0] == 0 and packed.starts[-1] == len(packed.units) == units - packed.dropped
+        if sound and np.array_equal(np.unique(packed.units), np.sort(packed.units)) and (packed.units < units).all():
+            return packed
+        reason = "its numbers do not fit the data"
+    except (OSError, ValueError, KeyError, IndexError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        reason = str(error) or type(error).__name__
+    print(f"data: {path} is damaged ({reason}) and made anew", file=sys.stderr)
+    return None

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tanuki_jax import config
+from tanuki_jax import checks, config, schema
 from tanuki_jax.errors import UserError
 from tests.golden.__main__ import CONFIGS, HERE, KEYS, golden, keys, resolved
 
@@ -65,9 +65,8 @@ def test_every_key_has_one_line_of_documentation(name):
     assert doc.strip() and "\n" not in doc
 
 
-def test_choices_and_resumable_keys_are_keys_of_the_schema():
-    names = {part for name in ALL_KEYS for part in name.split(".")}
-    assert names.issuperset(config.CHOICES) and names.issuperset(config.RESUMABLE)
+def test_choices_are_keys_of_the_schema():
+    assert {part for name in ALL_KEYS for part in name.split(".")}.issuperset(config.CHOICES)
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
@@ -201,7 +200,7 @@ INVALID = {
     "heads": (dict(model__n_heads=6, model__n_kv_heads=4), ["n_heads 6", "multiple of model.n_kv_heads 4"]),
     "odd head": (dict(model__head_dim=7), ["head_dim 7", "even"]),
     "top_k": (dict(model__top_k=5), ["top_k 5", "n_experts 4"]),
-    "no top_k": (dict(model__top_k=0), ["top_k 0", "n_experts 4"]),
+    "no top_k": (dict(model__top_k=0), ["top_k is 0", "at least 1"]),
     "no stages": (dict(stages={}), ["no stages", "config.stage("]),
     "tokenizer source": (dict(tokenizer__sources=("fr",)), ["tokenizer.sources", "'fr'", "en, ja, pairs, talks"]),
     "circle": (dict(stages__pretrain__init_from="dpo"), ["pretrain", "circle", "init_from"]),
@@ -227,13 +226,71 @@ INVALID = {
     "twice the same phase": (dict(stages__pretrain__mixture_starts=(0, 5, 5)), ["mixture_starts (0, 5, 5)", "rise"]),
     "unknown source": (dict(stages__pretrain__mixture={"fr": (1.0,)}), ["stages.pretrain.mixture", "'fr'", "en, ja"]),
     "weights and phases": (dict(stages__pretrain__mixture__ja=(1.0, 2.0)), ["mixture.ja", "2 weights for 1 phases"]),
-    "negative weight": (dict(stages__pretrain__mixture__ja=(-1.0,)), ["mixture.ja", "negative", "-1.0"]),
+    "negative weight": (dict(stages__pretrain__mixture__ja=(-1.0,)), ["mixture.ja", "at least 0", "-1.0"]),
     "no weight": (dict(stages__pretrain__mixture={"ja": (0.0,), "en": (0.0,)}), ["phase 0", "sum to 0"]),
     "changing dialogues": (
         dict(stages__sft__mixture_starts=(0, 5), stages__sft__mixture={"talks": (1.0, 1.0)}),
         ["stages.sft.mixture_starts", "only a pretraining mixture"],
     ),
+    # the schedule of learning rates
+    "a floor above the peak": (
+        dict(stages__pretrain__optimizer__learning_rate_floor=1.0),
+        ["stages.pretrain.optimizer.learning_rate_floor 1", "above learning_rate 0.0001"],
+    ),
+    "a decay below the warm-up": (
+        dict(stages__pretrain__optimizer__warmup_steps=8, stages__pretrain__optimizer__decay_steps=5),
+        ["stages.pretrain.optimizer.decay_steps 5", "below warmup_steps 8"],
+    ),
+    "two warm-ups": (
+        dict(stages__pretrain__optimizer__warmup_steps=1, stages__pretrain__optimizer__warmup_ratio=0.1),
+        ["stages.pretrain.optimizer", "warmup_steps 1", "warmup_ratio 0.1"],
+    ),
+    "a decay that turns weights over": (
+        dict(stages__pretrain__optimizer__weight_decay=2000.0, stages__pretrain__optimizer__learning_rate=1e-3),
+        ["stages.pretrain.optimizer.weight_decay 2000", "learning_rate 0.001"],
+    ),
+    "a range that falls": (
+        dict(stages__pretrain__optimizer__schedule="range"),
+        ["stages.pretrain.optimizer", "learning_rate_floor 0"],
+    ),
+    # the budget
+    "a phase after the steps": (
+        dict(
+            stages__pretrain__mixture_starts=(0, 3 * 256 * 2048), stages__pretrain__mixture=dict(ja=(1.0, 0.0), en=(0.0, 1.0))
+        ),
+        ["stages.pretrain.mixture_starts (0, 1572864)", "1,572,864 tokens", "never comes"],
+    ),
+    "a phase after the tokens": (
+        dict(
+            stages__pretrain__steps=0,
+            stages__pretrain__tokens=2**20 + 5,  # two steps
+            stages__pretrain__mixture_starts=(0, 2**20),
+            stages__pretrain__mixture=dict(ja=(1.0, 0.0), en=(0.0, 1.0)),
+        ),
+        ["stages.pretrain.mixture_starts", "1,048,576 tokens", "never comes"],
+    ),
+    "less than a row held out": (dict(validation__tokens=2047), ["validation.tokens is 2047", "stages.pretrain.seq_len 2048"]),
+    "less than a step": (
+        dict(stages__pretrain__steps=0, stages__pretrain__tokens=1000),
+        ["stages.pretrain.tokens 1,000", "batch_size 256", "524,288"],
+    ),
+    "a batch beyond counting": (
+        dict(stages__pretrain__batch_size=2**20, stages__pretrain__seq_len=2**20),
+        ["stages.pretrain", "batch_size 1048576", "seq_len 1048576"],
+    ),
+    "steps beyond counting": (
+        dict(
+            stages__pretrain__steps=0,
+            stages__pretrain__tokens=10**15,
+            stages__pretrain__batch_size=1,
+            stages__pretrain__seq_len=8,
+        ),
+        ["stages.pretrain.tokens", "125,000,000,000,000 steps"],
+    ),
     # the mixture
+    "a router of one choice": (dict(model__top_k=1), ["model.top_k 1", "cannot learn", "2 or more"]),
+    "a plain router of one choice": (dict(model__top_k=1, model__normalized_gate=False), ["model.top_k 1", "cannot learn"]),
+    "two normalised experts": (dict(model__n_experts=2), ["model.n_experts 2", "normalized_gate", "3 or more", "plain gate"]),
     **{
         f"model.{name} of {value}": ({f"model__{name}": value}, [f"model.{name} is {value}", f"at least {least}"])
         for name, value, least in (("first_dense", -1, 0), ("moe_every", 0, 1), ("moe_every", -2, 1), ("expert_d_ff", -8, 0))
@@ -290,6 +347,14 @@ VALID = {
     "only the last layer": dict(model__first_dense=31),
     "the last of a stride": dict(model__first_dense=29, model__moe_every=3),
     "one expert of a plain gate": dict(model__n_experts=1, model__top_k=1, model__normalized_gate=False),
+    "two experts of a plain gate": dict(model__n_experts=2, model__normalized_gate=False),
+    "a floor as high as the peak": dict(stages__pretrain__optimizer__learning_rate_floor=1e-4),
+    "a decay that ends with the warm-up": dict(
+        stages__pretrain__optimizer__warmup_steps=2, stages__pretrain__optimizer__decay_steps=2
+    ),
+    "a last phase of one token": dict(
+        stages__pretrain__mixture_starts=(0, 3 * 256 * 2048 - 1), stages__pretrain__mixture=dict(ja=(1.0, 0.0), en=(0.0, 1.0))
+    ),
     "experts from a directory": dict(stages__upcycle__upcycle__experts_from=(".",)),
 }
 
@@ -297,6 +362,35 @@ VALID = {
 @pytest.mark.parametrize("case", VALID)
 def test_the_edge_of_what_is_valid_is_valid(case):
     config.resolve(with_changes(**VALID[case]))
+
+
+@pytest.mark.parametrize(
+    ("targets", "learns"), [({}, False), ({"*": 0}, True), ({"moe/router": 0}, True), ({"moe/up": 0}, False)]
+)
+def test_a_router_that_adapters_leave_alone_need_not_learn(targets, learns):
+    """What is published with one choice, and is given here as a directory, can be fine-tuned so."""
+    values = with_changes(model__top_k=1)
+    sft = {**values["stages"]["sft"], "init_from": ".", "mixture_of_experts": True, "lora": {"rank": 2, "targets": targets}}
+    made = config.from_dict(config.Recipe, {**values, "stages": {"sft": sft}})
+    if not learns:
+        return checks.check_recipe(made)
+    with pytest.raises(UserError, match="model.top_k 1: .* cannot learn"):
+        checks.check_recipe(made)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "options", "steps", "told"),
+    [
+        ("cosine", dict(warmup_steps=10), 9, True),
+        ("cosine", dict(warmup_steps=10), 10, False),
+        ("cosine", dict(warmup_steps=10, schedule_start=5), 5, False),
+        ("cosine", dict(warmup_steps=10, decay_steps=99), 20, False),
+        ("wsd", dict(warmup_steps=10, decay_steps=11), 20, True),
+        ("wsd", dict(warmup_steps=10, decay_steps=10), 20, False),
+    ],
+)
+def test_a_schedule_longer_than_its_stage_is_told(schedule, options, steps, told):
+    assert bool(config.unreached(config.Optimizer(schedule=schedule, **options), steps)) == told
 
 
 def test_keys_of_the_mixture_say_nothing_where_there_is_none():
@@ -329,6 +423,39 @@ def test_a_mixture_comes_after_all_the_stages_that_its_experts_come_from(names, 
 
 def test_the_recipe_of_these_tests_is_valid():
     assert list(config.resolve(recipe()).stages) == ["pretrain", "upcycle", "sft", "dpo"]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_ranks_of_adapters_do_not_depend_on_the_order_of_their_patterns(order):
+    c = config.recipe(data=dict(talks="t.jsonl"))
+    targets = {"attn/*": 0, "*": 8, "attn/q": 3, "*/[kv]": 0, "**": 8}
+    lora = dict(rank=4, targets=dict([*targets.items()][::order]))
+    c.stages.base = config.stage("pretrain", mixture=dict(talks=(1.0,)), steps=1)
+    c.stages.sft = config.stage("sft", init_from="base", mixture=dict(talks=(1.0,)), steps=1, lora=lora)
+    made = config.resolve(c)
+    assert config.resolve(json.loads(json.dumps(config.to_dict(made)))) == made
+    ranks = config.lora_ranks(made.stages["sft"].lora, schema.PROJECTED)
+    expected = dict.fromkeys(schema.PROJECTED, 8) | {"attn/q": 3, "attn/k": 4, "attn/v": 4, "attn/o": 4}
+    assert ranks == expected
+
+
+@pytest.mark.parametrize(
+    ("targets", "words"),
+    [
+        ({"attn/[qk]": 2, "attn/[kv]": 3}, ["'attn/[kv]' (3)", "'attn/[qk]' (2)", "attn/k"]),
+        ({"*": 2, "**": 3}, ["'*' (2)", "'**' (3)", "attn/q"]),
+        ({"*": 0, "**": 3}, ["'*' (4)", "'**' (3)"]),
+        ({"mlp/gates": 2}, ["'mlp/gates'", "mlp/gate, "]),
+        ({"attn/q": 0, "moe/*": 0}, ["'moe/*'", "attn/q, attn/k"]),
+        ({"ATTN/Q": 1}, ["'ATTN/Q'"]),
+    ],
+)
+def test_patterns_that_contradict_each_other_or_fit_nothing_are_named(targets, words):
+    values = recipe()
+    values["stages"]["sft"] |= {"init_from": "pretrain", "lora": {"rank": 4, "targets": targets}}
+    values["stages"].pop("dpo")
+    found = message(values)
+    assert "stages.sft.lora.targets" in found and all(word in found for word in words), found
 
 
 # --- from the command line --------------------------------------------------------------------------------------------

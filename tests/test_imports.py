@@ -39,7 +39,9 @@ LAYERS = (
     ("ops",),
     (
         "config",
+        "config_file",
         "schema",
+        "ranges",
         "checks",
         "origins",
         "files",
@@ -57,7 +59,7 @@ FORBIDDEN = {("data", "model"), ("model", "data"), ("parallel", "model"), ("para
 # Libraries that only one room may import.
 OWNED = {"flax": "model", "orbax": "checkpoint", "MeCab": "tokenization", "sentencepiece": "tokenization"}
 # Imported by `tanuki --help`: nothing but the standard library and one another on top.
-HEAVY_FREE = ("cli", "flags", "lock", "machine", "schema", "errors", "tanuki_jax")
+HEAVY_FREE = ("cli", "flags", "lock", "machine", "schema", "ranges", "errors", "tanuki_jax")
 
 
 class Import(NamedTuple):

@@ -3,6 +3,7 @@ import json
 import pytest
 
 from tanuki_jax import config, inputs
+from tanuki_jax.data import paths
 from tanuki_jax.data.prepare import read_manifest
 from tanuki_jax.errors import UserError
 from tests.conftest import TEXTS
@@ -28,3 +29,52 @@ def test_bad_rows_of_a_source_are_left_out_of_tokenizer_and_store_on_request(tmp
 def test_otherwise_they_are_an_error_that_names_the_line(tmp_path):
     with pytest.raises(UserError, match=r"ja\.jsonl:1"):
         inputs.prepare(recipe(tmp_path, False), tmp_path / "run", {"ja"})
+
+
+def two_languages(tmp_path, **files):
+    c = config.recipe(data=dict(ja="", en=""))
+    for name in files:
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+        c.data[name] = str(tmp_path / f"{name}.jsonl")
+    c.tokenizer.update(dict(vocab_size=512, character_coverage=1.0))
+    c.stages.pretrain = config.stage("pretrain", mixture=dict(ja=(1.0,), en=(0.0,)), steps=1)
+    return c
+
+
+def test_a_source_without_files_that_no_stage_reads_is_not_asked_for(tmp_path):
+    c = two_languages(tmp_path, ja=1)
+    assert list(inputs.prepare(config.resolve(c), tmp_path / "run", {"ja"}).stores) == ["ja"]
+    c.stages.pretrain.mixture = dict(ja=(1.0,), en=(0.5,))
+    with pytest.raises(UserError, match=r"data\.en is empty; set it to your files"):
+        inputs.prepare(config.resolve(c), tmp_path / "run", {"ja", "en"})
+    c.stages.pretrain.mixture, c.tokenizer.sources = dict(ja=(1.0,)), ("ja", "en")  # asked for by name
+    with pytest.raises(UserError, match=r"data\.en is empty"):
+        inputs.prepare(config.resolve(c), tmp_path / "run", {"ja"})
+
+
+def test_a_file_of_two_sources_is_told(tmp_path, capsys):
+    paths.tell.cache_clear()
+    c = two_languages(tmp_path, ja=1)
+    c.data.en, c.stages.pretrain.mixture = c.data.ja, dict(ja=(1.0,), en=(1.0,))
+    inputs.prepare(config.resolve(c), tmp_path / "run", {"ja", "en"})
+    assert "ja.jsonl is in the sources en and ja" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "victim", ["store-*/manifest.json", "store-*/tokens-*.bin", "store-*/tokens-*.idx", "tokenizer-*/tokenizer.json"]
+)
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_what_is_damaged_of_the_cache_is_made_anew_and_told(tmp_path, capsys, victim, damage):
+    made = config.resolve(two_languages(tmp_path, ja=1))
+    before = read_manifest(inputs.prepare(made, tmp_path / "run", {"ja"}).stores["ja"])
+    [path] = (tmp_path / "run" / "data").glob(victim)
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    else:
+        path.unlink()
+    capsys.readouterr()
+    assert read_manifest(inputs.prepare(made, tmp_path / "run", {"ja"}).stores["ja"]) == before
+    told = [line for line in capsys.readouterr().err.splitlines() if "damaged" in line]
+    assert len(told) == 1 and str(path.parent) in told[0] and "made anew" in told[0]
+    inputs.prepare(made, tmp_path / "run", {"ja"})
+    assert capsys.readouterr().err == ""

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from tanuki_jax import config
+from tanuki_jax import stage_data as stage_data_module
 from tanuki_jax.data import packing
+from tanuki_jax.data.inspect import inspect
 from tanuki_jax.data.prepare import open_store, prepare
 from tanuki_jax.errors import UserError
 from tanuki_jax.inputs import Inputs
@@ -103,7 +105,7 @@ def test_what_ancestors_used_is_what_their_rows_say(inputs, tmp_path):
             first=dict(steps=11, **phases),
             second=dict(kind="upcycle", mixture={}, steps=0),
             third=dict(steps=0, tokens=2000, mixture=dict(en=(1.0,), ja=(0.0,))),
-            fourth=dict(steps=3, **phases),
+            fourth=dict(steps=3, **{**phases, "mixture_starts": (0, 100, 300)}),
         )
     )
     expected = collections.Counter()
@@ -342,6 +344,77 @@ def test_dialogues_are_packed_once(inputs, tmp_path, monkeypatch):
     monkeypatch.setattr(packing, "best_fit", lambda *_: pytest.fail("packed again"))
     again = opened(made, "b", inputs, tmp_path)
     assert texts(again) == texts(first) and again.fingerprint == first.fingerprint
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: b"", lambda data: data[:100], lambda data: b"x" * len(data), "other"], ids=range(4)
+)
+def test_a_damaged_pack_index_is_made_anew_and_told(inputs, tmp_path, capsys, damage):
+    made = tuned("sft", ["dialogues"], seq_len=96)
+    first = opened(made, "b", inputs, tmp_path)
+    [path] = tmp_path.glob("pack-*.npz")
+    if damage == "other":  # an index of other data
+        np.savez(path, starts=np.array([0, 1]), units=np.array([10**6]), dropped=0)
+    else:
+        path.write_bytes(damage(path.read_bytes()))
+    capsys.readouterr()
+    assert texts(opened(made, "b", inputs, tmp_path)) == texts(first)
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "damaged" in line]
+    assert str(path) in line and "made anew" in line
+    opened(made, "b", inputs, tmp_path)
+    assert "damaged" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kind", "source", "seq_len"), [("sft", "dialogues", 48), ("dpo", "pairs", 100), ("pretrain", "ja", 32)]
+)
+def test_inspect_shows_the_rows_of_a_stage_and_says_the_same_of_them(inputs, tmp_path, capsys, kind, source, seq_len):
+    made = recipe(dict(a={}, b=dict(kind=kind, mixture={source: (1.0,)}, seq_len=seq_len)))
+    data = opened(made, "b", inputs, tmp_path)
+    [told] = [line.removeprefix("stage b: ") for line in capsys.readouterr().err.splitlines() if line.startswith("stage b: ")]
+    found = inspect(inputs.stores[source], inputs.tokenizer, 5, seq_len)
+    assert found["packed"] == told and told in found["text"].splitlines()
+    [rows] = data.sources
+    assert found["packed_rows"] == len(rows)
+    for i, shown in enumerate(found["shown"]):
+        used = int((rows[i]["segment_ids"] > 0).sum())
+        assert shown["tokens"] == used
+        assert "".join(part["text"] for part in shown["parts"]) == inputs.tokenizer.decode(rows[i]["tokens"][:used].tolist())
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------------
+
+
+def chain(lengths):
+    return recipe({f"s{k}": dict(seq_len=n, mixture=dict(ja=(1.0,))) for k, n in enumerate(lengths)})
+
+
+def test_no_source_loses_rows_to_runs_whatever_the_lengths_of_rows():
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        lengths = sorted({int(n) for n in rng.choice([512, 1000, 1024, 2048, 3000, 4096, 8192, 500], rng.integers(1, 4))})
+        made, size = chain(lengths), int(rng.integers(1, 3000))
+        for n in lengths:
+            run = stage_data_module._run(made, "ja", n, size)
+            assert size % run <= size / 100  # these end each epoch unshuffled; none is left out (test_loader.py)
+
+
+@pytest.mark.slow
+def test_two_hundred_sets_of_lengths_lose_nothing():
+    rng = np.random.default_rng(1)
+    for _ in range(200):
+        lengths = sorted(set(rng.integers(2, 9000, rng.integers(1, 5)).tolist()))
+        made, size = chain(lengths), int(10 ** rng.uniform(0, 6))
+        for n in lengths:
+            assert size % stage_data_module._run(made, "ja", n, size) <= size / 100
+
+
+def test_an_order_of_another_version_is_another_fingerprint(inputs, tmp_path, monkeypatch):
+    alone = recipe(dict(only=dict(mixture=dict(ja=(1.0,)))))
+    before = [opened(made, "only", inputs, tmp_path).fingerprint for made in (recipe(BASE), alone)]
+    monkeypatch.setattr(stage_data_module, "ORDER", 99)
+    after = [opened(made, "only", inputs, tmp_path).fingerprint for made in (recipe(BASE), alone)]
+    assert before[0] != after[0] and before[1] == after[1]  # one source has one order
 
 
 def test_an_epoch_of_fine_tuning_reads_every_dialogue_once(inputs, tmp_path):

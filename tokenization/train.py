@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tanuki_jax import files
 from tanuki_jax.errors import UserError
 from tokenization.export import export
 from tokenization.segment import LEVELS, count_units, lines
@@ -76,6 +77,34 @@ def train(
     """
     if level not in LEVELS:
         raise UserError(f"tokenizer: level {level!r} is none of {', '.join(LEVELS)}")
+    check_options(vocab_size, character_coverage, shares)
+    with files.disk_errors(output.resolve().parent, "tokenizer"):
+        return _train(texts, output, vocab_size, character_coverage, level, dictionary, shares)
+
+
+def check_options(vocab_size: int, character_coverage: float, shares: Mapping[str, float] | None) -> None:
+    """An error about numbers with which no tokenizer can be trained."""
+    least = len((UNK, BOS, EOS, PAD, *CONTROLS)) + 256 + 1 + len(SPELLING)  # bytes, the newline
+    if not least < vocab_size <= 1 << 24:
+        raise UserError(
+            f"tokenizer: vocab_size {vocab_size} pieces cannot be: there must be more than {least}, which are special tokens, "
+            f"bytes and their characters, and at most {1 << 24:,}"
+        )
+    if not 0 < character_coverage <= 1:
+        raise UserError(f"tokenizer: character_coverage {character_coverage} must be above 0 and at most 1 (0.9995)")
+    if shares and not all(0 < share < math.inf for share in shares.values()):
+        raise UserError(f"tokenizer: every share of the vocabulary must be a number above 0: {dict(shares)}")
+
+
+def _train(
+    texts: Iterable[tuple[str, str]],
+    output: Path,
+    vocab_size: int,
+    character_coverage: float,
+    level: str,
+    dictionary: str,
+    shares: Mapping[str, float] | None,
+) -> Trained:
     if level == "none":
         counts, forgotten = _count_lines(texts), 0
     else:
@@ -100,12 +129,11 @@ def train(
 def _fit(counts: collections.Counter[str], vocab_size: int, character_coverage: float, level: str) -> Any:
     """A SentencePiece model (protobuf) of counted units."""
     import sentencepiece
-    from sentencepiece import sentencepiece_model_pb2
 
     required, marks = SPELLING, collections.Counter[str]()
     if vocab_size >= ROOM:
         required, marks = MODERN, collections.Counter(dict.fromkeys([*MARKS, *(f" {mark}" for mark in MARKS)], MARK))
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, files.disk_errors(Path(scratch), "tokenizer"):
         table, seeds = Path(scratch) / "units.tsv", Path(scratch) / "seeds.tsv"
         with table.open("w", encoding="utf-8") as f:
             f.writelines(f"{unit}\t{n}\n" for unit, n in sorted(counts.items()) if "\t" not in unit)
@@ -148,11 +176,28 @@ def _fit(counts: collections.Counter[str], vocab_size: int, character_coverage: 
             )
         except (RuntimeError, OSError) as error:
             raise UserError(
-                f"tokenizer: SentencePiece could not train {vocab_size} pieces: {str(error).splitlines()[-1]}"
+                f"tokenizer: SentencePiece could not train {vocab_size} pieces: {(str(error).splitlines() or ['?'])[-1]}"
             ) from error
-        model = sentencepiece_model_pb2.ModelProto.FromString((Path(scratch) / "tokenizer.model").read_bytes())  # type: ignore[attr-defined]
+        model = _read_model(Path(scratch) / "tokenizer.model")
     for field in ("input", "model_prefix", "seed_sentencepieces_file", "num_threads"):
         model.trainer_spec.ClearField(field)  # so that two trainings on one text give one file
+    return model
+
+
+def _read_model(path: Path) -> Any:
+    """What SentencePiece wrote; it does not say when the disk was full."""
+    from google.protobuf.message import DecodeError
+    from sentencepiece import sentencepiece_model_pb2
+
+    data = path.read_bytes() if path.is_file() else b""
+    try:
+        model = sentencepiece_model_pb2.ModelProto.FromString(data)  # type: ignore[attr-defined]
+    except DecodeError:
+        model = None
+    if model is None or not model.HasField("normalizer_spec"):  # which comes last
+        raise UserError(
+            f"tokenizer: SentencePiece left no whole model in {path.parent}; is the disk full? TMPDIR names another"
+        )
     return model
 
 
@@ -196,8 +241,6 @@ def _mixture(
     """
     if set(shares) != set(counts):
         raise UserError(f"tokenizer: shares are given for {', '.join(shares)}, the text is in {', '.join(map(repr, counts))}")
-    if min(shares.values()) <= 0:
-        raise UserError(f"tokenizer: every share of the vocabulary must be above 0: {dict(shares)}")
     whole = sum(shares.values())
     models = {}
     for language, found in counts.items():

@@ -140,7 +140,9 @@ def read_meta(stage_directory: Path, step: int) -> dict[str, Any]:
     try:
         meta: dict[str, Any] = files.read_json(home / "meta" / "metadata")  # a manager of Orbax takes ten times as long
         config.from_dict(config.Model, meta["model"])
-    except (ValueError, KeyError, OSError) as error:
+    except KeyError as error:
+        raise UserError(f"checkpoint: {stage_directory} step {step} cannot be read: {error} is missing in its meta") from error
+    except (ValueError, TypeError, OSError, UserError) as error:
         check_there(home)
         raise UserError(f"checkpoint: {stage_directory} step {step} cannot be read: {str(error).splitlines()[0]}") from error
     return meta

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tanuki_jax import lock
-from tanuki_jax.data.prepare import Manifest, Options, Plan, finish, plan
+from tanuki_jax.data.prepare import Manifest, Options, Plan, check_workers, finish, plan
 from tanuki_jax.data.shards import write_part
 from tanuki_jax.data.tokenizer import Tokenizer
 from tanuki_jax.errors import UserError
@@ -32,6 +32,7 @@ def prepare(
     Args:
       slurm: name=value pairs, comma-separated: time, partition (needed), cpus_per_task, mem_per_cpu_gb, qos.
     """
+    check_workers(workers)
     job = _slurm(slurm) if executor == "slurm" else {}
     with lock.output(output):
         return _prepare(patterns, tokenizer, output, options, workers, job)

@@ -71,6 +71,11 @@ def read_fields(fields: Mapping[str, Any], row_format: str = "auto") -> dict[str
     if reading == "preference":
         sides = {name: _side(fields[name]) for name in ("prompt", "chosen", "rejected") if fields.get(name) is not None}
         return {**sides, **_system(fields), **given}
+    if isinstance(fields.get("label"), bool):
+        raise UserError(
+            "has a label, so its answer is called good or bad (KTO), which SFT does not read; "
+            "keep the rows with label true and remove the field, or make pairs with chosen and rejected"
+        )
     messages = _CONVERSATIONS[reading](fields)
     system = fields.get("system")
     if isinstance(system, str) and system:
@@ -99,11 +104,6 @@ def _from_messages(name: str) -> Any:
 
 
 def _prompt_completion(fields: Mapping[str, Any]) -> list[dict[str, Any]]:
-    if fields.get("label") is not None:
-        raise UserError(
-            "has prompt, completion and label: an answer labelled good or bad, which SFT does not read; "
-            "keep the rows with label true and remove the field, or make pairs with chosen and rejected"
-        )
     prompt, completion = as_messages(_side(fields["prompt"]), "user"), as_messages(_side(fields["completion"]), "assistant")
     return [*untrained(prompt), *completion]
 

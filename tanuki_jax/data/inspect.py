@@ -26,6 +26,8 @@ def inspect(directory: Path, tokenizer: Tokenizer, rows: int, seq_len: int = 0) 
     Returns a dict with the numbers and, under `text`, the same as lines for a terminal.  There each segment has a colour
     and what is not trained on is dim; elsewhere a segment begins with its number and what is trained on is in brackets.
     """
+    if rows < 0 or seq_len < 0:
+        raise UserError("data: --rows and --seq_len must be at least 0")
     manifest, tokens, mask = open_store(directory)
     if manifest.tokenizer not in ("", tokenizer.fingerprint):
         raise UserError(
@@ -50,9 +52,9 @@ def inspect(directory: Path, tokenizer: Tokenizer, rows: int, seq_len: int = 0) 
         "histogram": {"counts": counts.tolist(), "edges": edges.tolist()},
     }
     if seq_len:
-        packed, waste = _rows(manifest, tokens, mask, seq_len, tokenizer.vocab_size)
-        lines.append(f"{len(packed):,} rows of {seq_len} tokens, {waste:.1%} padding")
-        found |= {"packed_rows": len(packed), "padding": round(waste, 4)}
+        packed, waste, told = _rows(manifest, tokens, mask, seq_len, tokenizer.vocab_size, Path(directory).name)
+        lines.append(told)
+        found |= {"packed_rows": len(packed), "padding": round(waste, 4), "packed": told}
         samples = [("row", i, packed[i]) for i in range(min(rows, len(packed)))]
     else:
         samples = [("document", i, _document(tokens, mask, i)) for i in range(min(rows, manifest.documents))]
@@ -66,20 +68,21 @@ def inspect(directory: Path, tokenizer: Tokenizer, rows: int, seq_len: int = 0) 
     return {**found, "text": "\n".join(lines)}
 
 
-def _rows(manifest: Manifest, tokens: Store, mask: Store | None, seq_len: int, vocab_size: int) -> tuple[Any, float]:
-    """Rows as a stage would pack them, and the share of padding."""
+def _rows(
+    manifest: Manifest, tokens: Store, mask: Store | None, seq_len: int, vocab_size: int, source: str
+) -> tuple[Any, float, str]:
+    """Rows as a stage packs them, the share of padding, and what the stage says of them."""
     if mask is None:
-        return packing.Windows(tokens, seq_len, True, vocab_size), 0.0
-    if manifest.kind == "pair":
-        units = tokens.lengths[::2] + tokens.lengths[1::2]
-        packed = packing.best_fit(units, seq_len)
+        windows = packing.Windows(tokens, seq_len, True, vocab_size)
+        return windows, 0.0, windows.described(source)
+    pairs, lengths = manifest.kind == "pair", tokens.lengths
+    packed = packing.pack(tokens, mask, seq_len, pairs)
+    rows: Any = packing.PackedDialogues(tokens, mask, packed, seq_len)
+    if pairs:
         widest = int(np.diff(packed.starts).max(initial=1))
-        rows: Any = packing.PackedPairs(tokens, mask, packed, seq_len, widest, np.zeros((len(units), 2), np.float32))
-    else:
-        units = np.minimum(tokens.lengths, seq_len)
-        packed = packing.best_fit(units, seq_len)
-        rows = packing.PackedDialogues(tokens, mask, packed, seq_len)
-    return rows, 1 - int(units[packed.units].sum()) / max(1, len(rows) * seq_len)
+        rows = packing.PackedPairs(tokens, mask, packed, seq_len, widest, np.zeros((len(lengths) // 2, 2), np.float32))
+    waste = packing.padding(packed, lengths, seq_len, pairs)
+    return rows, waste, packing.described(packed, lengths, seq_len, pairs, source)
 
 
 def _document(tokens: Store, mask: Store | None, index: int) -> Example:

@@ -28,10 +28,16 @@ class Source(NamedTuple):
     run: int = 1
 
     def ordered(self) -> grain.MapDataset[Example]:
-        """Row i of the endless order."""
+        """Row i of the endless order.  The rows that fill no run are a shorter one, at the end of each epoch."""
         runs = len(self.rows) // self.run
         order = grain.MapDataset.range(runs).seed(self.seed).shuffle().repeat()
-        return grain.MapDataset.range(ENDLESS).map(lambda i: self.rows[order[i // self.run] * self.run + i % self.run])
+
+        def row(i: int) -> Example:
+            epoch, place = divmod(i, len(self.rows))
+            run, inside = divmod(place, self.run)
+            return self.rows[(order[epoch * runs + run] if run < runs else run) * self.run + inside]
+
+        return grain.MapDataset.range(ENDLESS).map(row)
 
 
 def mixed_rows(sources: Sequence[Source], mixture: StagedMixture) -> grain.MapDataset[Example]:

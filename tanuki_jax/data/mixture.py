@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
+from fractions import Fraction
 
 import grain
 import numpy as np
 
-BLOCK = 4096  # rows after which each source has exactly its share, to 1/BLOCK
+ORDER = 2  # raised when the order of rows changes: part of a stage's fingerprint, so that no run goes on in another order
+BLOCK = 1024  # rows that are put in order together; a power of two
+END = 1 << 62  # rows that any mixture has
+
+Weights = tuple[int, ...]  # of the sources, exact: whole numbers in the ratios of the given floats
+Counts = tuple[int, ...]  # rows of each source
 
 
 class StagedMixture(grain.transforms.DatasetSelectionMap):
     """Interleaves sources by weights that change at given rows, without repeating or skipping a row of any source.
 
-    Within a block of rows the sources follow a fixed pattern, spread as evenly as their shares allow; a source's rows
-    are taken in its own (shuffled) order, and every phase goes on where the one before stopped.
+    In each phase every source is, after any number of rows, within one row of its share, however small the share is.
+    Sources of one weight take turns, and are one source to what follows.
+    A source's rows are taken in its own (shuffled) order, and every phase goes on where the one before stopped.
     """
 
     def __init__(
@@ -24,20 +33,24 @@ class StagedMixture(grain.transforms.DatasetSelectionMap):
         self.length = length
         self.first = np.array(used_before or [0] * len(weights[0]), np.int64)
         self.starts = np.array(starts, np.int64)
-        self.patterns = [_pattern(np.array(w, np.float64)) for w in weights]
-        sources = len(weights[0])
-        # ranks[p][r, k]: rows of source k among the first r of a block
-        self.ranks = [
-            np.concatenate([np.zeros((1, sources), np.int64), np.cumsum(np.eye(sources, dtype=np.int64)[p], axis=0)])
-            for p in self.patterns
-        ]
-        self.taken = [np.zeros(sources, np.int64)]  # rows of each source used before each phase
+        exact = [_fractions(w) for w in weights]
+        self.groups = [_groups(w) for w in weights]  # in each phase the sources of each weight
+        self.weights = [_exact([w[g[0]] * len(g) for g in groups]) for w, groups in zip(exact, self.groups, strict=True)]
+        self.taken = [np.zeros(len(weights[0]), np.int64)]  # rows of each source used before each phase
         for p in range(len(starts) - 1):
             self.taken.append(self.taken[p] + self._used(p, int(self.starts[p + 1] - self.starts[p])))
 
     def _used(self, phase: int, rows: int) -> np.ndarray:
-        blocks, rest = divmod(rows, BLOCK)
-        return blocks * self.ranks[phase][BLOCK] + self.ranks[phase][rest]
+        weights, rest = self.weights[phase], rows % BLOCK
+        counts = np.array(_counts(weights, rows - rest), np.int64)
+        if rest:
+            owners, _ = _order(weights, rows - rest, rows - rest + BLOCK)
+            counts += np.bincount(owners[:rest], minlength=len(counts))
+        result = np.zeros(len(self.first), np.int64)
+        for count, group in zip(counts.tolist(), self.groups[phase], strict=True):
+            for turn, source in enumerate(group):
+                result[source] = (count + len(group) - 1 - turn) // len(group)
+        return result
 
     def __len__(self) -> int:
         return self.length
@@ -45,8 +58,12 @@ class StagedMixture(grain.transforms.DatasetSelectionMap):
     def __getitem__(self, index: int) -> tuple[int, int]:
         phase = int(np.searchsorted(self.starts, index, side="right")) - 1
         row = index - int(self.starts[phase])
-        source = int(self.patterns[phase][row % BLOCK])
-        return source, int(self.first[source] + self.taken[phase][source] + self._used(phase, row)[source])
+        inside = row % BLOCK
+        owners, ranks = _order(self.weights[phase], row - inside, row - inside + BLOCK)
+        group = self.groups[phase][owners[inside]]
+        rank, turn = divmod(ranks[inside], len(group))
+        source = group[turn]
+        return source, int(self.first[source] + self.taken[phase][source]) + rank
 
     def used(self, rows: int) -> np.ndarray:
         """Rows of each source among the first `rows` of the mixture, int64 [sources]."""
@@ -54,18 +71,75 @@ class StagedMixture(grain.transforms.DatasetSelectionMap):
         return self.taken[phase] + self._used(phase, rows - int(self.starts[phase]))
 
 
-def _pattern(weights: np.ndarray) -> np.ndarray:
-    """int64 [BLOCK] of source numbers with exact shares (largest remainder), nowhere more than a row off them.
+def _fractions(weights: Sequence[float]) -> list[Fraction]:
+    exact = [Fraction(float(w)) for w in weights]
+    if min(exact) < 0 or not any(exact):
+        raise ValueError(f"weights must be at least 0, and one above it: {list(weights)}")
+    return exact
 
-    Balinski and Young's quota method: of the sources that may have one more row by now, the one that is due first.
+
+def _groups(weights: Sequence[float]) -> list[list[int]]:
+    """The sources of each weight above 0, in order."""
+    found: dict[float, list[int]] = {}
+    for source, weight in enumerate(weights):
+        if weight:
+            found.setdefault(float(weight), []).append(source)
+    return list(found.values())
+
+
+def _exact(weights: Sequence[Fraction]) -> Weights:
+    """Whole numbers in the very ratios of the weights, so that nothing drifts in however many rows."""
+    scale = math.lcm(*(w.denominator for w in weights))
+    whole = [int(w * scale) for w in weights]
+    return tuple(w // math.gcd(*whole) for w in whole)
+
+
+@functools.lru_cache(1 << 13)
+def _counts(weights: Weights, row: int) -> Counts:
+    """Rows of each source among the first `row`, a multiple of BLOCK: near to their shares, and never fewer than before.
+
+    Time is halved again and again: the counts at `row` lie between those at the two rows around it that more twos divide.
+    Hence those of any row are found in a few dozen steps.  Rounding passes half of what a source lost on to the next larger
+    one, so that small sources together take no more than their share from a large one.
     """
-    exact = weights / weights.sum() * BLOCK
-    counts = np.floor(exact).astype(np.int64)
-    for k in np.argsort(counts - exact, kind="stable")[: BLOCK - counts.sum()]:
+    if not row:
+        return (0,) * len(weights)
+    whole, step = sum(weights), row & -row
+    low = (0,) * len(weights) if row == END else _counts(weights, row - step)
+    high = (END,) * len(weights) if row == END else _counts(weights, row + step)
+    counts, lost = [0] * len(weights), 0
+    for k in sorted(range(len(weights)), key=weights.__getitem__):
+        due = row * weights[k]
+        counts[k] = min(max((2 * due + lost + whole) // (2 * whole), low[k]), high[k])
+        lost += due - counts[k] * whole
+    ahead = [n * whole - row * w for n, w in zip(counts, weights, strict=True)]
+    while missing := row - sum(counts):  # a row too few or too many: the source that is furthest from its share
+        up = missing > 0
+        free = [k for k, n in enumerate(counts) if (n < high[k] if up else n > low[k])]
+        k = min(free, key=ahead.__getitem__) if up else max(free, key=ahead.__getitem__)
+        counts[k] += 1 if up else -1
+        ahead[k] += whole if up else -whole
+    return tuple(counts)
+
+
+@functools.lru_cache(1 << 6)
+def _order(weights: Weights, first: int, stop: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """For each of the rows [first, stop) its source, and how many rows that source had before it.
+
+    The quota method: of the sources that one row more puts at most a row ahead, the one whose next row is due first.
+    """
+    whole, counts, last = sum(weights), list(_counts(weights, first)), _counts(weights, stop)
+    left = [k for k, n in enumerate(counts) if n < last[k]]
+    opens = [-(-n * whole // w) for n, w in zip(counts, weights, strict=True)]  # the row that it may have next
+    due = [(n + 1) * whole // w for n, w in zip(counts, weights, strict=True)]  # the row that it must have
+    owners, ranks = [], []
+    for row in range(first + 1, stop + 1):
+        may = [k for k in left if opens[k] <= row]
+        k = min(may, key=due.__getitem__) if may else min(left, key=lambda k: counts[k] * whole - row * weights[k])
+        owners.append(k)
+        ranks.append(counts[k])
         counts[k] += 1
-    owner, taken = np.empty(BLOCK, np.int64), np.zeros(len(counts), np.int64)
-    for row in range(BLOCK):
-        due = np.where(taken * BLOCK < counts * (row + 1), (taken + 1) / np.maximum(counts, 1), np.inf)
-        owner[row] = due.argmin()
-        taken[owner[row]] += 1
-    return owner
+        opens[k], due[k] = -(-counts[k] * whole // weights[k]), (counts[k] + 1) * whole // weights[k]
+        if counts[k] == last[k]:
+            left.remove(k)
+    return tuple(owners), tuple(ranks)

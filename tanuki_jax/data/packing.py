@@ -31,6 +31,15 @@ class Windows:
     def __len__(self) -> int:
         return max(0, (self.store.size - self.held_out - 1) // self.seq_len)
 
+    def described(self, source: str) -> str:
+        """What became of the text of a source, as a stage and `data inspect` say it."""
+        left = self.store.size - self.held_out - len(self) * self.seq_len
+        return (
+            f"{self.store.size:,} tokens of {source} in {len(self):,} rows; the last {left:,} fill no row or are only predicted"
+            + (f"; {self.held_out:,} held out for validation" if self.held_out else "")
+            + ("; the last token of each document predicts nothing (reset_attention)" if self.reset else "")
+        )
+
     def __getitem__(self, index: int) -> Example:
         S = self.seq_len
         start = index * S
@@ -113,6 +122,39 @@ def best_fit(lengths: Sequence[int] | np.ndarray, seq_len: int) -> Packing:
             spaces |= 1 << (space - n)
     starts = np.concatenate([[0], np.cumsum([len(r) for r in rows])]).astype(np.int64)
     return Packing(starts, np.array([u for r in rows for u in r], np.int64), dropped)
+
+
+def pack(tokens: Store, mask: Store, seq_len: int, pairs: bool) -> Packing:
+    """The dialogues of a store, or its pairs, in rows.
+
+    A pair is whole or left out.  A longer dialogue keeps its start, and is left out if that has nothing to train on.
+    """
+    lengths = tokens.lengths
+    if pairs:
+        return best_fit(lengths[::2] + lengths[1::2], seq_len)
+    units = np.minimum(lengths, seq_len)
+    for long in np.flatnonzero(lengths > seq_len).tolist():
+        if not mask.document(long)[1:seq_len].any():  # what would be kept of it is all prompt
+            units[long] = seq_len + 1
+    return best_fit(units, seq_len)
+
+
+def padding(packed: Packing, lengths: np.ndarray, seq_len: int, pairs: bool) -> float:
+    """The share of all rows that is padding; lengths: of the documents, two a pair."""
+    units = lengths[::2] + lengths[1::2] if pairs else np.minimum(lengths, seq_len)
+    return 1 - int(units[packed.units].sum()) / max(1, (len(packed.starts) - 1) * seq_len)
+
+
+def described(packed: Packing, lengths: np.ndarray, seq_len: int, pairs: bool, source: str) -> str:
+    """What became of the dialogues or pairs of a source, as a stage and `data inspect` say it."""
+    cut = 0 if pairs else int((lengths > seq_len).sum()) - packed.dropped
+    why = f"longer than {seq_len} tokens" if pairs else f"with no answer in their first {seq_len} tokens"
+    return (
+        f"{len(packed.units):,} {'pairs' if pairs else 'dialogues'} of {source} in {len(packed.starts) - 1:,} rows, "
+        f"{padding(packed, lengths, seq_len, pairs):.1%} padding"
+        + (f"; {cut:,} longer than {seq_len} tokens cut" if cut else "")
+        + (f"; {packed.dropped:,} {why} left out" if packed.dropped else "")
+    )
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import math
 import multiprocessing
 import os
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 
 from tanuki_jax import files, lock
 from tanuki_jax.data import chat, sources
-from tanuki_jax.data.shards import Shard, Work, finished_shards, prefixes, write_part
+from tanuki_jax.data.shards import Shard, Work, damaged_shard, finished_shards, prefixes, write_part
 from tanuki_jax.data.store import Store
 from tanuki_jax.data.tokenizer import Tokenizer
 from tanuki_jax.errors import UserError
@@ -76,8 +77,16 @@ def prepare(patterns: str, tokenizer: Tokenizer, output: Path, options: Options 
     what the assistant says.  Megatron-LM's own .bin files are taken as they are, if the tokenizer has their ids.  All rows
     must be of one kind.  workers: processes, 0 = as many as are of use here; the store is the same for any number.
     """
-    with lock.output(output):
-        return _prepare(patterns, tokenizer, Path(output), options, workers)
+    check_workers(workers)
+    output = Path(output)
+    with lock.output(output), files.disk_errors(output, "data"):
+        return _prepare(patterns, tokenizer, output, options, workers)
+
+
+def check_workers(workers: int) -> None:
+    """An error about a number of processes or tasks that cannot be."""
+    if workers < 0:
+        raise UserError(f"--workers: {workers} must be at least 0, which is as many as are of use")
 
 
 def _prepare(patterns: str, tokenizer: Tokenizer, output: Path, options: Options, workers: int) -> Manifest:
@@ -100,6 +109,8 @@ def _prepare(patterns: str, tokenizer: Tokenizer, output: Path, options: Options
 
 def plan(patterns: str, tokenizer: Tokenizer, output: Path, options: Options = DEFAULT) -> Plan:
     """Cuts a corpus into parts and makes the folder of its shards; that of the same work, begun before, is gone on with."""
+    if options.shard_characters < 1:
+        raise UserError(f"--shard_characters: {options.shard_characters} must be at least 1")
     kind = _kind(patterns, options)
     directory = output.parent / f".{output.name}.partial"
     work = Work(directory, tokenizer.directory, kind, options.fields, options.skip_bad, options.shard_characters)
@@ -109,8 +120,11 @@ def plan(patterns: str, tokenizer: Tokenizer, output: Path, options: Options = D
         [kind, chat.VERSION if kind in CONVERSATIONS else 0, *options.fields, options.shard_characters, options.part_bytes],
     )
     begun = directory / "identity.json"
-    if directory.is_dir() and (not begun.is_file() or files.read_json(begun) != identity):
+    if directory.is_dir() and not _same_work(begun, identity):
         shutil.rmtree(directory)  # other files, another tokenizer or other options
+    if directory.is_dir() and (damage := damaged_shard(directory)):
+        print(f"data: {damage} is damaged; {output} is begun anew", file=sys.stderr)
+        shutil.rmtree(directory)
     if not options.skip_bad and any(shard.rejected for shard in finished_shards(directory)):
         shutil.rmtree(directory)  # bad rows were left out there, and must be told of here
     if not directory.is_dir():
@@ -120,6 +134,13 @@ def plan(patterns: str, tokenizer: Tokenizer, output: Path, options: Options = D
             raise UserError(f"cannot write {output}: {error.filename}: {error.strerror}") from error
         files.write_json(begun, identity)
     return Plan(output, work, tuple(sources.parts(patterns, options.part_bytes)))
+
+
+def _same_work(begun: Path, identity: str) -> bool:
+    try:
+        return begun.is_file() and files.read_json(begun) == identity
+    except UserError:
+        return False
 
 
 def finish(made: Plan, tokenizer: Tokenizer) -> Manifest:
@@ -239,7 +260,10 @@ def read_manifest(directory: Path) -> Manifest:
     if not path.is_file():
         raise UserError(f"token store: {directory} has no manifest.json; make it with `tanuki data prepare`")
     try:
-        return Manifest(**files.read_json(path))
+        found = Manifest(**files.read_json(path))
+        if not all(isinstance(shard, dict) and "name" in shard for shard in found.shards):
+            raise TypeError("shards without names")
+        return found
     except TypeError as error:
         raise UserError(f"token store: {path} is of another version ({error}); prepare it again") from error
 

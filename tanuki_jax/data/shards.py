@@ -17,7 +17,7 @@ import numpy as np
 
 from tanuki_jax import files
 from tanuki_jax.data import chat, sources
-from tanuki_jax.data.store import StoreWriter, token_dtype
+from tanuki_jax.data.store import Store, StoreWriter, token_dtype
 from tanuki_jax.data.tokenizer import Tokenizer
 from tanuki_jax.errors import UserError
 
@@ -87,6 +87,19 @@ def finished_shards(directory: Path, number: int | None = None) -> list[Shard]:
     return [Shard(**files.read_json(path)) for path in sorted(directory.glob(pattern))]
 
 
+def damaged_shard(directory: Path) -> str:
+    """The first file of the finished shards that is not whole, after a power cut say; empty where all are."""
+    for path in sorted(directory.glob("?????-?????.json")):
+        try:
+            shard = Shard(**files.read_json(path))
+            store = Store(*prefixes(directory, [shard.name]))
+        except (UserError, TypeError):
+            return str(path)
+        if (store.documents, store.size) != (shard.documents, shard.tokens):
+            return str(path)
+    return ""
+
+
 # --- reading ------------------------------------------------------------------------------------------------------------------
 
 
@@ -139,17 +152,27 @@ def _checked(row: sources.Row, kind: str) -> int:
     if own != kind:
         raise UserError(f"data: {row.where} is a {own} row, those before are {kind}; use one source per kind")
     if kind == "tokens":
-        ids = np.asarray(row.fields["tokens"])
-        if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
-            raise UserError(f"data: {row.where}: tokens must be a list of ids")
-        size = len(ids)
+        size = len(_ids(row))
     elif kind == "text":
-        size = len(row.fields["text"])
+        size = 0 if row.fields["text"].isspace() else len(row.fields["text"])
     else:
         size = len(chat.text_of(row.fields))
     if not size:
-        raise UserError(f"data: {row.where} is an empty document; remove it, or leave such rows out with --skip_bad")
+        raise UserError(
+            f"data: {row.where} is an empty document (or white space only); remove it, or leave such rows out with --skip_bad"
+        )
     return size
+
+
+def _ids(row: sources.Row) -> np.ndarray:
+    """The tokens of a row that is tokenized already."""
+    try:
+        ids = np.asarray(row.fields["tokens"])
+    except (ValueError, TypeError, OverflowError):  # lists of different lengths in the list
+        ids = np.zeros((), object)
+    if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+        raise UserError(f"data: {row.where}: tokens must be a list of ids, whole numbers from 0 on: [5, 6, 7]")
+    return ids
 
 
 # --- encoding and writing -----------------------------------------------------------------------------------------------------
@@ -176,7 +199,7 @@ def _encode(work: Work, chunk: _Chunk, tokenizer: Tokenizer) -> Iterator[list[En
 
 def _documents(kind: str, row: sources.Row, tokenizer: Tokenizer) -> list[Encoded]:
     if kind == "tokens":
-        ids = np.asarray(row.fields["tokens"])
+        ids = _ids(row)
         if ids.min() < 0 or ids.max() >= tokenizer.vocab_size:
             raise UserError(f"holds id {ids.max() if ids.min() >= 0 else ids.min()}, the tokenizer has {tokenizer.vocab_size}")
         return [(ids, None)]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Container, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from tanuki_jax import files
-from tanuki_jax.data import formats
+from tanuki_jax.data import datasets, encodings, formats, paths
 from tanuki_jax.data.conversation import Columns, read_fields
 from tanuki_jax.errors import UserError
 
@@ -53,36 +55,84 @@ def ignore(where: str, reason: str) -> None:
     """A `Bad` that leaves bad rows out without a word."""
 
 
+COMMAS = 7  # most commas that the name of a path may have
+
+
+def split_patterns(patterns: str) -> list[str]:
+    """Comma-separated globs apart; a comma of a path that is there, or that alone makes a glob match, separates nothing."""
+    pieces, found = patterns.split(","), []
+    while pieces:
+        joined = [",".join(pieces[:n]) for n in range(min(len(pieces), COMMAS + 1), 0, -1)]  # the longest first
+        there = [name for name in joined if name and not paths.is_url(name) and os.path.lexists(name)]
+        if there or paths.is_url(pieces[0]) or paths.find(pieces[0]):
+            taken = there[0] if there else pieces[0]
+        else:
+            taken = next((name for name in joined[:-1] if name and not paths.is_url(name) and paths.find(name)), pieces[0])
+        pieces = pieces[taken.count(",") + 1 :]
+        found += [taken] if taken else []
+    return found
+
+
 def matching_files(patterns: str) -> list[str]:
-    """The files of comma-separated globs, sorted; dataset folders count.  A pattern that matches nothing is an error."""
-    found: list[str] = []
-    for pattern in filter(None, patterns.split(",")):
-        matches = formats.find(pattern)
+    """The files of comma-separated globs, sorted; dataset folders count.  A pattern that matches nothing is an error.
+
+    A file is there once, however many patterns and links name it; what was left out is told.
+    """
+    found: dict[Any, str] = {}
+    again: list[tuple[str, str]] = []
+    for pattern in split_patterns(patterns):
+        matches = paths.find(pattern)
         if not matches:
-            raise UserError(f"data: no such file: {pattern!r}")
-        for path in (expanded for match in matches for expanded in formats.expand(match)):
-            folder = formats.format_of(path) != "/tfds" and formats.is_directory(path)
-            if folder or not formats.format_of(path):
-                if folder:
-                    raise UserError(
-                        f"data: {path} is a directory, and no dataset that Hugging Face datasets or TFDS wrote; "
-                        f"name the files in it, {path}/*.jsonl for example"
-                    )
-                raise UserError(f"data: {path} is none of {', '.join(formats.SUFFIXES)}; convert it or narrow the pattern")
-            found.append(path)
+            raise UserError(f"data: no such file: {pattern!r}{_unreadable(pattern)}")
+        for path in (expanded for match in matches for expanded in _expand(match)):
+            key = paths.same(path)
+            if key in found:
+                again.append((path, found[key]))
+            else:
+                found[key] = path
+    if again:
+        path, first = again[0]
+        told = f"{path} is named twice" if path == first else f"{path} is the same file as {first}"
+        more = f" ({len(again)} such names are left out)" if len(again) > 1 else ""
+        paths.tell(f"data: {told}, and is read once{more}")
     if not found:
         raise UserError(f"data: no input files given; name {', '.join(formats.SUFFIXES)} files")
+    return list(found.values())
+
+
+def _expand(match: str) -> list[str]:
+    """The files of what a glob matched, each of a known format and readable."""
+    paths.check(match)
+    found = datasets.expand(match)
+    for path in found:
+        paths.check(path)
+        folder = formats.format_of(path) != "/tfds" and paths.is_directory(path)
+        if folder:
+            raise UserError(
+                f"data: {path} is a directory, and no dataset that Hugging Face datasets or TFDS wrote; "
+                f"name the files in it, {path}/*.jsonl for example"
+            )
+        if not formats.format_of(path):
+            raise UserError(f"data: {path} is none of {', '.join(formats.SUFFIXES)}; convert it or narrow the pattern")
     return found
+
+
+def _unreadable(pattern: str) -> str:
+    """Why a glob may match nothing: a folder on its way that may not be looked into."""
+    for folder in reversed(Path(pattern).parents):
+        if not paths.is_url(pattern) and folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK):
+            return f"; {folder} cannot be looked into, check its permissions"
+    return ""
 
 
 def total_bytes(patterns: str) -> int:
     """Size of all files together."""
-    return sum(map(formats.bytes_of, matching_files(patterns)))
+    return sum(map(paths.bytes_of, matching_files(patterns)))
 
 
 def identity(patterns: str) -> str:
     """A fingerprint of the files' names, sizes and times of change; cheap for any amount of data."""
-    return files.fingerprint([formats.identity_of(path) for path in matching_files(patterns)])
+    return files.fingerprint([paths.identity_of(path) for path in matching_files(patterns)])
 
 
 def parts(patterns: str, part_bytes: int) -> list[Part]:
@@ -96,7 +146,7 @@ def parts(patterns: str, part_bytes: int) -> list[Part]:
             small.clear()
 
     for path in matching_files(patterns):
-        size = formats.bytes_of(path)
+        size = paths.bytes_of(path)
         units = _units(path) if size > part_bytes else 1
         if units > 1:
             flush()
@@ -122,7 +172,7 @@ def read_rows(patterns: str, fields: Fields = PLAIN, bad: Bad | None = None) -> 
     """All rows of all files, in order.  Text files give {"text"}."""
     before = 0
     for path in matching_files(patterns):
-        size = formats.bytes_of(path)
+        size = paths.bytes_of(path)
         for row in read_part(Part((path,), 0, WHOLE, size), fields, bad):
             if row is not None:
                 yield row._replace(bytes_read=before + row.bytes_read)
@@ -135,17 +185,20 @@ def read_part(part: Part, fields: Fields = PLAIN, bad: Bad | None = None, skip: 
     wanted = Columns(fields.text.split(".")[0], fields.language.split(".")[0])
     for path in part.paths:
         try:
-            for record in formats.READERS[formats.format_of(path)](path, part.start, part.stop, wanted):
+            for record in _records(path, part, wanted):
                 number += 1
                 if number <= skip:
                     continue
                 try:
-                    yield _row(record, fields, before)
+                    row = _row(record, fields, before)
+                    encodings.check(row.fields, wanted, record.where)
                 except UserError as error:
                     if bad is None:
                         raise
                     bad(record.where, _reason(error, record.where))
                     yield None
+                else:
+                    yield row
         except UserError as error:  # the file itself is damaged: what came before it is good
             if bad is None:
                 raise
@@ -153,7 +206,14 @@ def read_part(part: Part, fields: Fields = PLAIN, bad: Bad | None = None, skip: 
             if number > skip:
                 bad(path, _reason(error, path))
                 yield None
-        before += formats.bytes_of(path) if len(part.paths) > 1 else 0
+        before += paths.bytes_of(path) if len(part.paths) > 1 else 0
+
+
+def _records(path: str, part: Part, wanted: Container[str]) -> Iterator[formats.Record]:
+    try:
+        yield from formats.READERS[formats.format_of(path)](path, part.start, part.stop, wanted)
+    except OSError as error:  # gone, or its disk is
+        raise UserError(f"data: {path} cannot be read: {error.strerror or error}") from error
 
 
 def _reason(error: UserError, where: str) -> str:
@@ -201,19 +261,18 @@ def kind_of(row: Row) -> str:
 
 
 def _decode(data: bytes, where: str) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"data: {where} is not valid UTF-8 at byte {error.start}; convert it, for example with iconv"
-        ) from error
+    return encodings.decode(data, where)
 
 
 def _parse(line: bytes, where: str) -> dict[str, Any]:
     text = _decode(line, where)
     try:
-        fields = json.loads(text)
+        fields = json.loads(text, object_pairs_hook=_once)
+    except UserError as error:
+        raise UserError(f"data: {where} {error}") from error
     except json.JSONDecodeError as error:
+        if found := encodings.problem(text):
+            raise UserError(f"data: {where} {found}") from error
         raise UserError(f"data: {where} is not JSON: {error.msg} at column {error.colno}") from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
         raise UserError(f"data: {where} is not JSON that can be read: {error}") from error
@@ -227,3 +286,13 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise UserError(f'data: {where} must be a JSON object such as {{"text": "..."}}, not {type(fields).__name__}')
     return fields
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, none of whose keys may stand there twice: JSON readers would take either."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise UserError(f"has the key {twice!r} twice in one object; keep one of them")
+    return value

@@ -8,7 +8,6 @@ experts and router, whose products are no plain ones, use W + scale * A B.
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -55,14 +54,10 @@ class Target(NamedTuple):
 
 
 def ranks(cfg: config.Model, options: config.Lora) -> dict[str, int]:
-    """Path and rank of the adapters that a stage's options ask for; of several patterns that fit a matrix the last counts."""
-    found = {}
-    for path, _, _ in named_parameters(cfg):
-        name = path.removeprefix("layers/")
-        for pattern, rank in options.patterns().items() if name in SPLITS else ():
-            if fnmatch.fnmatch(name, pattern):
-                found[path] = rank or options.rank
-    return found
+    """Path and rank of the adapters that a stage's options ask for; of several patterns the one that fits the fewest counts."""
+    names = [path.removeprefix("layers/") for path, _, _ in named_parameters(cfg)]
+    found = config.lora_ranks(options, [name for name in names if name in SPLITS])
+    return {f"layers/{name}": rank for name, rank in found.items()}
 
 
 def targets(cfg: config.Model, ranks: Mapping[str, int]) -> Iterator[Target]:

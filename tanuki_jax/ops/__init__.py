@@ -1,6 +1,6 @@
 """The expensive operations, one call each; `impl=` chooses a reference, an XLA or a Pallas version."""
 
-from tanuki_jax.ops.attention import attention, cached_attention, splash_kernel
+from tanuki_jax.ops.attention import attention, cached_attention, query_parts, splash_kernel
 from tanuki_jax.ops.cross_entropy import TokenScores, token_logprobs
 from tanuki_jax.ops.cudnn import residuals
 from tanuki_jax.ops.device import on_tpu, platform
@@ -21,6 +21,7 @@ __all__ = [
     "normal_pairs",
     "on_tpu",
     "platform",
+    "query_parts",
     "residuals",
     "round_stochastically",
     "rows",

@@ -10,7 +10,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from tanuki_jax.ops import cudnn
-from tanuki_jax.ops.device import platform
+from tanuki_jax.ops.device import LANES, platform
 
 DEFAULT = {"tpu": "splash", "gpu": "cudnn", "cpu": "xla"}
 # How the xla path splits a row's queries.
@@ -76,6 +76,11 @@ def splash_kernel(impl: str, places: np.ndarray | None, length: int, heads: int,
     from tanuki_jax.ops import splash
 
     return splash.make_kernel(length, heads, places, parts)
+
+
+def query_parts(impl: str, platform: str) -> int:
+    """Of how many tokens each half of a device's queries must be a multiple where devices split a row."""
+    return LANES if (DEFAULT.get(platform, "xla") if impl == "auto" else impl) == "splash" else 1
 
 
 def cached_attention(q_BSNH: jax.Array, k_BMKH: jax.Array, v_BMKH: jax.Array, positions_BS: jax.Array) -> jax.Array:

@@ -2,6 +2,8 @@
 
 import jax
 
+LANES = 128  # of a TPU's vector registers: rows or columns of a kernel's tile
+
 
 def platform() -> str:
     """cpu, gpu or tpu."""

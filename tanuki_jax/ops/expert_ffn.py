@@ -62,7 +62,7 @@ def expert_ffn(
         if impl == "mosaic" and not mosaic.fits(gate_EDF):
             impl = "padded"
     everything = jnp.ones((T, k), bool)
-    if impl == "reference":
+    if impl == "reference" and not capacity:
         return _reference(x_TD, weights_Tk, experts_Tk, gate_EDF, up_EDF, down_EFD), everything
 
     # rank: how many earlier assignments went to the same expert, of valid tokens where there is a capacity

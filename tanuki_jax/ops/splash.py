@@ -11,9 +11,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-from tanuki_jax.ops.device import on_tpu
+from tanuki_jax.ops.device import LANES, on_tpu
 
-LANES = 128
 BLOCK = 1024  # most queries, and keys, of a block
 
 

@@ -10,6 +10,8 @@ import dataclasses
 import math
 from typing import Any
 
+import jax
+
 from tanuki_jax import config, model, placement
 from tanuki_jax.config import Recipe
 from tanuki_jax.errors import UserError
@@ -30,13 +32,13 @@ def plan_stage(recipe: Recipe, name: str, topology: Topology, costs: bool = True
     costs: without it only memory is looked at, by one compilation instead of three.
     """
     this, cfg = recipe.stages[name], config.model_of(recipe, name)
-    if this.kind == "upcycle":
-        raise UserError(f"plan: stage {name} converts parameters and trains nothing; plan another stage")
+    mesh = lay_out(recipe, name, topology)
     recipe = dataclasses.replace(recipe, mesh=dataclasses.replace(recipe.mesh, slices=topology.slices))
-    mesh = placement.make_mesh(recipe, name, topology.devices())
-    placement.check_mesh(recipe, name, mesh)
     total, active = model.count_parameters(cfg)
-    whole = program.compile_step(recipe, name, mesh)
+    try:
+        whole = program.compile_step(recipe, name, mesh)
+    except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:  # what no check has foreseen
+        raise _cannot(f"stage {name} cannot be compiled for {topology.name}, mesh {dict(mesh.shape)}", error) from error
     tokens = this.batch_size * this.seq_len
     limit = topology.generation.hbm_limit
     needed = whole.needed or whole.arguments + whole.temporaries
@@ -63,6 +65,26 @@ def plan_stage(recipe: Recipe, name: str, topology: Topology, costs: bool = True
         plan |= _costs(recipe, name, topology, mesh)
         plan["compile_seconds"] = round(plan["compile_seconds"] + plan.pop("_seconds"), 1)
     return plan
+
+
+def lay_out(recipe: Recipe, name: str, topology: Topology) -> jax.sharding.Mesh:
+    """The stage's mesh on the slice; an error that names what to set where it cannot be."""
+    if recipe.stages[name].kind == "upcycle":
+        raise UserError(f"plan: stage {name} converts parameters and trains nothing; plan another stage")
+    recipe = dataclasses.replace(recipe, mesh=dataclasses.replace(recipe.mesh, slices=topology.slices))
+    devices = topology.devices()
+    try:
+        mesh = placement.make_mesh(recipe, name, devices)
+    except (ValueError, NotImplementedError, AssertionError) as error:  # of JAX, on shapes that have no place on a torus
+        sizes = {axis: size for axis, size in config.to_dict(recipe.mesh).items() if size != 1}
+        raise _cannot(f"mesh {sizes} cannot be laid out on {topology.name}", error) from error
+    placement.check_mesh(recipe, name, mesh)
+    return mesh
+
+
+def _cannot(what: str, error: Exception) -> UserError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return UserError(f"plan: {what}: {reason}; set other sizes in --config.mesh, or take another slice")
 
 
 def _costs(recipe: Recipe, name: str, topology: Topology, mesh: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 from tanuki_jax import config, model, parallel, placement
 from tanuki_jax.config import Recipe
 from tanuki_jax.errors import UserError
-from tanuki_jax.plan.estimate import advice, plan_stage, spent
+from tanuki_jax.plan.estimate import advice, lay_out, plan_stage, spent
 from tanuki_jax.plan.topology import Topology
 
 
@@ -20,6 +20,8 @@ def plan(recipe: Recipe, only: str, topology: Topology) -> dict[str, Any]:
     Where one stage is named, its plan's keys stand beside these.
     """
     names = [only] if only else [n for n, this in recipe.stages.items() if this.kind != "upcycle"]
+    for name in names:  # what cannot work is said before anything is compiled
+        lay_out(recipe, name, topology)
     done: dict[str, dict[str, Any]] = {}
     stages = []
     for name in names:
@@ -87,13 +89,19 @@ def search(recipe: Recipe, only: str, topology: Topology) -> dict[str, Any]:
             changed = _changed(recipe, only, sizes, microbatches, remat)
             try:
                 found = plan_stage(changed, only, topology, costs=False)
-            except UserError:
-                break  # sizes that do not divide
+            except UserError as error:  # sizes that do not divide
+                print(f"plan: context {sizes.context}, tensor {sizes.tensor}: {error}", file=sys.stderr, flush=True)
+                break
             tried.append(found)
             print(f"plan: {_label(found)}: {'fits' if found['fits'] else 'too large'}", file=sys.stderr, flush=True)
             if found["fits"]:
                 fitting.append((changed, found))
                 break
+    if not tried:
+        raise UserError(
+            f"plan: batch_size {recipe.stages[only].batch_size} of stage {only} divides over no mesh of {topology.name} that "
+            f"was tried; take a smaller slice, or a multiple of {topology.chips}"
+        )
     fitting.sort(key=lambda item: (REMAT.index(item[1]["remat"]), item[1]["microbatches"]))
     best = [plan_stage(changed, only, topology) for changed, _ in fitting[:KEEP]]
     best = [found | spent(recipe, only, found) for found in best]

@@ -14,7 +14,7 @@ COLUMNS = (
 
 def table(found: dict[str, Any]) -> str:
     """Lines for the terminal: one for each stage (or candidate), then details of the first."""
-    plans = found.get("ranked") or found["stages"]
+    plans = found["ranked"] if "ranked" in found else found["stages"]
     lines = [f"{found['topology']}: {found['chips']} chips", COLUMNS, *map(_row, plans)]
     if found.get("days"):
         lines.append(f"all stages with a token budget: {found['days']:.1f} days, {found['chip_hours']:,.0f} chip-hours")

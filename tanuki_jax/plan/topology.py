@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fnmatch
+import functools
 import importlib
+import importlib.metadata
 import os
 import re
 from collections.abc import Sequence
@@ -13,6 +16,7 @@ import jax
 from tanuki_jax.errors import UserError
 
 GIB = 2**30
+MOST_CHIPS = 65_536  # of all slices
 
 
 @dataclass(frozen=True)
@@ -67,23 +71,27 @@ class Topology:
 
 def parse(name: str) -> Topology:
     """`v5p-256` (256 TensorCores: 128 chips), `v6e-256` and `v5e-256` (chips), `2xv5p-256` for two slices of it."""
-    match = re.fullmatch(r"(?:(\d+)x)?([a-z0-9]+?)-(\d+)", name)
+    match = re.fullmatch(r"(?:([0-9]{1,6})x)?([a-z0-9]+?)-([0-9]{1,9})", name)
     kind = ALIASES.get(match[2], match[2]) if match else ""
     if not match or kind not in GENERATIONS:
         raise UserError(f"--topology: {name!r} is not a slice; give v5p-256, v6e-256, v5e-256 or 2xv5p-256 for two slices")
     generation, slices = GENERATIONS[kind], int(match[1] or 1)
     chips = int(match[3]) // generation.cores_in_name
     power = max(0, chips.bit_length() - 1)
-    largest = 256 if generation.dimensions == 2 else 8192
-    if chips != 1 << power or int(match[3]) % generation.cores_in_name or chips > largest or not slices:
-        sizes = ", ".join(f"{kind}-{generation.cores_in_name << p}" for p in (2, 3, 4, 5, 6, 7, 8))
-        raise UserError(f"--topology: there is no slice {name!r}; {kind} has {sizes} and further powers of two")
+    least, most = (0, 8) if generation.dimensions == 2 else (2, 13)  # powers of two; flat ones have a single chip, but no pair
+    powers = [p for p in range(least, most + 1) if p != 1]
+    if chips != 1 << power or int(match[3]) % generation.cores_in_name or power not in powers or not slices:
+        sizes = ", ".join(f"{kind}-{generation.cores_in_name << p}" for p in powers)
+        raise UserError(f"--topology: there is no slice {name!r}; {kind} has {sizes}")
+    if slices * chips > MOST_CHIPS:
+        raise UserError(f"--topology: {name!r} is {slices * chips:,} chips; no more than {MOST_CHIPS:,} can be planned")
     # The torus is as near to a cube (or square) as powers of two allow, its longest side last; sides of 1 come last of all.
     sides = [1 << (power + i) // generation.dimensions for i in range(generation.dimensions)]
     shape = "x".join(str(s) for s in sorted(sides, key=lambda s: (s == 1, s)))
     return Topology(name, generation, chips, slices, f"{kind}:{shape}")
 
 
+@functools.cache
 def _devices(topology: Topology) -> Sequence[jax.Device]:
     """The compiler comes as a Python package; no device is opened, so another process that compiles is no hindrance."""
     # Else the compiler asks the network who it is, and complains that nobody answers.
@@ -98,8 +106,27 @@ def _devices(topology: Topology) -> Sequence[jax.Device]:
 
     try:
         importlib.import_module("libtpu")  # the compiler itself; jax finds it by this name
-        return topologies.get_topology_desc(
-            platform="tpu", topology_name=topology.shape, num_slices=topology.slices, wrap=topology.wrap
-        ).devices
     except ImportError as error:
         raise UserError("plan: the TPU compiler is not installed; pip install 'tanuki-jax[plan]'") from error
+    _check_compiler()
+    host = {"chips_per_host_bounds": (1, 1, 1)} if topology.chips_per_slice == 1 else {}
+    try:
+        return topologies.get_topology_desc(
+            platform="tpu", topology_name=topology.shape, num_slices=topology.slices, wrap=topology.wrap, **host
+        ).devices
+    except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--topology: the TPU compiler cannot lay out {topology.name} ({topology.shape}): {reason}") from error
+
+
+def _check_compiler() -> None:
+    """An error where the libtpu that is there is not the one that this JAX belongs to: XLA would end in an error much later."""
+    try:
+        found, needed = importlib.metadata.version("libtpu"), importlib.metadata.requires("jax") or []
+    except importlib.metadata.PackageNotFoundError:  # built or found elsewhere: nothing is known of it
+        return
+    wanted = next((m[1] for line in needed if (m := re.match(r"libtpu\s*==\s*([\w.*]+)", line))), found)
+    if not fnmatch.fnmatchcase(found, wanted) and not fnmatch.fnmatchcase(f"{found}.0", wanted):
+        raise UserError(
+            f"plan: libtpu {found} is here, but JAX {jax.__version__} needs libtpu {wanted}; pip install 'libtpu=={wanted}'"
+        )

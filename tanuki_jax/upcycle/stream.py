@@ -79,6 +79,7 @@ def plan(checkpoints: Sequence[str], shape: dict[str, Any], settings: dict[str, 
     sources = tuple(open_dense(path, dtype or "") for path in checkpoints)
     check_alike(sources)
     cfg = upcycle.mixture_of(sources[0].cfg, **shape)
+    config.check_mixture(cfg, "upcycle: ")
     cfg = dataclasses.replace(cfg, param_dtype=dtype or cfg.param_dtype)
     options = config.from_dict(config.Upcycle, {**settings, "experts_from": tuple(checkpoints[1:])})
     upcycle.check(cfg, options)

@@ -192,13 +192,13 @@ def mixture_of(cfg: config.Model, **shape: Any) -> config.Model:
     made = dataclasses.replace(cfg, **shape)
     if not made.n_experts:
         raise UserError(f"upcycle: top_k {made.top_k} must lie between 1 and n_experts 0; give it experts")
-    config.check_mixture(made, "upcycle: ")
+    config.check_mixture(made, "upcycle: ", trained=False)
     return made
 
 
 def check(cfg: config.Model, options: config.Upcycle) -> None:
     """An error that names the setting which cannot be."""
-    config.check_mixture(cfg, "upcycle: ")
+    config.check_mixture(cfg, "upcycle: ", trained=False)
     config.check_upcycle(cfg, options, "upcycle: ")
 
 

@@ -9,7 +9,7 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 from tensorflow_datasets.proto import tf_example_generated_pb2
 
-from tanuki_jax.data import formats, sources
+from tanuki_jax.data import paths, sources
 from tanuki_jax.errors import UserError
 
 TEXTS = ["狸\n山", "moon", " \u2028 ", "か\u3099" * 50, 'a "quoted"\tline\r\n', "🦝", *(f"row {i}" for i in range(300))]
@@ -97,7 +97,7 @@ def test_every_format_gives_the_rows_that_were_written(tmp_path, name):
     assert {sources.kind_of(row) for row in rows} == {"text"}
     assert len({row.where for row in rows}) == len(rows) and all(str(tmp_path / name) in row.where for row in rows)
     read = [row.bytes_read for row in rows]
-    assert read == sorted(read) and 0 < read[-1] <= (tmp_path / name).stat().st_size == formats.bytes_of(str(tmp_path / name))
+    assert read == sorted(read) and 0 < read[-1] <= (tmp_path / name).stat().st_size == paths.bytes_of(str(tmp_path / name))
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -149,6 +149,17 @@ def test_bytes_are_text_where_a_column_holds_them(tmp_path):
 def test_dialogues_and_pairs_come_from_every_format_that_nests(tmp_path, name, rows):
     FORMATS[name](tmp_path / name, rows)
     assert [row.fields for row in sources.read_rows(str(tmp_path / name))] == rows
+
+
+@pytest.mark.parametrize("name", ["a.arrayrecord", "a.array_record"])
+def test_an_example_of_any_length_is_one(tmp_path, name):
+    """One whose features take 123 bytes begins with a newline and a brace, as JSON may."""
+    rows = [{"text": "x" * n, "id": n} for n in range(60, 160)]
+    assert any(example(row)[:2] == b"\n{" for row in rows)
+    write_array_record(tmp_path / name, rows, example)
+    assert texts(tmp_path / name) == [row["text"] for row in rows]
+    write_array_record(tmp_path / name, rows, lambda row: b"\n" + json.dumps(row).encode())
+    assert texts(tmp_path / name) == [row["text"] for row in rows]
 
 
 # --- folders ------------------------------------------------------------------------------------------------------------------

@@ -146,7 +146,7 @@ def test_sources_of_one_size_are_not_shuffled_alike():
     assert [i for k, i in drawn if k == 0] != [i for k, i in drawn if k == 1]
 
 
-SOURCES = ((40, 1), (61, 2), (50, 3))  # sizes and runs; the last two have a row that belongs to no run
+SOURCES = ((40, 1), (61, 2), (50, 3))  # sizes and runs; the last two have rows that fill no run
 
 
 @functools.cache
@@ -171,21 +171,25 @@ def chains(draw):
 def test_no_row_is_lost_or_repeated_in_an_epoch_through_phases_and_stages(chain):
     used, seen = np.zeros(len(SOURCES), np.int64), [[] for _ in SOURCES]
     for weights, starts, length in chain:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("tanuki_jax.data.mixture.BLOCK", 64)  # made quickly
-            mixture = StagedMixture(weights, starts, length, used.tolist())
-            for source, place in map(mixture.__getitem__, range(length)):
-                seen[source].append(drawn(source)[place])
-            used = used + mixture.used(length)
+        mixture = StagedMixture(weights, starts, length, used.tolist())
+        for source, place in map(mixture.__getitem__, range(length)):
+            seen[source].append(drawn(source)[place])
+        used = used + mixture.used(length)
     assert [len(rows) for rows in seen] == used.tolist()
     for rows_seen, (size, run) in zip(seen, SOURCES, strict=True):
-        epoch = size // run * run
-        for begin in range(0, len(rows_seen), epoch):
-            part = rows_seen[begin : begin + epoch]
-            assert len(set(part)) == len(part) and max(part) < epoch
-        for begin in range(0, len(rows_seen) - run + 1, run):  # rows of a run follow each other
-            first = rows_seen[begin]
-            assert first % run == 0 and rows_seen[begin : begin + run] == list(range(first, first + run))
+        for begin in range(0, len(rows_seen), size):
+            part = rows_seen[begin : begin + size]
+            assert len(set(part)) == len(part) and max(part) < size
+            for start in range(0, min(len(part), size - size % run) - run + 1, run):  # rows of a run follow each other
+                first = part[start]
+                assert first % run == 0 and part[start : start + run] == list(range(first, first + run))
+
+
+@pytest.mark.parametrize(("size", "run"), [(7, 4), (249, 128), (61, 2), (50, 3), (5, 5), (3, 4)])
+def test_an_epoch_has_every_row_once_whatever_the_runs(size, run):
+    ordered = loader.Source(Numbered(0, size), 1, run).ordered()
+    for epoch in range(3):
+        assert sorted(int(ordered[epoch * size + i]["tokens"][1]) for i in range(size)) == list(range(size))
 
 
 def test_the_mixture_draws_each_source_in_its_own_order():

@@ -1,6 +1,10 @@
+import contextlib
+import errno
 import gzip
 import hashlib
 import json
+import resource
+import shutil
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -22,7 +26,7 @@ def assistant(content):
     return {"role": "assistant", "content": content}
 
 
-TEXTS = [{"text": "狸が山に住む。"}, {"text": " "}, {"text": "moon\n"}]
+TEXTS = [{"text": "狸が山に住む。"}, {"text": " 。"}, {"text": "moon\n"}]
 DIALOGUES = [{"messages": [user("a"), assistant("b")] * n} for n in (1, 2, 3)]
 PAIRS = [
     {"prompt": p, "chosen": "良い", "rejected": [assistant("悪い")]} for p in ("q", [user("r"), assistant("s"), user("t")])
@@ -170,6 +174,17 @@ def test_an_empty_document_of_tokens_is_an_error_or_a_rejected_one(tokenizer, me
     assert prepare.prepare(path, tokenizer, tmp_path / "store", SKIP, workers=1).rejected == 1
 
 
+RAGGED = [[[1], [2, 3]], [[1, 2], [3, 4]], [1.5, 2], [1 << 80], [None], ["a"], [True], {"a": 1}, "狸", [-1], [70_000]]
+
+
+@pytest.mark.parametrize("tokens", RAGGED, ids=str)
+def test_what_is_no_list_of_ids_is_one_line_or_a_rejected_row(made, tmp_path, tokens):
+    with pytest.raises(UserError, match=r"rows\.jsonl:2: (tokens must be a list of ids|holds id)") as caught:
+        made([{"tokens": [1, 2]}, {"tokens": tokens}])
+    assert "\n" not in str(caught.value)
+    assert made([{"tokens": [1, 2]}, {"tokens": tokens}], SKIP)[0].rejected == 1
+
+
 @pytest.mark.parametrize("row", [{"tokens": [1, 2, 3]}, {"tokens": 3}, {"text": None, "tokens": 3}])
 def test_tokens_in_a_line_are_taken_or_refused_by_the_name_of_the_line(made, tmp_path, row):
     try:
@@ -199,6 +214,7 @@ BAD = {
     "no known field": ([GOOD, {"title": "a"}], ":2.*neither text"),
     "no JSON": ([GOOD, "moon"], ":2 is not JSON"),
     "an empty document": ([GOOD, {"text": ""}], ":2.*empty document.*--skip_bad"),
+    "white space only": ([GOOD, {"text": "\u3000\n \n"}], ":2.*empty document"),
     "an empty document first": ([{"text": ""}, GOOD], ":1.*empty document"),
     "no assistant turn": ([DIALOGUES[0], {"messages": [user("a")]}], ":2.*without an assistant turn"),
     "no messages": ([DIALOGUES[0], {"messages": []}], ":2.*conversation is empty"),
@@ -318,6 +334,78 @@ def test_a_place_that_cannot_be_written_is_an_error_that_names_it(made, tokenize
     (tmp_path / "rows.jsonl").write_text(lines_of(TEXTS))
     with pytest.raises(UserError, match=r"cannot write .*rows\.jsonl/store"):
         prepare.prepare(str(tmp_path / "rows.jsonl"), tokenizer, tmp_path / "rows.jsonl" / "store", workers=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "workers", "message"),
+    [
+        (prepare.DEFAULT, -1, "--workers: -1 must be at least 0"),
+        (prepare.Options(shard_characters=0), 1, "--shard_characters: 0 must be at least 1"),
+        (prepare.Options(shard_characters=-5), 1, "--shard_characters: -5 must be at least 1"),
+    ],
+)
+def test_numbers_that_cannot_be_are_one_line(tokenizer, tmp_path, options, workers, message):
+    (tmp_path / "rows.jsonl").write_text(lines_of(TEXTS))
+    with pytest.raises(UserError, match=message):
+        prepare.prepare(str(tmp_path / "rows.jsonl"), tokenizer, tmp_path / "store", options, workers)
+    assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+# --- disks that are full, and what they leave --------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def no_larger_than(size):
+    """Files of this process and its children may have `size` bytes, as with `ulimit -f`."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(tokenizer, tmp_path, workers):
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text(lines_of([{"text": f"{i} 狸が山に住む。" * 9} for i in range(400)]))
+    run = (f"{tmp_path}/*.jsonl", tokenizer, tmp_path / "store", prepare.Options(part_bytes=70_000), workers)
+    with no_larger_than(4096), pytest.raises(UserError, match=rf"the disk of {tmp_path}/store is full, or a file larger"):
+        prepare.prepare(*run)
+    assert not (tmp_path / "store").exists()
+    assert prepare.prepare(*run).rows == 800
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl", "store"]
+
+
+def test_a_disk_that_fills_at_the_first_byte_is_one_line(tokenizer, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "rows.jsonl").write_text(lines_of(TEXTS))
+    run = (str(tmp_path / "rows.jsonl"), tokenizer, tmp_path / "store")
+    for place in ("tanuki_jax.data.store.StoreWriter.add", "tanuki_jax.files.write_json", "pathlib.Path.mkdir"):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, full)
+            with pytest.raises(UserError, match="disk|No space left"):
+                prepare.prepare(*run, workers=1)
+    assert prepare.prepare(*run, workers=1).rows == 3
+
+
+@pytest.mark.parametrize("victim", ["identity.json", "00000-00000.json", "tokens-00000-00000.bin", "tokens-00000-00000.idx"])
+def test_work_that_a_power_cut_damaged_is_begun_anew(tokenizer, tmp_path, monkeypatch, capsys, victim):
+    monkeypatch.setattr(shards, "CHUNK_ROWS", 1)
+    (tmp_path / "rows.jsonl").write_text(lines_of([{"text": f"{i} 狸"} for i in range(6)]))
+    run = (str(tmp_path / "rows.jsonl"), tokenizer, tmp_path / "store", prepare.Options(shard_characters=1))
+    expected = prepare.prepare(*run, workers=1)
+    shutil.rmtree(tmp_path / "store")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prepare, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        prepare.prepare(*run, workers=1)
+    path = tmp_path / ".store.partial" / victim
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert prepare.prepare(*run, workers=1).content == expected.content
+    told = capsys.readouterr().err
+    assert victim == "identity.json" or ("00000-00000.json is damaged" in told and "begun anew" in told)
 
 
 # --- opening ----------------------------------------------------------------------------------------------------------------

@@ -188,9 +188,9 @@ def check_parts(patterns, part_bytes):
     return parts
 
 
-LINE = st.text(max_size=8).map(lambda text: json.dumps({"text": text}, ensure_ascii=False)) | st.sampled_from(
-    ["", " ", "\r", "\t "]
-)
+LINE = st.text(st.characters(exclude_characters="\0\x1b", exclude_categories=["Cs"]), max_size=8).map(
+    lambda text: json.dumps({"text": text}, ensure_ascii=False)
+) | st.sampled_from(["", " ", "\r", "\t "])
 LINES = st.lists(LINE, max_size=12)
 
 

@@ -1,5 +1,6 @@
 """Chat templates of every kind that other people write: the text and ids of plain Jinja, and what is trained of them."""
 
+import functools
 import json
 from itertools import groupby
 
@@ -75,13 +76,18 @@ def assistant(content, **more):
     return {"role": "assistant", "content": content, **more}
 
 
-def plain(tokenizer: Tokenizer, messages, prompt=False, **values):
-    """What Jinja alone makes of the template."""
+@functools.cache
+def compiled(source):
+    """A template in plain Jinja, without marks."""
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols])
     environment.filters["tojson"] = lambda x: json.dumps(x, ensure_ascii=False)
-    source = tokenizer.chat_template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    return environment.from_string(source.replace("{% generation %}", "").replace("{% endgeneration %}", ""))
+
+
+def plain(tokenizer: Tokenizer, messages, prompt=False, **values):
+    """What Jinja alone makes of the template."""
     values = {"add_generation_prompt": prompt, "tools": None, **tokenizer.named, **values}
-    return environment.from_string(source).render(messages=messages, **values)
+    return compiled(tokenizer.chat_template).render(messages=messages, **values)
 
 
 def said(tokenizer, ids, mask):

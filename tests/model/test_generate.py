@@ -56,6 +56,12 @@ def test_what_is_drawn_for_a_prompt_does_not_depend_on_the_rows_beside_it():
     assert first == alone[0] != second
 
 
+def test_a_seed_has_up_to_64_bits():
+    hot = Sampling(max_new_tokens=8, temperature=1.0)
+    drawn = [model.generate(CFG, PARAMS, PROMPTS, hot, seed=seed) for seed in (1, 2**63 - 1, -(2**63), 2**40 + 1)]
+    assert drawn[1] == model.generate(CFG, PARAMS, PROMPTS, hot, seed=-1) and drawn[3] == drawn[0] != drawn[1]
+
+
 def test_samples_follow_the_distribution():
     probabilities = np.asarray(jax.nn.softmax(logits_after([5, 6, 7])))
     drawn = [ids[0] for ids in model.generate(CFG, PARAMS, [[5, 6, 7]] * 4000, Sampling(1, temperature=1.0), seed=0)]

@@ -105,12 +105,12 @@ def test_ranks_by_pattern(name):
     [
         ({}, dict.fromkeys(ATTENTION, 4)),
         ({"attn/q": 0}, {"layers/attn/q": 4}),
-        ({"attn/q": 7, "attn/*": 0}, dict.fromkeys(ATTENTION, 4)),
+        ({"attn/q": 7, "attn/*": 0}, dict.fromkeys(ATTENTION, 4) | {"layers/attn/q": 7}),
         ({"attn/*": 0, "attn/q": 7}, dict.fromkeys(ATTENTION, 4) | {"layers/attn/q": 7}),
         ({"*/up": 1, "attn/[kv]": 2}, {"layers/attn/k": 2, "layers/attn/v": 2, "layers/moe/up": 1}),
     ],
 )
-def test_the_last_pattern_that_fits_a_matrix_counts(targets, expected):
+def test_the_pattern_that_fits_the_fewest_matrices_counts(targets, expected):
     assert lora.ranks(MODELS["mixture"], config.Lora(rank=4, targets=targets)) == expected
 
 

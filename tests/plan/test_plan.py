@@ -1,15 +1,18 @@
 """A tiny recipe compiled for real TPU slices, on this machine; needs the TPU compiler, which the dev extra brings."""
 
+import dataclasses
 import importlib.util
 import json
 import os
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
 from tanuki_jax import config, model, plan
+from tanuki_jax.errors import UserError
 from tanuki_jax.plan import estimate, program
 from tests.tiny import small
 
@@ -102,6 +105,45 @@ def test_what_does_not_fit_says_what_to_change():
     assert not found["stages"][0]["fits"]
     [line] = plan.problems(found)
     assert "needs" in line and "microbatches=" in line
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("mesh", "stage", "words"),
+    [
+        ({}, dict(seq_len=128), ["stages.first.seq_len 128", "mesh.context 16", "batch_size 8"]),
+        ({}, dict(batch_size=6), ["batch_size 6"]),
+        (dict(context=3), {}, ["mesh", "128 devices"]),
+        (dict(context=256), {}, ["mesh", "128 devices"]),
+        (dict(fsdp=4, data=4), {}, ["16 places for 128 devices"]),
+        (dict(tensor=4), {}, ["mesh.tensor 4", "n_kv_heads 2"]),
+        (dict(expert=8), {}, ["batch_size 8"]),
+        (dict(data=-1), {}, ["mesh", "positive"]),
+    ],
+)
+def test_what_cannot_be_laid_out_says_what_to_set_before_it_compiles(mesh, stage, words):
+    made = recipe()
+    made = dataclasses.replace(made, mesh=dataclasses.replace(made.mesh, **mesh))
+    made.stages["first"] = dataclasses.replace(made.stages["first"], **stage)
+    with pytest.raises(UserError) as error:
+        estimate.lay_out(made, "first", plan.parse("v5p-256"))
+    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value), error.value
+
+
+@needs_compiler
+def test_a_single_chip_is_a_slice():
+    assert len(plan.parse("v6e-1").devices()) == 1
+
+
+def test_what_no_check_has_foreseen_is_one_line(monkeypatch):
+    def fails(*_):
+        raise ValueError("the kernel has no room\nand says so in a stack of lines")
+
+    monkeypatch.setattr(estimate.program, "compile_step", fails)
+    monkeypatch.setattr(estimate, "lay_out", lambda *_: jax.make_mesh((1,), ("fsdp",)))
+    with pytest.raises(UserError, match="stage first cannot be compiled for v5p-8.*no room; set other") as error:
+        plan.plan_stage(recipe(), "first", plan.parse("v5p-8"))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

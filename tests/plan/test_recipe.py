@@ -28,6 +28,7 @@ def compiled(monkeypatch):
         return found | dict(step_seconds_estimate=432 / KEPT[remat] + 10 * mesh.context) if costs and found["fits"] else found
 
     monkeypatch.setattr(plans, "plan_stage", plan_stage)
+    monkeypatch.setattr(plans, "lay_out", lambda *_: None)
     return calls
 
 
@@ -72,3 +73,8 @@ def test_a_search_that_finds_nothing_says_so(compiled, monkeypatch):
     monkeypatch.setitem(KEPT, "none", 1000)
     found = plan.search(recipe(), "second", SLICE)
     assert found["ranked"] and plan.problems(found) == [f"plan: nothing that was tried fits {SLICE.name}"]
+
+
+def test_a_search_without_a_mesh_that_the_rows_divide_over_says_what_to_take(compiled):
+    with pytest.raises(UserError, match="batch_size 8 of stage second divides over no mesh of v5p-256.*multiple of 128"):
+        plan.search(recipe(), "second", plan.parse("v5p-256"))

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import resource
 import tempfile
 from pathlib import Path
 
@@ -357,6 +358,37 @@ def test_the_model_tells_nothing_of_the_machine_it_was_trained_on(tokenizer):
 def test_what_cannot_be_trained_is_an_error_that_says_why(tmp_path, texts, size, message, level):
     with pytest.raises(UserError, match=message):
         train([("", text) for text in texts], tmp_path, vocab_size=size, level=level)
+
+
+NUMBERS = [
+    (dict(vocab_size=0), "vocab_size 0 "),
+    (dict(vocab_size=-5), "vocab_size -5 "),
+    (dict(vocab_size=10**11), "vocab_size 100000000000 "),
+    (dict(vocab_size=512, character_coverage=math.nan), "character_coverage nan"),
+    (dict(vocab_size=512, character_coverage=1.5), "character_coverage 1.5"),
+    *((dict(vocab_size=512, shares={"": share}), "above 0") for share in (math.nan, math.inf, 0.0, -1.0)),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), NUMBERS, ids=str)
+def test_numbers_that_cannot_be_are_an_error_before_any_text_is_read(tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
+        train((pytest.fail("read") for _ in range(1)), tmp_path, **options)
+
+
+@pytest.mark.parametrize("most", [100, 3000, 9000, 200_000])
+def test_a_full_disk_is_one_line(tmp_path, most):
+    """Wherever it comes: in our own tables, in SentencePiece's model, in tokenizer.json."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
+    try:
+        train(PAIRS, tmp_path / "out", vocab_size=512)
+    except UserError as error:
+        assert "disk" in str(error) and "\n" not in str(error)
+    else:
+        assert most == 200_000
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_seeds_are_the_repeated_substrings_of_units_with_their_true_counts():

@@ -295,7 +295,7 @@ def test_blocks_are_those_of_the_checkpoint_and_each_comes_once(place, monkeypat
     expected = set()
     for name, axes, sizes in model.named_parameters(job.cfg):
         leading = 2 if axes.startswith("LE") and len(axes) == 4 else 1 if axes.startswith("L") else 0
-        dtype = "float32" if name.endswith("bias") else "bfloat16"
+        dtype = model.parameter_dtype(job.cfg, name)
         expected |= {(name, index, sizes[leading:], dtype) for index in np.ndindex(*sizes[:leading])}
     assert len(found) == len(set(found)) and set(found) == expected
 
