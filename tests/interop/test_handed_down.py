@@ -61,8 +61,8 @@ def test_paths_may_lead_up_and_down_again(imported, tmp_path, monkeypatch):
     assert cli.main(["import", "--hf=../given", "--output=../here/again"]) == 0
     assert cli.main(["export", "--checkpoint=../here/again", "--output=../here/back"]) == 0
     assert_same_bits(read_directory(base / "here/back"), read_directory(base / "given"))
-    shape = ["--n_experts=2", "--strategy=copy", "--output=../here/mixture"]
+    shape = ["--n_experts=3", "--strategy=copy", "--output=../here/mixture"]
     assert cli.main(["upcycle", "--checkpoint=../here/again", *shape]) == 0
     loaded = checkpoint.load("../here/mixture/checkpoints/0")
-    assert loaded.cfg.n_experts == 2 and loaded.stage_directory == base / "here/mixture"
+    assert loaded.cfg.n_experts == 3 and loaded.stage_directory == base / "here/mixture"
     assert cli.main(["generate", "--checkpoint=../ours", "--prompt=Paris", "--max_new_tokens=1"]) == 0
