@@ -224,12 +224,14 @@ def _import(options: argparse.Namespace) -> None:
 
     if options.vocab_size and (interop.is_peft(options.hf) or options.base):
         raise UserError("--vocab_size: adapters have no vocabulary; set it where their base is imported")
+    if options.param_dtype and (interop.is_peft(options.hf) or options.base):
+        raise UserError("--param_dtype: adapters become float32, which holds every value of theirs")
     if interop.is_peft(options.hf):
         if not options.base:
             raise UserError("import: adapters need --base, the checkpoint of ours that they lie on")
         print(interop.import_adapters(options.hf, options.base, _fresh(options.output)))
     else:
-        print(interop.import_huggingface(options.hf, _fresh(options.output), options.vocab_size))
+        print(interop.import_huggingface(options.hf, _fresh(options.output), options.vocab_size, options.param_dtype))
 
 
 def _export(options: argparse.Namespace) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from tanuki_jax import config_file
+from tanuki_jax import config_file, origins
 from tanuki_jax.checks import check_mixture, check_names, check_recipe, check_upcycle, lora_ranks, unreached
 from tanuki_jax.errors import UserError
 from tanuki_jax.ranges import Range
@@ -84,14 +84,51 @@ __all__ = [
 # --- making a config ------------------------------------------------------------------------------------------------
 
 
+class Group(ConfigDict):
+    """Keys at their defaults, which knows those that a config has set since, be it to the value that they had."""
+
+    def __init__(self, *values: Any, **options: Any) -> None:
+        super().__init__(*values, **options)
+        object.__setattr__(self, "_set", set())
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if isinstance(value, Mapping | ConfigDict) and key in self and isinstance(self[key], Group):
+            given, value = value, Group(value)
+            value.update(given)
+        super().__setitem__(key, value)
+        self.__dict__.get("_set", set()).add(key)
+
+    def update(self, *others: Any, **values: Any) -> None:
+        """Sets what another group has set, and every key of anything else."""
+        before = set(self._set)
+        super().update(*others, **values)
+        unset = {key for other in others if isinstance(other, Group) for key in other.left_out()}
+        self._set.difference_update(unset - before - values.keys())
+
+    def left_out(self) -> set[str]:
+        """The keys that are at their defaults."""
+        return set(self) - self._set
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """For copies."""
+        super().__setstate__(state)
+        object.__setattr__(self, "_set", set(state["_set"]))
+
+
 def defaults(schema: Any) -> ConfigDict:
     """The schema's defaults as a ConfigDict (nested dataclasses become nested ConfigDicts)."""
     return ConfigDict(to_dict(schema()))
 
 
 def recipe(**overrides: Any) -> ConfigDict:
-    """A recipe with every key at its default, then `overrides` (values, or dicts for nested keys)."""
-    return _override(defaults(Recipe), overrides)
+    """A recipe with every key at its default, then `overrides` (values, or dicts for nested keys).
+
+    What is left out of its model is the checkpoint's own in a recipe that starts from one (origins.py).
+    """
+    made, model = Group(to_dict(Recipe())), Group(to_dict(Model()))
+    with made.ignore_type():
+        made.model = model
+    return _override(made, overrides)
 
 
 def stage(kind: str, **overrides: Any) -> ConfigDict:
@@ -124,8 +161,14 @@ def resolve(config: ConfigDict | Mapping[str, Any]) -> Recipe:
     result = _typed(Recipe, config, "")
     check_names(result)
     result = dataclasses.replace(result, stages=_ordered(result.stages))
+    result = origins.completed(result, _left_out(config.get("model", {})))
     check_recipe(result)
     return result
+
+
+def _left_out(model: ConfigDict | Mapping[str, Any]) -> set[str]:
+    """Keys of a model that a config does not set."""
+    return {f.name for f in dataclasses.fields(Model)} - set(model) | (model.left_out() if isinstance(model, Group) else set())
 
 
 def from_dict(schema: type, values: Mapping[str, Any]) -> Any:

@@ -57,6 +57,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
             temporary.unlink()
 
 
+def absolute(path: str | Path) -> Path:
+    """The path from the root, without `..`, which TensorStore does not take."""
+    path = Path(path)
+    return path.resolve() if ".." in path.parts else path.absolute()
+
+
 def remove_unfinished(path: Path) -> None:
     """Removes what killed processes left of `path` under the names of `atomic_path`; for who holds its lock."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}.tmp"):

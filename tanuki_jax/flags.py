@@ -67,6 +67,9 @@ def make_parser() -> Parser:
         "--hf", type=path, required=True, help="directory of a Llama, Mixtral or Tanuki (config.json) or of adapter_config.json"
     )
     made.add_argument("--base", type=path, help="for adapters: the checkpoint of ours that they lie on")
+    made.add_argument(
+        "--param_dtype", choices=CHOICES["param_dtype"], default="", help="cast all weights; without it they come as they are"
+    )
     _vocabulary(made)
     _add(made, "output")
     made = verb(verbs, "export", "export", "a checkpoint to a Hugging Face directory; streamed, exact")

@@ -171,6 +171,14 @@ def _announce(recipe: Recipe, mesh: jax.sharding.Mesh, meshes: dict[str, jax.sha
     for name, own in meshes.items():
         if own != mesh:
             print(f"stage {name}: mesh {_shape(own)}, for it has {recipe.stages[name].batch_size} rows", file=sys.stderr)
+    for name in (n for n in meshes if _turned_back(recipe, n)):
+        parent = recipe.stages[name].init_from
+        bases = [config.model_of(recipe, n).rope_theta for n in (parent, name)]
+        print(
+            f"stage {name}: rope_theta is {bases[1]:g}, and {bases[0]:g} in stage {parent} that it starts from; "
+            f"stages.{name}.rope_theta={bases[0]:g} goes on with that",
+            file=sys.stderr,
+        )
     for name in (n for n in meshes if recipe.stages[n].lora.rank):
         told = placement.describe_adapters(config.model_of(recipe, name), recipe.stages[name].lora)
         print(f"stage {name}: {told}", file=sys.stderr)
@@ -184,6 +192,14 @@ def _announce(recipe: Recipe, mesh: jax.sharding.Mesh, meshes: dict[str, jax.sha
             file=sys.stderr,
             flush=True,
         )
+
+
+def _turned_back(recipe: Recipe, name: str) -> bool:
+    """Whether a stage leaves the rotary base of the stage before it without saying so."""
+    this, parent = recipe.stages[name], recipe.stages[name].init_from
+    if this.kind == "upcycle" or this.rope_theta or parent not in recipe.stages:
+        return False
+    return config.model_of(recipe, parent).rope_theta != config.model_of(recipe, name).rope_theta
 
 
 def _shape(mesh: jax.sharding.Mesh) -> str:

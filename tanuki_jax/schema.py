@@ -120,7 +120,7 @@ class Mesh:
 class Tokenizer:
     """An existing tokenizer, or how to train one."""
 
-    path: str = key("", "directory with tokenizer.json; empty = train one as below")
+    path: str = key("", "directory with tokenizer.json; empty = that of the checkpoint in init_from, or train one as below")
     vocab_size: int = key(65_000, "pieces, special tokens and the 256 bytes included", Range(1, 2**24))
     sources: tuple[str, ...] = key((), "names in `data` to train on; empty = all")
     character_coverage: float = key(0.9995, "share of characters that get a piece; the rest is spelt in bytes", Range(0.98, 1))
@@ -284,7 +284,8 @@ class Stage:
     init_from: str = key("", "an earlier stage, a checkpoint directory, or empty: random weights")
     carry: str = key("params", "taken from init_from: params (adapters merged), adapter (trained on), all (Adam's moments too)")
     mixture_of_experts: bool = key(
-        False, "a stage that starts from random weights or from a checkpoint directory: whether that is a mixture"
+        False,
+        "a stage from random weights or a directory: whether it is a mixture; as the directory is, where n_experts is left out",
     )
     mixture: dict[str, tuple[float, ...]] = key(dict, "name in `data` -> its weight in each phase of the stage", Range(0, 1e9))
     mixture_starts: tuple[int, ...] = key((0,), "tokens after which each phase of the mixture begins", TOKENS)

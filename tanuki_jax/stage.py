@@ -28,6 +28,7 @@ from tanuki_jax.start import (
     carried_moments,
     directory,
     frozen_params,
+    handed_down,
     named_key,
     parent_directory,
     trained_params,
@@ -103,6 +104,7 @@ def run(
     train_step, abstract, shardings = program(recipe, name, data.steps, mesh)
     optimizer = make_optimizer(this.optimizer)
     meta = {
+        **handed_down(recipe, name, workdir),
         "stage": name,
         "model": config.to_dict(cfg),
         "recipe": config.to_dict(recipe),
@@ -215,6 +217,7 @@ def _upcycle(recipe: Recipe, name: str, workdir: Path, mesh: jax.sharding.Mesh) 
         params = convert(loaded, named_key(recipe.seed, name, "upcycle"))
         state = _upcycled_state(recipe, name, parent, params, mesh) if this.carry == "all" else None
     meta = {"stage": name, "model": config.to_dict(cfg), "recipe": config.to_dict(recipe), "data_fingerprint": ""}
+    meta |= handed_down(recipe, name, workdir)
     if state:
         checkpoints = checkpoint.Checkpoints(home)
         checkpoints.save(0, state, meta)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import zlib
 from pathlib import Path
@@ -34,6 +35,14 @@ def parent_directory(recipe: Recipe, name: str, workdir: Path) -> Path | None:
     if not parent:
         return None
     return directory(workdir, parent) if parent in recipe.stages else Path(parent)
+
+
+def handed_down(recipe: Recipe, name: str, workdir: Path) -> dict[str, Any]:
+    """What the stage's meta takes over from the checkpoint that it starts from; where that is gone, from its own last one."""
+    for place in filter(None, (parent_directory(recipe, name, workdir), directory(workdir, name))):
+        with contextlib.suppress(UserError):  # who loads the weights will say what is wrong
+            return checkpoint.handed_down(checkpoint.read_meta(*checkpoint.locate(place)))
+    return {}
 
 
 def base_directory(recipe: Recipe, name: str, workdir: Path) -> Path:

@@ -43,6 +43,7 @@ LAYERS = (
         "schema",
         "ranges",
         "checks",
+        "origins",
         "files",
         "lock",
         "progress",

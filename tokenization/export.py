@@ -46,7 +46,6 @@ def export(model: Path, output: Path) -> int:
             "additional_special_tokens": [c for c in controls if c not in special_map.values()],
             "chat_template": TEMPLATE,
             "clean_up_tokenization_spaces": False,
-            "split_special_tokens": True,
         },
     )
     return len(vocab)

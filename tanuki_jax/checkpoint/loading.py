@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tanuki_jax import config, files, model, parallel
 from tanuki_jax.checkpoint import sums
 from tanuki_jax.errors import UserError
+from tanuki_jax.origins import locate
 
 REMOVED, POLL = 2.0, 0.1  # seconds that a step, which lacks a file, may be on its way out; and between two looks
 # Keys of a model that do not change its tree of parameters.
@@ -38,19 +39,6 @@ class Loaded:
     def tokenizer_directory(self) -> Path:
         """Where the tokenizer lies."""
         return self.stage_directory / "tokenizer"
-
-
-def locate(path: str | Path) -> tuple[Path, int]:
-    """Stage directory and step of a `--checkpoint`: a stage's directory (newest step) or one step's."""
-    path = Path(path).absolute()
-    if path.name.isdigit() and path.parent.name == "checkpoints" and path.is_dir():
-        return path.parent.parent, int(path.name)
-    steps = [int(p.name) for p in (path / "checkpoints").glob("*") if p.name.isdigit()] if path.is_dir() else []
-    if not steps:
-        raise UserError(
-            f"checkpoint: {path} has no checkpoints/<step>; give a stage's directory, runs/nano/stages/sft for example"
-        )
-    return path, max(steps)
 
 
 def load(path: str | Path, mesh: jax.sharding.Mesh | None = None, param_dtype: str = "") -> Loaded:
@@ -171,9 +159,14 @@ def lineage(meta: dict[str, Any]) -> dict[str, Any]:
 
 
 def longest_row(meta: dict[str, Any]) -> int:
-    """The longest row that a model was trained on, or that its publisher names; 2048 where it is not known."""
+    """The longest row that a model was trained on, here or before, or that its publisher names; 2048 where it is not known."""
     lengths = [stage["seq_len"] for stage in lineage(meta).values() if stage["kind"] != "upcycle"]
-    return max(lengths, default=meta.get("longest") or 2048)
+    return max([*lengths, meta.get("longest") or 0]) or 2048
+
+
+def handed_down(meta: dict[str, Any]) -> dict[str, Any]:
+    """What the meta of a checkpoint hands to that of whatever is made from it: what its publisher says, and its longest row."""
+    return {"longest": longest_row(meta)} | {name: meta[name] for name in ("huggingface", "published") if name in meta}
 
 
 def save_params(stage_directory: Path, params: Any, meta: dict[str, Any]) -> None:
@@ -211,8 +204,8 @@ def adapters_meta(stage_directory: Path, base: Path, ranks: dict[str, int], scal
     """
     home, step = locate(base)
     path = home / "checkpoints" / str(step)
-    near = home.parent == Path(stage_directory).absolute().parent
-    named = os.path.relpath(path, stage_directory) if near else str(path)
+    near = home.parent == files.absolute(stage_directory).parent
+    named = os.path.relpath(path, files.absolute(stage_directory)) if near else str(path)
     return {"base": named, "base_fingerprint": files.fingerprint(read_meta(home, step)), "ranks": ranks, "scales": scales}
 
 

@@ -57,7 +57,7 @@ class Checkpoints:
     """
 
     def __init__(self, stage_directory: Path, keep: int = 1) -> None:
-        self.directory = Path(stage_directory).absolute() / "checkpoints"
+        self.directory = files.absolute(stage_directory) / "checkpoints"
         self._pinned = _Pinned()
         policies = [ocp.checkpoint_managers.LatestN(keep), self._pinned]
         several = set(range(jax.process_count())) if jax.process_count() > 1 else None

@@ -81,7 +81,7 @@ def save_streamed(stage_directory: Path, cfg: config.Model, blocks: Iterator[Blo
     writing = _StreamHandler(len(leaves), until_stopped())
     registry = ocp.type_handlers.create_type_handler_registry((_Streamed, writing))
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry)
-    directory = Path(stage_directory).absolute() / "checkpoints"
+    directory = files.absolute(stage_directory) / "checkpoints"
     tree: dict[str, Any] = {}
     for name, leaf in leaves.items():
         *groups, last = name.split("/")

@@ -25,7 +25,10 @@ Span = tuple[int, int]  # characters [start, stop)
 NEWLINE_CUT = {"type": "Split", "pattern": {"Regex": "\n"}, "behavior": "Isolated", "invert": False}
 PART = 1 << 15  # characters of a text that are encoded together, where newlines cut it
 # Of a directory that may hold weights too: what belongs to its tokenizer, and how its publisher samples and stops.
-FILES = ("tokenizer*", "special_tokens_map.json", "chat_template*", "additional_chat_templates", "generation_config.json")
+FILES = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
+    *("chat_template*", "additional_chat_templates", "generation_config.json"),
+)
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")  # transformers' names
 STAND_INS = range(0xF0000, 0x10F000, 0x1000)  # private-use characters that stand for special tokens, a block at a time
 LONGEST = 1 << 20  # the same for a line, or where newlines do not cut: longer ones are cut there, which a round trip survives
@@ -38,7 +41,10 @@ class Tokenizer:
         directory = Path(directory)
         for name in ("tokenizer.json", "tokenizer_config.json"):
             if not (directory / name).is_file():
-                raise UserError(f"tokenizer: {directory} has no {name}; make one with `tanuki tokenizer train`")
+                raise UserError(
+                    f"tokenizer: {directory} has no {name}; a model needs its own tokenizer, and for a new model "
+                    "`tanuki tokenizer train` makes one"
+                )
         self.directory = directory
         self._config = files.read_json(directory / "tokenizer_config.json")
         if not isinstance(self._config, dict):

@@ -22,7 +22,6 @@ import numpy as np
 
 from tanuki_jax import checkpoint, config, files, lock, model
 from tanuki_jax.checkpoint import Opened
-from tanuki_jax.data.tokenizer import Tokenizer, copy_tokenizer
 from tanuki_jax.errors import UserError
 from tanuki_jax.interop.huggingface import (
     DOWN,
@@ -39,14 +38,13 @@ from tanuki_jax.interop.huggingface import (
     sizes_of,
     transposed,
 )
+from tanuki_jax.interop.settings import ARCHITECTURES, export_tokenizer, kind_published, settings_of
 from tanuki_jax.interop.vocabulary import resized
 from tanuki_jax.progress import Progress
 
 AHEAD, THREADS = 10, 2  # pieces that are made while one is written, the tiny ones of norms among them
 PIECE = 4 << 20  # bytes of one, at most: transposed in memory that the last one left in the cache, twice as fast as the whole
 SHARD = 4_000_000_000  # bytes of a file, at most, unless one tensor is larger
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "mixtral": "MixtralForCausalLM", "tanuki": "TanukiForCausalLM"}
-CODE = {"AutoConfig": "modeling_tanuki.TanukiConfig", "AutoModelForCausalLM": "modeling_tanuki.TanukiForCausalLM"}
 
 
 Read = Callable[[], np.ndarray]
@@ -66,13 +64,13 @@ def export_huggingface(path: Path, output: Path, vocab_size: int = 0, param_dtyp
     """Writes the checkpoint at `path` as a Hugging Face directory, in its dtype or in `param_dtype`, and says what it is."""
     saved = config.from_dict(config.Model, checkpoint.read_meta(*checkpoint.locate(path))["model"]).param_dtype
     opened, exact = resized(checkpoint.open_stored(path, param_dtype=param_dtype), vocab_size, "export")
-    kind = kind_of(opened.cfg)
+    kind = kind_published(opened, kind_of(opened.cfg))
     tensors = list(_tensors(opened, kind))
     with lock.output(output), files.disk_errors(output), files.atomic_path(output) as temporary:
-        copy_tokenizer(opened.tokenizer_directory, temporary)
+        export_tokenizer(opened.tokenizer_directory, temporary)
         temporary.mkdir(exist_ok=True)
         size = _write(temporary, tensors)
-        settings, generation = _settings(opened, kind)
+        settings, generation = settings_of(opened, kind)
         files.write_json(temporary / "config.json", settings)
         files.write_json(temporary / "generation_config.json", generation)
         if kind == "tanuki":
@@ -233,42 +231,6 @@ def _write(directory: Path, tensors: list[Tensor]) -> int:
     if len(shards) > 1:
         files.write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
     return total
-
-
-def _settings(opened: Opened, kind: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """config.json and generation_config.json."""
-    cfg = opened.cfg
-    settings: dict[str, Any] = {
-        "architectures": [ARCHITECTURES[kind]],
-        "model_type": kind,
-        "vocab_size": cfg.vocab_size,
-        "hidden_size": cfg.d_model,
-        "intermediate_size": cfg.expert_d_ff or cfg.d_ff if cfg.n_experts else cfg.d_ff,
-        "num_hidden_layers": cfg.n_layers,
-        "num_attention_heads": cfg.n_heads,
-        "num_key_value_heads": cfg.n_kv_heads,
-        "head_dim": cfg.head_dim,
-        "hidden_act": "silu",
-        "rms_norm_eps": cfg.norm_eps,
-        "rope_theta": cfg.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": cfg.rope_theta},
-        "max_position_embeddings": checkpoint.longest_row(opened.meta),
-        "tie_word_embeddings": False,
-        "torch_dtype": cfg.param_dtype,
-        "dtype": cfg.param_dtype,
-    }
-    if kind == "llama":
-        settings |= {"attention_bias": False, "mlp_bias": False}
-    else:
-        settings |= {"num_local_experts": cfg.n_experts, "num_experts_per_tok": cfg.top_k, "sliding_window": None}
-    if kind == "tanuki":
-        settings |= {"gate_scale": cfg.gate_scale, "auto_map": CODE}
-    special: dict[str, Any] = {}
-    if (opened.tokenizer_directory / "tokenizer.json").is_file():
-        tokenizer = Tokenizer(opened.tokenizer_directory)
-        special = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}
-        special = {name: token for name, token in special.items() if token is not None}
-    return settings | special, {"do_sample": False, **special}
 
 
 def _card(opened: Opened, kind: str) -> str:

@@ -1,4 +1,4 @@
-"""Hugging Face directories of Llama and Mixtral models, read tensor by tensor: `config.json` and sharded safetensors.
+"""Hugging Face directories of Llama, Mistral and Mixtral models, read tensor by tensor: `config.json` and sharded safetensors.
 
 A mixture's experts lie in one tensor for each matrix of each expert (as transformers writes Mixtral), or fused into one for all
 experts of a layer (as newer modules hold them); both are read.
@@ -20,8 +20,14 @@ from tanuki_jax.checkpoint import Opened, Stored
 from tanuki_jax.errors import UserError
 
 INDEX = "model.safetensors.index.json"
-KINDS = ("llama", "mixtral", "tanuki")  # of config.json
+KINDS = ("llama", "mistral", "mixtral", "tanuki")  # of config.json; a Mistral without a window is a Llama
+DENSE = ("llama", "mistral")
 DTYPES = {"BF16": "bfloat16", "F32": "float32"}
+OTHERS = {"F16": "float16", "F64": "float64"}  # which are cast on request
+CAST = "`tanuki import --param_dtype=float32` (or bfloat16) casts all weights on request"
+# What transformers takes where config.json is silent: the longest row, and Mistral's window, which then is no null.
+LONGEST = {"llama": 2048, "mistral": 131_072, "mixtral": 131_072, "tanuki": 131_072}
+WINDOW = {"mistral": 4096}
 
 
 VECTOR = "D"  # axes of the scale of a norm, which is float32 here in any model
@@ -61,7 +67,7 @@ OUTER = {
     "head": Name("lm_head.weight", "DV"),
 }
 # Keys of config.json that change the function computed, with the only value that is read here.
-PLAIN = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "sliding_window": None}
+PLAIN = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "partial_rotary_factor": 1.0}
 
 
 def is_huggingface(path: Path) -> bool:
@@ -77,20 +83,25 @@ def open_llama(path: Path) -> Opened:
     return open_huggingface(path)
 
 
-def open_huggingface(path: Path) -> Opened:
-    """A Llama, Mixtral or Tanuki directory as parameters that are read when asked for, in our names and layouts.
+def open_huggingface(path: Path, param_dtype: str = "") -> Opened:
+    """A Llama, Mistral, Mixtral or Tanuki directory as parameters that are read when asked for, in our names and layouts.
 
-    Every tensor's name, shape and dtype is checked from the headers of the files before any weight is read.
+    Every tensor's name, shape and dtype is checked from the headers of the files before any weight is read.  The meta has what
+    config.json and generation_config.json say, for the export.
+
+    Args:
+      param_dtype: what all weights are cast to as they are read; without it they must be of one dtype.
     """
     path = Path(path)
     settings = _settings(path)
-    weights = _Weights(path)
+    _check_kind(path, settings)
+    weights = _Weights(path, param_dtype)
     outer = dict(OUTER)
     if settings.get("tie_word_embeddings") and not weights.has("lm_head.weight"):
         outer["head"] = Name("model.embed_tokens.weight", "DV")
-    cfg = _model(path, settings, weights.dtype(outer["embed/table"].theirs))
+    cfg = _model(path, settings, param_dtype or weights.dtype(outer["embed/table"].theirs))
     sizes = sizes_of(cfg)
-    weights.only = cfg.param_dtype
+    weights.dtype_of_all = cfg.param_dtype
     fused = weights.has(f"model.layers.0.{DOWN}")
 
     def ours(name: Name, array: np.ndarray) -> np.ndarray:
@@ -144,7 +155,10 @@ def open_huggingface(path: Path) -> Opened:
         tree["layers/moe/router"] = stacked(ROUTER_FUSED if fused else ROUTER)
         tree |= {f"layers/{part}": experts(part, name) for part, name in EXPERT.items()}
     weights.check_all_used()
-    meta = {"huggingface": str(path), "longest": settings.get("max_position_embeddings")}
+    published = {"config": settings, "generation": _generation(path)}
+    meta = {"huggingface": str(path), "longest": _longest(path, settings), "published": published}
+    if weights.dtypes != {cfg.param_dtype}:
+        meta["cast"] = sorted(weights.dtypes)
     return Opened(cfg, tree, meta, path)
 
 
@@ -152,6 +166,18 @@ def transposed(matrix: np.ndarray) -> np.ndarray:
     """A matrix the other way round, in its own memory; by XLA's CPU client, several times as fast as numpy."""
     bits = matrix.view(np.uint16) if matrix.dtype.itemsize == 2 else matrix
     return np.asarray(jax.device_put(bits.T, jax.devices("cpu")[0])).view(matrix.dtype)
+
+
+def cast(array: np.ndarray, dtype: str, where: str) -> np.ndarray:
+    """An array in another dtype; an error, that begins with `where`, about a number that is too large for it."""
+    if array.dtype == dtype:
+        return array
+    with np.errstate(over="ignore"):
+        made = array.astype(dtype)
+    if array.dtype.itemsize > 2 and (np.isinf(made) & np.isfinite(array)).any():
+        largest = np.abs(array[np.isfinite(array)]).max()
+        raise UserError(f"{where} has {largest:g}, which {dtype} cannot hold; cast to another --param_dtype")
+    return made
 
 
 def published_shape(name: Name, sizes: dict[str, int]) -> tuple[int, ...]:
@@ -186,8 +212,27 @@ def _settings(path: Path) -> dict[str, Any]:
     return settings
 
 
-def _model(path: Path, settings: dict[str, Any], dtype: str) -> config.Model:
-    """The model of a config.json, or an error that names what is not supported."""
+def _generation(path: Path) -> dict[str, Any]:
+    """What generation_config.json says, or nothing where there is none."""
+    file = path / "generation_config.json"
+    found = files.read_json(file) if file.is_file() else {}
+    if not isinstance(found, dict):
+        raise UserError(f"{file} is not a dictionary of settings")
+    return found
+
+
+def _longest(path: Path, settings: dict[str, Any]) -> int:
+    """The longest row that the publisher names, in tokens."""
+    found = settings.get("max_position_embeddings")
+    if found is None:
+        return LONGEST[settings["model_type"]]
+    if not isinstance(found, int) or isinstance(found, bool) or found < 1:
+        raise UserError(f"{path}/config.json: max_position_embeddings is {found!r}; it must be a whole number above 0")
+    return found
+
+
+def _check_kind(path: Path, settings: dict[str, Any]) -> None:
+    """An error that names what of a config.json is not supported."""
     kind = settings.get("model_type")
     if kind not in KINDS:
         raise UserError(f"{path}: model_type is {kind!r}; {', '.join(KINDS)} are read")
@@ -200,10 +245,24 @@ def _model(path: Path, settings: dict[str, Any], dtype: str) -> config.Model:
         scaling = rope.get("rope_type", rope.get("type", "default"))
         if scaling != "default":
             raise UserError(f"{path}: {key} of type {scaling!r} is not supported; plain rotary positions are")
-    rope = settings.get("rope_parameters") or {}
+        if rope.get("partial_rotary_factor", 1.0) not in (1.0, None):
+            raise UserError(f"{path}: {key} turns {rope['partial_rotary_factor']} of a head; all of it is supported")
     for name, value in PLAIN.items():
         if settings.get(name, value) not in (value, None):
             raise UserError(f"{path}: {name} {settings[name]!r} is not supported, {value!r} is")
+    window = settings.get("sliding_window", WINDOW.get(kind))
+    # Where no row is longer than the window, it changes nothing.
+    if window is not None and (kind == "llama" or not isinstance(window, int) or window < _longest(path, settings)):
+        raise UserError(
+            f"{path}: sliding_window {window!r} is not supported, None is"
+            + ("" if "sliding_window" in settings else "; a config.json without the key means that window")
+        )
+
+
+def _model(path: Path, settings: dict[str, Any], dtype: str) -> config.Model:
+    """The model of a config.json, or an error that names the key whose value cannot be."""
+    kind = settings["model_type"]
+    rope = settings.get("rope_parameters") or {}
 
     def number(key: str, default: int = 0) -> int:
         value = settings.get(key) if settings.get(key) is not None else default
@@ -217,14 +276,14 @@ def _model(path: Path, settings: dict[str, Any], dtype: str) -> config.Model:
             raise UserError(f"{path}/config.json: {key} is {value!r}; it must be a number above 0")
         return float(value)
 
-    D, N, mixture = number("hidden_size"), number("num_attention_heads"), kind != "llama"
+    D, N, mixture = number("hidden_size"), number("num_attention_heads"), kind not in DENSE
     cfg = config.Model(
         vocab_size=number("vocab_size"),
         n_layers=number("num_hidden_layers"),
         d_model=D,
         d_ff=number("intermediate_size"),
         n_heads=N,
-        n_kv_heads=number("num_key_value_heads", 8 if mixture else N),
+        n_kv_heads=number("num_key_value_heads", N if kind == "llama" else 8),
         head_dim=number("head_dim", D // N),
         rope_theta=real("rope_theta", 1e6 if mixture else 1e4, rope.get("rope_theta")),
         norm_eps=real("rms_norm_eps", 1e-5 if mixture else 1e-6),
@@ -247,9 +306,11 @@ def _model(path: Path, settings: dict[str, Any], dtype: str) -> config.Model:
 class _Weights:
     """The safetensors files of a directory; each tensor is read from the file that the index names."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.only = ""  # the dtype that all must have, once it is known
+    def __init__(self, path: Path, cast: str = "") -> None:
+        self.path, self._cast = path, cast
+        self.dtype_of_all = ""  # once it is known
+        self.dtypes: set[str] = set()  # of the matrices, as the files have them
+        self._wanted: dict[str, str] = {}  # name -> what it is cast to
         self._used: set[str] = set()
         index = path / INDEX
         if index.is_file():
@@ -263,7 +324,9 @@ class _Weights:
         elif (path / "model.safetensors").is_file():
             self._map = dict.fromkeys(self._open("model.safetensors").keys(), "model.safetensors")
         else:
-            raise UserError(f"{path} has neither model.safetensors nor {INDEX}; is the download whole?")
+            pickled = any(path.glob("*.bin")) or any(path.glob("*.pth"))
+            fix = "is the download whole?" + " transformers' save_pretrained makes them of .bin files" * pickled
+            raise UserError(f"{path} has neither model.safetensors nor {INDEX}; {fix}")
 
     def has(self, name: str) -> bool:
         return name in self._map
@@ -271,24 +334,32 @@ class _Weights:
     def expect(self, name: str, shape: tuple[int, ...], vector: bool = False) -> None:
         """An error unless there is such a tensor, of this shape and of a dtype that is read; of a norm also float32."""
         found = list(self._locate(name).get_slice(name).get_shape())
-        if self.only and self.dtype(name) not in (self.only, "float32" if vector else self.only):
+        dtype, wanted = self.dtype(name), ("float32" if vector else "", self.dtype_of_all)
+        if self.dtype_of_all and not self._cast and dtype not in wanted:
             raise UserError(
-                f"{self.path}: {name} is {self.dtype(name)}, the embedding {self.only}; weights of one dtype are read, for "
-                "a cast would not be exact"
+                f"{self.path}: {name} is {dtype}, the embedding {self.dtype_of_all}; weights of one dtype come as they are; "
+                + CAST
             )
         if found != list(shape):
             raise UserError(f"{self.path}: {name} has shape {found}, where config.json asks for {list(shape)}")
         self._used.add(name)
+        self._wanted[name] = "float32" if vector else self._cast
+        if not vector:  # those of norms become float32, which holds every value of all but float64
+            self.dtypes.add(dtype)
 
     def dtype(self, name: str) -> str:
+        """That of a tensor; an error where it is not read, or not without a cast."""
         found = self._locate(name).get_slice(name).get_dtype()
-        if found not in DTYPES:
-            raise UserError(f"{self.path}: {name} is {found}; {' and '.join(DTYPES.values())} are read")
-        return DTYPES[found]
+        if found in OTHERS and not self._cast:
+            raise UserError(f"{self.path}: {name} is {found}; bfloat16 and float32 are read as they are; {CAST}")
+        if found not in DTYPES | OTHERS:
+            raise UserError(f"{self.path}: {name} is {found}; bfloat16 and float32 are read")
+        return (DTYPES | OTHERS)[found]
 
     def read(self, name: str, part: tuple[Any, ...] = ()) -> np.ndarray:
         opened = self._locate(name)
-        return opened.get_slice(name)[part] if part else opened.get_tensor(name)
+        array = opened.get_slice(name)[part] if part else opened.get_tensor(name)
+        return cast(array, self._wanted.get(name) or self._cast, f"{self.path}: {name}") if self._cast else array
 
     def check_all_used(self) -> None:
         """An error where a tensor has no place in our model: a bias, an adapter."""

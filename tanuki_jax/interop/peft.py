@@ -23,6 +23,7 @@ from tanuki_jax.errors import UserError
 from tanuki_jax.interop.export import kind_of
 from tanuki_jax.interop.huggingface import EXPERT, LAYER, ROUTER, ROUTER_FUSED
 
+DTYPES = ("float32", "bfloat16", "float16")  # of which float32 holds every value
 PREFIX, WEIGHTS, SETTINGS = "base_model.model.", "adapter_model.safetensors", "adapter_config.json"
 FUSED, INNER = "mlp.experts", "mlp.experts.base_layer"  # of down, and of gate and up, which PEFT wraps first
 RENAMED = {"w2": "down_proj", "gate": "gate.weight"}  # of a Mixtral's module, from transformers 4 to 5
@@ -211,6 +212,9 @@ def import_adapters(path: Path, base: Path, output: Path) -> str:
         tensors = safetensors.numpy.load_file(path / WEIGHTS)
     except (safetensors.SafetensorError, OSError) as error:
         raise UserError(f"{path / WEIGHTS} cannot be read: {error}; is the download whole?") from error
+    for name, array in tensors.items():
+        if array.dtype.name not in DTYPES:
+            raise UserError(f"{path / WEIGHTS}: {name} is {array.dtype.name}; {', '.join(DTYPES)} are read, and become float32")
     if told and told != files.fingerprint(meta):
         raise UserError(f"import: the adapters in {path} were trained on another model than {base}; give that one as --base")
     count = sum(t.size for t in tensors.values())

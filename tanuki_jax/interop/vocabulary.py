@@ -3,12 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
+import tokenizers
 
 from tanuki_jax.checkpoint import Opened, Stored
-from tanuki_jax.data.tokenizer import Tokenizer
 from tanuki_jax.errors import UserError
+
+
+def rows_of(home: Path) -> int:
+    """Rows that the ids of a directory's tokenizer need; 0 where there is none."""
+    file = home / "tokenizer.json"
+    if not file.is_file():
+        return 0
+    try:
+        return 1 + max(tokenizers.Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True).values(), default=-1)
+    except Exception as error:  # the library raises nothing narrower
+        raise UserError(f"{file} cannot be read: {error}; is the download whole?") from error
+
+
+def check_rows(path: Path, rows: int) -> None:
+    """An error where the tokenizer of a published model gives ids for which its embedding has no row."""
+    needed = rows_of(path)
+    if needed > rows:
+        raise UserError(
+            f"{path}: its tokenizer has ids up to {needed - 1:,}, {needed:,} pieces, and the model {rows:,} rows; "
+            f"--vocab_size={-(-needed // 128) * 128} adds rows of zeros, to be trained"
+        )
 
 
 def resized(opened: Opened, vocab_size: int, verb: str) -> tuple[Opened, str]:
@@ -20,7 +42,7 @@ def resized(opened: Opened, vocab_size: int, verb: str) -> tuple[Opened, str]:
     if vocab_size in (0, old):
         return opened, "exact"
     home = opened.tokenizer_directory
-    pieces = Tokenizer(home).vocab_size if (home / "tokenizer.json").is_file() else 0
+    pieces = rows_of(home)
     if vocab_size < max(1, pieces):
         raise UserError(f"{verb}: --vocab_size {vocab_size} is less than the {pieces:,} pieces of the tokenizer in {home}")
 

@@ -319,6 +319,7 @@ BAD_TENSORS = {
     ),
     "more layers": (lambda t: {**t, **{n.replace("rs.0.", "rs.7."): w for n, w in t.items() if "rs.0." in n}}, ["--base"]),
     "sides of two ranks": (lambda t: {n: w[:1] if n == f"{FIRST}.lora_A.weight" else w for n, w in t.items()}, [""]),
+    "eight bits": (lambda t: {n: np.ones(w.shape, np.int8) for n, w in t.items()}, [WEIGHTS, "int8", "float16"]),
     "nothing": (lambda t: {}, [WEIGHTS]),
 }
 
