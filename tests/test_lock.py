@@ -183,7 +183,7 @@ def test_a_killed_holder_is_replaced_at_once_and_this_is_told(tmp_path, capfd):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("pid", [os.getppid(), os.getpid(), 2**22 + 1, 2**70])
+@pytest.mark.parametrize("pid", [os.getppid(), os.getpid(), 2**22 + 1, 2**70], ids=["parent", "own", "too large", "huge"])
 def test_a_process_with_the_number_of_a_dead_holder_does_not_hold(tmp_path, pid):
     """As after a restart of a container, whose first process always is number 1."""
     lie(tmp_path / ".x.lock", pid=pid, started="1")
