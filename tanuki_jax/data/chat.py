@@ -19,6 +19,7 @@ from tanuki_jax.data.rendering import (
     check_all_came_out,
     leaves,
     plain_messages,
+    quoted_spans,
     render_chat,
     template_of,
     texts_of,
@@ -55,7 +56,7 @@ def encode_chat(
     turn = turn_format(tokenizer)
     ids, spans = tokenizer.encode_rendered(
         str.__str__(rendered),
-        [span for span, run in traced.spans_of(rendered) if run.source and run.length],
+        quoted_spans(rendered),
         frozenset(turn.stop_ids),
     )
     tokens = set(tokenizer.added.values())
@@ -77,11 +78,12 @@ def render_prompt(tokenizer: Tokenizer, messages: Messages, add_generation_promp
     """
     rendered = render_chat(tokenizer, messages, add_generation_prompt, None)
     check_all_came_out(rendered, messages, {}, tokenizer.chat_template)
-    sourced = [(span, run.source) for span, run in traced.spans_of(rendered) if run.source and run.length]
     text = str.__str__(rendered)
     if not add_generation_prompt:
-        text = text[: max((stop for (_, stop), source in sourced if source[:2] == (len(messages) - 1, "content")), default=0)]
-    return text, tokenizer.quoted_controls(text, [span for span, _ in sourced], frozenset(stop_ids(tokenizer)))
+        last = (len(messages) - 1, "content")
+        spans = [span for span, run in traced.spans_of(rendered) if run.source and run.source[:2] == last]
+        text = text[: max((stop for _, stop in spans), default=0)]
+    return text, tokenizer.quoted_controls(text, quoted_spans(rendered), frozenset(stop_ids(tokenizer)))
 
 
 def stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -120,10 +122,10 @@ def encode_dialogue(
                 "remove the row, or give the message weight 0"
             )
     ids, mask = encode_chat(tokenizer, messages, arguments=arguments)
-    if not any(mask):
+    if not said or not any(mask):
         raise UserError("conversation without an assistant turn: there is nothing to learn from it")
     last = max(i for i, trained in enumerate(mask) if trained)
-    if messages[-1] is said[-1] and ids[last] not in tokenizer.added.values():
+    if said and messages[-1] is said[-1] and ids[last] not in tokenizer.added.values():
         raise UserError(
             f"chat_template writes no special token after the last answer ({tokenizer.eos_token} was expected): "
             "the model would not learn to stop; add eos_token to the template"

@@ -31,8 +31,8 @@ FORMATS: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "turns": (("q1",),),
     "tokens": (("tokens",),),
 }
-BESIDE = ("input", "context", "system", "history", "label", "tools", "documents", "chat_template_kwargs")
-_TURN = re.compile(r"[qa]([1-9][0-9]*)")
+BESIDE = ("weight", "input", "context", "system", "history", "label", "tools", "documents", "chat_template_kwargs")
+_TURN = re.compile(r"[qa]([1-9][0-9]{0,2})")  # up to 999
 _NOT_TRAINED = ("train", "loss", "trainable", "training")  # other tools' marks of answers that are not to be learnt
 
 
@@ -65,20 +65,21 @@ def read_fields(fields: Mapping[str, Any], row_format: str = "auto") -> dict[str
     reading = found[0]
     if reading in ("text", "tokens"):
         return {reading: fields[reading]}
+    if row_format == "auto":
+        _check_all_read(fields, reading)
     given = {name: _list(fields[name], name) for name in ("tools", "documents") if fields.get(name)}
     if fields.get("chat_template_kwargs"):
         given["chat_template_kwargs"] = _parsed(fields["chat_template_kwargs"], "chat_template_kwargs", dict)
     if reading == "preference":
         sides = {name: _side(fields[name]) for name in ("prompt", "chosen", "rejected") if fields.get(name) is not None}
         return {**sides, **_system(fields), **given}
-    if isinstance(fields.get("label"), bool):
+    if reading != "text" and (fields.get("label") in (0, 1) or str(fields.get("label")).lower() in ("true", "false")):
         raise UserError(
             "has a label, so its answer is called good or bad (KTO), which SFT does not read; "
             "keep the rows with label true and remove the field, or make pairs with chosen and rejected"
         )
     messages = _CONVERSATIONS[reading](fields)
-    system = fields.get("system")
-    if isinstance(system, str) and system:
+    if system := _system(fields).get("system"):
         if messages and messages[0].get("role") == "system":
             raise UserError("has a system field and a system message; keep one of them")
         messages = [{"role": "system", "content": system}, *messages]
@@ -87,7 +88,33 @@ def read_fields(fields: Mapping[str, Any], row_format: str = "auto") -> dict[str
 
 
 def _system(fields: Mapping[str, Any]) -> dict[str, str]:
-    return {"system": fields["system"]} if isinstance(fields.get("system"), str) and fields["system"] else {}
+    system = fields.get("system")
+    if system is not None and not isinstance(system, str):
+        raise UserError(f"system must be text, not {str(system)[:80]}")
+    return {"system": system} if system else {}
+
+
+# Fields that other readings have and these use, too.
+_USED = {
+    "instruction": ("input", "context", "history"),
+    "prompt_completion": (),
+}
+
+
+def _check_all_read(fields: Mapping[str, Any], reading: str) -> None:
+    """An error about a field of another reading that this one would pass over."""
+    used = {*_USED.get(reading, ()), *(name for group in FORMATS[reading] for name in group)}
+    for name in ("input", "context", "history"):
+        if name not in used and fields.get(name):
+            raise UserError(
+                f"has {name}, which is not read beside {' and '.join(g[0] for g in FORMATS[reading])}; remove the field, or "
+                f"say row_format={reading} (--row_format) to leave it out"
+            )
+    for first, second in (("input", "context"), ("output", "response"), ("answer", "response")):
+        if {first, second} <= used and fields.get(first) and fields.get(second):
+            raise UserError(f"has both {first} and {second}; keep one of them")
+    if fields.get("weight") not in (None, 1):
+        raise UserError(f"has weight {fields['weight']!r} beside its messages; give the messages a weight of 0 or 1 each")
 
 
 def _has(fields: Mapping[str, Any], name: str) -> bool:
@@ -111,12 +138,14 @@ def _prompt_completion(fields: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _instruction(fields: Mapping[str, Any]) -> list[dict[str, Any]]:
     asked, more = fields["instruction"], fields.get("input") or fields.get("context")
     answer = fields["output"] if fields.get("output") is not None else fields["response"]
+    if more is not None and not isinstance(more, str):
+        raise UserError(f"input must be text, not {str(more)[:80]}")
     turns: list[Any] = []
     for pair in _list(fields.get("history") or [], "history"):
         if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
             raise UserError("history must be a list of [question, answer]")
         turns += pair
-    return _alternate([*turns, f"{asked}\n\n{more}" if asked and more else asked, answer])
+    return _alternate([*turns, f"{asked}\n\n{more}" if isinstance(asked, str) and asked and more else asked, answer])
 
 
 def _question_answer(fields: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -158,7 +187,7 @@ def _messages(values: Sequence[Any]) -> list[dict[str, Any]]:
         message = {name: item for name, item in value.items() if item is not None or name == "content"}
         if "from" in message and "value" in message and "role" not in message:
             speaker = message.pop("from")
-            if speaker not in SPEAKERS:
+            if not isinstance(speaker, str) or speaker not in SPEAKERS:
                 raise UserError(f"message {number} is from {speaker!r}; known are {', '.join(SPEAKERS)}")
             message = {"role": SPEAKERS[speaker], "content": message.pop("value"), **message}
         if isinstance(message.get("content"), list):

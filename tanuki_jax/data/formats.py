@@ -202,7 +202,8 @@ def _example(data: bytes, where: str) -> Any:
         return data
     if not features:
         return UserError(f"data: {where} is neither a JSON object nor a tf.train.Example")
-    return {name: f.bytes_list.value[0] for name, f in features.items() if len(f.bytes_list.value) == 1}
+    found = {name: list(getattr(f, f.WhichOneof("kind") or "bytes_list").value) for name, f in features.items()}
+    return {name: values if name == "tokens" or len(values) > 1 else values[0] for name, values in found.items() if values}
 
 
 def _tfds(path: str, start: int, stop: int, wanted: Container[str]) -> Iterator[Record]:

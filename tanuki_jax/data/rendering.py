@@ -14,6 +14,7 @@ from tanuki_jax.errors import UserError
 
 Messages = Sequence[Mapping[str, Any]]
 Arguments = Mapping[str, Any]
+ROLES = ("system", "developer", "user", "assistant", "model", "tool", "ipython", "function", "observation")
 LISTS = ("tools", "documents")  # arguments of a template that a row may give
 
 
@@ -32,11 +33,15 @@ def render_chat(tokenizer: Tokenizer, messages: Messages, add_generation_prompt:
     check_messages(messages)
     source = template_of(tokenizer, arguments)
     as_text = not _reads_parts(source, tuple(tokenizer.named.items())) if _has_parts(messages) else False
-    values = {name: traced.trace(value, (name,)) for name, value in (arguments or {}).items()}
+    try:
+        values = {name: traced.trace(value, (name,)) for name, value in (arguments or {}).items()}
+        listed = [_traced_message(i, message) for i, message in enumerate(plain_messages(messages, as_text))]
+    except RecursionError as error:
+        raise UserError("conversation with values nested hundreds deep; make them flat") from error
     return template.render(
         source,
         {
-            "messages": [_traced_message(i, message) for i, message in enumerate(plain_messages(messages, as_text))],
+            "messages": listed,
             "tools": None,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
@@ -44,6 +49,16 @@ def render_chat(tokenizer: Tokenizer, messages: Messages, add_generation_prompt:
             **values,
         },
     )
+
+
+def quoted_spans(rendered: Traced) -> list[tuple[int, int]]:
+    """The characters that come from a row, ascending.  The name of a known role is a template's own: '<|' + role + '|>'."""
+    text = str.__str__(rendered)
+    return [
+        (a, b)
+        for (a, b), run in traced.spans_of(rendered)
+        if run.source and b > a and not (run.source[1:] == ("role",) and text[a:b].lower() in ROLES)
+    ]
 
 
 def _traced_message(number: int, message: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,6 +119,9 @@ def check_all_came_out(rendered: Traced, messages: Messages, arguments: Argument
         where = f"message {i} (role {message['role']!r})"
         if texts_of(message.get("content")).strip() and (i, "content") not in came:
             raise missing(f"content of {where}", "remove or merge it, write it as [{'type': 'text', 'text': ...}]")
+        for number, part in enumerate(message["content"] if isinstance(message.get("content"), list) else ()):
+            if (i, "content", 0) in came and part["text"].strip() and (i, "content", number) not in came:
+                raise missing(f"part {number} of the content of {where}", "join the parts")
         for name in REASONING:
             last = all(m["role"] != "assistant" for m in messages[i + 1 :])
             dropped = texts_of(message.get(name)).strip() and not any((i, n) in came for n in REASONING)

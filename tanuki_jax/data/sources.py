@@ -252,6 +252,8 @@ def _plain(value: Any, where: str) -> Any:
         return {name: item if name == "tokens" else _plain(item, where) for name, item in value.items() if item is not None}
     if isinstance(value, np.ndarray | np.generic):
         return _plain(value.tolist(), where)
+    if isinstance(value, list) and value and all(isinstance(item, tuple) and len(item) == 2 for item in value):
+        return _plain(dict(value), where)  # a map of Arrow's
     return [_plain(item, where) for item in value] if isinstance(value, list | tuple) else value
 
 

@@ -6,6 +6,7 @@ Filters, tags, functions and options are those that transformers' `apply_chat_te
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Any, NoReturn
@@ -15,6 +16,7 @@ from tanuki_jax.data.traced import Traced
 from tanuki_jax.errors import UserError
 
 # Jinja's filters that only cut, choose or replace.
+BLOCKS = itertools.count(1)  # a number for each {% generation %} block that is run
 KEEPING = frozenset(("trim", "string", "first", "last", "default", "d", "replace", "reverse", "min", "max", "random", "attr"))
 
 
@@ -91,7 +93,8 @@ def _environment() -> Any:
 
         def _mark(self, caller: Callable[[], str]) -> Traced:
             text = traced.join((caller(),))
-            return Traced(text, (run._replace(generated=True) for run in text._runs))
+            number = next(BLOCKS)
+            return Traced(text, (run._replace(generated=number) for run in text._runs))
 
     class Environment(ImmutableSandboxedEnvironment):
         """Jinja's sandbox over traced text."""
@@ -105,13 +108,13 @@ def _environment() -> Any:
             return super().getattr(Traced(obj) if type(obj) is str else obj, attribute)
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-            return traced.derive(super().call_binop(context, operator, left, right), (left, right))
+            return traced.apply(functools.partial(super().call_binop, context, operator), (left, right))
 
         def wrap_str_format(self, value: Any) -> Callable[..., Any] | None:
             form = super().wrap_str_format(value)
             if form is None:
                 return None
-            return lambda *values, **named: traced.derive(str.__str__(form(*values, **named)), (*values, *named.values()))
+            return lambda *values, **named: traced.apply(lambda *v, **n: str.__str__(form(*v, **n)), values, named)
 
     environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
     environment.filters = {name: _tracing(filter, name in KEEPING) for name, filter in environment.filters.items()}
@@ -127,10 +130,9 @@ def _tracing(filter: Callable[..., Any], keeps: bool) -> Callable[..., Any]:
 
     @functools.wraps(filter)  # Jinja's marks of what a filter is passed are attributes
     def apply(*arguments: Any, **named: Any) -> Any:
-        result = filter(*arguments, **named)
-        if isinstance(result, Traced) and not keeps:
-            result = str.__str__(result)
-        return traced.derive(result, (*arguments, *named.values()))
+        if keeps and isinstance(result := filter(*arguments, **named), Traced):
+            return result
+        return traced.apply(filter, arguments, named)
 
     return apply
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import bisect
 import functools
 import json
-import re
 import shutil
 from array import array
 from collections.abc import Sequence
@@ -49,6 +48,9 @@ class Tokenizer:
         self._config = files.read_json(directory / "tokenizer_config.json")
         if not isinstance(self._config, dict):
             raise UserError(f"tokenizer: {directory / 'tokenizer_config.json'} is not a dictionary of settings")
+        named = files.read_json(path) if (path := directory / "special_tokens_map.json").is_file() else {}
+        given = {name: value for name, value in self._config.items() if value is not None}
+        self._config = {**(named if isinstance(named, dict) else {}), **given}
         self._json = _as_transformers(files.read_json(directory / "tokenizer.json"), self._config)
         self._tokenizer = self._load(self._json)
         self._tokenizer.encode_special_tokens = True  # their spelling in text is text
@@ -58,6 +60,7 @@ class Tokenizer:
         self.special = {a.content: i for i, a in added.items() if a.special}
         self.added = {a.content: i for i, a in added.items()}
         self.named = _named_tokens(self._config)
+        _check_all_there(directory, self._config, self._tokenizer)
         self.bos_token, eos_token = self.named.get("bos_token", ""), self.named.get("eos_token", "")
         if eos_token not in self.special:
             raise UserError(f"tokenizer: {directory} has no eos_token among its special tokens; every text must end with one")
@@ -85,8 +88,10 @@ class Tokenizer:
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[int]]:
         """Ids, and for each the character of `text` at which it starts."""
-        encoding = self._tokenizer.encode(_encodable(text), add_special_tokens=False)
-        return encoding.ids, [start for start, _ in _spans(encoding)]
+        loaded, moved = self._text
+        encoding = loaded.encode(_encodable(text), add_special_tokens=False)
+        ids = [moved.get(token, token) for token in encoding.ids] if moved else encoding.ids
+        return ids, [start for start, _ in _spans(encoding)]
 
     def encode_prompt(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Ids as transformers' tokenizer(text) gives them: spelt special tokens are those tokens, and BOS or EOS is added
@@ -101,36 +106,46 @@ class Tokenizer:
 
         A special token, or one of `controls`, that touches any of the `quoted` spans (ascending) is text like any other.
         """
-        if spelt := self.quoted_controls(text, quoted, controls):
-            written = [span for span in self._spelt_controls(text, controls) if span not in spelt]
-            return self._encode_quoted(text, written, controls)
+        ids, spans = self._encode_chat(text)
+        placed = self._placed_controls(text, ids, spans, controls)
+        written = [(span, token) for span, token in placed if not _touches(span, quoted)]
+        if len(written) == len(placed):
+            return ids, spans
+        return self._encode_quoted(text, written, controls)
+
+    def quoted_controls(self, text: str, quoted: Sequence[Span], controls: frozenset[int]) -> list[Span]:
+        """Where a text makes special tokens, or `controls`, in a way that touches any of the `quoted` spans."""
+        return [span for span, _ in self._placed_controls(text, *self._encode_chat(text), controls) if _touches(span, quoted)]
+
+    def _encode_chat(self, text: str) -> tuple[list[int], list[Span]]:
         encoding = self._chat.encode(_encodable(text), add_special_tokens=False)
         return encoding.ids, _spans(encoding)
 
-    def quoted_controls(self, text: str, quoted: Sequence[Span], controls: frozenset[int]) -> list[Span]:
-        """Where a text spells special tokens, or `controls`, in a way that touches any of the `quoted` spans."""
-        return [span for span in self._spelt_controls(text, controls) if _touches(span, quoted)]
+    def _placed_controls(
+        self, text: str, ids: Sequence[int], spans: Sequence[Span], controls: frozenset[int]
+    ) -> list[tuple[Span, int]]:
+        """Special tokens, and `controls`, with their characters; not what stands for characters that the model cannot spell."""
+        unknown, known = self.special.get(_unknown(self._json["model"]) or ""), {*self.special.values(), *controls}
+        placed = [(span, token) for token, span in zip(ids, spans, strict=True) if token in known]
+        return [(span, token) for span, token in placed if token != unknown or text[slice(*span)].strip() == self.piece(token)]
 
-    def _spelt_controls(self, text: str, controls: frozenset[int]) -> list[Span]:
-        names = [name for name, token in self.added.items() if name in text and (name in self.special or token in controls)]
-        return _longest_matches(text, names)
-
-    def _encode_quoted(self, text: str, written: Sequence[Span], controls: frozenset[int]) -> tuple[list[int], list[Span]]:
-        """The same where text spells special tokens: only those at `written` are; there one character stands for each."""
+    def _encode_quoted(
+        self, text: str, written: Sequence[tuple[Span, int]], controls: frozenset[int]
+    ) -> tuple[list[int], list[Span]]:
+        """The same where text spells special tokens: only those that are `written` are; a character stands for each."""
         block = next((b for b in STAND_INS if not any(b <= ord(c) < b + STAND_INS.step for c in text)), None)
         if block is None:
             raise UserError("text has characters of every block of the private-use planes; remove them")
-        loaded, stand_ins = self._with_stand_ins(block, controls)
+        loaded, stand_ins, originals = self._with_stand_ins(block, controls)
         pieces: list[str] = []
         positions: list[int] = []  # in `text`, of each character that is encoded
         at = 0
-        for start, stop in written:
-            pieces += [text[at:start], stand_ins[text[start:stop]]]
+        for (start, stop), token in written:
+            pieces += [text[at:start], stand_ins[token]]
             positions += range(at, start + 1)
             at = stop
         positions += range(at, len(text) + 1)
         encoding = loaded.encode(_encodable("".join([*pieces, text[at:]])), add_special_tokens=False)
-        originals = {loaded.token_to_id(char): self.added[name] for name, char in stand_ins.items()}
         spans = [(positions[start], positions[stop]) for start, stop in _spans(encoding)]
         return [originals.get(token, token) for token in encoding.ids], spans
 
@@ -145,16 +160,44 @@ class Tokenizer:
         return self._load(self._json)
 
     @functools.lru_cache(maxsize=4)  # noqa: B019 - a tokenizer lives as long as its process
-    def _with_stand_ins(self, block: int, controls: frozenset[int]) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
-        """A tokenizer for which the special tokens and `controls` are text; and the character that stands for each."""
-        names = [name for name, token in self.added.items() if name in self.special or token in controls]
-        marked = [{**a, "special": a["special"] or a["content"] in names} for a in self._json["added_tokens"]]
-        loaded = self._load({**self._json, "post_processor": None, "added_tokens": marked})
-        loaded.encode_special_tokens = True
-        flags = {a["content"]: {key: a[key] for key in ("lstrip", "rstrip", "single_word", "normalized")} for a in marked}
-        stand_ins = {name: chr(block + number) for number, name in enumerate(names)}
-        loaded.add_tokens([tokenizers.AddedToken(char, special=False, **flags[name]) for name, char in stand_ins.items()])
-        return loaded, stand_ins
+    def _with_stand_ins(
+        self, block: int, controls: frozenset[int]
+    ) -> tuple[tokenizers.Tokenizer, dict[int, str], dict[int, int]]:
+        """A tokenizer for which the special tokens and `controls` are text; the character of `block` that stands for each;
+        and the right id of each that this tokenizer gives otherwise."""
+        names = {name for name, token in self.added.items() if name in self.special or token in controls}
+        loaded, originals = self._without(frozenset(names))
+        stand_ins = {self.added[name]: chr(block + number) for number, name in enumerate(sorted(names))}
+        loaded.add_tokens([tokenizers.AddedToken(char, special=False, normalized=False) for char in stand_ins.values()])
+        return loaded, stand_ins, originals | {loaded.token_to_id(char) or 0: token for token, char in stand_ins.items()}
+
+    def _without(self, names: frozenset[str]) -> tuple[tokenizers.Tokenizer, dict[int, int]]:
+        """A tokenizer that does not know these tokens, neither beside its model nor in it; and the ids that have moved."""
+        model = self._json["model"]
+        vocab = model.get("vocab")
+        hidden = names - {_unknown(model)}  # which stands for what the model cannot spell
+        if isinstance(vocab, list):  # Unigram: a piece no text can hold stands in its place
+            vocab = [[f"\U0010ffff{i}" if piece in hidden else piece, *rest] for i, (piece, *rest) in enumerate(vocab)]
+        elif model.get("type") != "BPE":  # whose pieces come out of merges alone
+            vocab = {f"\U0010ffff{i}" if piece in hidden else piece: i for piece, i in vocab.items()}
+        added = [a for a in self._json["added_tokens"] if a["content"] not in names]
+        data = {**self._json, "model": {**model, "vocab": vocab}, "post_processor": None, "added_tokens": added}
+        loaded = self._load(data)
+        moved = {loaded.token_to_id(a["content"]) or 0: self.added[a["content"]] for a in added}
+        return loaded, {new: old for new, old in moved.items() if new != old}
+
+    @functools.cached_property
+    def _text(self) -> tuple[tokenizers.Tokenizer, dict[int, int]]:
+        """What encodes text, in which no special token can be spelt, and the ids that it gives otherwise.
+
+        Where the model itself holds them as pieces (Unigram as SentencePiece's are converted), the library's own switch is
+        not enough.
+        """
+        names = frozenset(self.special) - {_unknown(self._json["model"])}
+        spelt = ((self.special[name], self._tokenizer.encode(name, add_special_tokens=False).ids) for name in names)
+        if any(token in ids for token, ids in spelt):
+            return self._without(names)
+        return self._tokenizer, {}
 
     def encode_batch(self, texts: Sequence[str]) -> list[array]:
         """Ids of many texts, uint32, on all cores; long texts are cut so that the cores share them."""
@@ -164,12 +207,14 @@ class Tokenizer:
             cut = self._parts(_encodable(text))
             counts.append(len(cut))
             parts += cut
-        encoded = iter(self._tokenizer.encode_batch_fast(parts, add_special_tokens=False))
+        loaded, moved = self._text
+        encoded = iter(loaded.encode_batch_fast(parts, add_special_tokens=False))
         result = []
         for count in counts:
             ids = array("I")
             for _ in range(count):
-                ids.extend(next(encoded).ids)
+                part = next(encoded).ids
+                ids.extend([moved.get(token, token) for token in part] if moved else part)
             result.append(ids)
         return result
 
@@ -208,6 +253,28 @@ def copy_tokenizer(source: Path, target: Path) -> None:
                     shutil.copytree(file, temporary / file.name)
                 else:
                     shutil.copy(file, temporary)
+
+
+def _check_all_there(directory: Path, config: dict[str, Any], loaded: tokenizers.Tokenizer) -> None:
+    """An error about a token that transformers would add beside tokenizer.json, with an id of its own."""
+    path = directory / "added_tokens.json"
+    beside = files.read_json(path) if path.is_file() else {}
+    decoder, extra = config.get("added_tokens_decoder"), config.get("extra_special_tokens")
+    listed: list[Any] = [*(beside if isinstance(beside, dict) else ()), *(config.get("additional_special_tokens") or ())]
+    listed += decoder.values() if isinstance(decoder, dict) else ()
+    listed += extra.values() if isinstance(extra, dict) else extra if isinstance(extra, list) else ()
+    for text in filter(None, map(_spelling, listed)):
+        if loaded.token_to_id(text) is None:
+            raise UserError(
+                f"tokenizer: {directory} names the token {text!r}, which tokenizer.json does not have; load it in transformers "
+                "and save it again with save_pretrained"
+            )
+
+
+def _unknown(model: dict[str, Any]) -> str | None:
+    """The piece that stands for what a model cannot spell."""
+    vocab, number = model.get("vocab"), model.get("unk_id")
+    return vocab[number][0] if isinstance(vocab, list) and isinstance(number, int) else model.get("unk_token")
 
 
 def _named_tokens(config: dict[str, Any]) -> dict[str, str]:
@@ -295,14 +362,6 @@ def _spans(encoding: Any) -> list[Span]:
         spans.append((first, first + 1))
         run = start
     return spans
-
-
-def _longest_matches(text: str, names: Sequence[str]) -> list[Span]:
-    """Where these spellings stand, from left to right, the longest first, as the tokenizers library finds them."""
-    if not names:
-        return []
-    pattern = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
-    return [match.span() for match in re.finditer(pattern, text)]
 
 
 def _touches(span: Span, others: Sequence[Span]) -> bool:

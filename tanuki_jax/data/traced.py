@@ -6,10 +6,11 @@ what an operation makes anew from traced text belongs to that text as a whole.
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, SupportsIndex
 
 Source = tuple[int | str, ...]  # (number of the message, field) or (argument of the template,)
@@ -24,13 +25,17 @@ class Run(NamedTuple):
     length: int
     source: Source | None = None  # None: the template's own text
     offset: int | None = None
-    generated: bool = False  # inside {% generation %}
+    generated: int = 0  # number of the {% generation %} block that it stands in; 0 = none
+
+
+FEW = 8  # runs that are looked through one by one
 
 
 class Traced(str):
     """A string with the origin of its characters as runs, in order."""
 
     _runs: tuple[Run, ...]
+    _stops: list[int]  # where each run ends; there once it has been asked for
 
     def __new__(cls, text: str, runs: Iterable[Run] | None = None) -> Traced:
         self = super().__new__(cls, text)
@@ -50,8 +55,14 @@ class Traced(str):
 
     def part(self, start: int, stop: int) -> Traced:
         """Characters [start, stop)."""
-        runs, at = [], 0
-        for run in self._runs:
+        runs = []
+        if len(self._runs) > FEW and not hasattr(self, "_stops"):
+            self._stops = list(itertools.accumulate(run.length for run in self._runs))
+        first = bisect.bisect_left(self._stops, start) if len(self._runs) > FEW else 0
+        at = self._stops[first - 1] if first else 0
+        for run in itertools.islice(self._runs, first, None):
+            if at > stop:
+                break
             a, b = max(start, at), min(stop, at + run.length)
             if a < b or a == b and run.source and start == stop:
                 offset = None if run.offset is None else run.offset + a - at
@@ -77,10 +88,10 @@ class Traced(str):
         return join((other, self)) if isinstance(other, str) else NotImplemented
 
     def __mod__(self, other: Any) -> Any:
-        return derive(str.__mod__(self, other), (self, other))
+        return apply(str.__mod__, (self, other))
 
     def __rmod__(self, other: Any) -> Any:
-        return derive(str.__mod__(other, self), (self,)) if isinstance(other, str) else NotImplemented
+        return apply(str.__mod__, (other, self)) if isinstance(other, str) else NotImplemented
 
     def __mul__(self, count: SupportsIndex) -> Traced:
         return join([self] * count.__index__())
@@ -146,7 +157,7 @@ def _derived_method(name: str) -> Callable[..., Any]:
     own = getattr(str, name)
 
     def method(self: Traced, *arguments: Any, **named: Any) -> Any:
-        return derive(own(self, *arguments, **named), (self, *arguments, *named.values()))
+        return apply(own, (self, *arguments), named)
 
     method.__name__ = name
     return method
@@ -166,7 +177,7 @@ def join(values: Iterable[Any], separator: str = "") -> Traced:
     runs: list[Run] = []
     for number, value in enumerate(values):
         for text in (separator, value) if number and separator else (value,):
-            piece = text if isinstance(text, str) else str(text)
+            piece = text if isinstance(text, str) else derive(str(text), (text,))
             texts.append(piece)
             for run in piece._runs if isinstance(piece, Traced) else (Run(len(piece)),):
                 if run.length or run.source:
@@ -185,16 +196,47 @@ def _append(runs: list[Run], run: Run) -> None:
     runs.append(run)
 
 
+def apply(function: Callable[..., Any], arguments: tuple[Any, ...], named: Mapping[str, Any] | None = None) -> Any:
+    """function(*arguments), traced where it only sets its texts into another, as formats do; else derived as a whole.
+
+    It is called once more with a character in the place of each traced text; what then stands around these is its own.
+    """
+    named = dict(named or {})
+    result = function(*arguments, **named)
+    if not isinstance(result, str):
+        return derive(result, (*arguments, *named.values()))
+    texts = [text for text in _texts((arguments, list(named.values()))) if any(run.source for run in text._runs)]
+    marks = {id(text): chr(0x100000 + number) for number, text in enumerate(texts[:0xFFFF])}
+    try:
+        marked = function(*_with_marks(arguments, marks), **_with_marks(named, marks))
+    except Exception:  # it looks into the texts
+        marked = ""
+    back = {marks[id(text)]: text for text in texts}
+    pieces = join(back.get(piece, piece) for piece in re.split(f"([{''.join(marks.values())}])", marked)) if marks else ""
+    if texts and str.__str__(pieces) == str.__str__(result):
+        return pieces
+    return derive(str.__str__(result), (*arguments, *named.values()))
+
+
+def _with_marks(value: Any, marks: Mapping[int, str]) -> Any:
+    if isinstance(value, Traced):
+        return marks.get(id(value), str.__str__(value))
+    if isinstance(value, dict):
+        return {name: _with_marks(item, marks) for name, item in value.items()}
+    return type(value)(_with_marks(item, marks) for item in value) if isinstance(value, list | tuple) else value
+
+
 def derive(result: Any, arguments: Iterable[Any]) -> Any:
     """What was made from `arguments` by an operation that does not trace: as a whole it belongs to the first traced one."""
     if not isinstance(result, str) or isinstance(result, Traced):
         return [derive(item, arguments) for item in result] if isinstance(result, list) else result
-    first = next((text for text in _texts(arguments) if any(run.source for run in text._runs)), None)
-    if first is None or not result:
+    texts = [text for text in _texts(tuple(arguments)) if any(run.source for run in text._runs)]
+    if not texts or not result:
         return result
-    if len(first) == len(result):  # upper, lower, ...
-        return Traced(result, first._runs)
-    return Traced(result, (Run(len(result), next(run.source for run in first._runs if run.source)),))
+    if len(texts) == 1 and len(texts[0]) == len(result):  # upper, lower, ...
+        return Traced(result, texts[0]._runs)
+    sources = list(dict.fromkeys(run.source for text in texts for run in text._runs if run.source))
+    return Traced(result, (Run(len(result), sources[0]), *(Run(0, source) for source in sources[1:])))
 
 
 def _texts(value: Any) -> Iterator[Traced]:

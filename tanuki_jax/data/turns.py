@@ -185,13 +185,13 @@ def _marked_spans(rendered: Traced, trained: Sequence[int], turn: TurnFormat, ad
     text = str.__str__(rendered)
     stops = [span for span, token in added if token in turn.stop_ids]
     result: list[Span] = []
-    for generated, group in itertools.groupby(traced.spans_of(rendered), key=lambda part: part[1].generated):
+    for block, group in itertools.groupby(traced.spans_of(rendered), key=lambda part: part[1].generated):
         parts = list(group)
         start, stop = parts[0][0][0], parts[-1][0][1]
         owners = {run.source[0] for _, run in parts if run.source}
-        if generated and (not owners or owners.intersection(trained)):
+        if block and trained and (not owners or owners.intersection(trained)):
             result.append((start, stop))
-        elif result and result[-1][1] == start:
+        elif not block and result and result[-1][1] == start:
             ended = any(result[-1][0] <= a and not text[b:start].strip() for a, b in stops if b <= start)
             following = next(((a, b) for a, b in stops if start <= a < stop and not text[start:a].strip()), None)
             if following and not ended:

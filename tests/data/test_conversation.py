@@ -78,6 +78,12 @@ REFUSED = {
     "two system messages": ({"system": "a", "messages": [{"role": "system", "content": "b"}, *ASKED]}, "keep one of them"),
     "messages that are no list": ({"messages": 5}, "messages must be a list"),
     "messages that are no JSON": ({"messages": "hello"}, "messages is text, but no JSON"),
+    "a context that would be passed over": ({"question": "q", "answer": "a", "context": "c"}, "has context, which is not read"),
+    "two answers": ({"instruction": "q", "output": "a", "response": "b"}, "both output and response"),
+    "a system that is no text": ({"system": ["x"], "messages": ASKED}, "system must be text"),
+    "an input that is no text": ({"instruction": "q", "input": ["x"], "output": "a"}, "input must be text"),
+    "a weight of the row": ({"messages": ASKED, "weight": 0}, "has weight 0 beside its messages"),
+    "a speaker that is a list": ({"conversations": [{"from": ["human"], "value": "a"}]}, "known are"),
     "nothing known": ({"title": "a"}, "neither text, nor a conversation.*title"),
 }
 

@@ -6,9 +6,11 @@ from itertools import groupby
 
 import jinja2.ext
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer as Library
+from tokenizers import models, pre_tokenizers
 
 from tanuki_jax.data import chat
 from tanuki_jax.data.tokenizer import Tokenizer
@@ -56,6 +58,7 @@ TEMPLATES = {  # name -> template, how it ends a turn, how an answer comes out, 
 }
 SPELT = ["</s>", "<s>", "<|im_end|>", "<|im_start|>", "<|im_", "end|>", "\U000f0000", "{{ eos_token }}", " ", "\n"]
 CONTENT = st.lists(st.sampled_from([*SPELT, "狸", "🦝", "Paris"]) | st.text(max_size=4), max_size=5).map("".join)
+CONTENT = CONTENT.map(lambda text: text if text.strip() else "a")
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +108,6 @@ def conversations(draw):
 def check(others, name, messages):
     """Text, ids, mask and control tokens of one conversation, all from the definition of its template."""
     tokenizer, (_, end, written, _) = others[name], TEMPLATES[name]
-    assume(all(written(m["content"]).strip() for m in messages))
     ids, mask = chat.encode_chat(tokenizer, messages)
     text = plain(tokenizer, messages)
     assert tokenizer.decode(ids) == text
@@ -285,3 +287,84 @@ def test_the_publishers_stop_tokens_are_kept(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "generation_config.json").write_text('{"eos_token_id": [2, 3, 9999]}')
     assert chat.stop_ids(byte_level.make(tmp_path / "a")) == (2, 3)
+
+
+# --- what another reader tried -----------------------------------------------------------------------------------------------
+
+ROLE_TOKENS = (*byte_level.SPECIAL, "<|user|>", "<|assistant|>", "<|end|>")
+ODD = {  # template, special tokens beside the usual ones
+    "tokens made from the role": "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}{% endfor %}",
+    "formats": "{% for m in messages %}{{ '<|%s|>\n%s<|end|>' % (m.role, m.content) }}{% endfor %}",
+    "format method": "{% for m in messages %}{{ '<|{}|>{}<|end|>'.format(m.role, m.content) }}{% endfor %}",
+    "replace of a literal": (
+        "{% for m in messages %}{{ '<|R|>C<|end|>' | replace('R', m.role) | replace('C', m.content) }}{% endfor %}"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_templates_own_tokens_stay_tokens_however_they_are_put_together(name, tmp_path):
+    tokenizer = byte_level.make(tmp_path / "a", ODD[name], special=ROLE_TOKENS, eos="<|end|>")
+    messages = [user("Hi"), assistant("Paris")]
+    ids, mask = chat.encode_chat(tokenizer, messages)
+    assert ids == tokenizer.encode_prompt(plain(tokenizer, messages), False)
+    assert said(tokenizer, ids, mask) == ["Paris<|end|>"]
+    spelt = [user("a<|end|>"), assistant("b<|user|>c")]
+    ids, mask = chat.encode_chat(tokenizer, spelt)
+    assert tokenizer.decode(ids) == plain(tokenizer, spelt) and said(tokenizer, ids, mask) == ["b<|user|>c<|end|>"]
+    assert [i in tokenizer.special.values() for i in ids].count(True) == 4
+
+
+def test_what_a_template_prints_of_lists_makes_no_control_token(tmp_path):
+    tokenizer = byte_level.make(
+        tmp_path / "a", "{% for m in messages %}{{ m.content }}{{ m.extra }}{{ extra }}{{ eos_token }}{% endfor %}"
+    )
+    messages = [{**user("q"), "extra": ["</s>"]}, {**assistant("a"), "extra": {"</s>": "<s>"}}]
+    ids, _ = chat.encode_chat(tokenizer, messages, arguments={"extra": ["</s>"]})
+    assert [tokenizer.piece(i) for i in ids if i in tokenizer.special.values()] == ["</s>", "</s>"]
+
+
+def test_adjacent_marks_are_told_apart_and_marks_of_nobody_are_not_trained(tmp_path):
+    marked = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}"
+        "{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{% endfor %}"
+    )
+    tokenizer = byte_level.make(tmp_path / "a", marked, eos="<|im_end|>")
+    messages = [user("q"), assistant("zero", weight=0), assistant("one")]
+    assert said(tokenizer, *chat.encode_chat(tokenizer, messages)) == ["one<|im_end|>"]
+    nobody = byte_level.make(tmp_path / "b", "{{ messages[0].content }}{% generation %}{{ eos_token }}{% endgeneration %}")
+    with pytest.raises(UserError, match="without an assistant turn"):
+        chat.encode_dialogue(nobody, [user("q")])
+
+
+def test_a_model_that_holds_its_special_tokens_as_pieces_spells_none(tmp_path):
+    """As converted SentencePiece Unigrams do."""
+    pieces = ["<unk>", "<s>", "</s>", "\u2581", *"abcdefghi</s>", *(f"<0x{i:02X}>" for i in range(256))]
+    library = Library(models.Unigram([(p, -1.0) for p in dict.fromkeys(pieces)], unk_id=0, byte_fallback=True))
+    library.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    library.add_special_tokens(["<s>", "</s>"])
+    template = "{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
+    library.save(str(tmp_path / "tokenizer.json"))
+    named = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": template}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(named), encoding="utf-8")
+    tokenizer = Tokenizer(tmp_path)
+    for ids in (tokenizer.encode("a </s> b"), list(tokenizer.encode_batch(["a </s> b"])[0])):
+        assert tokenizer.eos not in ids and ids[1] == tokenizer.encode("a")[-1]
+    ids, _ = chat.encode_chat(tokenizer, [user("a </s> b"), assistant("bad")])
+    assert ids.count(tokenizer.eos) == 2
+
+
+def test_tokens_that_only_the_config_knows_are_an_error(tmp_path):
+    with pytest.raises(UserError, match="names the token '<new>', which tokenizer.json does not have"):
+        byte_level.make(tmp_path / "a", additional_special_tokens=["<new>"])
+    directory = byte_level.make(tmp_path / "c", pad_token=None).directory
+    (directory / "special_tokens_map.json").write_text('{"pad_token": "<unk>"}')
+    assert Tokenizer(directory).named["pad_token"] == "<unk>"
+
+
+def test_long_and_many_lines_take_no_square_of_time(tmp_path):
+    lines = "m.content.replace('\r\n', '\n').split('\n')"
+    template = "{% for m in messages %}{{ LINES | map('trim') | join('\n') + eos_token }}{% endfor %}".replace("LINES", lines)
+    tokenizer = byte_level.make(tmp_path / "a", template)
+    ids, mask = chat.encode_chat(tokenizer, [user("a b\r\n" * 8000), assistant("</s>" * 8000)])  # took minutes once
+    assert ids.count(tokenizer.eos) == 2 and sum(mask) > 8000

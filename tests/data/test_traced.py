@@ -49,8 +49,17 @@ def test_methods_give_what_str_gives_and_each_character_keeps_its_origin(method,
 @given(TEXT)
 def test_what_str_makes_anew_belongs_to_its_text_as_a_whole(text):
     whole = Traced.of("a" + text, SOURCE)
-    for made in (whole.upper(), whole.title(), whole.center(30), "<%s>" % whole, whole.format()):  # noqa: UP031
+    for made in (whole.upper(), whole.title(), whole.swapcase()):
         assert {run.source for run in traced.runs_of(made)} <= {SOURCE}
+
+
+@given(TEXT, TEXT)
+def test_what_a_format_writes_around_a_text_is_its_own(text, other):
+    a, b = Traced.of(text, SOURCE), Traced.of(other, (1, "content"))
+    for made in (traced.apply(str.__mod__, ("<%s|%s>", (a, b))), Traced("<{}|{}>").format(a, b)):
+        assert made == f"<{text}|{other}>"
+        parts = [(made[slice(*span)], run.source) for span, run in traced.spans_of(made) if run.length]
+        assert parts == [p for p in (("<", None), (text, SOURCE), ("|", None), (other, (1, "content")), (">", None)) if p[0]]
 
 
 def test_methods_raise_what_str_raises():

@@ -206,3 +206,30 @@ def test_the_recipe_that_said_nothing_of_it_has_its_shape(imported, trained):
     assert recipe["model"]["vocab_size"] == shape["vocab_size"] and recipe["model"]["n_layers"] == shape["num_hidden_layers"]
     assert recipe["tokenizer"]["path"] == str(imported / "tokenizer")
     assert config.from_dict(config.Model, recipe["model"]).norm_eps == shape["rms_norm_eps"]
+
+
+def test_the_harness_gives_what_hf_gives_with_and_without_its_template(published, imported):
+    """Log-likelihoods within 1e-3 and the same greedy answer."""
+    pytest.importorskip("lm_eval", reason="needs the extra harness")
+    from types import SimpleNamespace
+
+    from lm_eval.models.huggingface import HFLM
+
+    from tanuki_jax.evaluate.harness import Harness
+
+    mine, theirs = Harness(imported), HFLM(str(published), device="cpu", dtype="float32")
+    for chat in (False, True):
+        asked = []
+        for question, choices in (("The capital of France is", (" Paris", " Rome")), ("2+2=", ("4", " five"))):
+            context = question
+            if chat:
+                history = [{"role": "user", "content": question}]
+                context = mine.apply_chat_template(history)
+                assert context == theirs.apply_chat_template(history)
+                assert mine.tok_encode(context) == theirs.tok_encode(context)
+            asked += [SimpleNamespace(args=(context, choice)) for choice in choices]
+        found, wanted = (each.loglikelihood(asked, disable_tqdm=True) for each in (mine, theirs))
+        np.testing.assert_allclose([a for a, _ in found], [a for a, _ in wanted], atol=1e-3, rtol=0)
+        assert [b for _, b in found] == [b for _, b in wanted]
+        prompts = [SimpleNamespace(args=(asked[0].args[0], {"until": ["\n\n"], "max_gen_toks": NEW, "do_sample": False}))]
+        assert mine.generate_until(prompts) == theirs.generate_until(prompts, disable_tqdm=True)
