@@ -147,7 +147,7 @@ def test_of_two_runs_of_one_workdir_one_runs_as_if_alone(home, tmp_path, verb, a
 def test_of_two_that_write_one_output_one_does_so_as_if_alone(home, tmp_path, verb):
     (tmp_path / "link").symlink_to(tmp_path, target_is_directory=True)
     stage = f"--checkpoint={home / 'alone/stages/pretrain'}"
-    flags = {"export": [stage], "import": [f"--hf={home / 'hf'}"], "upcycle": [stage, "--n_experts=2", "--seed=3"]}[verb]
+    flags = {"export": [stage], "import": [f"--hf={home / 'hf'}"], "upcycle": [stage, "--n_experts=3", "--seed=3"]}[verb]
     one_of(
         tanuki(verb, *flags, f"--output={tmp_path / 'out'}"),
         tanuki(verb, *flags, f"--output=../{tmp_path.name}/link/out", cwd=tmp_path),
@@ -196,7 +196,7 @@ def test_a_library_that_is_called_finds_its_place_held(tmp_path, tokenizer):
 def test_a_dry_run_and_what_only_reads_need_no_lock(tmp_path, capsys, tokenizer):
     published.stage(tmp_path / "stage", "pretrain", tokenizer)
     with holder(tmp_path / "x"):
-        flags = [f"--checkpoint={tmp_path / 'stage'}", f"--output={tmp_path / 'x'}", "--dry_run", "--n_experts=2"]
+        flags = [f"--checkpoint={tmp_path / 'stage'}", f"--output={tmp_path / 'x'}", "--dry_run", "--n_experts=3"]
         assert cli.main(["upcycle", *flags]) == 0
 
 
@@ -336,7 +336,7 @@ def test_what_is_only_read_stays_as_it_is(tmp_path, monkeypatch, capsys, tokeniz
     for number, given in enumerate((f"--checkpoint={source}", f"--checkpoint={source / 'checkpoints/4'}")):
         for flags in (
             ["export", given, f"--output={tmp_path / f'hf{number}'}"],
-            ["upcycle", given, f"--output={tmp_path / f'mixture{number}'}", "--n_experts=2"],
+            ["upcycle", given, f"--output={tmp_path / f'mixture{number}'}", "--n_experts=3"],
             ["score", given, f"--input={rows}"],
             ["generate", given, "--prompt=狸", "--max_new_tokens=2"],
             ["chat", given, "--max_new_tokens=2"],

@@ -198,7 +198,8 @@ def _kind(patterns: str, options: Options) -> str:
         try:
             kind = sources.kind_of(row)
             known = known or kind
-            if kind == "tokens" or not options.skip_bad or text_of(row):
+            answered = kind != "dialogue" or any(message["role"] == "assistant" for message in row.fields["messages"])
+            if kind == "tokens" or not options.skip_bad or (text_of(row) and answered):
                 return kind
         except UserError:
             if not options.skip_bad:

@@ -177,8 +177,9 @@ def test_a_stage_is_exported_with_all_that_belongs_to_it(name, tokenizer, tmp_pa
     mixture = name != "pretrain"
     assert ("trust_remote_code=True" in capsys.readouterr().out) == mixture
     assert_same_bits(opened(back)[1], named)
-    same = {path.name for path in tokenizer.directory.iterdir()}
-    assert same >= {"tokenizer.json", "tokenizer_config.json", "tokenizer.model"}
+    # A Unigram's tokenizer.model stays behind: llama.cpp would read it as another kind of model.
+    same = {path.name for path in tokenizer.directory.iterdir()} - {"tokenizer.model"}
+    assert same >= {"tokenizer.json", "tokenizer_config.json"}
     assert all((back / file).read_bytes() == (tokenizer.directory / file).read_bytes() for file in same)
     ours = {"config.json", "generation_config.json", "README.md", "model.safetensors"}
     assert {path.name for path in back.iterdir()} == same | ours | ({"modeling_tanuki.py"} if mixture else set())
