@@ -73,7 +73,7 @@ def read_fields(fields: Mapping[str, Any], row_format: str = "auto") -> dict[str
     if reading == "preference":
         sides = {name: _side(fields[name]) for name in ("prompt", "chosen", "rejected") if fields.get(name) is not None}
         return {**sides, **_system(fields), **given}
-    if reading != "text" and (fields.get("label") in (0, 1) or str(fields.get("label")).lower() in ("true", "false")):
+    if fields.get("label") in (0, 1) or str(fields.get("label")).lower() in ("true", "false"):
         raise UserError(
             "has a label, so its answer is called good or bad (KTO), which SFT does not read; "
             "keep the rows with label true and remove the field, or make pairs with chosen and rejected"
@@ -94,17 +94,11 @@ def _system(fields: Mapping[str, Any]) -> dict[str, str]:
     return {"system": system} if system else {}
 
 
-# Fields that other readings have and these use, too.
-_USED = {
-    "instruction": ("input", "context", "history"),
-    "prompt_completion": (),
-}
-
-
 def _check_all_read(fields: Mapping[str, Any], reading: str) -> None:
     """An error about a field of another reading that this one would pass over."""
-    used = {*_USED.get(reading, ()), *(name for group in FORMATS[reading] for name in group)}
-    for name in ("input", "context", "history"):
+    more = ("input", "context", "history")
+    used = {*(name for group in FORMATS[reading] for name in group), *(more if reading == "instruction" else ())}
+    for name in more:
         if name not in used and fields.get(name):
             raise UserError(
                 f"has {name}, which is not read beside {' and '.join(g[0] for g in FORMATS[reading])}; remove the field, or "

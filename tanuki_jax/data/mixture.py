@@ -72,10 +72,9 @@ class StagedMixture(grain.transforms.DatasetSelectionMap):
 
 
 def _fractions(weights: Sequence[float]) -> list[Fraction]:
-    exact = [Fraction(float(w)) for w in weights]
-    if min(exact) < 0 or not any(exact):
-        raise ValueError(f"weights must be at least 0, and one above it: {list(weights)}")
-    return exact
+    if not all(math.isfinite(w) and w >= 0 for w in weights) or not any(weights):
+        raise ValueError(f"weights must be finite and at least 0, and one above it: {list(weights)}")
+    return [Fraction(float(w)) for w in weights]
 
 
 def _groups(weights: Sequence[float]) -> list[list[int]]:
