@@ -70,7 +70,7 @@ def sequence_scores(
             weights[row, : len(masks[i])] = masks[i]
         logprobs, missed = parallel.to_host(_sums(cfg, params, tokens, weights))
         for row, i in enumerate(batch):
-            result[i] = float(logprobs[row]), missed[row] == 0
+            result[i] = float(logprobs[row]), bool(missed[row] == 0)
     return result
 
 
