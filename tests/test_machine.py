@@ -92,6 +92,13 @@ def test_another_tanuki_on_the_path_is_not_taken_for_this_one(environment, monke
     assert shlex.split(machine.program()) == [str(environment / "python"), "-m", "tanuki_jax.cli"]
 
 
+def dry_run(folder, *arguments):
+    """What make would run, said as if no other make had started it (as the one that runs these tests has)."""
+    make = ["make", "--dry-run", "--no-print-directory", f"--file={MAKEFILE}", *arguments]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    return subprocess.run(make, cwd=folder, capture_output=True, text=True, check=True, env=environment).stdout
+
+
 @pytest.mark.parametrize("target", ["demo", "test", "check", "format", "lock"])
 def test_every_path_of_the_makefile_is_one_word_of_the_shell(tmp_path, target):
     here = tmp_path / "a folder's name"
@@ -99,8 +106,7 @@ def test_every_path_of_the_makefile_is_one_word_of_the_shell(tmp_path, target):
     for name in ("pyproject.toml", "the lock.txt"):
         (here / name).touch()
     given = {"VENV": f"{here}/an env", "PYTHON": f"{here}/a python", "WORKDIR": "it's mine", "LOCK": "the lock.txt"}
-    make = ["make", "--dry-run", f"--file={MAKEFILE}", target, *(f"{name}={value}" for name, value in given.items())]
-    printed = subprocess.run(make, cwd=here, capture_output=True, text=True, check=True).stdout
+    printed = dry_run(here, target, *(f"{name}={value}" for name, value in given.items()))
     words = [word for line in printed.splitlines() for word in shlex.split(line)]
     whole = {given["PYTHON"], *(f"{given['VENV']}{end}" for end in ("", "/.installed", "-lock"))}
     broken = [w for w in words if str(here) in w and w not in whole and not w.startswith(tuple(f"{p}/bin/" for p in whole))]
@@ -113,5 +119,4 @@ def test_a_finished_setup_in_a_folder_with_a_space_is_not_made_again(tmp_path):
         (tmp_path / name).touch()
     (tmp_path / "an env").mkdir()
     (tmp_path / "an env/.installed").touch()
-    make = ["make", "--dry-run", f"--file={MAKEFILE}", "setup", "VENV=an env"]
-    assert "Nothing to be done" in subprocess.run(make, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert "Nothing to be done" in dry_run(tmp_path, "setup", "VENV=an env")
