@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from tanuki_jax.data import template, traced
@@ -119,6 +120,9 @@ def check_all_came_out(rendered: Traced, messages: Messages, arguments: Argument
         where = f"message {i} (role {message['role']!r})"
         if texts_of(message.get("content")).strip() and (i, "content") not in came:
             raise missing(f"content of {where}", "remove or merge it, write it as [{'type': 'text', 'text': ...}]")
+        for path, text in leaves(message.get("content"), (i, "content")):
+            if path in came and (lost := _lost_part(rendered, path, text, template.strings(source))):
+                raise missing(f"{lost[:40]!r} of the content of {where}", "leave it out of the row")
         for number, part in enumerate(message["content"] if isinstance(message.get("content"), list) else ()):
             if (i, "content", 0) in came and part["text"].strip() and (i, "content", number) not in came:
                 raise missing(f"part {number} of the content of {where}", "join the parts")
@@ -139,6 +143,23 @@ def check_all_came_out(rendered: Traced, messages: Messages, arguments: Argument
         for number, _ in enumerate(arguments.get(name) or ()):
             if (name, number) not in came:
                 raise missing(f"{name}[{number}] of the row", "remove it")
+
+
+def _lost_part(rendered: Traced, source: traced.Source, text: str, known: Collection[str]) -> str:
+    """The first part of a text that a template cuts away.
+
+    White space may go, and what stands beside a string that the template knows: "</think>" that it splits at, or replaces.
+    """
+    runs = [run for run in traced.runs_of(rendered) if run.source == source and run.length]
+    if any(run.offset is None for run in runs):  # made anew from the text, as `upper` does
+        return ""
+    spans = sorted((run.offset or 0, (run.offset or 0) + run.length) for run in runs)
+    starts = [0, *itertools.accumulate((stop for _, stop in spans), max)]
+    for start, stop in zip(starts, [*(start for start, _ in spans), len(text)], strict=True):
+        lost = text[start:stop].strip()
+        if lost and not any(word.strip() and word.strip() in lost for word in known):
+            return lost
+    return ""
 
 
 def texts_of(value: Any) -> str:

@@ -291,10 +291,13 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, none of whose keys may stand there twice: JSON readers would take either."""
+    """A JSON object without its nulls, which columns cannot tell from fields that are not there.
+
+    None of its keys may stand there twice: JSON readers would take either.
+    """
     value = dict(pairs)
     if len(value) < len(pairs):
         seen: set[str] = set()
         twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
         raise UserError(f"has the key {twice!r} twice in one object; keep one of them")
-    return value
+    return {name: item for name, item in value.items() if item is not None}

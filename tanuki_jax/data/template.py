@@ -50,6 +50,16 @@ def mentions(source: str) -> frozenset[str]:
 
 
 @functools.lru_cache(maxsize=32)
+def strings(source: str) -> frozenset[str]:
+    """The string constants of a template, without those that name a key (`message['role']`)."""
+    from jinja2 import nodes
+
+    tree = _environment().parse(source)
+    keys = {id(node.arg) for node in tree.find_all(nodes.Getitem)}
+    return frozenset(node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str) and id(node) not in keys)
+
+
+@functools.lru_cache(maxsize=32)
 def compile_template(source: str) -> Any:
     """The compiled template."""
     from jinja2.exceptions import TemplateSyntaxError

@@ -210,6 +210,25 @@ def test_what_does_not_come_out_of_the_template_is_an_error_that_names_it(tokeni
         chat.encode_chat(tokenizer, messages, arguments=arguments)
 
 
+def test_a_content_that_is_cut_is_an_error_and_one_that_is_trimmed_is_none(tmp_path):
+    def of(name, content):
+        return byte_level.make(tmp_path / name, "{% for m in messages %}{{ " + content + " + eos_token }}{% endfor %}")
+
+    messages = [user(" one two "), assistant("three four\n")]
+    with pytest.raises(UserError, match="'e two' of the content of message 0 .*does not come out"):
+        chat.encode_chat(of("a", "m.content[1:3] + m.content[-1:]"), messages)
+    with pytest.raises(UserError, match="'r' of the content of message 1 "):
+        chat.encode_chat(of("c", "m.content[:9]"), messages)
+    for name, content in {
+        "d": "m.content | trim",
+        "e": "m.content.split('two')[0] if 'two' in m.content else m.content",
+        "f": "m.content | upper",
+        "g": "m.content.split(' ') | join('_')",
+        "h": "m.content[2:] + m.content[:5]",
+    }.items():
+        assert chat.encode_chat(of(name, content), messages)[0]
+
+
 def test_a_template_may_refuse_a_conversation_and_use_the_date(tmp_path):
     refusing = byte_level.make(tmp_path / "a", "{{ raise_exception('roles must alternate') }}")
     with pytest.raises(UserError, match="the chat template refuses this conversation: roles must alternate"):
