@@ -13,7 +13,8 @@ import jax
 import numpy as np
 from report import begin
 
-from tanuki_jax import checkpoint, config, model, recipe
+from tanuki_jax import checkpoint, config, model
+from tanuki_jax.recipe.run import run_recipe
 from tanuki_jax.train.metrics import read_metrics
 
 RATES = {"fast": 1e-3, "middle": 1e-4, "slow": 1e-5}
@@ -68,7 +69,7 @@ def main() -> None:
     options = begin("Parameters in bfloat16", __doc__, steps=500, width=512, layers=9)
     shape = (options.steps, options.width, options.layers)
     for dtype in DTYPES:
-        recipe.run(config.resolve(get_config(dtype, *shape)), options.workdir / dtype)
+        run_recipe(config.resolve(get_config(dtype, *shape)), options.workdir / dtype)
     total, _ = model.count_parameters(config.model_of(config.resolve(get_config("float32", *shape)), "fast"))
     print(f"{total:,} parameters, {options.steps} steps; loss of the last {LAST} steps, of held-out text, way of the norms.\n")
     print("| rate | float32 | bfloat16 | | held out, float32 | bfloat16 | | norms, float32 | bfloat16 |")

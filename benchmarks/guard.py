@@ -18,7 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from report import begin
 
-from tanuki_jax import config, recipe, stage
+from tanuki_jax import config
+from tanuki_jax.recipe import stage
+from tanuki_jax.recipe.run import run_recipe
 from tanuki_jax.train.guard import read_events
 from tanuki_jax.train.metrics import read_metrics
 
@@ -107,7 +109,7 @@ def run(workdir: Path, data: Path, how: dict[int, float], steps: int, seed: int)
     if data.is_dir():
         shutil.copytree(data, workdir / "data", dirs_exist_ok=True)
     with spoilt(how, c.model.vocab_size):
-        recipe.run(config.resolve(c), workdir)
+        run_recipe(config.resolve(c), workdir)
     last, home = read_metrics(workdir / "stages" / STAGE)[-1], workdir / "stages" / STAGE
     return float(np.mean([last[f"validation/{name}/loss"] for name in ("ja", "en")])), read_events(home)
 

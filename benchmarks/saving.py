@@ -18,7 +18,8 @@ from unittest import mock
 
 import numpy as np
 
-from tanuki_jax import checkpoint, config, recipe
+from tanuki_jax import checkpoint, config
+from tanuki_jax.recipe.run import run_recipe
 from tanuki_jax.train.metrics import read_metrics
 
 STAGE = "pretrain"
@@ -50,7 +51,7 @@ def stretches(workdir: Path, saves: int, every: int) -> list[tuple[float, float]
             save(self, step, *rest)
 
     with mock.patch.object(checkpoint.Checkpoints, "save", every_second):
-        recipe.run(config.resolve(c), workdir)
+        run_recipe(config.resolve(c), workdir)
     seconds = [row["seconds"] for row in read_metrics(workdir / "stages" / STAGE)]
     took = np.diff(seconds[every - 1 :: every])  # a step's row is written before its save
     return [(float(a), float(b)) for a, b in zip(took[::2], took[1::2], strict=False)]

@@ -54,7 +54,7 @@ def ours(python: Path, model: str, topology: str, rows: int, remat: str, cache: 
     path = cache / f"ours-{hashlib.sha256(json.dumps([peer.LIBTPU, *flags, _code()]).encode()).hexdigest()[:16]}.json"
     if not path.exists():
         cache.mkdir(parents=True, exist_ok=True)
-        command = [python, "-c", "import sys; from tanuki_jax.cli import main; sys.exit(main())", "plan", *flags]
+        command = [python, "-c", "import sys; from tanuki_jax.cli.main import main; sys.exit(main())", "plan", *flags]
         environment = peer.its_environment() | {"PYTHONPATH": str(ROOT)}
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
         if not done.stdout.startswith("{"):

@@ -1,7 +1,8 @@
-"""Who may import whom: DESIGN, section 1."""
+"""Who may import whom: the table of docs/architecture.md."""
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,54 +13,19 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FILES = sorted(path for room in ("tanuki_jax", "tokenization") for path in (ROOT / room).rglob("*.py"))
 
-# The rooms from top to bottom.  A room imports its own layer and those below it.
-LAYERS = (
-    ("cli",),
-    ("recipe",),
-    (
-        "stage",
-        "stage_data",
-        "start",
-        "validation",
-        "placement",
-        "preflight",
-        "observe",
-        "inputs",
-        "report",
-        "report_experts",
-        "train",
-        "upcycle",
-        "evaluate",
-        "serve",
-        "synth",
-        "interop",
-        "plan",
-    ),
-    ("model", "data", "checkpoint", "parallel", "tokenization"),
-    ("ops",),
-    (
-        "config",
-        "config_file",
-        "schema",
-        "ranges",
-        "checks",
-        "origins",
-        "files",
-        "lock",
-        "progress",
-        "errors",
-        "flags",
-        "machine",
-        "tanuki_jax",
-    ),  # tanuki_jax: the package itself, for its version
-)
-LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
-# What the layers alone would allow.
-FORBIDDEN = {("data", "model"), ("model", "data"), ("parallel", "model"), ("parallel", "data"), ("parallel", "checkpoint")}
+TABLE = ROOT / "docs/architecture.md"
+
+
+def table() -> dict[str, set[str]]:
+    """Package -> the packages that it may import, from the table of docs/architecture.md: its first and last columns."""
+    rows = [line.strip("|\n").split("|") for line in TABLE.read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
+    return {name.strip(" `/"): set(re.findall(r"`(\w+)`", may)) for name, *_, may in rows}
+
+
+ALLOWED = table()
+GROUND = {"errors", "files", "progress", "tanuki_jax"}  # any package of tanuki_jax may import them
 # Libraries that only one room may import.
 OWNED = {"flax": "model", "orbax": "checkpoint", "MeCab": "tokenization", "sentencepiece": "tokenization"}
-# Imported by `tanuki --help`: nothing but the standard library and one another on top.
-HEAVY_FREE = ("cli", "flags", "lock", "machine", "schema", "ranges", "errors", "tanuki_jax")
 
 
 class Import(NamedTuple):
@@ -99,14 +65,38 @@ def imports(path):
 GRAPH = {module: list(imports(path)) for module, path in OURS.items()}
 
 
+def forbidden(module, found):
+    """The imports of a module that the table does not allow."""
+    package = room(module)
+    ground = GROUND - {package} if package not in GROUND | {"tokenization"} else set()
+    return [i for i in found if i.module in OURS and room(i.module) not in {package} | ground | ALLOWED[package]]
+
+
 @pytest.mark.parametrize("module", GRAPH)
-def test_arrows_point_downwards_only(module):
-    for found in GRAPH[module]:
-        if found.module in OURS:
-            arrow = (room(module), room(found.module))
-            assert LAYER[arrow[0]] <= LAYER[arrow[1]] and arrow not in FORBIDDEN, (
-                f"{OURS[module]}:{found.line}: {' must not import '.join(arrow)}"
-            )
+def test_a_package_imports_what_the_table_allows(module):
+    for found in forbidden(module, GRAPH[module]):
+        pytest.fail(f"{OURS[module]}:{found.line}: {room(module)} must not import {room(found.module)} (docs/architecture.md)")
+
+
+def test_every_arrow_of_the_table_is_used_and_points_down():
+    """So that the table does not allow more than the code does, and no package imports itself by way of others."""
+    used = {package: set() for package in {*ALLOWED, *GROUND}}
+    for module, found in GRAPH.items():
+        used[room(module)] |= {room(i.module) for i in found if i.module in OURS} - {room(module)}
+    for package, allowed in ALLOWED.items():
+        assert used[package] - GROUND == allowed - GROUND, package
+    order = list(graphlib.TopologicalSorter(ALLOWED).static_order())
+    places = [order.index(package) for package in ALLOWED]
+    for number, package in enumerate(ALLOWED):
+        below = list(ALLOWED)[number:]
+        assert ALLOWED[package] <= set(below), f"{package} imports a package that stands above it in the table"
+    assert len(places) == len(ALLOWED)
+
+
+def test_an_arrow_that_the_table_does_not_allow_is_found():
+    assert forbidden("tanuki_jax.data.loader", [Import("tanuki_jax.model", True, 1)])
+    assert forbidden("tokenization.train", [Import("tanuki_jax.files", True, 1)])
+    assert not forbidden("tanuki_jax.recipe.run", [Import("tanuki_jax.model", True, 1)])
 
 
 @pytest.mark.parametrize("library", OWNED)
@@ -123,21 +113,10 @@ def test_no_module_imports_itself_by_way_of_others():
     )
 
 
-def test_no_room_imports_itself_by_way_of_others():
-    """Within a layer too, so that a room can be read, or replaced, before those that use it."""
-    rooms = {room(module): set() for module in GRAPH}
-    for module, found in GRAPH.items():
-        rooms[room(module)] |= {room(i.module) for i in found if i.module in OURS} - {room(module)}
-    tuple(graphlib.TopologicalSorter(rooms).static_order())
-
-
-@pytest.mark.parametrize("name", HEAVY_FREE)
-def test_the_command_line_imports_nothing_heavy_before_a_verb_asks_for_it(name):
-    [module] = [m for m in OURS if m.split(".")[-1] == name]
-    top = {i.module.split(".")[0] for i in GRAPH[module] if i.top}
-    assert top <= {*sys.stdlib_module_names, "tanuki_jax"}
-    ours = {i.module.removeprefix("tanuki_jax.") for i in GRAPH[module] if i.top and i.module in OURS}
-    assert ours <= set(HEAVY_FREE)  # so nothing heavy comes by way of them, either
+def test_the_command_line_imports_nothing_heavy_before_a_verb_asks_for_it():
+    heavy = {"jax", "numpy", "flax", "optax", "orbax", "grain", "tokenizers", "pyarrow"}
+    code = f"import sys, tanuki_jax.cli.main; found = {heavy} & sys.modules.keys(); assert not found, found"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 def test_kernels_are_imported_where_they_are_used():
@@ -154,8 +133,9 @@ def test_orbax_is_imported_where_it_is_used():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
-def test_every_room_has_its_layer():
-    assert {room(module) for module in OURS} <= LAYER.keys()
+def test_every_package_is_in_the_table_and_the_ground_floor_is_small():
+    assert {room(module) for module in OURS} - {"tanuki_jax"} == ALLOWED.keys()
+    assert len(list((ROOT / "tanuki_jax").glob("*.py"))) <= 4
 
 
 def test_a_thing_lives_in_the_room_of_its_noun():

@@ -31,10 +31,10 @@ def get_config():
 @functools.cache
 def trained(base: Path, config_flag: str = CONFIG, name: str = "tiny-run") -> Path:
     """The workdir of a finished run, under pytest's base directory."""
-    from tanuki_jax import cli
+    from tanuki_jax.cli import main
 
     workdir = base / name
-    assert cli.main(["run", config_flag, f"--workdir={workdir}"]) == 0
+    assert main.main(["run", config_flag, f"--workdir={workdir}"]) == 0
     return workdir
 
 

@@ -15,7 +15,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 
-from tanuki_jax import lock
+from tanuki_jax.files import lock
 
 LEVELS = ("morpheme", "predicate", "bunsetsu", "none")
 # Surface with the white space before it, part of speech, its two finer classes, and the dictionary form.

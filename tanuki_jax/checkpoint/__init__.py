@@ -10,7 +10,8 @@ so that nothing that was computed from it is taken for another's.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from tanuki_jax.checkpoint.loading import (
+from tanuki_jax.checkpoint.lazy import Block, Opened, Stored, block_indices, open_stored
+from tanuki_jax.checkpoint.restore import (
     Adapters,
     Loaded,
     adapters_meta,
@@ -21,7 +22,6 @@ from tanuki_jax.checkpoint.loading import (
     load,
     load_adapters,
     load_as,
-    locate,
     longest_row,
     parameter_shardings,
     read_meta,
@@ -30,11 +30,11 @@ from tanuki_jax.checkpoint.loading import (
     sharded_like,
     single_device,
 )
-from tanuki_jax.checkpoint.stored import Block, Opened, Stored, block_indices, open_stored
+from tanuki_jax.config.init_from import locate
 
 if TYPE_CHECKING:
-    from tanuki_jax.checkpoint.stages import EVERY, Checkpoints
-    from tanuki_jax.checkpoint.streamed import save_streamed
+    from tanuki_jax.checkpoint.manager import EVERY, Checkpoints
+    from tanuki_jax.checkpoint.streaming import save_streamed
 
 __all__ = [
     "EVERY",
@@ -65,7 +65,7 @@ __all__ = [
     "single_device",
 ]
 
-LATER = {"EVERY": "stages", "Checkpoints": "stages", "save_streamed": "streamed"}  # whose import takes a tenth of a second
+LATER = {"EVERY": "manager", "Checkpoints": "manager", "save_streamed": "streaming"}  # whose import takes a tenth of a second
 
 
 def __getattr__(name: str) -> Any:

@@ -13,11 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tanuki_jax import lock
 from tanuki_jax.data.prepare import Manifest, Options, Plan, check_workers, finish, plan
 from tanuki_jax.data.shards import write_part
 from tanuki_jax.data.tokenizer import Tokenizer
 from tanuki_jax.errors import UserError
+from tanuki_jax.files import lock
 
 SLURM = {"time": "24:00:00", "partition": "", "cpus_per_task": "8", "mem_per_cpu_gb": "2", "qos": "normal"}
 

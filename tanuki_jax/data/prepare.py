@@ -17,12 +17,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tanuki_jax import files, lock
+from tanuki_jax import files
 from tanuki_jax.data import chat, sources
 from tanuki_jax.data.shards import Shard, Work, damaged_shard, finished_shards, prefixes, write_part
 from tanuki_jax.data.store import Store
 from tanuki_jax.data.tokenizer import Tokenizer
 from tanuki_jax.errors import UserError
+from tanuki_jax.files import lock
 from tanuki_jax.progress import Progress
 
 

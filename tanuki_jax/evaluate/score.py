@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tanuki_jax import config, model, ops, parallel
+from tanuki_jax import config, model, multihost, ops
 from tanuki_jax.data import chat
 from tanuki_jax.data.tokenizer import Tokenizer
 from tanuki_jax.errors import UserError
@@ -68,7 +68,7 @@ def sequence_scores(
         for row, i in enumerate(batch):
             tokens[row, : len(sequences[i])] = sequences[i]
             weights[row, : len(masks[i])] = masks[i]
-        logprobs, missed = parallel.to_host(_sums(cfg, params, tokens, weights))
+        logprobs, missed = multihost.to_host(_sums(cfg, params, tokens, weights))
         for row, i in enumerate(batch):
             result[i] = float(logprobs[row]), bool(missed[row] == 0)
     return result

@@ -20,9 +20,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tanuki_jax import checkpoint, config, files, lock, model
+from tanuki_jax import checkpoint, config, files, model
 from tanuki_jax.checkpoint import Opened
 from tanuki_jax.errors import UserError
+from tanuki_jax.files import lock
 from tanuki_jax.interop.huggingface import (
     DOWN,
     DTYPES,

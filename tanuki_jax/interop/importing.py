@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from tanuki_jax import checkpoint, config, files, lock, model
+from tanuki_jax import checkpoint, config, files, model
 from tanuki_jax.data.chat import stop_ids
 from tanuki_jax.data.tokenizer import Tokenizer, copy_tokenizer
 from tanuki_jax.errors import UserError
+from tanuki_jax.files import lock
 from tanuki_jax.interop.huggingface import open_huggingface
 from tanuki_jax.interop.vocabulary import check_rows, resized
 from tanuki_jax.progress import Progress

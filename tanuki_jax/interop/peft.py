@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from tanuki_jax import checkpoint, config, files, lock, model
+from tanuki_jax import checkpoint, config, files, model
 from tanuki_jax.data.tokenizer import copy_tokenizer
 from tanuki_jax.errors import UserError
+from tanuki_jax.files import lock
 from tanuki_jax.interop.export import kind_of
 from tanuki_jax.interop.huggingface import EXPERT, LAYER, ROUTER, ROUTER_FUSED
 

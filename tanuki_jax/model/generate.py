@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tanuki_jax import config, parallel
+from tanuki_jax import config, multihost
 from tanuki_jax.errors import UserError
 from tanuki_jax.model.transformer import Params, decode, empty_cache
 
@@ -44,7 +44,7 @@ def generate(
     tokens = np.zeros((len(prompts), width), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
-    out = parallel.to_host(
+    out = multihost.to_host(
         _generate(cfg, sampling, params, tokens, lengths, np.int64(seed).astype(np.int32), row_numbers(prompts))
     )
     stop = set(sampling.stop)

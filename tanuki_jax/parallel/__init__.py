@@ -1,9 +1,7 @@
-"""Devices: the mesh, the table from axis letters to mesh axes, and multi-host bring-up."""
+"""Devices of one process or many: the mesh, the one table from axis letters to mesh axes, and XLA's options."""
 
-from tanuki_jax.parallel.distributed import initialize, listening, to_host, told_to_stop
 from tanuki_jax.parallel.mesh import make_mesh, per_device_rows
-from tanuki_jax.parallel.peers import agree, exchange, first_of, host, name, on_first, once, share, wait_seconds
-from tanuki_jax.parallel.rules import (
+from tanuki_jax.parallel.sharding import (
     BATCH_AXES,
     MESH_AXES,
     activation_spec,
@@ -21,19 +19,9 @@ from tanuki_jax.parallel.rules import (
     stored,
     tree_shardings,
 )
-from tanuki_jax.parallel.watch import at, slowest, spends, watching
-from tanuki_jax.parallel.xla import compiler_options
+from tanuki_jax.parallel.xla_options import compiler_options
 
 __all__ = [
-    "wait_seconds",
-    "watching",
-    "spends",
-    "slowest",
-    "name",
-    "host",
-    "exchange",
-    "at",
-    "agree",
     "BATCH_AXES",
     "MESH_AXES",
     "activation_spec",
@@ -42,23 +30,15 @@ __all__ = [
     "compiler_options",
     "constrain",
     "explain",
-    "first_of",
     "gathered",
     "gathered_within",
-    "initialize",
-    "listening",
     "make_mesh",
-    "on_first",
-    "once",
     "per_device_rows",
     "rows_of",
-    "share",
     "sharding",
     "size",
     "spec",
     "splits_batch",
     "stored",
-    "to_host",
-    "told_to_stop",
     "tree_shardings",
 ]

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, Mesh
 
 from tanuki_jax import config
 from tanuki_jax.errors import UserError
-from tanuki_jax.parallel.rules import BATCH_AXES, MESH_AXES
+from tanuki_jax.parallel.sharding import BATCH_AXES, MESH_AXES
 
 
 def make_mesh(sizes: config.Mesh, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -1,7 +1,7 @@
 """What a recipe needs of a TPU slice, found out on any machine: `tanuki plan`."""
 
 from tanuki_jax.plan.estimate import plan_stage
-from tanuki_jax.plan.recipe import explain, plan, problems, search
+from tanuki_jax.plan.planner import explain, plan, problems, search
 from tanuki_jax.plan.table import table
 from tanuki_jax.plan.topology import Topology, parse
 

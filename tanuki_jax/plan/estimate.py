@@ -12,11 +12,12 @@ from typing import Any
 
 import jax
 
-from tanuki_jax import config, model, placement
-from tanuki_jax.config import Recipe
+from tanuki_jax import config, model
+from tanuki_jax.config.schema import Recipe
 from tanuki_jax.errors import UserError
 from tanuki_jax.plan import program
 from tanuki_jax.plan.topology import GIB, Topology
+from tanuki_jax.recipe import placement
 from tanuki_jax.train.metrics import PEAK_FLOPS
 
 SHORT, LONG = 2, 4  # layers of the unrolled models

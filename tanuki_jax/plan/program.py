@@ -12,9 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tanuki_jax import parallel, stage
-from tanuki_jax.config import Recipe
-from tanuki_jax.stage_data import sources_of
+from tanuki_jax import parallel
+from tanuki_jax.config.schema import Recipe
+from tanuki_jax.recipe import stage
+from tanuki_jax.recipe.dataset import sources_of
 
 PAIRS = 4  # pairs of a packed row; what a real store has depends on its lengths and hardly matters here
 COSTS = ("flops", "bytes", "seconds")

@@ -12,15 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tanuki_jax import config, files, parallel
+from tanuki_jax import config, files, multihost
 from tanuki_jax.checkpoint import Checkpoints
 from tanuki_jax.errors import Preempted, UserError
 from tanuki_jax.progress import Progress
-from tanuki_jax.train.clock import Clock
-from tanuki_jax.train.detours import Detours
+from tanuki_jax.train.goodput import Clock
 from tanuki_jax.train.guard import Events, Guard, read_events
 from tanuki_jax.train.metrics import MetricsWriter, mfu, plain, read_metrics, validation_loss
 from tanuki_jax.train.profile import Profile, listening
+from tanuki_jax.train.rollback import Detours
 from tanuki_jax.train.step import State
 
 SLOW = 0.2  # share of a step for which a process that waits for its input holds the others up
@@ -87,7 +87,7 @@ def run(
         events.add("hang", clock.step + 1, **found)
 
     try:
-        with parallel.listening(), listening(), parallel.watching(hangs):
+        with multihost.listening(), listening(), multihost.watching(hangs):
             while True:
                 detours, guard = Detours.read(job.directory), Guard(options.guard, job.changes)
                 with clock.of("restore"):
@@ -131,7 +131,7 @@ def _go_back(run: _Run, guard: Guard, detours: Detours, step: int) -> None:
     good = run.checkpoints.go_back(guard.first_high - 1)
     count = step - guard.first_high + 1
     new = detours.plus(good, guard.first_high - 1, count, job.options.guard.rollback_rate)
-    parallel.on_first(new.write, "detours")
+    multihost.on_first(new.write, "detours")
     batches = [detours.batch(guard.first_high - 1), detours.batch(step - 1)]
     run.events.add("rollback", step, to=good, batches_left_out=batches, learning_rate_times=new.rate(good))
 
@@ -169,7 +169,7 @@ class _Attempt:
                 if late:
                     self.report(*late)
                 number, ends = step + 1, step + 1 == job.steps
-                stop = parallel.told_to_stop()
+                stop = multihost.told_to_stop()
                 self.checkpoints.check()
                 due = [probe for every, probe in probes if number % every == 0 or ends]
                 probed: dict[str, Any] = {}
@@ -230,7 +230,7 @@ class _Attempt:
         if not (number % job.options.log_every == 0 or number == job.steps or probed):
             return
         waited = clock.mean_wait()
-        parallel.spends(waited)
+        multihost.spends(waited)
         if self.writer:
             how = {
                 "tokens_per_second": round(rate, 1),
@@ -248,7 +248,7 @@ class _Attempt:
 
     def _slowest(self, number: int) -> dict[str, Any]:
         """The process that waits longest for its input, of several; an event where it begins to hold the others up."""
-        found = parallel.slowest()
+        found = multihost.slowest()
         if not found:
             return {}
         slow = found["seconds"] > max(2 * found["median"], SLOW * self.clock.seconds_per_step())

@@ -10,7 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from tanuki_jax import files, lock
+from tanuki_jax import files
+from tanuki_jax.files import lock
 
 # Dense bfloat16 peak of one device, FLOP/s (vendors' data sheets); where a kind is missing, mfu is null.
 PEAK_FLOPS = {

@@ -1,6 +1,6 @@
 """From a dense model to a mixture of experts: on a parameter tree, or from file to file."""
 
-from tanuki_jax.upcycle.tree import (
+from tanuki_jax.upcycle.convert import (
     DRAWN,
     FFN,
     SHAPE,

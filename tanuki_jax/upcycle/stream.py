@@ -21,13 +21,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from tanuki_jax import checkpoint, config, files, interop, lock, model, upcycle
+from tanuki_jax import checkpoint, config, files, interop, model, upcycle
 from tanuki_jax.checkpoint import Opened
 from tanuki_jax.data.tokenizer import copy_tokenizer
 from tanuki_jax.errors import UserError
+from tanuki_jax.files import lock
 from tanuki_jax.progress import Progress, duration
-from tanuki_jax.upcycle import pairs
-from tanuki_jax.upcycle.probe import TOKENS, Identity, Probe
+from tanuki_jax.upcycle import packed_bf16
+from tanuki_jax.upcycle.identity_check import TOKENS, Identity, Probe
 
 SHARED = ("attn/q", "attn/k", "attn/v", "attn/o", "norm_attn", "norm_mlp")
 QK_NORM = ("attn/norm_q", "attn/norm_k")
@@ -261,7 +262,7 @@ def _maker(cfg: config.Model, options: config.Upcycle, key: jax.Array) -> Callab
         return {name: np.asarray(w).view(cfg.param_dtype) for name, w in made.items()}
 
     def experts(ffns: Sequence[Arrays], layer: int) -> Iterator[Callable[[], Arrays]]:
-        taken = [{name: pairs.packed(w) if paired else w for name, w in ffn.items()} for ffn in ffns]
+        taken = [{name: packed_bf16.packed(w) if paired else w for name, w in ffn.items()} for ffn in ffns]
         sources = list(zip(ffns, taken, (upcycle.about(ffn, options) for ffn in ffns), strict=True))
         for number in range(cfg.n_experts):
             yield functools.partial(make, *sources[number % len(sources)], number, layer)

@@ -107,7 +107,7 @@ def test_one_option_says_which_reading_a_row_has():
     assert read_fields(fields, "preference") == {"prompt": "狸は？", "chosen": "山。", "rejected": "海。"}
     with pytest.raises(UserError, match="has no q1"):
         read_fields(fields, "turns")
-    from tanuki_jax.schema import CHOICES
+    from tanuki_jax.config.schema import CHOICES
 
     assert set(CHOICES["row_format"]) == {"auto", *FORMATS}
 

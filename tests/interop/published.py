@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from tanuki_jax import checkpoint, cli, config, interop, model
+from tanuki_jax import checkpoint, config, interop, model
+from tanuki_jax.cli import main
 from tests import tiny_recipe
+from tests.checkpoint.test_manager import mesh
 from tests.interop.llama import DTYPES, dense, drawn, flat, nested
-from tests.test_checkpoint import mesh
 
 NUMPY = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16)}
 # How a layer's experts lie: a tensor for each matrix of each expert (w1, w2, w3), or one for all experts.
@@ -167,12 +168,12 @@ def opened(home):
 
 
 def import_(home, output):
-    assert cli.main(["import", f"--hf={home}", f"--output={output}"]) == 0
+    assert main.main(["import", f"--hf={home}", f"--output={output}"]) == 0
     return output
 
 
 def export(home, output):
-    assert cli.main(["export", f"--checkpoint={home}", f"--output={output}"]) == 0
+    assert main.main(["export", f"--checkpoint={home}", f"--output={output}"]) == 0
     return output
 
 
@@ -190,7 +191,7 @@ def fails(capsys, directory, *arguments, words=()):
     """One message on stderr, nothing else, and nothing in the directory is new, gone or changed."""
     before = {path: path.stat().st_mtime_ns for path in directory.rglob("*")}
     capsys.readouterr()
-    assert cli.main([str(a) for a in arguments]) == 1
+    assert main.main([str(a) for a in arguments]) == 1
     found = capsys.readouterr()
     [line] = found.err.splitlines()
     assert found.out == "" and line.startswith("tanuki: ") and len(line) < 500

@@ -5,9 +5,11 @@ import shutil
 import numpy as np
 import pytest
 
-from tanuki_jax import checkpoint, cli, interop
+from tanuki_jax import checkpoint, interop
+from tanuki_jax.cli import main
 from tanuki_jax.data.tokenizer import Tokenizer
 from tanuki_jax.interop import importing
+from tests.checkpoint.test_manager import files_of_at_most
 from tests.interop import test_huggingface
 from tests.interop.llama import INDEX, write
 from tests.interop.published import (
@@ -21,7 +23,6 @@ from tests.interop.published import (
     read_directory,
     stored,
 )
-from tests.test_checkpoint import files_of_at_most
 
 GATE = "model.layers.1.block_sparse_moe.gate.weight"
 W3 = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
@@ -117,7 +118,7 @@ def test_weights_of_two_dtypes_lose_nothing_or_are_refused(wide, tmp_path, capsy
     else:
         mine["embed/table"] = exact["embed/table"]
     given = write(tmp_path / "given", cfg, theirs, **extra)
-    if cli.main(["import", f"--hf={given}", f"--output={tmp_path / 'ours'}"]):
+    if main.main(["import", f"--hf={given}", f"--output={tmp_path / 'ours'}"]):
         [line] = capsys.readouterr().err.splitlines()
         assert line.startswith("tanuki: ") and "float32" in line and "bfloat16" in line
         return
@@ -304,7 +305,7 @@ def test_a_file_that_goes_away_while_it_is_read_is_one_message(tmp_path, capsys,
 
     monkeypatch.setattr(importing, "open_huggingface", opened_once_more)
     output = tmp_path / "ours"
-    assert cli.main(["import", f"--hf={home}", f"--output={output}"]) == 1
+    assert main.main(["import", f"--hf={home}", f"--output={output}"]) == 1
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("tanuki: ") and "model-00002" in line
     assert [path.name for path in tmp_path.iterdir()] == ["given"]
@@ -324,6 +325,6 @@ def test_interrupted_it_leaves_nothing(tmp_path, capsys, monkeypatch):
         return dataclasses.replace(found, tree=tree)
 
     monkeypatch.setattr(importing, "open_huggingface", opened_and_stopped)
-    assert cli.main(["import", f"--hf={home}", f"--output={tmp_path / 'ours'}"]) == 130
+    assert main.main(["import", f"--hf={home}", f"--output={tmp_path / 'ours'}"]) == 130
     assert capsys.readouterr().err.splitlines()[-1].startswith("tanuki: interrupted")
     assert [path.name for path in tmp_path.iterdir()] == ["given"]

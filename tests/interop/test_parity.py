@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tanuki_jax import cli, interop
+from tanuki_jax import interop
+from tanuki_jax.cli import main
 from tests.interop.llama import dense, drawn, nested, write
 from tests.interop.make_parity import (
     CASES,
@@ -148,10 +149,10 @@ def test_scores_of_a_copy_are_those_of_the_dense_directory(tokenizer, tmp_path, 
         (home / name).write_bytes((tokenizer.directory / name).read_bytes())
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     output = tmp_path / "mixture"
-    assert cli.main(["upcycle", f"--checkpoint={home}", f"--output={output}", "--strategy=copy", "--router_std=1"]) == 0
+    assert main.main(["upcycle", f"--checkpoint={home}", f"--output={output}", "--strategy=copy", "--router_std=1"]) == 0
     assert all((output / "tokenizer" / name).read_bytes() == (home / name).read_bytes() for name in names)
     capsys.readouterr()
-    assert cli.main(["score", f"--checkpoint={output}", f"--input={tmp_path / 'texts.jsonl'}", "--json"]) == 0
+    assert main.main(["score", f"--checkpoint={output}", f"--input={tmp_path / 'texts.jsonl'}", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["rows"]
 
     cfg, params = dense_of(home)

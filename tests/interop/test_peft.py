@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from tanuki_jax import checkpoint, cli, config, model
+from tanuki_jax import checkpoint, config, model
+from tanuki_jax.cli import main
 from tests.interop import make_peft
 from tests.tiny import apply, init, small
 
@@ -32,7 +33,7 @@ TARGETS = {
 
 
 def tanuki(*arguments):
-    return cli.main([str(a) for a in arguments])
+    return main.main([str(a) for a in arguments])
 
 
 def flat(tree):

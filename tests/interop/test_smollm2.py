@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tanuki_jax import checkpoint, cli, config, model
+from tanuki_jax import checkpoint, config, model
+from tanuki_jax.cli import main
 from tanuki_jax.data.chat import encode_chat
 from tanuki_jax.data.tokenizer import Tokenizer
 from tests.interop.published import assert_same_bits, config_json, read_directory
@@ -79,7 +80,7 @@ def published(tmp_path_factory):
 def imported(published):
     """Our checkpoint of it."""
     home = published.with_name("imported")
-    assert cli.main(["import", f"--hf={published}", f"--output={home}"]) == 0
+    assert main.main(["import", f"--hf={published}", f"--output={home}"]) == 0
     return home
 
 
@@ -99,7 +100,14 @@ def trained(imported):
         (work / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     (work / "recipe.py").write_text(RECIPE.format(work=work, imported=imported), encoding="utf-8")
     # On one device, not on the eight of these tests: they would take several times as long.
-    command = [sys.executable, "-m", "tanuki_jax.cli", "run", f"--config={work / 'recipe.py'}", f"--workdir={work / 'run'}"]
+    command = [
+        sys.executable,
+        "-m",
+        "tanuki_jax.cli.main",
+        "run",
+        f"--config={work / 'recipe.py'}",
+        f"--workdir={work / 'run'}",
+    ]
     subprocess.run(command, env=os.environ | {"XLA_FLAGS": ""}, check=True)
     return work / "run" / "stages"
 
@@ -119,7 +127,7 @@ def get_config():
 
 
 def export(home, output):
-    assert cli.main(["export", f"--checkpoint={home}", f"--output={output}"]) == 0
+    assert main.main(["export", f"--checkpoint={home}", f"--output={output}"]) == 0
     return output
 
 

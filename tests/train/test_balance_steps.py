@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tanuki_jax import checkpoint, config, model, parallel, placement
+from tanuki_jax import checkpoint, config, model, parallel
 from tanuki_jax.data import loader
+from tanuki_jax.recipe import placement
 from tanuki_jax.train import balance, losses
 from tanuki_jax.train.optimizer import learning_rate, make_optimizer
 from tanuki_jax.train.step import gradients, init_state, make_train_step

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 
 from tanuki_jax import config
 from tanuki_jax.checkpoint import Checkpoints
-from tanuki_jax.parallel import watch
+from tanuki_jax.multihost import watchdog
 from tanuki_jax.train import loop
-from tanuki_jax.train.detours import Detours
 from tanuki_jax.train.guard import Events, Guard, read_events
 from tanuki_jax.train.optimizer import make_optimizer
+from tanuki_jax.train.rollback import Detours
 from tanuki_jax.train.step import init_state, make_train_step
-from tests.test_sums import STATE, state_of
+from tests.checkpoint.test_checksums import STATE, state_of
 
 # --- the guard ------------------------------------------------------------------------------------------------------------
 
@@ -151,7 +151,7 @@ def test_processes_but_the_first_write_no_events(tmp_path):
 
 def test_restoring_after_going_back_does_not_hang(tmp_path, monkeypatch):
     exits = []
-    monkeypatch.setattr(watch.os, "_exit", exits.append)
+    monkeypatch.setattr(watchdog.os, "_exit", exits.append)
     restore = Checkpoints.restore
     monkeypatch.setattr(Checkpoints, "restore", lambda *args: time.sleep(1.0) or restore(*args))
     losses = {n: 2.0 + 30 * (41 <= n < 46) for n in range(100)}

@@ -13,7 +13,7 @@ import pytest
 
 from tanuki_jax import config
 from tanuki_jax.errors import Preempted, UserError
-from tanuki_jax.train import clock, loop
+from tanuki_jax.train import goodput, loop
 from tanuki_jax.train.guard import Guard
 from tanuki_jax.train.step import State
 
@@ -317,7 +317,7 @@ def test_the_times_add_up_and_lost_ones_are_told(tmp_path):
 
 
 def test_a_step_that_hangs_is_told_with_all_stacks(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(clock, "PATIENCE", 0.5)
+    monkeypatch.setattr(goodput, "PATIENCE", 0.5)
 
     def step(state, batch):
         if batch == 5:

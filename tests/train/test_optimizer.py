@@ -6,7 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from tanuki_jax import checks, config
+from tanuki_jax import config
+from tanuki_jax.config import validate
 from tanuki_jax.errors import UserError
 from tanuki_jax.train import losses
 from tanuki_jax.train.optimizer import decays, learning_rate, make_optimizer
@@ -84,7 +85,7 @@ def stationary(beta2, dtype="bfloat16", steps=4000, size=400):
 
 @pytest.mark.parametrize("beta2", [0.9, 0.95, 0.99, 0.996])
 def test_moments_in_bfloat16_keep_their_mean_for_every_beta2_that_is_accepted(beta2):
-    checks.check_moments("", config.Optimizer(beta2=beta2, moment_dtype="bfloat16"))
+    validate.check_moments("", config.Optimizer(beta2=beta2, moment_dtype="bfloat16"))
     exact, _ = stationary(beta2, "float32", size=1)
     nu, mu = stationary(beta2)
     deviation = np.sqrt(2.8e-6 / (1 - beta2))
@@ -96,8 +97,8 @@ def test_moments_in_bfloat16_keep_their_mean_for_every_beta2_that_is_accepted(be
 @pytest.mark.parametrize("beta2", [0.997, 0.999, 0.9999])
 def test_a_beta2_that_bfloat16_drowns_in_rounding_is_refused_with_both_keys(beta2):
     with pytest.raises(UserError, match=f"optimizer.moment_dtype is bfloat16.*beta2 of {beta2:g}.*or moment_dtype=float32"):
-        checks.check_moments("optimizer.", config.Optimizer(beta2=beta2, moment_dtype="bfloat16"))
-    checks.check_moments("optimizer.", config.Optimizer(beta2=beta2))
+        validate.check_moments("optimizer.", config.Optimizer(beta2=beta2, moment_dtype="bfloat16"))
+    validate.check_moments("optimizer.", config.Optimizer(beta2=beta2))
 
 
 @pytest.mark.parametrize("rate", [1e-3, 1e-5, 1e-6])

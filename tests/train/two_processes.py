@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax
 
-from tanuki_jax import checkpoint, config, model, parallel
+from tanuki_jax import checkpoint, config, model, multihost, parallel
 from tanuki_jax.data import loader
 from tanuki_jax.train import losses
 from tanuki_jax.train.step import gradients
@@ -15,7 +15,7 @@ from tests.tiny import problem, small
 
 def main(output: str) -> None:
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-    parallel.initialize()
+    multihost.initialize()
     assert jax.process_count() == 2 and jax.device_count() == 8
     mesh = parallel.make_mesh(config.Mesh(fsdp=2, expert=2, tensor=2))
     result = {}
@@ -32,7 +32,7 @@ def main(output: str) -> None:
             leaves = jax.tree_util.tree_leaves_with_path(grads)
             result[f"{name} {kind}"] = {
                 "loss": float(metrics["loss"]),
-                "grads": {jax.tree_util.keystr(path): parallel.to_host(g).ravel().tolist() for path, g in leaves},
+                "grads": {jax.tree_util.keystr(path): multihost.to_host(g).ravel().tolist() for path, g in leaves},
             }
     if jax.process_index() == 0:
         Path(output).write_text(json.dumps(result))

@@ -1,0 +1,95 @@
+"""Several processes: bring-up, and the notice to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from tanuki_jax.errors import UserError
+from tanuki_jax.multihost import coordination
+
+_listening: list[Any] = []  # the handler of SIGTERM before
+_noticed, _asked = threading.Event(), itertools.count(1)  # the service counts over the whole run
+VARIABLES = ("TANUKI_COORDINATOR", "TANUKI_PROCESSES", "TANUKI_PROCESS_ID")
+
+
+def initialize() -> None:
+    """Joins the other processes of the run, before any device is used.
+
+    On TPU pods, Slurm and GKE, JAX finds them by itself where TANUKI_COORDINATOR=auto.  Elsewhere set
+    TANUKI_COORDINATOR=host:port, TANUKI_PROCESSES and TANUKI_PROCESS_ID.  Without these there is one process.
+
+    When a process dies, or its machine stops, JAX ends all others within the time of its heart beat, and names it.
+    """
+    coordinator, processes, process = (os.environ.get(v) for v in VARIABLES)
+    if not coordinator:
+        return
+    limits = coordination.limit("TANUKI_JOIN_SECONDS"), coordination.limit("TANUKI_HEARTBEAT_SECONDS")
+    if coordinator == "auto":
+        _join(limits)
+        return
+    if not (processes or "").isdigit() or not (process or "").isdigit():
+        raise UserError(
+            "TANUKI_COORDINATOR is set; set TANUKI_PROCESSES and TANUKI_PROCESS_ID to whole numbers too, "
+            "or TANUKI_COORDINATOR=auto"
+        )
+    _join(limits, coordinator, int(processes or 0), int(process or 0))
+
+
+def _join(
+    limits: tuple[int, int], coordinator: str | None = None, processes: int | None = None, process: int | None = None
+) -> None:
+    join, heartbeat = limits
+    told = f"{coordination.host()} waits for the other processes of the run, at most {join} s (TANUKI_JOIN_SECONDS)"
+    waits = threading.Timer(10, print, (told,), {"file": sys.stderr, "flush": True})
+    waits.daemon = True
+    waits.start()
+    jax.distributed.initialize(
+        coordinator, processes, process, initialization_timeout=join, heartbeat_timeout_seconds=heartbeat
+    )
+    waits.cancel()
+    coordination.introduce()
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[None]:
+    """While inside, SIGTERM does not end the process but is noticed by `told_to_stop`; may be nested.
+
+    With several processes JAX's preemption service listens instead, and agrees on the step.
+    """
+    if _listening or jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _noticed.clear()
+    _listening.append(signal.signal(signal.SIGTERM, lambda *_: _noticed.set()))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, _listening.pop())
+
+
+def told_to_stop() -> bool:
+    """Whether the run is to stop: SIGTERM came, or the platform's notice; to be asked by all processes, after every step.
+
+    All hear the same.
+    """
+    if jax.process_count() > 1:
+        return bool(multihost_utils.reached_preemption_sync_point(next(_asked)))
+    return _noticed.is_set()
+
+
+def to_host(array: jax.Array) -> np.ndarray:
+    """The whole value of a global array, on every process."""
+    if jax.process_count() == 1 or array.is_fully_replicated:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))

@@ -1,0 +1,135 @@
+"""Plans of whole recipes, each distinct program compiled once, and the search for what fits best."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from tanuki_jax import config, model, parallel
+from tanuki_jax.config.schema import Recipe
+from tanuki_jax.errors import UserError
+from tanuki_jax.plan.estimate import advice, lay_out, plan_stage, spent
+from tanuki_jax.plan.topology import Topology
+from tanuki_jax.recipe import placement
+
+
+def plan(recipe: Recipe, only: str, topology: Topology) -> dict[str, Any]:
+    """Plans of the stages: {"topology", "chips", "stages": [...], "days", "chip_hours"}.
+
+    Where one stage is named, its plan's keys stand beside these.
+    """
+    names = [only] if only else [n for n, this in recipe.stages.items() if this.kind != "upcycle"]
+    for name in names:  # what cannot work is said before anything is compiled
+        lay_out(recipe, name, topology)
+    done: dict[str, dict[str, Any]] = {}
+    stages = []
+    for name in names:
+        key = _program(recipe, name)
+        if key not in done:
+            print(f"plan: compiling stage {name} for {topology.name}", file=sys.stderr, flush=True)
+            done[key] = plan_stage(recipe, name, topology)
+        this = done[key] | {"stage": name, "kind": recipe.stages[name].kind}
+        stages.append(this | spent(recipe, name, this) if "step_seconds_estimate" in this else this)
+    return _summed(topology, stages) | (stages[0] if only else {})
+
+
+def _summed(topology: Topology, stages: list[dict[str, Any]]) -> dict[str, Any]:
+    days = [s["days"] for s in stages if s.get("days")]
+    return {
+        "topology": topology.name,
+        "chips": topology.chips,
+        "stages": stages,
+        "days": sum(days) if days else None,
+        "chip_hours": sum(days) * 24 * topology.chips if days else None,
+    }
+
+
+def _program(recipe: Recipe, name: str) -> str:
+    """What two stages must share to be one program but for constants."""
+    this = recipe.stages[name]
+    shape = (this.kind, this.seq_len, this.batch_size, this.microbatches, this.reset_attention, this.optimizer.moment_dtype)
+    return repr((shape, this.lora, config.is_mixture(recipe, name), bool(this.optimizer.clip_norm)))
+
+
+def problems(found: dict[str, Any]) -> list[str]:
+    """One line for each stage that does not fit; for a search, one if nothing does."""
+    if "ranked" in found:
+        return [] if any(p["fits"] for p in found["ranked"]) else [f"plan: nothing that was tried fits {found['topology']}"]
+    lines = {advice(p): None for p in found["stages"] if not p["fits"]}
+    return list(lines)
+
+
+def explain(recipe: Recipe, only: str, topology: Topology) -> str:
+    """How every parameter and activation of a stage (the last one if none is named) lies on the slice."""
+    name = only or list(recipe.stages)[-1]
+    recipe = dataclasses.replace(recipe, mesh=dataclasses.replace(recipe.mesh, slices=topology.slices))
+    mesh = placement.make_mesh(recipe, name, topology.devices())
+    return "\n".join(parallel.explain(mesh, model.named_parameters(config.model_of(recipe, name))))
+
+
+# --- search ---------------------------------------------------------------------------------------------------------
+
+REMAT = ("none", "dots", "ffn", "attention", "full")  # from the one that keeps most
+KEEP = 3  # plans whose costs are looked at
+
+
+def search(recipe: Recipe, only: str, topology: Topology) -> dict[str, Any]:
+    """Tries meshes x microbatches x remat; what keeps most and still fits is ranked by its estimated speed.
+
+    On each mesh and number of rows a policy is tried from the one that keeps most until one fits; costs, which take two more
+    compilations, are told for the most promising.
+    """
+    if not only:
+        raise UserError("plan: --search works on one stage; name it with --stage")
+    fitting: list[tuple[Recipe, dict[str, Any]]] = []
+    tried: list[dict[str, Any]] = []
+    for sizes, microbatches in _candidates(recipe, only, topology):
+        for remat in REMAT:
+            changed = _changed(recipe, only, sizes, microbatches, remat)
+            try:
+                found = plan_stage(changed, only, topology, costs=False)
+            except UserError as error:  # sizes that do not divide
+                print(f"plan: context {sizes.context}, tensor {sizes.tensor}: {error}", file=sys.stderr, flush=True)
+                break
+            tried.append(found)
+            print(f"plan: {_label(found)}: {'fits' if found['fits'] else 'too large'}", file=sys.stderr, flush=True)
+            if found["fits"]:
+                fitting.append((changed, found))
+                break
+    if not tried:
+        raise UserError(
+            f"plan: batch_size {recipe.stages[only].batch_size} of stage {only} divides over no mesh of {topology.name} that "
+            f"was tried; take a smaller slice, or a multiple of {topology.chips}"
+        )
+    fitting.sort(key=lambda item: (REMAT.index(item[1]["remat"]), item[1]["microbatches"]))
+    best = [plan_stage(changed, only, topology) for changed, _ in fitting[:KEEP]]
+    best = [found | spent(recipe, only, found) for found in best]
+    best.sort(key=lambda found: found["step_seconds_estimate"])
+    rest = [found for _, found in fitting[KEEP:]] + [found for found in tried if not found["fits"]]
+    return {"topology": topology.name, "chips": topology.chips, "ranked": [*best, *rest]}
+
+
+def _candidates(recipe: Recipe, name: str, topology: Topology) -> Iterator[tuple[config.Mesh, int]]:
+    """Meshes from the plainest on, each with the fewest microbatches first."""
+    this, cfg = recipe.stages[name], config.model_of(recipe, name)
+    for tensor, context in ((1, 1), (1, 2), (1, 8), (2, 1)):
+        if topology.chips_per_slice % (tensor * context):
+            continue
+        groups = topology.chips // (tensor * context)
+        rows = this.batch_size // groups
+        if this.batch_size % groups or cfg.n_kv_heads % tensor:
+            continue
+        for microbatches in sorted({m for m in (1, 2, 4, 8) if rows % m == 0}):
+            yield config.Mesh(slices=topology.slices, context=context, tensor=tensor), microbatches
+
+
+def _changed(recipe: Recipe, name: str, sizes: config.Mesh, microbatches: int, remat: str) -> Recipe:
+    stages = recipe.stages | {name: dataclasses.replace(recipe.stages[name], microbatches=microbatches)}
+    return dataclasses.replace(recipe, mesh=sizes, stages=stages, model=dataclasses.replace(recipe.model, remat=remat))
+
+
+def _label(found: dict[str, Any]) -> str:
+    mesh = " x ".join(f"{axis} {size}" for axis, size in found["mesh"].items())
+    return f"{mesh}, {found['microbatches']} microbatches, remat {found['remat']}"

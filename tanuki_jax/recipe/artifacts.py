@@ -1,0 +1,171 @@
+"""What the stages of a recipe read, made once and kept under a fingerprint: rule-made files, tokenizer, token stores."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from tanuki_jax import config, files
+from tanuki_jax.config.schema import Recipe
+from tanuki_jax.data import paths, sources
+from tanuki_jax.data.prepare import Options, made_by_this_version, open_store, read_manifest, text_of
+from tanuki_jax.data.prepare import prepare as prepare_store
+from tanuki_jax.data.tokenizer import Tokenizer
+from tanuki_jax.errors import UserError
+from tanuki_jax.files import lock
+from tanuki_jax.synth import rules
+
+RULES = "rules:"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A recipe's tokenizer and the directory of each source's token store."""
+
+    tokenizer: Tokenizer
+    stores: dict[str, Path]
+
+
+def prepare(recipe: Recipe, workdir: Path, names: set[str]) -> Inputs:
+    """Makes what is missing under `workdir`/data for the sources `names`."""
+    with files.disk_errors(workdir / "data", "data"):
+        return _prepare(recipe, workdir / "data", names)
+
+
+def _prepare(recipe: Recipe, where: Path, names: set[str]) -> Inputs:
+    for_tokenizer = () if recipe.tokenizer.path else _for_tokenizer(recipe)
+    located = {name: _locate(recipe, name, where) for name in sorted({*names, *for_tokenizer})}
+    tokenizer = Tokenizer(_tokenizer(recipe, located, where))
+    if tokenizer.vocab_size > recipe.model.vocab_size:
+        raise UserError(
+            f"config: model.vocab_size {recipe.model.vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size} "
+            f"pieces; set it to {-(-tokenizer.vocab_size // 128) * 128}"
+        )
+    _tell_shared(recipe, {name: located[name][0] for name in sorted(names)})
+    stores = {}
+    for name in sorted(names):
+        patterns, identity = located[name]
+        if patterns.endswith(".bin") and "," not in patterns:  # tokens of Megatron-LM's, used where they lie
+            stores[name] = Path(patterns)
+            continue
+        source = recipe.data[name]
+        options = [source.text, source.skip_bad, *([source.row_format] if source.row_format != "auto" else [])]
+        stores[name] = where / f"store-{name}-{files.fingerprint(identity, tokenizer.fingerprint, options)}"
+        if stores[name].is_dir():
+            _remove_damaged(stores[name], open_store)
+        if stores[name].is_dir() and not made_by_this_version(read_manifest(stores[name])):
+            print(f"data {name}: chat templates were followed otherwise when it was made; it is made anew", file=sys.stderr)
+            shutil.rmtree(stores[name])
+        if not stores[name].is_dir():
+            how = Options(_fields(source), source.skip_bad)
+            made = prepare_store(patterns, tokenizer, stores[name], how)
+            print(f"data {name}: {made}", file=sys.stderr, flush=True)
+        elif read_manifest(stores[name]).tokenizer != tokenizer.fingerprint:
+            raise UserError(f"data {name}: {stores[name]} was made with another tokenizer; remove it")
+    return Inputs(tokenizer, stores)
+
+
+def _fields(source: config.Source) -> sources.Fields:
+    return sources.Fields(source.text, row_format=source.row_format)
+
+
+def _for_tokenizer(recipe: Recipe) -> tuple[str, ...]:
+    """The sources that train the tokenizer, in this order: not those without files that no stage reads."""
+    read = {n for stage in recipe.stages.values() for n, weights in stage.mixture.items() if any(weights)}
+    return recipe.tokenizer.sources or tuple(n for n, source in recipe.data.items() if source.files or n in read)
+
+
+def _remove_damaged(path: Path, opens: Callable[[Path], object]) -> None:
+    """Removes what was made before and cannot be opened, and says so: it is made anew."""
+    try:
+        opens(path)
+    except (UserError, OSError, ValueError, KeyError, TypeError) as error:
+        print(f"data: {path} is damaged ({error}) and made anew", file=sys.stderr, flush=True)
+        shutil.rmtree(path)
+
+
+def _tell_shared(recipe: Recipe, patterns: dict[str, str]) -> None:
+    """Says which files two sources share: they are trained on twice, which may be meant."""
+    first: dict[Any, str] = {}
+    for name, pattern in patterns.items():
+        for path in sources.matching_files(pattern):
+            other = first.setdefault(paths.same(path), name)
+            if other != name:
+                paths.tell(f"data: {path} is in the sources {other} and {name}, and is trained on as often as both are")
+
+
+def _locate(recipe: Recipe, name: str, where: Path) -> tuple[str, str]:
+    """The files of a source and their fingerprint; rule-made ones are written first."""
+    patterns = recipe.data[name].files
+    if not patterns.startswith(RULES):
+        if not patterns:
+            raise UserError(
+                f"config: data.{name} is empty; set it to your files, for example --config.data.{name}='texts/*.jsonl.gz'"
+            )
+        return patterns, sources.identity(patterns)
+    split = patterns.removeprefix(RULES)
+    if split not in rules.SPLITS:
+        raise UserError(f"config: data.{name} is {patterns!r}; rules: makes {', '.join(rules.SPLITS)}")
+    count = (
+        recipe.rules.pairs
+        if split == "pairs"
+        else recipe.rules.documents
+        if split.startswith("documents")
+        else recipe.rules.dialogues
+    )
+    code = sorted(Path(rules.__file__).parent.rglob("*.py"))
+    identity = files.fingerprint(split, count, recipe.seed, *code)
+    path = where / f"rules-{split}-{identity}.jsonl"
+    if not path.is_file():
+        files.write_jsonl(path, rules.rows(split, count, recipe.seed))
+    return str(path), identity
+
+
+def _tokenizer(recipe: Recipe, located: dict[str, tuple[str, str]], where: Path) -> Path:
+    """The directory of the tokenizer, trained first where the recipe names none."""
+    options = recipe.tokenizer
+    if options.path:
+        return Path(options.path)
+    names = _for_tokenizer(recipe)  # in this order, so that the fingerprint does not depend on the stages run
+    origins = [[located[n][1], recipe.data[n].text, recipe.data[n].language] for n in names]
+    output = where / f"tokenizer-{files.fingerprint(config.to_dict(options), origins)}"
+    if output.is_dir():
+        _remove_damaged(output, Tokenizer)
+    if not output.is_dir():
+        from tokenization.train import train
+
+        texts = chain.from_iterable(_texts(recipe.data[n], located[n][0], options.max_bytes) for n in names)
+        with lock.output(output), files.atomic_path(output) as temporary:
+            trained = train(
+                texts,
+                temporary,
+                options.vocab_size,
+                options.character_coverage,
+                options.level,
+                options.dictionary,
+                options.shares,
+            )
+        print(f"tokenizer: {trained}", file=sys.stderr, flush=True)
+    return output
+
+
+def _texts(source: config.Source, patterns: str, max_bytes: int) -> Iterator[tuple[str, str]]:
+    """(language, text) of each row."""
+    read = 0
+    for row in sources.read_rows(patterns, _fields(source), sources.ignore if source.skip_bad else None):
+        try:
+            text = text_of(row)
+        except UserError:
+            if not source.skip_bad:
+                raise
+            continue
+        read += len(text.encode("utf-8", "surrogatepass"))
+        if read > max_bytes:
+            print(f"tokenizer: {patterns}: the first {max_bytes:,} bytes (tokenizer.max_bytes)", file=sys.stderr)
+            return
+        yield source.language, text

@@ -1,0 +1,136 @@
+"""Before anything is compiled: are the processes of a run alike, can they write, is there room, do their devices answer?"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from tanuki_jax import config, files, model, multihost
+from tanuki_jax.config.schema import Recipe
+from tanuki_jax.errors import UserError
+
+CLOCKS = 60.0  # seconds by which the clocks of machines may differ: file systems and certificates begin to fail later
+
+
+def check(recipe: Recipe, names: list[str], workdir: Path, versions: dict[str, str]) -> None:
+    """Says on stderr what was found; what would fail in the stages `names`, or go wrong unseen, is an error."""
+    began, (process, processes) = time.monotonic(), multihost.share()
+    multihost.at("preflight")
+    facts = {
+        "versions": versions,
+        "local devices": f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}",
+        "recipe (fingerprint)": files.fingerprint(config.to_dict(recipe)),
+    }
+    _alike([json.loads(text) for text in multihost.exchange(json.dumps(facts), "preflight")])
+    times = [float(text) for text in multihost.exchange(str(time.time()), "preflight, clocks")]  # all come from the line above
+    apart = max(times) - min(times)
+    if apart > CLOCKS:
+        early, late = (multihost.name(times.index(pick(times))) for pick in (min, max))
+        raise UserError(f"preflight: the clock of {late} is {apart:.0f} s ahead of that of {early}; set them by NTP")
+    _writable(workdir, process, processes)
+    free = multihost.on_first(lambda: _room(recipe, names, workdir), "preflight, room on the disk")
+    took = _collective()
+    if processes > 1 and process == 0:
+        _say(
+            f"{processes} processes alike, clocks within {apart:.2f} s, all write to {workdir}, {_gb(free or 0)} free, "
+            f"a sum over {jax.device_count()} devices took {took:.2f} s, all {time.monotonic() - began:.1f} s"
+        )
+
+
+def _alike(facts: list[dict[str, Any]]) -> None:
+    first = _flat(facts[0])
+    for process, other in enumerate(map(_flat, facts)):
+        for key in first:
+            if other.get(key) != first[key]:
+                raise UserError(
+                    f"preflight: {key} is {other.get(key)} on {multihost.name(process)} and {first[key]} on "
+                    f"{multihost.name(0)}; all processes must have the same"
+                )
+
+
+def _flat(facts: dict[str, Any]) -> dict[str, Any]:
+    versions = facts["versions"]
+    return {f"version of {name}" if name != "device" else "all devices": versions[name] for name in versions} | {
+        key: value for key, value in facts.items() if key != "versions"
+    }
+
+
+def _writable(workdir: Path, process: int, processes: int) -> None:
+    """Each process writes a file that all others must see."""
+    mine, wrong = workdir / f".preflight-{process}", ""
+    try:
+        mine.write_text(multihost.host(), encoding="utf-8")
+    except OSError as error:
+        wrong = f"{multihost.name(process)} cannot write to {workdir}: {error.strerror}"
+    wrong = multihost.first_of(wrong, "preflight, writing")
+    unseen = [n for n in range(processes) if not wrong and not (workdir / f".preflight-{n}").is_file()]
+    if unseen:
+        wrong = (
+            f"{multihost.name(process)} does not see in {workdir} what {multihost.name(unseen[0])} wrote; "
+            "--workdir must lie on a file system that all share"
+        )
+    wrong = multihost.first_of(wrong, "preflight, reading")
+    mine.unlink(missing_ok=True)
+    if wrong:
+        raise UserError(f"preflight: {wrong}")
+
+
+def _room(recipe: Recipe, names: list[str], workdir: Path) -> int:
+    """Bytes that are free; an error where not one checkpoint fits, a warning where not all do that are kept."""
+    free = shutil.disk_usage(workdir).free
+    for name in names:
+        this, directory = recipe.stages[name], workdir / "stages" / name
+        if this.kind == "upcycle" or this.lora.rank or (directory / "done.json").is_file():
+            continue
+        one, there = checkpoint_bytes(recipe, name), len(list((directory / "checkpoints").glob("[0-9]*")))
+        if free < one:
+            raise UserError(
+                f"preflight: a checkpoint of stage {name} has {_gb(one)}, and {workdir} {_gb(free)} free; make room, or use "
+                "another --workdir"
+            )
+        if free < (wanted := max(1, this.keep + 1 - there) * one):
+            _say(
+                f"the checkpoints of stage {name} will need {_gb(wanted)} (keep={this.keep}, and the one that is being "
+                f"written); {workdir} has {_gb(free)} free"
+            )
+    return free
+
+
+def checkpoint_bytes(recipe: Recipe, name: str) -> int:
+    """Bytes of a stage's parameters and both moments."""
+    leaves = jax.tree.leaves(model.parameter_shapes(config.model_of(recipe, name)))
+    moments = 2 * jnp.dtype(recipe.stages[name].optimizer.moment_dtype).itemsize
+    return sum((leaf.dtype.itemsize + moments) * math.prod(leaf.shape) for leaf in leaves)
+
+
+def _collective() -> float:
+    """Seconds of a sum over all devices; an error where it is wrong."""
+    began = time.monotonic()
+    multihost.at("a sum over all devices")
+    mesh = Mesh(jax.devices(), ("all",))
+    sharded, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("all",), ()))
+    count = jax.device_count()
+    ones = jax.jit(lambda: jnp.arange(count, dtype=jnp.float32), out_shardings=sharded)()
+    total = float(jax.jit(jnp.sum, out_shardings=whole)(ones))
+    if total != count * (count - 1) / 2:
+        raise UserError(
+            f"preflight: the sum over {count} devices is {total}, not {count * (count - 1) / 2}; a device is broken"
+        )
+    return time.monotonic() - began
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:,.1f} GB"
+
+
+def _say(text: str) -> None:
+    print(f"preflight: {text}", file=sys.stderr, flush=True)

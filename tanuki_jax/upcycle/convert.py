@@ -1,0 +1,240 @@
+"""Upcycling: a dense parameter tree becomes a mixture of experts.
+
+copy    every expert is the dense FFN (Komatsuzaki et al. 2022, "Sparse Upcycling").
+noise   plus N(0, noise_std) on every weight of every expert, absolute; Tanuki-8x8B used 1e-3 (its mergekit fork).
+drop    in each expert, a share of the inner dimensions is drawn anew, the same ones in gate, up and down, each matrix from
+        the mean and deviation of what it loses (Nakamura et al. 2025, "Drop-Upcycling", section 3).  The released script
+        (conversions/drop_upcycling.py) differs: it draws other dimensions for each of the three matrices, so that most
+        dimensions keep a part, and it permutes all of them first.  A permutation that the three share computes the same, and
+        would only blind a comparison of experts, so it is left out.
+groups  virtual groups (He et al. 2024; Megatron-LM's upcycling_utils): the FFN is split into G parts, part e mod G for
+        expert e, and every G neighbours share their router column, so that a group is chosen together.  With the softmax
+        after the top-k each part weighs 1/G of its group, which the factor s = G makes up for.  The published scaling puts
+        s^(1/3) on all three matrices, which is exact for a squared ReLU, but silu(c x) is not c silu(x): here it is on up
+        and down alone, as evenly as a power of two on up allows.  Powers of two round nothing in any dtype, so with G one
+        the mixture begins as the dense model, bit by bit but for the order of sums; with another G down is rounded once.
+
+The router is always new.  With `experts_from`, expert e starts from the e-th dense model in turn, and what is not FFN is the
+mean of them (Sukhbaatar et al. 2024, "Branch-Train-MiX").
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tanuki_jax import config, ops
+from tanuki_jax.errors import UserError
+from tanuki_jax.upcycle import packed_bf16
+
+FFN = ("gate", "up", "down")
+Weights = dict[str, jax.Array]  # of one FFN: gate, up [D, F], down [F, D]
+# Keys of a model that only a mixture has.
+SHAPE = ("n_experts", *config.MIXTURE)
+
+
+def upcycle(params: Any, cfg: config.Model, options: config.Upcycle, key: jax.Array, others: Sequence[Any] = ()) -> Any:
+    """The mixture's parameters; attention, norms, embedding and head stay as they are.
+
+    Args:
+      params: dense tree; `layers/mlp/{gate, up [L,D,F], down [L,F,D]}`.
+      cfg: the mixture's shape (`mixture_of`).
+      options: strategy and router.
+      key: the only source of randomness; equal on any mesh.
+      others: the trees of `experts_from`, of the same shapes.
+
+    Returns:
+      The tree with `layers/moe/{router [L,D,E], gate, up [L,E,D,F], down [L,E,F,D]}` in place of `mlp`; where only some layers
+      become mixtures, these in `moe`, the others in `mlp`.  With `copy` and `groups` (top_k a multiple of G) the function
+      computed is that of the dense model, whatever the router says; but for rounding of `down` where G is no power of two.
+    """
+    check(cfg, options)
+    trees = (params, *others)
+    if any("mlp" not in tree["layers"] or "moe" in tree["layers"] for tree in trees):
+        raise UserError("upcycle: the checkpoint is a mixture already; give a dense one")
+    if len({str(jax.tree.map(jnp.shape, tree)) for tree in trees}) > 1:
+        raise UserError("upcycle: experts_from has checkpoints of other shapes; all must be of one architecture")
+    merged = jax.tree.map(mean, *trees) if others else params
+    chosen = jnp.array(config.mixture_layers(cfg))
+    dtype = params["layers"]["mlp"]["gate"].dtype
+    dense = [jax.tree.map(lambda w: w[chosen].astype(dtype), dict(tree["layers"]["mlp"])) for tree in trees]
+    layers = {name: part for name, part in merged["layers"].items() if name != "mlp"}
+
+    known = [jax.vmap(functools.partial(about, options=options))(weights) for weights in dense]
+
+    def experts(number: int) -> Weights:
+        one = functools.partial(expert, number=number, cfg=cfg, options=options, key=key)
+        source = number % len(dense)
+        return jax.vmap(lambda layer, *given: one(*given, layer=layer))(chosen, dense[source], known[source])
+
+    made = [experts(number) for number in range(cfg.n_experts)]
+    layers["moe"] = {"router": jax.vmap(lambda layer: router(layer, cfg, options, key, dtype))(chosen)}
+    layers["moe"] |= {name: jnp.stack([weights[name] for weights in made], axis=1) for name in FFN}
+    if cfg.router_bias:
+        layers["moe"]["bias"] = jnp.zeros((len(chosen), cfg.n_experts), jnp.float32)
+    if left := dense_layers(cfg):
+        layers["mlp"] = jax.tree.map(lambda w: w[jnp.array(left)], merged["layers"]["mlp"])
+    return {**merged, "layers": layers}
+
+
+def expert(
+    weights: Weights, known: Any, number: int, layer: Any, cfg: config.Model, options: config.Upcycle, key: jax.Array
+) -> Weights:
+    """Weights of one expert of one layer from a dense FFN; random draws belong to the layer's and the expert's number.
+
+    weights: or pairs of them (upcycle/pairs.py); known: `about(weights, options)`, the same for all experts of a layer.
+    """
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, 1), layer), number)
+    return STRATEGIES[options.strategy](weights, known, number, cfg, options, key)
+
+
+def about(weights: Any, options: config.Upcycle) -> Any:
+    """What a strategy wants to know of a dense FFN before it makes experts of it; nothing, but for `drop`.
+
+    For `drop` of each matrix its mean, and of each inner dimension [F] the sums of its weights less the mean and of their
+    squares: the moments of any choice of dimensions follow from them.
+    """
+    if options.strategy != "drop":
+        return None
+
+    def of(name: str) -> tuple[jax.Array, jax.Array, jax.Array]:
+        w, axis = weights[name], 1 if name == "down" else 0
+        sums_F = _sums(w, 0.0, 1, axis)
+        mean = sums_F.sum() / w.size
+        return mean, sums_F - mean * w.shape[axis], _sums(w, mean, 2, axis)
+
+    return {name: of(name) for name in FFN}
+
+
+@functools.partial(jax.jit, static_argnames=("power", "axis"))
+def _sums(w: jax.Array, mean: Any, power: int, axis: int) -> jax.Array:
+    """Sums of powers, in float32; compiled by itself: code that shares the numbers takes five times as long on CPUs."""
+    return ((w.astype(jnp.float32) - mean) ** power).sum(axis)
+
+
+def router(layer: Any, cfg: config.Model, options: config.Upcycle, key: jax.Array, dtype: Any) -> jax.Array:
+    """The router [D, E] of one layer: N(0, router_std) or uniform around 0 with that deviation; one draw for each group."""
+    parts = granularity(cfg)
+    key = jax.random.fold_in(jax.random.fold_in(key, 0), layer)
+    shape = (cfg.d_model, cfg.n_experts // parts)
+    if options.router_init == "uniform":
+        drawn = jax.random.uniform(key, shape, jnp.float32, -(3**0.5), 3**0.5)
+    else:
+        drawn = ops.normal(key, shape)
+    return jnp.repeat(drawn * options.router_std, parts, axis=1).astype(dtype)
+
+
+# --- strategies: (weights, what `about` says, expert's number, cfg, options, key) -> weights ----------------------------------
+
+
+def _copy(weights: Weights, *_: Any) -> Weights:
+    return weights
+
+
+def _noise(weights: Weights, _: None, number: int, cfg: config.Model, options: config.Upcycle, key: jax.Array) -> Weights:
+    def noisy(w: jax.Array, key: jax.Array) -> jax.Array:
+        noise = packed_bf16.normals(key, w)
+        return packed_bf16.joined(
+            [part + options.noise_std * n for part, n in zip(packed_bf16.planes(w), noise, strict=True)], w
+        )
+
+    return {name: noisy(weights[name], k) for name, k in zip(FFN, jax.random.split(key, 3), strict=True)}
+
+
+def _drop(weights: Weights, known: Any, number: int, cfg: config.Model, options: config.Upcycle, key: jax.Array) -> Weights:
+    F = cfg.d_ff
+    count = math.floor(options.drop_ratio * F + 1e-6)  # 0.29 of 100 is 29
+    if not count:
+        return weights
+    which, *keys = jax.random.split(key, 4)
+    drawn_F = jnp.zeros(F, bool).at[jax.random.permutation(which, F)[:count]].set(True)
+
+    def partly_new(name: str, key: jax.Array) -> jax.Array:
+        w, (mean, sums_F, squares_F) = weights[name], known[name]
+        n = count * cfg.d_model
+        shift = jnp.where(drawn_F, sums_F, 0).sum() / n  # small, so that nothing is lost below
+        std = jnp.sqrt(jnp.maximum(jnp.where(drawn_F, squares_F, 0).sum() - n * shift**2, 0) / max(n - 1, 1))
+        masks = packed_bf16.down(drawn_F, w) if name == "down" else packed_bf16.across(drawn_F, w)
+        planes = zip(masks, packed_bf16.planes(w), packed_bf16.normals(key, w), strict=True)
+        return packed_bf16.joined([jnp.where(mask, mean + shift + std * x, old) for mask, old, x in planes], w)
+
+    return {name: partly_new(name, k) for name, k in zip(FFN, keys, strict=True)}
+
+
+def _groups(weights: Weights, _: None, number: int, cfg: config.Model, options: config.Upcycle, key: jax.Array) -> Weights:
+    parts = granularity(cfg)
+    width = cfg.d_ff // parts
+    start = number % parts * width
+
+    def part(name: str, axis: int, scale: float) -> jax.Array:
+        piece = jax.lax.dynamic_slice_in_dim(weights[name], start, width, axis=axis)
+        return (piece.astype(jnp.float32) * scale).astype(piece.dtype)
+
+    of_up = 2.0 ** round(math.log2(parts) / 2)
+    return {"gate": part("gate", 1, 1.0), "up": part("up", 1, of_up), "down": part("down", 0, parts / of_up)}
+
+
+DRAWN = ("noise", "drop")  # those that draw normal numbers
+STRATEGIES: dict[str, Callable[..., Weights]] = {"copy": _copy, "noise": _noise, "drop": _drop, "groups": _groups}
+
+
+# --- shapes and checks --------------------------------------------------------------------------------------------------------
+
+
+def mixture_of(cfg: config.Model, **shape: Any) -> config.Model:
+    """The mixture's config for a dense one; `shape` has keys of SHAPE."""
+    if cfg.n_experts:
+        raise UserError("upcycle: the checkpoint is a mixture already; give a dense one")
+    made = dataclasses.replace(cfg, **shape)
+    if not made.n_experts:
+        raise UserError(f"upcycle: top_k {made.top_k} must lie between 1 and n_experts 0; give it experts")
+    config.check_mixture(made, "upcycle: ", trained=False)
+    return made
+
+
+def check(cfg: config.Model, options: config.Upcycle) -> None:
+    """An error that names the setting which cannot be."""
+    config.check_mixture(cfg, "upcycle: ", trained=False)
+    config.check_upcycle(cfg, options, "upcycle: ")
+
+
+def granularity(cfg: config.Model) -> int:
+    """G: into how many parts the dense FFN is split."""
+    return cfg.d_ff // cfg.expert_d_ff if cfg.expert_d_ff else 1
+
+
+def dense_layers(cfg: config.Model) -> list[int]:
+    """The layers that stay dense."""
+    return sorted(set(range(cfg.n_layers)) - set(config.mixture_layers(cfg)))
+
+
+def mean(*weights: Any) -> jax.Array:
+    """The mean of arrays of one shape, computed in float32."""
+    total = functools.reduce(jnp.add, (jnp.asarray(w, jnp.float32) for w in weights))
+    return (total / len(weights)).astype(weights[0].dtype)
+
+
+# --- the optimizer's state ----------------------------------------------------------------------------------------------------
+
+
+def carry_moments(fresh: Any, dense: Any, cfg: config.Model) -> Any:
+    """The mixture's optimizer state with what survives of the dense model's: all but the experts and the router.
+
+    Adam's count is carried too: moments that start from 0 then grow without bias correction, which is a warm-up of their own.
+    """
+    old = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(dense)[0]}
+    left = jnp.array(dense_layers(cfg), jnp.int32)
+
+    def carried(path: Any, leaf: jax.Array) -> jax.Array:
+        name = jax.tree_util.keystr(path)
+        if name not in old:
+            return leaf
+        return old[name][left] if "'mlp'" in name else old[name]
+
+    return jax.tree_util.tree_map_with_path(carried, fresh)

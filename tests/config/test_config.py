@@ -1,0 +1,506 @@
+import dataclasses
+import json
+import typing
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tanuki_jax import config
+from tanuki_jax.config import schema, validate
+from tanuki_jax.errors import UserError
+from tests.config.golden.__main__ import CONFIGS, HERE, KEYS, golden, keys, resolved
+
+ANEW = "if this is meant, run `python -m tests.config.golden` and read its diff"
+ALL_KEYS = dict(keys())
+
+
+def recipe():
+    """A valid recipe with a stage of every kind, as the nested dict that resolve() reads back."""
+    c = config.recipe(data=dict(ja="ja.txt", en="en.txt", talks="talks.jsonl", pairs="pairs.jsonl"))
+    c.model.n_experts = 4
+    c.stages.pretrain = config.stage("pretrain", mixture=dict(ja=(0.5,), en=(0.5,)), steps=3)
+    c.stages.upcycle = config.stage("upcycle", init_from="pretrain")
+    c.stages.sft = config.stage("sft", init_from="upcycle", mixture=dict(talks=(1.0,)), epochs=1.0)
+    c.stages.dpo = config.stage("dpo", init_from="sft", mixture=dict(pairs=(1.0,)), steps=3)
+    return config.to_dict(config.resolve(c))
+
+
+def with_changes(**changes):
+    """recipe() with values put in; a key is a path whose dots are double underscores."""
+    values = recipe()
+    for path, value in changes.items():
+        *groups, last = path.split("__")
+        place = values
+        for group in groups:
+            place = place[group]
+        place[last] = value
+    return values
+
+
+def message(values):
+    with pytest.raises(UserError) as error:
+        config.resolve(values)
+    assert "\n" not in str(error.value) and str(error.value).startswith("config: ")
+    return str(error.value)
+
+
+# --- the schema -----------------------------------------------------------------------------------------------------
+
+
+def test_keys_are_frozen():
+    assert KEYS.read_text(encoding="utf-8").splitlines() == list(ALL_KEYS), f"the config keys have changed; {ANEW}"
+
+
+# What trains nothing: upcycling, the tokenizer, the making of rule-made data, the scoring of a finished stage.
+NO_TRAINING = ("stages.NAME.upcycle.", "tokenizer.", "rules.", "scoring.")
+
+
+def test_a_training_stage_sees_fewer_than_a_hundred_keys():
+    assert len([name for name in ALL_KEYS if not name.startswith(NO_TRAINING)]) < 100
+
+
+@pytest.mark.parametrize("name", ALL_KEYS)
+def test_every_key_has_one_line_of_documentation(name):
+    doc = ALL_KEYS[name].metadata["doc"]
+    assert doc.strip() and "\n" not in doc
+
+
+def test_choices_are_keys_of_the_schema():
+    assert {part for name in ALL_KEYS for part in name.split(".")}.issuperset(config.CHOICES)
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_shipped_configs_resolve_to_their_golden_dumps(file):
+    assert golden(file).is_file(), f"no dump of {file.name} yet; run `python -m tests.config.golden`"
+    assert resolved(file) == json.loads(golden(file).read_text(encoding="utf-8")), ANEW
+
+
+def test_every_golden_dump_has_its_config():
+    assert {path.stem for path in HERE.glob("*.json")} == {file.stem for file in CONFIGS}, ANEW
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+def named(name):
+    """The key of one source or one stage of the valid recipe."""
+    return name.replace("NAME", "ja" if name.startswith("data.") else "pretrain")
+
+
+def path_of(name):
+    return named(name).replace(".", "__")
+
+
+def kind_of(field):
+    return typing.get_type_hints(next(c for c in SCHEMAS if field in dataclasses.fields(c)))[field.name]
+
+
+SCHEMAS = [c for c in vars(config).values() if isinstance(c, type) and dataclasses.is_dataclass(c)]
+WRONG = {str: [3], int: ["3", 1.5, True], float: ["3", True], bool: [1, "yes"], tuple: ["abc", 3, (None,)], dict: [3, "a"]}
+OTHER = {str: "else", int: 77, float: 0.77, bool: None, tuple: (7,), dict: {"else": (0.5,)}}
+
+
+@pytest.mark.parametrize("name", ALL_KEYS)
+def test_a_wrong_type_is_named_with_its_key(name):
+    kind = kind_of(ALL_KEYS[name])
+    for value in WRONG[typing.get_origin(kind) or kind]:
+        found = message(with_changes(**{path_of(name): value}))
+        assert named(name) in found and "must be" in found
+
+
+@pytest.mark.parametrize("name", ALL_KEYS)
+def test_a_misspelt_key_is_answered_with_the_right_one(name):
+    found = message(with_changes(**{f"{path_of(name)}_": 1}))
+    assert f"{named(name)}_" in found and f"did you mean {name.split('.')[-1]!r}?" in found
+
+
+def test_a_key_like_no_other_is_answered_with_what_there_is():
+    found = message(with_changes(mesh__zzzz=1))
+    assert "mesh.zzzz" in found and "context, data, expert, fsdp, slices, tensor" in found
+
+
+def test_a_misspelt_key_is_an_error_where_the_config_is_made():
+    with pytest.raises(UserError, match="did you mean 'batch_size'"):
+        config.stage("pretrain", batch_sise=3)
+    with pytest.raises(UserError, match="optimizer.lerning_rate.*did you mean 'learning_rate'"):
+        config.stage("pretrain", optimizer=dict(lerning_rate=3.0))
+
+
+@pytest.mark.parametrize("name", config.CHOICES)
+def test_a_value_that_is_no_choice_is_answered_with_the_choices(name):
+    [path] = [p for p in ALL_KEYS if p.split(".")[-1] == name]
+    found = message(with_changes(**{path_of(path): "other"}))
+    assert f"{name} is 'other'" in found and all(choice in found for choice in config.CHOICES[name])
+
+
+def test_a_whole_number_may_stand_for_a_float():
+    assert config.resolve(with_changes(model__norm_eps=1)).model.norm_eps == 1.0
+
+
+@pytest.mark.parametrize("name", ALL_KEYS)
+def test_changed_names_a_changed_key_and_no_other(name):
+    kind = kind_of(ALL_KEYS[name])
+    base = config.Recipe(stages={"NAME": config.Stage()}, data={"NAME": config.Source()})
+    assert config.changed(base) == []
+
+    def put(value, parts):
+        if isinstance(value, dict) and parts and parts[0] in value:
+            return {**value, parts[0]: put(value[parts[0]], parts[1:])}
+        if not parts:
+            return not value if kind is bool else OTHER[typing.get_origin(kind) or kind]
+        return dataclasses.replace(value, **{parts[0]: put(getattr(value, parts[0]), parts[1:])})
+
+    [line] = config.changed(put(base, name.split(".")))
+    assert line.startswith(f"{name} = ")
+
+
+@given(
+    steps=st.integers(1, 10**9),
+    weights=st.lists(st.floats(0.01, 1e6), min_size=1, max_size=4),
+    rate=st.floats(0, 1, allow_subnormal=False),
+    name=st.text(max_size=5),
+)
+def test_a_recipe_survives_json(steps, weights, rate, name):
+    starts = tuple(range(len(weights)))
+    values = with_changes(name=name, stages__pretrain__steps=steps, stages__pretrain__mixture_starts=starts)
+    values["stages"]["pretrain"] |= {"mixture": {"ja": tuple(weights)}}
+    values["stages"]["pretrain"]["optimizer"]["learning_rate"] = rate
+    made = config.resolve(values)
+    assert config.resolve(json.loads(json.dumps(config.to_dict(made)))) == made
+
+
+@given(st.permutations(["a", "b", "c", "d", "e"]), st.data())
+def test_a_stage_comes_after_the_stage_it_starts_from(names, data):
+    parents = {n: data.draw(st.sampled_from(["", *names[:i]])) for i, n in enumerate(names)}
+    stage = config.to_dict(config.resolve(recipe()).stages["pretrain"])
+    order = list(config.resolve({**recipe(), "stages": {n: {**stage, "init_from": p} for n, p in parents.items()}}).stages)
+    assert sorted(order) == sorted(names)
+    assert all(order.index(parents[n]) < order.index(n) for n in names if parents[n])
+
+
+def test_stages_after_upcycling_are_mixtures_and_keep_their_rope_base():
+    made = config.resolve(with_changes(stages__sft__rope_theta=5e5))
+    experts = {name: config.model_of(made, name).n_experts for name in made.stages}
+    assert experts == {"pretrain": 0, "upcycle": 4, "sft": 4, "dpo": 4}
+    assert [config.model_of(made, name).rope_theta for name in ("pretrain", "sft", "dpo")] == [1e4, 5e5, 1e4]
+
+
+# --- validation: what is put in, and the words that the message must have -----------------------------------------------
+
+INVALID = {
+    "a negative capacity": ({"model__capacity_factor": -1.0}, ["model.capacity_factor is -1", "dropless"]),
+    **{
+        f"model.{name} of zero": ({f"model__{name}": 0}, [f"model.{name} is 0", "at least 1"])
+        for name in ("vocab_size", "n_layers", "d_model", "d_ff", "n_heads", "n_kv_heads", "head_dim", "unroll", "logits_chunk")
+    },
+    **{
+        f"{name} of zero": ({f"stages__pretrain__{name}": 0}, [f"stages.pretrain.{name} is 0", "at least 1"])
+        for name in ("seq_len", "batch_size", "microbatches", "save_every", "keep", "log_every")
+    },
+    "heads": (dict(model__n_heads=6, model__n_kv_heads=4), ["n_heads 6", "multiple of model.n_kv_heads 4"]),
+    "odd head": (dict(model__head_dim=7), ["head_dim 7", "even"]),
+    "top_k": (dict(model__top_k=5), ["top_k 5", "n_experts 4"]),
+    "no top_k": (dict(model__top_k=0), ["top_k is 0", "at least 1"]),
+    "no stages": (dict(stages={}), ["no stages", "config.stage("]),
+    "tokenizer source": (dict(tokenizer__sources=("fr",)), ["tokenizer.sources", "'fr'", "en, ja, pairs, talks"]),
+    "circle": (dict(stages__pretrain__init_from="dpo"), ["pretrain", "circle", "init_from"]),
+    "unknown parent": (dict(stages__sft__init_from="nowhere"), ["stages.sft.init_from", "'nowhere'", "pretrain", "directory"]),
+    "no experts": (dict(model__n_experts=0), ["stages.upcycle", "mixture of experts", "model.n_experts is 0"]),
+    "upcycling nothing": (dict(stages__upcycle__init_from=""), ["stages.upcycle.init_from", "dense"]),
+    "upcycling a mixture": (dict(stages__pretrain__mixture_of_experts=True), ["stages.upcycle.init_from", "dense"]),
+    "mixture from a parent": (dict(stages__sft__mixture_of_experts=True), ["stages.sft.mixture_of_experts", "'upcycle'"]),
+    "sft of nothing": (dict(stages__sft__init_from=""), ["stages.sft.init_from is empty", "trained model"]),
+    "dpo of nothing": (dict(stages__dpo__init_from=""), ["stages.dpo.init_from is empty", "trained model"]),
+    "no budget": (dict(stages__pretrain__steps=0), ["stages.pretrain", "exactly one of steps, tokens and epochs", "0, 0"]),
+    "two budgets": (dict(stages__pretrain__tokens=9), ["stages.pretrain", "exactly one of", "3, 9"]),
+    "negative steps": (dict(stages__pretrain__steps=-3), ["stages.pretrain.steps", "-3"]),
+    "negative tokens": (dict(stages__pretrain__steps=0, stages__pretrain__tokens=-9), ["stages.pretrain.tokens", "-9"]),
+    "negative epochs": (dict(stages__sft__epochs=-1.0), ["stages.sft.epochs", "-1.0"]),
+    "decoding nothing together": (dict(scoring__batch_size=0), ["scoring.batch_size", "0"]),
+    "microbatches": (dict(stages__pretrain__microbatches=3), ["batch_size 256", "multiple of microbatches 3"]),
+    "epochs of text": (dict(stages__pretrain__steps=0, stages__pretrain__epochs=1.0), ["stages.pretrain.epochs", "tokens or"]),
+    "no mixture": (dict(stages__pretrain__mixture={}), ["stages.pretrain.mixture is empty", "weight"]),
+    "late first phase": (dict(stages__pretrain__mixture_starts=(5,)), ["mixture_starts (5,)", "begin with 0"]),
+    "no phase": (dict(stages__pretrain__mixture_starts=()), ["mixture_starts ()", "begin with 0"]),
+    "falling phases": (dict(stages__pretrain__mixture_starts=(0, 9, 5)), ["mixture_starts (0, 9, 5)", "rise"]),
+    "twice the same phase": (dict(stages__pretrain__mixture_starts=(0, 5, 5)), ["mixture_starts (0, 5, 5)", "rise"]),
+    "unknown source": (dict(stages__pretrain__mixture={"fr": (1.0,)}), ["stages.pretrain.mixture", "'fr'", "en, ja"]),
+    "weights and phases": (dict(stages__pretrain__mixture__ja=(1.0, 2.0)), ["mixture.ja", "2 weights for 1 phases"]),
+    "negative weight": (dict(stages__pretrain__mixture__ja=(-1.0,)), ["mixture.ja", "at least 0", "-1.0"]),
+    "no weight": (dict(stages__pretrain__mixture={"ja": (0.0,), "en": (0.0,)}), ["phase 0", "sum to 0"]),
+    "changing dialogues": (
+        dict(stages__sft__mixture_starts=(0, 5), stages__sft__mixture={"talks": (1.0, 1.0)}),
+        ["stages.sft.mixture_starts", "only a pretraining mixture"],
+    ),
+    # the schedule of learning rates
+    "a floor above the peak": (
+        dict(stages__pretrain__optimizer__learning_rate_floor=1.0),
+        ["stages.pretrain.optimizer.learning_rate_floor 1", "above learning_rate 0.0001"],
+    ),
+    "a decay below the warm-up": (
+        dict(stages__pretrain__optimizer__warmup_steps=8, stages__pretrain__optimizer__decay_steps=5),
+        ["stages.pretrain.optimizer.decay_steps 5", "below warmup_steps 8"],
+    ),
+    "two warm-ups": (
+        dict(stages__pretrain__optimizer__warmup_steps=1, stages__pretrain__optimizer__warmup_ratio=0.1),
+        ["stages.pretrain.optimizer", "warmup_steps 1", "warmup_ratio 0.1"],
+    ),
+    "a decay that turns weights over": (
+        dict(stages__pretrain__optimizer__weight_decay=2000.0, stages__pretrain__optimizer__learning_rate=1e-3),
+        ["stages.pretrain.optimizer.weight_decay 2000", "learning_rate 0.001"],
+    ),
+    "a range that falls": (
+        dict(stages__pretrain__optimizer__schedule="range"),
+        ["stages.pretrain.optimizer", "learning_rate_floor 0"],
+    ),
+    # the budget
+    "a phase after the steps": (
+        dict(
+            stages__pretrain__mixture_starts=(0, 3 * 256 * 2048), stages__pretrain__mixture=dict(ja=(1.0, 0.0), en=(0.0, 1.0))
+        ),
+        ["stages.pretrain.mixture_starts (0, 1572864)", "1,572,864 tokens", "never comes"],
+    ),
+    "a phase after the tokens": (
+        dict(
+            stages__pretrain__steps=0,
+            stages__pretrain__tokens=2**20 + 5,  # two steps
+            stages__pretrain__mixture_starts=(0, 2**20),
+            stages__pretrain__mixture=dict(ja=(1.0, 0.0), en=(0.0, 1.0)),
+        ),
+        ["stages.pretrain.mixture_starts", "1,048,576 tokens", "never comes"],
+    ),
+    "less than a row held out": (dict(validation__tokens=2047), ["validation.tokens is 2047", "stages.pretrain.seq_len 2048"]),
+    "less than a step": (
+        dict(stages__pretrain__steps=0, stages__pretrain__tokens=1000),
+        ["stages.pretrain.tokens 1,000", "batch_size 256", "524,288"],
+    ),
+    "a batch beyond counting": (
+        dict(stages__pretrain__batch_size=2**20, stages__pretrain__seq_len=2**20),
+        ["stages.pretrain", "batch_size 1048576", "seq_len 1048576"],
+    ),
+    "steps beyond counting": (
+        dict(
+            stages__pretrain__steps=0,
+            stages__pretrain__tokens=10**15,
+            stages__pretrain__batch_size=1,
+            stages__pretrain__seq_len=8,
+        ),
+        ["stages.pretrain.tokens", "125,000,000,000,000 steps"],
+    ),
+    # the mixture
+    "a router of one choice": (dict(model__top_k=1), ["model.top_k 1", "cannot learn", "2 or more"]),
+    "a plain router of one choice": (dict(model__top_k=1, model__normalized_gate=False), ["model.top_k 1", "cannot learn"]),
+    "two normalised experts": (dict(model__n_experts=2), ["model.n_experts 2", "normalized_gate", "3 or more", "plain gate"]),
+    **{
+        f"model.{name} of {value}": ({f"model__{name}": value}, [f"model.{name} is {value}", f"at least {least}"])
+        for name, value, least in (("first_dense", -1, 0), ("moe_every", 0, 1), ("moe_every", -2, 1), ("expert_d_ff", -8, 0))
+    },
+    "lambda of zero": (dict(model__gate_scale=0.0), ["model.gate_scale is 0.0", "above 0"]),
+    "negative lambda": (dict(model__gate_scale=-1.0), ["model.gate_scale is -1.0", "above 0"]),
+    "no mixture left": (dict(model__first_dense=32), ["first_dense 32", "moe_every 1", "no mixture in 32 layers"]),
+    "no mixture comes": (dict(model__moe_every=33), ["first_dense 0", "moe_every 33", "no mixture in 32 layers"]),
+    "no mixture left for the last": (
+        dict(model__first_dense=30, model__moe_every=3),
+        ["first_dense 30", "moe_every 3", "no mixture in 32 layers"],
+    ),
+    "one normalised expert": (dict(model__n_experts=1, model__top_k=1), ["normalized_gate", "n_experts 1"]),
+    "a negative xi": (dict(stages__pretrain__loss__router_aux_adaptive=-0.2), ["loss.router_aux_adaptive", "-0.2"]),
+    "a negative rate of the bias": (dict(stages__pretrain__loss__router_bias_rate=-1e-3), ["loss.router_bias_rate", "-0.001"]),
+    # upcycling: refused before the dense model is trained, not after
+    "negative noise": (dict(stages__upcycle__upcycle__noise_std=-1.0), ["stages.upcycle", "noise_std", "-1.0"]),
+    "negative router": (dict(stages__upcycle__upcycle__router_std=-0.5), ["stages.upcycle", "router_std", "-0.5"]),
+    "dropping more than all": (dict(stages__upcycle__upcycle__drop_ratio=1.5), ["stages.upcycle", "drop_ratio", "1.5"]),
+    "dropping less than nothing": (dict(stages__upcycle__upcycle__drop_ratio=-0.5), ["stages.upcycle", "drop_ratio", "-0.5"]),
+    "parts without groups": (dict(model__expert_d_ff=7168), ["stages.upcycle", "expert_d_ff 7168", "groups"]),
+    "uneven parts": (
+        dict(model__expert_d_ff=5000, stages__upcycle__upcycle__strategy="groups"),
+        ["stages.upcycle", "d_ff 14336", "expert_d_ff 5000"],
+    ),
+    "experts and parts": (
+        dict(model__expert_d_ff=7168, model__n_experts=5, stages__upcycle__upcycle__strategy="groups"),
+        ["stages.upcycle", "n_experts 5", "2 parts"],
+    ),
+    "experts from a mixture": (
+        dict(stages__upcycle__upcycle__experts_from=("other",), stages__other=dict(kind="upcycle", init_from="pretrain")),
+        ["stages.upcycle.upcycle.experts_from", "'other'", "mixture"],
+    ),
+    "experts from nowhere": (
+        dict(stages__upcycle__upcycle__experts_from=("pretrain", "nowhere")),
+        ["stages.upcycle.upcycle.experts_from", "'nowhere'", "neither a stage nor a checkpoint"],
+    ),
+    "experts from itself": (dict(stages__upcycle__upcycle__experts_from=("upcycle",)), ["upcycle", "circle"]),
+    "experts from what comes after": (dict(stages__upcycle__upcycle__experts_from=("dpo",)), ["upcycle", "circle"]),
+}
+
+
+@pytest.mark.parametrize("case", INVALID)
+def test_an_invalid_recipe_is_refused_in_words_that_help(case):
+    changes, words = INVALID[case]
+    found = message(with_changes(**changes))
+    assert all(word in found for word in words), found
+
+
+VALID = {
+    "parts in groups": dict(model__expert_d_ff=7168, stages__upcycle__upcycle__strategy="groups"),
+    "everything drawn anew": dict(stages__upcycle__upcycle__strategy="drop", stages__upcycle__upcycle__drop_ratio=1.0),
+    "nothing drawn anew": dict(stages__upcycle__upcycle__drop_ratio=0.0, stages__upcycle__upcycle__router_std=0.0),
+    "only the last layer": dict(model__first_dense=31),
+    "the last of a stride": dict(model__first_dense=29, model__moe_every=3),
+    "one expert of a plain gate": dict(model__n_experts=1, model__top_k=1, model__normalized_gate=False),
+    "two experts of a plain gate": dict(model__n_experts=2, model__normalized_gate=False),
+    "a floor as high as the peak": dict(stages__pretrain__optimizer__learning_rate_floor=1e-4),
+    "a decay that ends with the warm-up": dict(
+        stages__pretrain__optimizer__warmup_steps=2, stages__pretrain__optimizer__decay_steps=2
+    ),
+    "a last phase of one token": dict(
+        stages__pretrain__mixture_starts=(0, 3 * 256 * 2048 - 1), stages__pretrain__mixture=dict(ja=(1.0, 0.0), en=(0.0, 1.0))
+    ),
+    "experts from a directory": dict(stages__upcycle__upcycle__experts_from=(".",)),
+}
+
+
+@pytest.mark.parametrize("case", VALID)
+def test_the_edge_of_what_is_valid_is_valid(case):
+    config.resolve(with_changes(**VALID[case]))
+
+
+@pytest.mark.parametrize(
+    ("targets", "learns"), [({}, False), ({"*": 0}, True), ({"moe/router": 0}, True), ({"moe/up": 0}, False)]
+)
+def test_a_router_that_adapters_leave_alone_need_not_learn(targets, learns):
+    """What is published with one choice, and is given here as a directory, can be fine-tuned so."""
+    values = with_changes(model__top_k=1)
+    sft = {**values["stages"]["sft"], "init_from": ".", "mixture_of_experts": True, "lora": {"rank": 2, "targets": targets}}
+    made = config.from_dict(config.Recipe, {**values, "stages": {"sft": sft}})
+    if not learns:
+        return validate.check_recipe(made)
+    with pytest.raises(UserError, match="model.top_k 1: .* cannot learn"):
+        validate.check_recipe(made)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "options", "steps", "told"),
+    [
+        ("cosine", dict(warmup_steps=10), 9, True),
+        ("cosine", dict(warmup_steps=10), 10, False),
+        ("cosine", dict(warmup_steps=10, schedule_start=5), 5, False),
+        ("cosine", dict(warmup_steps=10, decay_steps=99), 20, False),
+        ("wsd", dict(warmup_steps=10, decay_steps=11), 20, True),
+        ("wsd", dict(warmup_steps=10, decay_steps=10), 20, False),
+    ],
+)
+def test_a_schedule_longer_than_its_stage_is_told(schedule, options, steps, told):
+    assert bool(config.unreached(config.Optimizer(schedule=schedule, **options), steps)) == told
+
+
+def test_keys_of_the_mixture_say_nothing_where_there_is_none():
+    values = with_changes(model__n_experts=0, model__first_dense=99, model__top_k=77)
+    values["stages"] = {"pretrain": values["stages"]["pretrain"]}
+    made = config.resolve(values)
+    assert config.mixture_layers(config.model_of(made, "pretrain")) == ()
+
+
+def test_a_dense_stage_of_a_recipe_with_experts_has_no_mixture_and_the_others_have_theirs():
+    made = config.resolve(with_changes(model__first_dense=2, model__moe_every=10))
+    layers = {name: config.mixture_layers(config.model_of(made, name)) for name in made.stages}
+    assert layers == {"pretrain": (), "upcycle": (11, 21, 31), "sft": (11, 21, 31), "dpo": (11, 21, 31)}
+
+
+@given(st.permutations(["a", "b", "c", "d", "e"]), st.data())
+def test_a_mixture_comes_after_all_the_stages_that_its_experts_come_from(names, data):
+    dense, [last] = names[:-1], names[-1:]
+    stages = recipe()["stages"]
+    parents = {n: data.draw(st.sampled_from(["", *dense[:i]])) for i, n in enumerate(dense)}
+    made = {n: {**stages["pretrain"], "init_from": parent} for n, parent in parents.items()}
+    others = data.draw(st.lists(st.sampled_from(dense), max_size=4))
+    options = {**stages["upcycle"]["upcycle"], "experts_from": tuple(others)}
+    made[last] = {**stages["upcycle"], "init_from": data.draw(st.sampled_from(dense)), "upcycle": options}
+    order = list(config.resolve({**recipe(), "stages": made}).stages)
+    assert sorted(order) == sorted(names)
+    assert all(order.index(n) < order.index(last) for n in (*others, made[last]["init_from"]))
+    assert all(order.index(parent) < order.index(n) for n, parent in parents.items() if parent)
+
+
+def test_the_recipe_of_these_tests_is_valid():
+    assert list(config.resolve(recipe()).stages) == ["pretrain", "upcycle", "sft", "dpo"]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_ranks_of_adapters_do_not_depend_on_the_order_of_their_patterns(order):
+    c = config.recipe(data=dict(talks="t.jsonl"))
+    targets = {"attn/*": 0, "*": 8, "attn/q": 3, "*/[kv]": 0, "**": 8}
+    lora = dict(rank=4, targets=dict([*targets.items()][::order]))
+    c.stages.base = config.stage("pretrain", mixture=dict(talks=(1.0,)), steps=1)
+    c.stages.sft = config.stage("sft", init_from="base", mixture=dict(talks=(1.0,)), steps=1, lora=lora)
+    made = config.resolve(c)
+    assert config.resolve(json.loads(json.dumps(config.to_dict(made)))) == made
+    ranks = config.lora_ranks(made.stages["sft"].lora, schema.PROJECTED)
+    expected = dict.fromkeys(schema.PROJECTED, 8) | {"attn/q": 3, "attn/k": 4, "attn/v": 4, "attn/o": 4}
+    assert ranks == expected
+
+
+@pytest.mark.parametrize(
+    ("targets", "words"),
+    [
+        ({"attn/[qk]": 2, "attn/[kv]": 3}, ["'attn/[kv]' (3)", "'attn/[qk]' (2)", "attn/k"]),
+        ({"*": 2, "**": 3}, ["'*' (2)", "'**' (3)", "attn/q"]),
+        ({"*": 0, "**": 3}, ["'*' (4)", "'**' (3)"]),
+        ({"mlp/gates": 2}, ["'mlp/gates'", "mlp/gate, "]),
+        ({"attn/q": 0, "moe/*": 0}, ["'moe/*'", "attn/q, attn/k"]),
+        ({"ATTN/Q": 1}, ["'ATTN/Q'"]),
+    ],
+)
+def test_patterns_that_contradict_each_other_or_fit_nothing_are_named(targets, words):
+    values = recipe()
+    values["stages"]["sft"] |= {"init_from": "pretrain", "lora": {"rank": 4, "targets": targets}}
+    values["stages"].pop("dpo")
+    found = message(values)
+    assert "stages.sft.lora.targets" in found and all(word in found for word in words), found
+
+
+# --- from the command line --------------------------------------------------------------------------------------------
+
+SOURCE = """
+from tanuki_jax import config
+
+def get_config(steps="3"):
+    c = config.recipe(data=dict(ja="ja.txt"))
+    c.stages.one = config.stage("pretrain", mixture=dict(ja=(1.0,)), steps=int(steps))
+    return c
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(SOURCE)
+    return path
+
+
+def test_flags_override_keys_and_the_argument_reaches_the_file(file):
+    made = config.load([f"--config={file}:7", "--config.model.n_layers=5", "--config.stages.one.mixture.ja=(0.25,)"])
+    assert (made.stages["one"].steps, made.model.n_layers, made.stages["one"].mixture) == (7, 5, {"ja": (0.25,)})
+
+
+def test_a_file_without_get_config_does_not_get_that_of_the_file_read_before(file, tmp_path):
+    config.load([f"--config={file}"])
+    (tmp_path / "empty.py").write_text("a = 1")
+    with pytest.raises(UserError, match="empty.py.*get_config"):
+        config.load([f"--config={tmp_path / 'empty.py'}"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([], ["--config is missing", "configs/nano.py"]),
+        (["--config=none.py"], ["no such file 'none.py'"]),
+        (["--config={file}", "--config.stages.one.stepz=4"], ["mine.py", "stepz", "steps"]),
+        (["--config={file}", "--config.stages.one.steps=many"], ["mine.py", "steps", "many"]),
+        (["--config={file}", "--config.stages.one.kind=finetune"], ["stages.one.kind", "'finetune'", "pretrain"]),
+    ],
+)
+def test_bad_flags_are_one_message_with_the_key(flags, words, file):
+    with pytest.raises(UserError) as error:
+        config.load([flag.format(file=file) for flag in flags])
+    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)

@@ -1,0 +1,170 @@
+"""What a stage may start from, and which data it accepts when it goes on."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from tanuki_jax import checkpoint, config, parallel
+from tanuki_jax.cli import main
+from tanuki_jax.errors import UserError
+from tanuki_jax.recipe import placement
+from tanuki_jax.train.optimizer import make_optimizer
+from tests import tiny_recipe
+from tests.tiny_recipe import CONFIG
+
+ROWS = [{"text": "".join(chr(0x3042 + (7 * i + j * j) % 60) for j in range(150))} for i in range(60)]
+RECIPE = """
+from tests import tiny_recipe
+from tanuki_jax import config
+
+def get_config():
+    c = tiny_recipe.get_config()
+    c.scoring.prompts = 0
+    c.data = dict(ja={data!r})
+    c.tokenizer.update(dict(vocab_size=400, sources=()))
+    row = dict(mixture=dict(ja=(1.0,)), seq_len=32, batch_size=8, save_every=2)
+    c.stages = config.ConfigDict()
+    c.stages.scratch = config.stage("pretrain", mixture_of_experts=True, steps=3, **row)
+    c.stages.more = config.stage("pretrain", init_from="scratch", carry="all", steps=2, **row)
+    return c
+"""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A workdir whose two stages are done, with the recipe and its data beside it."""
+    home = tmp_path_factory.mktemp("stages")
+    write(home, ROWS)
+    (home / "recipe.py").write_text(RECIPE.format(data=str(home / "ja.jsonl")))
+    assert run(home) == 0
+    return home
+
+
+def write(home, rows):
+    (home / "ja.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def run(home, *flags):
+    return main.main(["run", f"--config={home / 'recipe.py'}", f"--workdir={home / 'run'}", *flags])
+
+
+LOW = ("--config.model.param_dtype=bfloat16", "--config.stages.scratch.optimizer.moment_dtype=bfloat16")
+TIGHT = ("--config.model.capacity_factor=1.0", "--config.mesh.fsdp=2", "--config.mesh.data=2", "--config.mesh.context=2")
+
+
+def test_with_bfloat16_and_little_room_a_stage_goes_on_bit_by_bit_and_on_the_same_devices_only(home, tmp_path, capfd):
+    """As after a kill behind the save of step 2."""
+    flags = [f"--config={home / 'recipe.py'}", f"--workdir={tmp_path / 'run'}", "--stage=scratch", *LOW, *TIGHT]
+    assert main.main(["train", *flags]) == 0
+    stage = tmp_path / "run/stages/scratch"
+    whole = checkpoint.load(stage).params
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(whole)} == {"float32", "bfloat16"}
+    shutil.rmtree(stage / "checkpoints/3")
+    (stage / "done.json").unlink()
+    changed = {
+        "stages.scratch.microbatches was 1, is 2": "--config.stages.scratch.microbatches=2",
+        "mesh.data was 2, is 1; mesh.fsdp was 2, is 4": ["--config.mesh.data=1", "--config.mesh.fsdp=4"],
+    }
+    for words, flag in changed.items():
+        capfd.readouterr()
+        assert main.main(["train", *flags, *([flag] if isinstance(flag, str) else flag)]) == 1
+        assert f"stage scratch: {words}. With model.capacity_factor 1" in capfd.readouterr().err
+    assert main.main(["train", *flags]) == 0
+    jax.tree.map(np.testing.assert_array_equal, checkpoint.load(stage).params, whole)
+
+
+def adam_steps(home, name):
+    """How many steps Adam's moments of a stage's last checkpoint have seen."""
+    loaded = checkpoint.load(home / "run" / "stages" / name)
+    recipe = config.resolve(loaded.meta["recipe"])
+    optimizer = make_optimizer(recipe.stages[name].optimizer)
+    abstract, _ = placement.state_shardings(loaded.cfg, optimizer, parallel.make_mesh(config.Mesh()))
+    opened = checkpoint.Checkpoints(loaded.stage_directory, keep=checkpoint.EVERY)
+    state = opened.restore(opened.latest(), abstract)
+    opened.close()
+    return int(state.opt_state[0].count), int(state.step)
+
+
+def test_a_mixture_from_random_weights_and_a_stage_that_carries_its_moments(home):
+    assert checkpoint.load(home / "run" / "stages" / "scratch").cfg.n_experts == 4
+    assert adam_steps(home, "scratch") == (3, 3)
+    assert adam_steps(home, "more") == (5, 2)  # Adam goes on; steps, and with them the schedule, begin anew
+
+
+def test_changed_data_is_refused_unless_it_is_meant(home, capsys):
+    done = home / "run" / "stages" / "more" / "done.json"
+    kept = done.read_text()
+    write(home, [*ROWS, {"text": "狸"}])
+    done.unlink()
+    assert run(home) == 1
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "its data is not what the checkpoint" in message and "--allow_data_change" in message
+    assert run(home, "--allow_data_change") == 0
+    assert json.loads(done.read_text())["entry"]["tokens"] == json.loads(kept)["entry"]["tokens"]
+
+
+def test_a_stage_starts_from_a_mixture_of_another_run(tmp_path, tmp_path_factory, capsys):
+    other = tiny_recipe.trained(tmp_path_factory.getbasetemp()) / "stages" / "continued"
+    start = ["train", CONFIG, "--stage=sft", f"--config.tokenizer.path={other / 'tokenizer'}", "--config.scoring.prompts=0"]
+    start += [f"--config.stages.sft.init_from={other}", f"--workdir={tmp_path / 'run'}"]
+    assert main.main(start) == 1
+    assert "another architecture: n_experts 4 (here 0)" in capsys.readouterr().err
+    start[-1] = f"--workdir={tmp_path / 'mixture'}"
+    assert main.main([*start, "--config.stages.sft.mixture_of_experts=True"]) == 0
+    assert checkpoint.load(tmp_path / "mixture" / "stages" / "sft").cfg.n_experts == 4
+
+
+UNEVEN = {  # sizes of the mesh, changes of the recipe, and the words of the message
+    "batch": (dict(fsdp=4, expert=2), dict(batch_size=12), ["batch_size 12", "multiple of 8"]),
+    "microbatches": (dict(fsdp=8), dict(batch_size=8, microbatches=2), ["batch_size 8", "multiple of 16"]),
+    "heads": (dict(fsdp=2, tensor=4), dict(n_kv_heads=2), ["mesh.tensor 4", "model.n_kv_heads 2"]),
+    "ffn": (dict(fsdp=2, tensor=4), dict(d_ff=30), ["mesh.tensor 4", "model.d_ff 30"]),
+    "vocabulary": (dict(fsdp=2, tensor=4), dict(vocab_size=770), ["mesh.tensor 4", "model.vocab_size 770"]),
+    "experts": (dict(fsdp=1, expert=8), dict(), ["mesh.expert 8", "model.n_experts 4"]),
+    "tokens": (dict(fsdp=2, context=4), dict(seq_len=36), ["stages.continued.seq_len 36", "multiple of 8", "mesh.context 4"]),
+}
+
+
+def divided(sizes, changes):
+    c = tiny_recipe.get_config()
+    c.model.update(dict(n_heads=4, n_kv_heads=4))
+    for key, value in changes.items():
+        (c.model if key in c.model else c.stages.continued)[key] = value
+    placement.check_mesh(config.resolve(c), "continued", parallel.make_mesh(config.Mesh(**sizes)))
+
+
+@pytest.mark.parametrize("case", UNEVEN)
+def test_a_size_that_does_not_divide_over_the_mesh_is_named_with_its_key(case):
+    sizes, changes, words = UNEVEN[case]
+    with pytest.raises(UserError) as error:
+        divided(sizes, changes)
+    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value), error.value
+
+
+@pytest.mark.parametrize("sizes", [dict(), dict(fsdp=2, expert=2, tensor=2), dict(fsdp=2, context=4), dict(data=2, expert=4)])
+def test_sizes_that_divide_over_the_mesh_are_accepted(sizes):
+    divided(sizes, {})
+
+
+@pytest.mark.parametrize(
+    ("rows", "microbatches", "sizes", "expected"),
+    [
+        (16, 1, {}, (1, 8, 1)),
+        (16, 4, {}, (1, 4, 2)),  # 4 rows for 8 devices: two share a row
+        (12, 1, {}, (1, 4, 2)),
+        (4, 1, dict(data=2), (2, 2, 2)),
+        (4, 1, dict(fsdp=8), (1, 8, 1)),  # what is asked for stays, and is refused later
+        (3, 1, dict(data=2), (2, 4, 1)),
+    ],
+)
+def test_devices_that_rows_do_not_need_split_the_tokens(rows, microbatches, sizes, expected):
+    made = config.recipe(name="tiny", mesh=sizes)
+    made.data = dict(ja="x.jsonl")
+    made.stages.only = config.stage(
+        "pretrain", mixture=dict(ja=(1.0,)), steps=1, seq_len=32, batch_size=rows, microbatches=microbatches
+    )
+    mesh = placement.make_mesh(config.resolve(made), "only")
+    assert tuple(mesh.shape[axis] for axis in ("data", "fsdp", "context")) == expected
