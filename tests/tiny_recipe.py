@@ -31,10 +31,10 @@ def get_config():
 @functools.cache
 def trained(base: Path, config_flag: str = CONFIG, name: str = "tiny-run") -> Path:
     """The workdir of a finished run, under pytest's base directory."""
-    from tanuki_jax.cli import main
+    from tanuki_jax.cli.main import main
 
     workdir = base / name
-    assert main.main(["run", config_flag, f"--workdir={workdir}"]) == 0
+    assert main(["run", config_flag, f"--workdir={workdir}"]) == 0
     return workdir
 
 

@@ -1,7 +1,9 @@
 """The face of the configs: the schema's groups, and how a config is made, read and checked."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from tanuki_jax.config.ranges import Range
-from tanuki_jax.config.resolve import changed, defaults, from_dict, load, recipe, resolve, stage, to_dict
 from tanuki_jax.config.schema import (
     CHOICES,
     MIXTURE,
@@ -27,6 +29,9 @@ from tanuki_jax.config.schema import (
     steps_of,
 )
 from tanuki_jax.config.validate import check_mixture, check_upcycle, lora_ranks, unreached
+
+if TYPE_CHECKING:
+    from tanuki_jax.config.build import changed, defaults, from_dict, load, recipe, resolve, stage, to_dict
 
 __all__ = [
     "CHOICES",
@@ -65,3 +70,12 @@ __all__ = [
     "to_dict",
     "unreached",
 ]
+
+# Of build.py, which imports ml_collections.
+LAZY = ("changed", "defaults", "from_dict", "load", "recipe", "resolve", "stage", "to_dict")
+
+
+def __getattr__(name: str) -> Any:
+    if name in LAZY:
+        return getattr(importlib.import_module("tanuki_jax.config.build"), name)
+    raise AttributeError(name)

@@ -259,7 +259,7 @@ def test_a_full_disk_under_the_command_line_is_one_line_and_leaves_nothing(tmp_p
     checkpoint.save_params(tmp_path / "dense", init(dense, jax.random.key(0)), {"model": config.to_dict(dense)})
     code = """
 import resource, sys
-from tanuki_jax.cli import main
+from tanuki_jax.cli.main import main
 resource.setrlimit(resource.RLIMIT_FSIZE, (4_000, 4_000))
 sys.exit(main())
 """

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tanuki_jax.cli import main
+from tanuki_jax.cli.main import main
 
 HEAD = "from tanuki_jax import config\ndef get_config():\n    c = config.recipe(data=dict(a='a.txt'))\n"
 STAGE = "    c.stages.one = config.stage('pretrain', mixture=dict(a=(1.0,)), steps=3)\n"
@@ -237,7 +237,7 @@ def refused(flags, words, directory, contents, capsys):
     places = {name: directory / name for name in ("new", "empty", "hollow", *META)} | {"file": file, "text": text}
     before = set(directory.rglob("*"))
     capsys.readouterr()
-    code = main.main([fill(flag, places) for flag in flags])
+    code = main([fill(flag, places) for flag in flags])
     found = capsys.readouterr()
     assert code == 1 and found.out == "", found
     [line] = found.err.splitlines()
@@ -300,5 +300,5 @@ def test_a_space_is_as_good_as_a_sign(spelt, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "run_recipe", lambda loaded, workdir, *_: ran.append((loaded.seed, loaded.tensorboard, workdir)))
     (tmp_path / "mine.py").write_text(VALID)
     flags = spelt.replace("{file}", str(tmp_path / "mine.py")).replace("{new}", str(tmp_path / "new")).split()
-    assert main.main(["run", *flags, "--config.seed", "-7", "--config.tensorboard", "false", "--config.seed=9"]) == 0
+    assert main(["run", *flags, "--config.seed", "-7", "--config.tensorboard", "false", "--config.seed=9"]) == 0
     assert ran == [(9, False, tmp_path / "new")]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tanuki_jax import files
-from tanuki_jax.cli import main
+from tanuki_jax.cli.main import _read_soon, main
 from tests import tiny_recipe
 from tests.tiny_recipe import CONFIG, STAGES, times
 
@@ -24,7 +24,7 @@ def trained(tmp_path_factory):
 def answer(capsys, *flags):
     """stdout of a command that must succeed."""
     capsys.readouterr()
-    assert main.main(flags) == 0
+    assert main(flags) == 0
     return capsys.readouterr().out
 
 
@@ -39,7 +39,7 @@ def write(path, text):
 def test_help_of_every_verb_imports_nothing_heavy():
     code = f"""
 import sys
-from tanuki_jax.cli import main
+from tanuki_jax.cli.main import _read_soon, main
 for verb in ["", *{VERBS!r}]:
     try:
         main([*verb.split(), "--help"])
@@ -114,14 +114,14 @@ def test_what_a_verb_will_read_is_the_newest_weights_alone(tmp_path, monkeypatch
         os.utime(tmp_path / f"checkpoints/{step}/params", (step, step))
     for name in ("model-1.safetensors", "pytorch_model.bin"):
         (tmp_path / name).touch()
-    main._read_soon(tmp_path)
+    _read_soon(tmp_path)
     expected = {"model-1.safetensors", "checkpoints/20/params/a/0.0", "checkpoints/20/meta/metadata"}
     assert {str(path.relative_to(tmp_path)) for path in asked} == expected
     asked.clear()
-    main._read_soon(tmp_path / "checkpoints/3")
+    _read_soon(tmp_path / "checkpoints/3")
     assert {path.name for path in asked} == {"0.0", "metadata"}
-    main._read_soon(tmp_path / "gone")
-    main.main(["upcycle", f"--checkpoint={tmp_path}", f"--output={tmp_path / 'mixture'}", "--dry_run"])
+    _read_soon(tmp_path / "gone")
+    main(["upcycle", f"--checkpoint={tmp_path}", f"--output={tmp_path / 'mixture'}", "--dry_run"])
     assert len(asked) == 2  # a dry run times the disk, and reads little
 
 
@@ -257,7 +257,7 @@ def test_bad_input_is_one_line_that_says_what_and_where(case, trained, tmp_path,
     given = set(tmp_path.rglob("*"))
     before = times(trained)
     capsys.readouterr()
-    code = main.main(
+    code = main(
         [flag.format(**places, file=file, run=trained, tokenizer=trained / "stages/pretrain/tokenizer") for flag in flags]
     )
     found = capsys.readouterr()
@@ -273,7 +273,7 @@ def test_bad_input_is_one_line_that_says_what_and_where(case, trained, tmp_path,
 
 
 def test_a_missing_stage_is_named_before_anything_is_trained(trained, tmp_path, capsys):
-    assert main.main(["train", CONFIG, f"--workdir={tmp_path}", "--stage=dpo", "--config.scoring.prompts=0"]) == 1
+    assert main(["train", CONFIG, f"--workdir={tmp_path}", "--stage=dpo", "--config.scoring.prompts=0"]) == 1
     assert "dpo starts from sft, which is not finished" in capsys.readouterr().err
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tanuki_jax import checkpoint
-from tanuki_jax.cli import main
+from tanuki_jax.cli.main import main
 from tanuki_jax.errors import UserError
 from tests import tiny_recipe
 from tests.data import byte_level
@@ -36,7 +36,7 @@ def theirs(tmp_path_factory):
 
     base = tmp_path_factory.getbasetemp()
     output = base / "exported-for-the-harness"
-    assert main.main(["export", f"--checkpoint={tiny_recipe.trained(base) / 'stages/sft'}", f"--output={output}"]) == 0
+    assert main(["export", f"--checkpoint={tiny_recipe.trained(base) / 'stages/sft'}", f"--output={output}"]) == 0
     return HFLM(
         str(output), device="cpu", dtype="float32", trust_remote_code=True, max_length=checkpoint.longest_row(meta(base))
     )
@@ -123,7 +123,7 @@ def foreign(request, tmp_path_factory):
         **shape,
     )
     transformers.LlamaForCausalLM(settings).save_pretrained(directory)
-    assert main.main(["import", f"--hf={directory}", f"--output={output}"]) == 0
+    assert main(["import", f"--hf={directory}", f"--output={output}"]) == 0
     return Harness(output), HFLM(str(directory), device="cpu", dtype="float32")
 
 

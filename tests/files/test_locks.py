@@ -20,7 +20,7 @@ import pytest
 
 from tanuki_jax import checkpoint, config, interop
 from tanuki_jax.checkpoint import Checkpoints
-from tanuki_jax.cli import main
+from tanuki_jax.cli.main import main
 from tanuki_jax.data import prepare
 from tanuki_jax.errors import UserError
 from tanuki_jax.files import lock
@@ -84,14 +84,14 @@ def place(tmp_path):
 def test_of_two_that_prepare_one_store_one_does_so_as_if_alone(place, tokenizer):
     flags = ["data", "prepare", f"--input={write_rows(place / 'a.jsonl', 20_000)}", f"--tokenizer={tokenizer.directory}"]
     one_of(tanuki(*flags, f"--output={place / 'store'}"), tanuki(*flags, "--output=../link/./store", cwd=place))
-    assert main.main([*flags, f"--output={place / 'alone'}"]) == 0
+    assert main([*flags, f"--output={place / 'alone'}"]) == 0
     assert contents(place / "store") == contents(place / "alone") and not hidden(place)
 
 
 def test_of_two_that_train_one_tokenizer_one_does_so_as_if_alone(place):
     flags = ["tokenizer", "train", f"--input={write_rows(place / 'a.jsonl', 3000)}", "--vocab_size=400", "--level=none"]
     one_of(tanuki(*flags, "--output=tok", cwd=place), tanuki(*flags, f"--output={place}/../link/tok"))
-    assert main.main([*flags, f"--output={place / 'alone'}"]) == 0
+    assert main([*flags, f"--output={place / 'alone'}"]) == 0
     assert contents(place / "tok") == contents(place / "alone") and not hidden(place)
 
 
@@ -114,7 +114,7 @@ def home(tmp_path_factory, tokenizer):
     write_rows(home / "a.jsonl", 300)
     (home / "c.py").write_text(RECIPE.format(home=home, tokenizer=tokenizer.directory))
     assert tanuki("run", f"--config={home / 'c.py'}", f"--workdir={home / 'alone'}").wait(300) == 0
-    assert main.main(["export", f"--checkpoint={home / 'alone/stages/pretrain'}", f"--output={home / 'hf'}"]) == 0
+    assert main(["export", f"--checkpoint={home / 'alone/stages/pretrain'}", f"--output={home / 'hf'}"]) == 0
     (home / "link").symlink_to(home, target_is_directory=True)
     return home
 
@@ -156,7 +156,7 @@ def test_of_two_that_write_one_output_one_does_so_as_if_alone(home, tmp_path, ve
         tanuki(verb, *flags, f"--output={tmp_path / 'out'}"),
         tanuki(verb, *flags, f"--output=../{tmp_path.name}/link/out", cwd=tmp_path),
     )
-    assert main.main([verb, *flags, f"--output={tmp_path / 'alone'}"]) == 0
+    assert main([verb, *flags, f"--output={tmp_path / 'alone'}"]) == 0
     found = contents if verb == "export" else arrays  # others have an id of their own in their meta
     assert found(tmp_path / "out") == found(tmp_path / "alone") and not hidden(tmp_path)
 
@@ -177,7 +177,7 @@ def test_of_two_that_write_one_output_one_does_so_as_if_alone(home, tmp_path, ve
 def test_a_verb_that_finds_its_place_held_writes_nothing(tmp_path, capsys, flags):
     with holder(tmp_path / "x", "workdir" if "--workdir={}" in flags else "output") as first:
         before = tree(tmp_path)
-        assert main.main([flag.format(tmp_path / "x") for flag in flags]) == 1
+        assert main([flag.format(tmp_path / "x") for flag in flags]) == 1
         assert tree(tmp_path).keys() == before.keys()
     [line] = capsys.readouterr().err.splitlines()
     assert f"is in use by process {first.pid} on " in line
@@ -201,7 +201,7 @@ def test_a_dry_run_and_what_only_reads_need_no_lock(tmp_path, capsys, tokenizer)
     published.stage(tmp_path / "stage", "pretrain", tokenizer)
     with holder(tmp_path / "x"):
         flags = [f"--checkpoint={tmp_path / 'stage'}", f"--output={tmp_path / 'x'}", "--dry_run", "--n_experts=3"]
-        assert main.main(["upcycle", *flags]) == 0
+        assert main(["upcycle", *flags]) == 0
 
 
 # --- killed -------------------------------------------------------------------------------------------------------------
@@ -229,7 +229,7 @@ def test_a_killed_prepare_takes_its_workers_along_and_is_taken_over(place, token
         time.sleep(0.01)
     assert (place / ".store.lock").is_file()
     for output in ("store", "alone"):
-        assert main.main([*flags, f"--output={place / output}", "--workers=1"]) == 0
+        assert main([*flags, f"--output={place / output}", "--workers=1"]) == 0
     assert f"taken over from process {process.pid} on " in capfd.readouterr().err
     assert contents(place / "store") == contents(place / "alone") and not hidden(place)
     process.communicate()
@@ -334,7 +334,7 @@ def test_what_is_only_read_stays_as_it_is(tmp_path, monkeypatch, capsys, tokeniz
     published.stage(source, "pretrain", tokenizer)
     rows = write_rows(tmp_path / "a.jsonl", 2)
     store = [f"--tokenizer={source / 'tokenizer'}", f"--output={tmp_path / 'store'}"]
-    assert main.main(["data", "prepare", f"--input={rows}", *store]) == 0
+    assert main(["data", "prepare", f"--input={rows}", *store]) == 0
     monkeypatch.setattr(sys, "stdin", io.StringIO())
     before = {name: tree(tmp_path / name) for name in ("source", "store")}
     for number, given in enumerate((f"--checkpoint={source}", f"--checkpoint={source / 'checkpoints/4'}")):
@@ -346,7 +346,7 @@ def test_what_is_only_read_stays_as_it_is(tmp_path, monkeypatch, capsys, tokeniz
             ["chat", given, "--max_new_tokens=2"],
             ["data", "inspect", f"--data={tmp_path / 'store'}", store[0], "--seq_len=16"],
         ):
-            assert main.main(flags) == 0, (flags, capsys.readouterr().err)
+            assert main(flags) == 0, (flags, capsys.readouterr().err)
     assert {name: tree(tmp_path / name) for name in before} == before
 
 

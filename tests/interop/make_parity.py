@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from tanuki_jax import checkpoint
-from tanuki_jax.cli import main
+from tanuki_jax.cli.main import main
 from tests.interop.llama import dense, drawn, write
 from tests.model.make_parity import published
 
@@ -37,7 +37,7 @@ def directory(home):
 
 def upcycled(home, case, output):
     """Our checkpoint of the directory's mixture."""
-    assert main.main(["upcycle", f"--checkpoint={home}", f"--output={output}", *FLAGS, *CASES[case]]) == 0
+    assert main(["upcycle", f"--checkpoint={home}", f"--output={output}", *FLAGS, *CASES[case]]) == 0
     return checkpoint.load(output)
 
 

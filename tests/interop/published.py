@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 
 from tanuki_jax import checkpoint, config, interop, model
-from tanuki_jax.cli import main
+from tanuki_jax.cli.main import main
 from tests import tiny_recipe
 from tests.checkpoint.test_manager import mesh
 from tests.interop.llama import DTYPES, dense, drawn, flat, nested
@@ -168,12 +168,12 @@ def opened(home):
 
 
 def import_(home, output):
-    assert main.main(["import", f"--hf={home}", f"--output={output}"]) == 0
+    assert main(["import", f"--hf={home}", f"--output={output}"]) == 0
     return output
 
 
 def export(home, output):
-    assert main.main(["export", f"--checkpoint={home}", f"--output={output}"]) == 0
+    assert main(["export", f"--checkpoint={home}", f"--output={output}"]) == 0
     return output
 
 
@@ -191,7 +191,7 @@ def fails(capsys, directory, *arguments, words=()):
     """One message on stderr, nothing else, and nothing in the directory is new, gone or changed."""
     before = {path: path.stat().st_mtime_ns for path in directory.rglob("*")}
     capsys.readouterr()
-    assert main.main([str(a) for a in arguments]) == 1
+    assert main([str(a) for a in arguments]) == 1
     found = capsys.readouterr()
     [line] = found.err.splitlines()
     assert found.out == "" and line.startswith("tanuki: ") and len(line) < 500

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tanuki_jax import checkpoint, model
-from tanuki_jax.cli import main
+from tanuki_jax.cli.main import main
 from tanuki_jax.interop import export as module
 from tests import tiny_recipe
 from tests.interop import make_export
@@ -150,7 +150,7 @@ def test_every_stage_of_a_trained_recipe_says_the_same_in_transformers(name, tmp
     new = loaded.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12)[0, ids.shape[1] :].tolist()
     new = new[: new.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in new else new
     capsys.readouterr()
-    assert main.main(["generate", f"--checkpoint={home}", f"--prompt={prompt}", "--max_new_tokens=12", "--json"]) == 0
+    assert main(["generate", f"--checkpoint={home}", f"--prompt={prompt}", "--max_new_tokens=12", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["text"] == tokenizer.decode(new)
 
 
@@ -212,7 +212,7 @@ def test_upcycled_checkpoints_are_exported(tmp_path):
     cfg, _, mine, _ = made("llama", "bfloat16", n_layers=1)
     home, mixture = save(tmp_path / "dense", cfg, mine), tmp_path / "mixture"
     flags = ["--strategy=groups", "--n_experts=4", "--top_k=2", "--expert_d_ff=20", "--plain_gate"]
-    assert main.main(["upcycle", f"--checkpoint={home}", f"--output={mixture}", *flags]) == 0
+    assert main(["upcycle", f"--checkpoint={home}", f"--output={mixture}", *flags]) == 0
     found, arrays = stored(mixture)
     back = export(mixture, tmp_path / "back")
     written = config_json(back)

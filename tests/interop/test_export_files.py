@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import safetensors
 
-from tanuki_jax.cli import main
+from tanuki_jax.cli.main import main
 from tanuki_jax.interop import export as module
 from tests.checkpoint.test_manager import files_of_at_most
 from tests.interop.llama import INDEX, dense
@@ -259,6 +259,6 @@ def test_interrupted_it_leaves_nothing(after, imported, tmp_path, capsys, monkey
         raise KeyboardInterrupt
 
     monkeypatch.setattr(module, after, stop)
-    assert main.main(["export", f"--checkpoint={imported}", f"--output={tmp_path / 'back'}"]) == 130
+    assert main(["export", f"--checkpoint={imported}", f"--output={tmp_path / 'back'}"]) == 130
     assert capsys.readouterr().err.splitlines()[-1].startswith("tanuki: interrupted")
     assert not list(tmp_path.iterdir())

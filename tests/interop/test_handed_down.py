@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tanuki_jax import checkpoint
-from tanuki_jax.cli import main
+from tanuki_jax.cli.main import main
 from tests.interop.published import assert_same_bits, config_json, export, import_, read_directory
 from tests.interop.test_settings import FURTHER, SAMPLING, generation_json, given
 
@@ -27,7 +27,7 @@ def run(base, kind, init_from):
     (base / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     text = RECIPE.format(chats=str(base / "chats.jsonl"), kind=kind, init_from=str(init_from))
     (base / "recipe.py").write_text(text)
-    assert main.main(["run", f"--config={base / 'recipe.py'}", f"--workdir={base / 'run'}"]) == 0
+    assert main(["run", f"--config={base / 'recipe.py'}", f"--workdir={base / 'run'}"]) == 0
     return base / "run/stages/first"
 
 
@@ -59,11 +59,11 @@ def test_paths_may_lead_up_and_down_again(imported, tmp_path, monkeypatch):
     base = imported.parent
     (base / "here").mkdir()
     monkeypatch.chdir(base / "here")
-    assert main.main(["import", "--hf=../given", "--output=../here/again"]) == 0
-    assert main.main(["export", "--checkpoint=../here/again", "--output=../here/back"]) == 0
+    assert main(["import", "--hf=../given", "--output=../here/again"]) == 0
+    assert main(["export", "--checkpoint=../here/again", "--output=../here/back"]) == 0
     assert_same_bits(read_directory(base / "here/back"), read_directory(base / "given"))
     shape = ["--n_experts=3", "--strategy=copy", "--output=../here/mixture"]
-    assert main.main(["upcycle", "--checkpoint=../here/again", *shape]) == 0
+    assert main(["upcycle", "--checkpoint=../here/again", *shape]) == 0
     loaded = checkpoint.load("../here/mixture/checkpoints/0")
     assert loaded.cfg.n_experts == 3 and loaded.stage_directory == base / "here/mixture"
-    assert main.main(["generate", "--checkpoint=../ours", "--prompt=Paris", "--max_new_tokens=1"]) == 0
+    assert main(["generate", "--checkpoint=../ours", "--prompt=Paris", "--max_new_tokens=1"]) == 0

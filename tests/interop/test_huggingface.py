@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from tanuki_jax import interop, model
-from tanuki_jax.cli import main
+from tanuki_jax.cli.main import main
 from tanuki_jax.errors import UserError
 from tests.interop.llama import INDEX, dense, drawn, flat, save_file, shapes, write
 from tests.interop.llama import settings as config_json
@@ -284,7 +284,7 @@ def test_upcycling_bad_input_is_one_line_and_leaves_nothing(case, whole, tmp_pat
     home, words = damaged(whole, tmp_path / "llama", case)
     given = set(tmp_path.rglob("*"))
     capsys.readouterr()
-    assert main.main(["upcycle", f"--checkpoint={home}", f"--output={tmp_path / 'mixture'}", "--n_experts=4"]) == 1
+    assert main(["upcycle", f"--checkpoint={home}", f"--output={tmp_path / 'mixture'}", "--n_experts=4"]) == 1
     found = capsys.readouterr()
     [line] = found.err.splitlines()
     assert found.out == "" and line.startswith("tanuki: ") and all(word in line for word in words), line

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tanuki_jax import checkpoint, interop
-from tanuki_jax.cli import main
+from tanuki_jax.cli.main import main
 from tanuki_jax.data.tokenizer import Tokenizer
 from tanuki_jax.interop import importing
 from tests.checkpoint.test_manager import files_of_at_most
@@ -118,7 +118,7 @@ def test_weights_of_two_dtypes_lose_nothing_or_are_refused(wide, tmp_path, capsy
     else:
         mine["embed/table"] = exact["embed/table"]
     given = write(tmp_path / "given", cfg, theirs, **extra)
-    if main.main(["import", f"--hf={given}", f"--output={tmp_path / 'ours'}"]):
+    if main(["import", f"--hf={given}", f"--output={tmp_path / 'ours'}"]):
         [line] = capsys.readouterr().err.splitlines()
         assert line.startswith("tanuki: ") and "float32" in line and "bfloat16" in line
         return
@@ -305,7 +305,7 @@ def test_a_file_that_goes_away_while_it_is_read_is_one_message(tmp_path, capsys,
 
     monkeypatch.setattr(importing, "open_huggingface", opened_once_more)
     output = tmp_path / "ours"
-    assert main.main(["import", f"--hf={home}", f"--output={output}"]) == 1
+    assert main(["import", f"--hf={home}", f"--output={output}"]) == 1
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("tanuki: ") and "model-00002" in line
     assert [path.name for path in tmp_path.iterdir()] == ["given"]
@@ -325,6 +325,6 @@ def test_interrupted_it_leaves_nothing(tmp_path, capsys, monkeypatch):
         return dataclasses.replace(found, tree=tree)
 
     monkeypatch.setattr(importing, "open_huggingface", opened_and_stopped)
-    assert main.main(["import", f"--hf={home}", f"--output={tmp_path / 'ours'}"]) == 130
+    assert main(["import", f"--hf={home}", f"--output={tmp_path / 'ours'}"]) == 130
     assert capsys.readouterr().err.splitlines()[-1].startswith("tanuki: interrupted")
     assert [path.name for path in tmp_path.iterdir()] == ["given"]

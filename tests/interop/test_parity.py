@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tanuki_jax import interop
-from tanuki_jax.cli import main
+from tanuki_jax.cli.main import main
 from tests.interop.llama import dense, drawn, nested, write
 from tests.interop.make_parity import (
     CASES,
@@ -149,10 +149,10 @@ def test_scores_of_a_copy_are_those_of_the_dense_directory(tokenizer, tmp_path, 
         (home / name).write_bytes((tokenizer.directory / name).read_bytes())
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     output = tmp_path / "mixture"
-    assert main.main(["upcycle", f"--checkpoint={home}", f"--output={output}", "--strategy=copy", "--router_std=1"]) == 0
+    assert main(["upcycle", f"--checkpoint={home}", f"--output={output}", "--strategy=copy", "--router_std=1"]) == 0
     assert all((output / "tokenizer" / name).read_bytes() == (home / name).read_bytes() for name in names)
     capsys.readouterr()
-    assert main.main(["score", f"--checkpoint={output}", f"--input={tmp_path / 'texts.jsonl'}", "--json"]) == 0
+    assert main(["score", f"--checkpoint={output}", f"--input={tmp_path / 'texts.jsonl'}", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["rows"]
 
     cfg, params = dense_of(home)

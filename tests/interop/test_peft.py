@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tanuki_jax import checkpoint, config, model
-from tanuki_jax.cli import main
+from tanuki_jax.cli.main import main
 from tests.interop import make_peft
 from tests.tiny import apply, init, small
 
@@ -33,7 +33,7 @@ TARGETS = {
 
 
 def tanuki(*arguments):
-    return main.main([str(a) for a in arguments])
+    return main([str(a) for a in arguments])
 
 
 def flat(tree):

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as Library
 from tokenizers import models, pre_tokenizers, trainers
 
 from tanuki_jax import checkpoint
-from tanuki_jax.cli import main
+from tanuki_jax.cli.main import main
 from tanuki_jax.data import chat
 from tanuki_jax.interop.settings import is_unigram, without_marks
 from tests.interop.llama import write
@@ -305,7 +305,7 @@ def test_a_template_without_its_marks_says_the_same_in_plain_jinja(case):
 def told(capsys, home, output, *flags):
     """Both streams of an import that must succeed."""
     capsys.readouterr()
-    assert main.main(["import", f"--hf={home}", f"--output={output}", *flags]) == 0
+    assert main(["import", f"--hf={home}", f"--output={output}", *flags]) == 0
     found = capsys.readouterr()
     return found.out, [line for line in found.err.splitlines() if line.startswith("import: ")]
 
@@ -403,7 +403,7 @@ def test_a_cast_that_is_none_is_exact_and_one_that_overflows_is_refused(tmp_path
     large = lambda name, w: np.where(np.arange(w.size).reshape(w.shape) == 3, np.float32(3.4e38), w)  # noqa: E731
     home, _ = typed(tmp_path / "large", lambda name, w: large(name, w) if "layers.1.mlp.up" in name else w)
     arguments = ["import", f"--hf={home}", f"--output={tmp_path / 'other'}", "--param_dtype=bfloat16"]
-    assert main.main(arguments) == 1
+    assert main(arguments) == 1
     line = capsys.readouterr().err.splitlines()[-1]
     assert all(word in line for word in ("tanuki: ", "layers.1.mlp.up_proj", "3.4e+38", "bfloat16"))
     assert not (tmp_path / "other").exists()

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from tanuki_jax import checkpoint, config, model
-from tanuki_jax.cli import main
+from tanuki_jax.cli.main import main
 from tanuki_jax.data.chat import encode_chat
 from tanuki_jax.data.tokenizer import Tokenizer
 from tests.interop.published import assert_same_bits, config_json, read_directory
@@ -80,7 +80,7 @@ def published(tmp_path_factory):
 def imported(published):
     """Our checkpoint of it."""
     home = published.with_name("imported")
-    assert main.main(["import", f"--hf={published}", f"--output={home}"]) == 0
+    assert main(["import", f"--hf={published}", f"--output={home}"]) == 0
     return home
 
 
@@ -127,7 +127,7 @@ def get_config():
 
 
 def export(home, output):
-    assert main.main(["export", f"--checkpoint={home}", f"--output={output}"]) == 0
+    assert main(["export", f"--checkpoint={home}", f"--output={output}"]) == 0
     return output
 
 

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from tanuki_jax import checkpoint, config
-from tanuki_jax.cli import main
+from tanuki_jax.cli.main import main
 from tests.tiny import apply, init, small
 
 CFG = small(vocab_size=640, n_heads=4, head_dim=8)
@@ -38,7 +38,7 @@ def pieces(tokenizer):
 
 
 def export(home, output, *flags):
-    assert main.main(["export", f"--checkpoint={home}", f"--output={output}", *flags]) == 0
+    assert main(["export", f"--checkpoint={home}", f"--output={output}", *flags]) == 0
     return load_file(output / "model.safetensors"), json.loads((output / "config.json").read_text())
 
 
@@ -75,7 +75,7 @@ def test_only_the_embedding_and_the_head_are_cut_or_padded(more, pieces, home, t
 def test_what_is_cut_can_be_padded_again(pieces, home, tmp_path):
     export(home, tmp_path / "hf", f"--vocab_size={pieces}")
     arguments = ["import", f"--hf={tmp_path / 'hf'}", f"--output={tmp_path / 'back'}", f"--vocab_size={CFG.vocab_size}"]
-    assert main.main(arguments) == 0
+    assert main(arguments) == 0
     (cfg, found), (_, expected) = load(tmp_path / "back"), load(home)
     assert cfg.vocab_size == CFG.vocab_size and found.keys() == expected.keys()
     for name, wanted in expected.items():
@@ -99,7 +99,7 @@ def test_pieces_of_the_tokenizer_are_not_cut_off(size, pieces, home, tmp_path, c
     capsys.readouterr()
     for verb in ([f"--hf={tmp_path / 'hf'}"], [f"--checkpoint={home}"]):
         name = "import" if verb[0].startswith("--hf") else "export"
-        assert main.main([name, *verb, f"--output={tmp_path / 'other'}", f"--vocab_size={size}"]) == 1
+        assert main([name, *verb, f"--output={tmp_path / 'other'}", f"--vocab_size={size}"]) == 1
         [line] = capsys.readouterr().err.splitlines()
         assert (
             line.startswith("tanuki: ") and "--vocab_size" in line and f"{size}" in line and (size < 0 or f"{pieces}" in line)

@@ -17,7 +17,7 @@ from orbax.checkpoint._src.path import atomicity
 
 from tanuki_jax import checkpoint, config, model
 from tanuki_jax.checkpoint import Checkpoints, checksums
-from tanuki_jax.cli import main
+from tanuki_jax.cli.main import main
 from tanuki_jax.errors import Preempted, UserError
 from tanuki_jax.multihost import watchdog
 from tanuki_jax.recipe import artifacts, initial_state, preflight, stage
@@ -84,7 +84,7 @@ def test_a_broken_pipe_in_the_middle_of_a_run_is_no_success(tmp_path, monkeypatc
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
     monkeypatch.setattr(run, "run", logger_is_gone)
-    assert main.main(["run", tiny_recipe.CONFIG, f"--workdir={tmp_path}"]) != 0
+    assert main(["run", tiny_recipe.CONFIG, f"--workdir={tmp_path}"]) != 0
 
 
 def test_a_hang_in_the_first_step_of_a_resumed_run_names_that_step(tmp_path, monkeypatch):
@@ -165,7 +165,7 @@ def test_a_stage_that_is_not_to_run_needs_no_room(tmp_path, monkeypatch, capfd):
         raise UserError("preflight is over")
 
     monkeypatch.setattr(artifacts, "prepare", prepare)
-    assert main.main(["train", tiny_recipe.CONFIG, f"--workdir={tmp_path}", "--stage=pretrain"]) == 1
+    assert main(["train", tiny_recipe.CONFIG, f"--workdir={tmp_path}", "--stage=pretrain"]) == 1
     assert "tanuki: preflight is over" in capfd.readouterr().err
 
 

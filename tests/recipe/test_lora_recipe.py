@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tanuki_jax import checkpoint, config
-from tanuki_jax.cli import main
+from tanuki_jax.cli.main import main
 from tests import tiny_lora, tiny_recipe
 from tests.recipe.test_lora_stage import assert_equal, flat, one, refused, rows_of, weights
 from tests.tiny import init
@@ -46,14 +46,14 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_a_bad_option_is_named_with_its_key(case, tmp_path, capsys):
     changes, words = BAD[case]
-    status = main.main(["run", tiny_recipe.CONFIG, f"--workdir={tmp_path / 'run'}", *(SFT + change for change in changes)])
+    status = main(["run", tiny_recipe.CONFIG, f"--workdir={tmp_path / 'run'}", *(SFT + change for change in changes)])
     refused(capsys, status, *words)
     assert not (tmp_path / "run").exists()
 
 
 def test_adapters_need_something_to_lie_on(tmp_path, capsys):
     flags = ["--config.stages.pretrain.lora.rank=2"]
-    status = main.main(["run", tiny_recipe.CONFIG, f"--workdir={tmp_path / 'run'}", *flags])
+    status = main(["run", tiny_recipe.CONFIG, f"--workdir={tmp_path / 'run'}", *flags])
     refused(capsys, status, "stages.pretrain.lora", "init_from")
 
 
@@ -90,7 +90,7 @@ def plainly(workdir, base, *flags):
     """Rows of a stage from a whole model, of which nothing is said but its rank."""
     known = [f"--config.tokenizer.path={base}/tokenizer", f"--config.stages.one.init_from={base}"]
     assert (
-        main.main(["run", f"{tiny_lora.CONFIG}:one", f"--workdir={workdir}", *known, "--config.stages.one.lora.rank=4", *flags])
+        main(["run", f"{tiny_lora.CONFIG}:one", f"--workdir={workdir}", *known, "--config.stages.one.lora.rank=4", *flags])
         == 0
     )
     return rows_of(workdir, "one")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tanuki_jax import checkpoint, config, model, parallel
-from tanuki_jax.cli import main
+from tanuki_jax.cli.main import main
 from tanuki_jax.data import loader
 from tanuki_jax.recipe import artifacts, placement
 from tanuki_jax.recipe.dataset import make_dataset
@@ -72,7 +72,7 @@ def one(tmp_path, source, *flags, more=()):
     """A single stage of adapters from a directory, in a run of its own."""
     names = ["run", f"{tiny_lora.CONFIG}:one", f"--workdir={tmp_path / 'one'}", f"--config.tokenizer.path={source}/tokenizer"]
     changes = (f"init_from={source}", "steps=1", "lora.rank=2", "lora.targets={'attn/*': 0, 'mlp/*': 3}", *flags)
-    return main.main([*names, *(f"--config.stages.one.{change}" for change in changes), *more])
+    return main([*names, *(f"--config.stages.one.{change}" for change in changes), *more])
 
 
 def refused(capsys, status, *words):
@@ -124,7 +124,7 @@ def key():
 
 
 def run(workdir, *flags):
-    return main.main(["run", tiny_lora.CONFIG, f"--workdir={workdir}", *flags])
+    return main(["run", tiny_lora.CONFIG, f"--workdir={workdir}", *flags])
 
 
 def test_an_interrupted_stage_ends_with_the_same_bits(home, copy):
@@ -157,7 +157,7 @@ def test_whoever_loads_it_gets_the_merged_weights(home, tmp_path, capsys):
 def score(capsys, home, name, tmp_path):
     capsys.readouterr()
     source = home / "stages" / name
-    assert main.main(["score", f"--checkpoint={source}", f"--input={tmp_path / 'rows.jsonl'}", "--json"]) == 0
+    assert main(["score", f"--checkpoint={source}", f"--input={tmp_path / 'rows.jsonl'}", "--json"]) == 0
     return json.loads(capsys.readouterr().out)["rows"][0]["logprob"]
 
 
@@ -261,10 +261,10 @@ def test_a_moved_run_finds_its_base_and_another_one_is_refused(home, copy, capsy
     assert_equal(weights(copy, "sft"), weights(home, "sft"))
     base = copy / "stages" / "base"
     base.rename(copy / "stages" / "kept")
-    status = main.main(["export", f"--checkpoint={copy / 'stages' / 'sft'}", f"--output={copy / 'hf'}"])
+    status = main(["export", f"--checkpoint={copy / 'stages' / 'sft'}", f"--output={copy / 'hf'}"])
     refused(capsys, status, "holds adapters of", str(base), "not there")
     shutil.copytree(copy / "stages" / "whole", base)
     (base / "checkpoints" / "1").rename(base / "checkpoints" / "2")
-    status = main.main(["export", f"--checkpoint={copy / 'stages' / 'sft'}", f"--output={copy / 'hf'}"])
+    status = main(["export", f"--checkpoint={copy / 'stages' / 'sft'}", f"--output={copy / 'hf'}"])
     refused(capsys, status, "holds adapters of", "another model has taken its place")
     assert not (copy / "hf").exists()

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tanuki_jax import checkpoint
-from tanuki_jax.cli import main
+from tanuki_jax.cli.main import PREEMPTED, main
 from tanuki_jax.recipe import stage
 from tanuki_jax.recipe.stage import run_stage
 from tanuki_jax.train import goodput
@@ -121,7 +121,7 @@ def test_a_notice_in_the_last_save_of_a_stage_is_not_forgotten(tmp_path, monkeyp
 
     monkeypatch.setattr(checkpoint.Checkpoints, "save", told_while_saving)
     monkeypatch.setattr(stage, "run_stage", first_only)
-    assert main.main(["run", CONFIG, f"--workdir={tmp_path / 'run'}"]) == main.PREEMPTED
+    assert main(["run", CONFIG, f"--workdir={tmp_path / 'run'}"]) == PREEMPTED
 
 
 TWO = """

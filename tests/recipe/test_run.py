@@ -11,7 +11,7 @@ import time
 import pytest
 
 from tanuki_jax import config
-from tanuki_jax.cli import main
+from tanuki_jax.cli.main import main
 from tanuki_jax.data.tokenizer import Tokenizer
 from tanuki_jax.errors import UserError
 from tanuki_jax.recipe import run
@@ -122,7 +122,7 @@ def test_the_reports_font_has_every_japanese_letter_of_the_page(workdir):
 def test_the_same_command_again_trains_nothing(workdir, summary, capsys):
     stages, began = times(workdir / "stages"), time.monotonic()
     data = times(workdir / "data")
-    assert main.main(["run", CONFIG, f"--workdir={workdir}"]) == 0
+    assert main(["run", CONFIG, f"--workdir={workdir}"]) == 0
     assert time.monotonic() - began < 20
     report, chat = capsys.readouterr().out.splitlines()[-2:]
     assert shlex.split(report) == ["report:", str(workdir.absolute() / "report.html")]  # to be pasted in any directory
@@ -146,9 +146,9 @@ def scalars(directory, tag):
 def test_one_stage_alone_writes_tensorboard_too_and_waits_for_its_parent(workdir, tmp_path, capsys):
     flags = [CONFIG, f"--workdir={tmp_path}", "--config.scoring.prompts=0", "--config.tensorboard=True"]
     flags += [f"--config.tokenizer.path={workdir / 'stages/pretrain/tokenizer'}"]
-    assert main.main(["train", "--stage=upcycle", *flags]) == 1
+    assert main(["train", "--stage=upcycle", *flags]) == 1
     assert "upcycle starts from pretrain, which is not finished" in capsys.readouterr().err
-    assert main.main(["train", "--stage=pretrain", *flags]) == 0
+    assert main(["train", "--stage=pretrain", *flags]) == 0
     rows = metrics(tmp_path, "pretrain")
     written = dict(scalars(tmp_path / "stages/pretrain/tensorboard", "loss"))
     assert written == pytest.approx({row["step"]: row["loss"] for row in rows})

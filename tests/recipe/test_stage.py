@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tanuki_jax import checkpoint, config, parallel
-from tanuki_jax.cli import main
+from tanuki_jax.cli.main import main
 from tanuki_jax.errors import UserError
 from tanuki_jax.recipe import placement
 from tanuki_jax.train.optimizer import make_optimizer
@@ -48,7 +48,7 @@ def write(home, rows):
 
 
 def run(home, *flags):
-    return main.main(["run", f"--config={home / 'recipe.py'}", f"--workdir={home / 'run'}", *flags])
+    return main(["run", f"--config={home / 'recipe.py'}", f"--workdir={home / 'run'}", *flags])
 
 
 LOW = ("--config.model.param_dtype=bfloat16", "--config.stages.scratch.optimizer.moment_dtype=bfloat16")
@@ -58,7 +58,7 @@ TIGHT = ("--config.model.capacity_factor=1.0", "--config.mesh.fsdp=2", "--config
 def test_with_bfloat16_and_little_room_a_stage_goes_on_bit_by_bit_and_on_the_same_devices_only(home, tmp_path, capfd):
     """As after a kill behind the save of step 2."""
     flags = [f"--config={home / 'recipe.py'}", f"--workdir={tmp_path / 'run'}", "--stage=scratch", *LOW, *TIGHT]
-    assert main.main(["train", *flags]) == 0
+    assert main(["train", *flags]) == 0
     stage = tmp_path / "run/stages/scratch"
     whole = checkpoint.load(stage).params
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(whole)} == {"float32", "bfloat16"}
@@ -70,9 +70,9 @@ def test_with_bfloat16_and_little_room_a_stage_goes_on_bit_by_bit_and_on_the_sam
     }
     for words, flag in changed.items():
         capfd.readouterr()
-        assert main.main(["train", *flags, *([flag] if isinstance(flag, str) else flag)]) == 1
+        assert main(["train", *flags, *([flag] if isinstance(flag, str) else flag)]) == 1
         assert f"stage scratch: {words}. With model.capacity_factor 1" in capfd.readouterr().err
-    assert main.main(["train", *flags]) == 0
+    assert main(["train", *flags]) == 0
     jax.tree.map(np.testing.assert_array_equal, checkpoint.load(stage).params, whole)
 
 
@@ -110,10 +110,10 @@ def test_a_stage_starts_from_a_mixture_of_another_run(tmp_path, tmp_path_factory
     other = tiny_recipe.trained(tmp_path_factory.getbasetemp()) / "stages" / "continued"
     start = ["train", CONFIG, "--stage=sft", f"--config.tokenizer.path={other / 'tokenizer'}", "--config.scoring.prompts=0"]
     start += [f"--config.stages.sft.init_from={other}", f"--workdir={tmp_path / 'run'}"]
-    assert main.main(start) == 1
+    assert main(start) == 1
     assert "another architecture: n_experts 4 (here 0)" in capsys.readouterr().err
     start[-1] = f"--workdir={tmp_path / 'mixture'}"
-    assert main.main([*start, "--config.stages.sft.mixture_of_experts=True"]) == 0
+    assert main([*start, "--config.stages.sft.mixture_of_experts=True"]) == 0
     assert checkpoint.load(tmp_path / "mixture" / "stages" / "sft").cfg.n_experts == 4
 
 

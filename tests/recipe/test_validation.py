@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tanuki_jax import checkpoint, config, parallel
-from tanuki_jax.cli import main
+from tanuki_jax.cli.main import main
 from tanuki_jax.data.packing import Held, Windows
 from tanuki_jax.data.prepare import open_store
 from tanuki_jax.data.store import Store, StoreWriter
@@ -147,7 +147,7 @@ def workdir(tokenizer, tmp_path_factory):
         (home / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = {name: str(home / f"{name}.jsonl") for name in ("ja", "en")}
     (home / "recipe.py").write_text(RECIPE.format(tokenizer=str(tokenizer.directory), **data))
-    assert main.main(["run", f"--config={home / 'recipe.py'}", f"--workdir={home / 'run'}"]) == 0
+    assert main(["run", f"--config={home / 'recipe.py'}", f"--workdir={home / 'run'}"]) == 0
     return home / "run"
 
 

@@ -131,9 +131,9 @@ def test_the_package_that_is_missing_is_named(tmp_path, monkeypatch):
 
 
 def test_a_whole_stage_is_told(tmp_path, monkeypatch):
-    from tanuki_jax.cli import main
+    from tanuki_jax.cli.main import main
 
     monkeypatch.setitem(sys.modules, "wandb", fake := Wandb())
     flags = [tiny_recipe.CONFIG, f"--workdir={tmp_path}", "--stage=pretrain", "--config.wandb_project=p"]
-    assert main.main(["train", *flags]) == 0
+    assert main(["train", *flags]) == 0
     assert [row["pretrain/step"] for row in fake.logged] == [1, 2, 3, 4]

@@ -62,12 +62,12 @@ def test_a_floor_from_which_nothing_rises_is_an_error(floor):
 
 @pytest.mark.slow
 def test_the_shipped_recipe_prints_a_rate_and_draws_it(tmp_path, capfd):
-    from tanuki_jax.cli import main
+    from tanuki_jax.cli.main import main
 
     tiny = [f"--config.model.{key}={value}" for key, value in (("n_layers", 1), ("d_model", 32), ("d_ff", 32), ("n_heads", 1))]
     tiny += ["--config.model.n_kv_heads=1", "--config.rules.documents=300", "--config.tensorboard=False"]
     tiny += ["--config.stages.lr_range.steps=120", "--config.stages.lr_range.save_every=120"]
     flags = [f"--config={ROOT}/configs/lr_range.py", f"--workdir={tmp_path}", *tiny]
-    assert main.main(["run", *flags]) == 0
+    assert main(["run", *flags]) == 0
     assert "learning rate: lowest loss at" in capfd.readouterr().err
     assert "LR-range test" in (tmp_path / "report.html").read_text()

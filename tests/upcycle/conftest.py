@@ -1,6 +1,6 @@
 import pytest
 
-from tanuki_jax.cli import main
+from tanuki_jax.cli.main import main
 from tests.interop.llama import drawn, write
 from tests.upcycle.sources import CFG, LLAMA, NOISY, Source, save
 
@@ -29,5 +29,5 @@ def ours(place):
 def mixture(place, tmp_path_factory):
     """What the command line makes of a checkpoint of Hugging Face with `NOISY` and the seed 7."""
     output = tmp_path_factory.mktemp("mixture") / "mixture"
-    assert main.main(["upcycle", f"--checkpoint={place(LLAMA)}", f"--output={output}", *NOISY, "--seed=7"]) == 0
+    assert main(["upcycle", f"--checkpoint={place(LLAMA)}", f"--output={output}", *NOISY, "--seed=7"]) == 0
     return output

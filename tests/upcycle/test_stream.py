@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from tanuki_jax import checkpoint, config, model, parallel, upcycle
-from tanuki_jax.cli import main
+from tanuki_jax.cli.main import main
 from tanuki_jax.upcycle import identity_check, stream
 from tests import tiny_recipe
 from tests.interop.llama import DTYPES, INDEX, dense, drawn, flat, nested, save_file, settings, shapes, write
@@ -115,7 +115,7 @@ def test_what_is_streamed_is_what_upcycling_a_tree_gives(name, place, tmp_path):
 
 
 def test_a_checkpoint_of_ours_and_one_of_hugging_face_give_the_same(mixture, ours, tmp_path):
-    assert main.main(["upcycle", f"--checkpoint={ours}", f"--output={tmp_path / 'mixture'}", *NOISY, "--seed=7"]) == 0
+    assert main(["upcycle", f"--checkpoint={ours}", f"--output={tmp_path / 'mixture'}", *NOISY, "--seed=7"]) == 0
     found, expected = (named(checkpoint.load(path).params) for path in (tmp_path / "mixture", mixture))
     for path, array in expected.items():
         np.testing.assert_array_equal(found[path], array, err_msg=path)
@@ -133,7 +133,7 @@ def test_the_output_loads_on_a_mesh(mixture):
 def test_what_is_said_at_the_end_is_what_came_out(place, tmp_path, capsys):
     output = tmp_path / "deep/er/mixture"
     flags = [*NOISY, "--plain_gate", "--top_k=3", "--first_dense=1", "--param_dtype=bfloat16", "--seed=7", "--router_std=0.25"]
-    assert main.main(["upcycle", f"--checkpoint={place(LLAMA)}", f"--output={output}", *flags]) == 0
+    assert main(["upcycle", f"--checkpoint={place(LLAMA)}", f"--output={output}", *flags]) == 0
     found = capsys.readouterr().out
     loaded = checkpoint.load(output)
     sizes = {path: array.size for path, array in named(loaded.params).items()}
@@ -158,14 +158,14 @@ def test_what_is_said_at_the_end_is_what_came_out(place, tmp_path, capsys):
 )
 def test_an_exact_strategy_is_called_exact(dtype, flags, place, tmp_path, capsys):
     source = place(Source("llama", dtype))
-    assert main.main(["upcycle", f"--checkpoint={source}", f"--output={tmp_path / 'm'}", f"--n_experts={E}", *flags]) == 0
+    assert main(["upcycle", f"--checkpoint={source}", f"--output={tmp_path / 'm'}", f"--n_experts={E}", *flags]) == 0
     assert "exact up to the order of sums" in capsys.readouterr().out
 
 
 def test_groups_that_round_the_weights_are_not_called_exact(place, tmp_path, capsys):
     flags = ["--strategy=groups", "--expert_d_ff=8", "--n_experts=5", "--top_k=5"]
     source = place(Source("llama", "bfloat16"))
-    assert main.main(["upcycle", f"--checkpoint={source}", f"--output={tmp_path / 'm'}", *flags]) == 0
+    assert main(["upcycle", f"--checkpoint={source}", f"--output={tmp_path / 'm'}", *flags]) == 0
     found = capsys.readouterr().out
     assert "exact" not in found and "weights of down, which 5 parts, no power of two, round" in found
 
@@ -210,12 +210,12 @@ def test_a_stage_of_a_recipe_starts_from_the_output(tokenizer, tmp_path):
     cfg = config.model_of(config.load([tiny_recipe.CONFIG]), "pretrain")
     home = write(tmp_path / "llama", cfg, drawn(cfg))
     output = tmp_path / "mixture"
-    assert main.main(["upcycle", f"--checkpoint={home}", f"--output={output}", f"--n_experts={E}", "--strategy=copy"]) == 0
+    assert main(["upcycle", f"--checkpoint={home}", f"--output={output}", f"--n_experts={E}", "--strategy=copy"]) == 0
     stage = "--config.stages.continued."
     flags = [f"{stage}init_from={output}", f"{stage}mixture_of_experts=True", f"{stage}steps=2", "--config.scoring.prompts=0"]
     flags += ["--config.scoring.pairs=0", f"--config.tokenizer.path={tokenizer.directory}"]
     workdir = tmp_path / "run"
-    assert main.main(["train", tiny_recipe.CONFIG, f"--workdir={workdir}", "--stage=continued", *flags]) == 0
+    assert main(["train", tiny_recipe.CONFIG, f"--workdir={workdir}", "--stage=continued", *flags]) == 0
     started, ended = checkpoint.load(output), checkpoint.load(workdir / "stages/continued")
     assert ended.meta["step"] == 2
     for (path, a), b in zip(named(started.params).items(), named(ended.params).values(), strict=True):
@@ -332,7 +332,7 @@ def test_a_dry_run_foretells_the_8x8b_and_writes_nothing(large, tmp_path, monkey
     seen, fsync = [], os.fsync
     monkeypatch.setattr(os, "fsync", lambda file: (seen.extend(tmp_path.rglob("*")), fsync(file)))
     output = tmp_path / "not/there/yet"
-    assert main.main(["upcycle", f"--checkpoint={large}", f"--output={output}", "--strategy=copy", "--dry_run"]) == 0
+    assert main(["upcycle", f"--checkpoint={large}", f"--output={output}", "--strategy=copy", "--dry_run"]) == 0
     found = capsys.readouterr().out
     assert "7,512,264,704 -> 46,973,325,312 (13,150,457,856 active for a token), bfloat16" in found
     assert "8 experts, top-2" in found and "32 of 32 layers" in found
@@ -347,12 +347,12 @@ def test_a_dry_run_foretells_the_8x8b_and_writes_nothing(large, tmp_path, monkey
 def test_a_dry_run_takes_every_option_and_needs_a_whole_checkpoint(place, tmp_path, capsys):
     flags = ["upcycle", f"--output={tmp_path / 'mixture'}", "--dry_run"]
     more = ["--strategy=groups", "--expert_d_ff=10", "--n_experts=8", "--top_k=4", "--first_dense=1", "--param_dtype=bfloat16"]
-    assert main.main([*flags, f"--checkpoint={place(LLAMA)},{place(Source(seed=1))}", *more]) == 0
+    assert main([*flags, f"--checkpoint={place(LLAMA)},{place(Source(seed=1))}", *more]) == 0
     found = capsys.readouterr().out
     assert "groups of 4 parts, from 2 dense checkpoint(s)" in found and "in 2 of 3 layers" in found and "bfloat16" in found
     home = shutil.copytree(place(LLAMA), tmp_path / "broken")
     (home / "model-00003-of-00003.safetensors").unlink()
-    assert main.main([*flags, f"--checkpoint={home}"]) == 1
+    assert main([*flags, f"--checkpoint={home}"]) == 1
     assert "model-00003-of-00003.safetensors" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["broken"]
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tanuki_jax import checkpoint
-from tanuki_jax.cli import main
+from tanuki_jax.cli.main import main
 from tanuki_jax.errors import UserError
 from tanuki_jax.upcycle import stream
 from tests.checkpoint.test_manager import ON_DISK, files_of_at_most
@@ -93,7 +93,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(case, odd, tmp_path, capsys):
     usual = {"--checkpoint": "{ours}", "--output": str(tmp_path / "mixture"), "--n_experts": "4"}
     usual |= dict(flag.split("=") for flag in flags)
     capsys.readouterr()
-    assert main.main(["upcycle", *(f"{name}={value}".format(**odd) for name, value in usual.items())]) == 1
+    assert main(["upcycle", *(f"{name}={value}".format(**odd) for name, value in usual.items())]) == 1
     found = capsys.readouterr()
     [line] = found.err.splitlines()
     assert found.out == "" and line.startswith("tanuki: "), line
@@ -121,7 +121,7 @@ def test_a_nan_or_an_infinity_is_named_and_leaves_nothing(kind, tensor, place, t
     given = set(tmp_path.rglob("*"))
     flags = [f"--checkpoint={','.join(map(str, sources))}", f"--output={tmp_path / 'mixture'}", "--first_dense=1"]
     capsys.readouterr()
-    assert main.main(["upcycle", *flags, "--n_experts=4"]) == 1
+    assert main(["upcycle", *flags, "--n_experts=4"]) == 1
     found = capsys.readouterr()
     *progress, line = found.err.splitlines()
     assert found.out == "" and line.startswith("tanuki: ") and f"{home} has NaN or Inf in {named};" in line, line
@@ -135,10 +135,10 @@ def test_after_an_error_the_same_command_succeeds(tmp_path, capsys):
     arrays["lm_head.weight"][3, 3] = np.nan
     home = write(tmp_path / "llama", CFG, arrays)
     command = ["upcycle", f"--checkpoint={home}", f"--output={tmp_path / 'mixture'}", "--n_experts=4", "--strategy=copy"]
-    assert main.main(command) == 1
+    assert main(command) == 1
     shutil.rmtree(home)
     write(home, CFG, {**arrays, "lm_head.weight": good})
-    assert main.main(command) == 0
+    assert main(command) == 0
     np.testing.assert_array_equal(checkpoint.load(tmp_path / "mixture").params["head"], good.T)
 
 
@@ -159,7 +159,7 @@ def test_a_damaged_checkpoint_is_one_line_and_leaves_nothing(damage, ours, tmp_p
     damage(home)
     given = set(tmp_path.rglob("*"))
     capsys.readouterr()
-    assert main.main(["upcycle", f"--checkpoint={home}", f"--output={tmp_path / 'mixture'}", "--n_experts=4"]) == 1
+    assert main(["upcycle", f"--checkpoint={home}", f"--output={tmp_path / 'mixture'}", "--n_experts=4"]) == 1
     found = capsys.readouterr()
     [line] = found.err.splitlines()
     assert found.out == "" and line.startswith("tanuki: checkpoint: ") and str(home) in line
@@ -215,7 +215,7 @@ os.execv(sys.executable, [sys.executable, "-c", *sys.argv[1:]])
 def test_a_directory_that_may_not_be_written_to_is_one_line(ours, tmp_path):
     code = """
 import sys
-from tanuki_jax.cli import main
+from tanuki_jax.cli.main import main
 dense, locked, free = sys.argv[1:]
 for flags in ([f"--output={locked}/mixture"], [f"--output={locked}/mixture", "--dry_run"], [f"--output={free}"]):
     print("code", main(["upcycle", f"--checkpoint={dense}", "--n_experts=4", "--strategy=copy", *flags]))
@@ -308,7 +308,7 @@ def test_killed_at_any_moment_the_output_is_whole_or_not_there(place, mixture, t
     }
 
     home = tmp_path / "0"  # the same command once more, beside what the kill left
-    assert main.main(["upcycle", f"--checkpoint={place(LLAMA)}", f"--output={home}", *NOISY, "--seed=7"]) == 0
+    assert main(["upcycle", f"--checkpoint={place(LLAMA)}", f"--output={home}", *NOISY, "--seed=7"]) == 0
     assert checkpoint.load(home).cfg == checkpoint.load(mixture).cfg
 
 
