@@ -70,7 +70,7 @@ def main() -> None:
     shape = (options.steps, options.width, options.layers)
     for dtype in DTYPES:
         run_recipe(config.resolve(get_config(dtype, *shape)), options.workdir / dtype)
-    total, _ = model.count_parameters(config.model_of(config.resolve(get_config("float32", *shape)), "fast"))
+    total, _ = model.count_parameters(config.model_config(config.resolve(get_config("float32", *shape)), "fast"))
     print(f"{total:,} parameters, {options.steps} steps; loss of the last {LAST} steps, of held-out text, way of the norms.\n")
     print("| rate | float32 | bfloat16 | | held out, float32 | bfloat16 | | norms, float32 | bfloat16 |")
     print("|---|---|---|---|---|---|---|---|---|")

@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 from tanuki_jax.plan import parse as parse_topology
-from tanuki_jax.plan.estimate import priced
+from tanuki_jax.plan.estimate import with_cost
 from tanuki_jax.train.metrics import PEAK_FLOPS
 
 Options = dict[str, str | int | float | bool]
@@ -264,7 +264,7 @@ def compile_plan(
     scanned = compile_once(python, flags | {"scan_layers": True}, cache)
     few = (flags | {"base_num_decoder_layers": n, "scan_layers": False} for n in (2, 4))
     runs = (scanned, *(compile_once(python, f, cache) for f in few))
-    scanned, short, long = (run if "error" in run else priced(run, peak(topology)) for run in runs)
+    scanned, short, long = (run if "error" in run else with_cost(run, peak(topology)) for run in runs)
     plan = {"options": options, "batch": per_chip_batch, "command": [str(python), "-m", MODULE, *scanned["flags"]]}
     plan |= {"compile_seconds": sum(r["compile_seconds"] for r in runs)} | memory_of(scanned, topology)
     if "error" in short or "error" in long:
@@ -287,7 +287,7 @@ def screen(
     plan |= memory_of(scanned, topology)
     if "error" in scanned:
         return plan
-    scanned = priced(scanned, peak(topology))
+    scanned = with_cost(scanned, peak(topology))
     rest, scanned_rest = at_batch(per_chip_batch, known, "rest"), at_batch(per_chip_batch, known, "scanned_rest")
     layer = {name: scanned[name] - scanned_rest[name] for name in COSTS}
     step = {name: rest[name] + int(model["base_num_decoder_layers"]) * layer[name] for name in COSTS}

@@ -111,7 +111,7 @@ HEADER = (
 def flops_of_a_token(model: str) -> float:
     """6 x all active parameters, the embedding's too as MaxText counts, and causal attention."""
     recipe, stage = RECIPES[model]
-    cfg = config.model_of(config.load([f"--config={ROOT}/configs/{recipe}.py"]), stage)
+    cfg = config.model_config(config.load([f"--config={ROOT}/configs/{recipe}.py"]), stage)
     return flops_per_token(cfg, SEQ_LEN) + 6 * cfg.vocab_size * cfg.d_model
 
 

@@ -1,4 +1,4 @@
-"""The normal numbers of `ops.normal` from their definition: JAX's own hash, and the rest in float64."""
+"""The normal numbers of `ops.random_normal` from their definition: JAX's own hash, and the rest in float64."""
 
 import math
 

@@ -13,7 +13,7 @@ from tanuki_jax.errors import UserError
 from tokenization.segment import Segmenter
 
 SHOWN = 5  # examples of what is wrong
-COUNTED = ("tokens", "fallback", "exact", "crossing", "special", "agree")
+COUNTED_SAMPLE = ("tokens", "fallback", "exact", "crossing", "special", "agree")
 SHARES = ("byte_fallback", "round_trip", "crossing", "agreement")
 COLUMNS = {
     "characters_per_token": "chars/token",
@@ -104,7 +104,7 @@ def report(
     characters that MeCab cuts when it sees them alone; used: ids that the texts used; injected: special tokens that their
     own spelling gave.
     """
-    encoders, morphemes = _named_apart(encoders), Segmenter("morpheme", dictionary)
+    encoders, morphemes = _unique_names(encoders), Segmenter("morpheme", dictionary)
     segmenter = Segmenter(level, dictionary)
     used: dict[str, set[int]] = {encoder.name: set() for encoder in encoders}
     found: dict[str, Any] = {}
@@ -136,7 +136,7 @@ def report(
     }
 
 
-def _named_apart(encoders: Iterable[Encoder]) -> list[Encoder]:
+def _unique_names(encoders: Iterable[Encoder]) -> list[Encoder]:
     """Encoders of one name get numbers."""
     result: list[Encoder] = []
     for encoder in encoders:

@@ -120,7 +120,7 @@ def count_units(
     """
     counts: Counts = {}
     forgotten = 0
-    for language, found in _counted(_batches(texts), level, dictionary, workers or os.cpu_count() or 1):
+    for language, found in _count_batch(_batches(texts), level, dictionary, workers or os.cpu_count() or 1):
         total = counts.setdefault(language, collections.Counter())
         total.update(found)
         rare = 1
@@ -131,7 +131,7 @@ def count_units(
     return counts, forgotten
 
 
-def _counted(
+def _count_batch(
     batches: Iterator[tuple[str, list[str]]], level: str, dictionary: str, workers: int
 ) -> Iterator[tuple[str, collections.Counter[str]]]:
     """The counts of each batch, in order; the first batches are counted here, since small input is not worth a process."""

@@ -35,7 +35,7 @@ def check_vocab_size(
     length = 0
     for language, text in texts:
         length += len(text)
-        if _most(length, vocab_size) < vocab_size:
+        if _max_pieces(length, vocab_size) < vocab_size:
             kept.append((language, text))
         elif vocab_size >= ROOM:
             return  # room enough for the characters of any language
@@ -43,10 +43,10 @@ def check_vocab_size(
     counts = collections.Counter({c: n for c, n in counts.items() if not c.isspace() or c in " \u3000"})
     if not counts:
         return  # an empty corpus has its own message
-    if (most := _most(length, vocab_size)) < vocab_size:
-        pieces = _reached(kept, most, character_coverage, **options)
+    if (most := _max_pieces(length, vocab_size)) < vocab_size:
+        pieces = _reachable(kept, most, character_coverage, **options)
         if pieces < ROOM <= most:  # with so many, no characters are added that the text has not
-            pieces = _reached(kept, pieces, character_coverage, **options)
+            pieces = _reachable(kept, pieces, character_coverage, **options)
         raise UserError(
             f"tokenizer: {vocab_size:,} pieces cannot come of {length:,} characters of text; "
             f"--vocab_size={pieces} is the most that they give, or bring more text"
@@ -60,7 +60,7 @@ def check_vocab_size(
         )
 
 
-def _reached(texts: Iterable[tuple[str, str]], vocab_size: int, character_coverage: float, **options: Any) -> int:
+def _reachable(texts: Iterable[tuple[str, str]], vocab_size: int, character_coverage: float, **options: Any) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         return train(texts, Path(scratch), vocab_size, character_coverage, **options).pieces
 
@@ -75,7 +75,7 @@ def _check_range(vocab_size: int, character_coverage: float) -> None:
         )
 
 
-def _most(length: int, vocab_size: int) -> int:
+def _max_pieces(length: int, vocab_size: int) -> int:
     """More pieces than can come of so many characters of text."""
     given = len(MODERN) + 2 * sum(LONGEST_PIECE * len(mark) for mark in MARKS) if vocab_size >= ROOM else len(SPELLING)
     return FIXED + given + length + min(SEEDS, (LONGEST_PIECE - 1) * length // 2)

@@ -10,19 +10,19 @@ so that nothing that was computed from it is taken for another's.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from tanuki_jax.checkpoint.lazy import Block, Opened, Stored, block_indices, open_stored
+from tanuki_jax.checkpoint.lazy import Block, LazyArray, LazyCheckpoint, block_indices, open_lazy
 from tanuki_jax.checkpoint.restore import (
     Adapters,
     Loaded,
     adapters_meta,
     check_architecture,
     check_sums,
-    handed_down,
+    inherited_meta,
     lineage,
     load,
     load_adapters,
-    load_as,
-    longest_row,
+    load_for,
+    max_seq_len,
     parameter_shardings,
     read_meta,
     replicated,
@@ -33,34 +33,34 @@ from tanuki_jax.checkpoint.restore import (
 from tanuki_jax.config.init_from import locate
 
 if TYPE_CHECKING:
-    from tanuki_jax.checkpoint.manager import EVERY, Checkpoints
-    from tanuki_jax.checkpoint.streaming import save_streamed
+    from tanuki_jax.checkpoint.manager import KEEP_ALL, Checkpoints
+    from tanuki_jax.checkpoint.streaming import save_streaming
 
 __all__ = [
-    "EVERY",
     "Adapters",
     "Block",
     "Checkpoints",
+    "KEEP_ALL",
+    "LazyArray",
+    "LazyCheckpoint",
     "Loaded",
-    "Opened",
-    "Stored",
     "adapters_meta",
     "block_indices",
     "check_architecture",
     "check_sums",
-    "handed_down",
+    "inherited_meta",
     "lineage",
     "load",
     "load_adapters",
-    "load_as",
+    "load_for",
     "locate",
-    "longest_row",
-    "open_stored",
+    "max_seq_len",
+    "open_lazy",
     "parameter_shardings",
     "read_meta",
     "replicated",
     "save_params",
-    "save_streamed",
+    "save_streaming",
     "sharded_like",
     "single_device",
 ]

@@ -20,7 +20,7 @@ def write(path: Path, array: np.ndarray) -> list[int]:
     """Writes the numbers of an array as a file, onto the disk; returns its size and CRC-32."""
     data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
     crc = 0
-    with files.direct(path, len(data)) as append:
+    with files.direct_writer(path, len(data)) as append:
         for at in range(0, len(data), files.PIECE):
             piece = data[at : at + files.PIECE]
             crc = zlib.crc32(piece, crc)
@@ -28,7 +28,7 @@ def write(path: Path, array: np.ndarray) -> list[int]:
     return [len(data), crc]
 
 
-def seal(step: Path, process: int, processes: int, known: Mapping[str, list[int]] = MappingProxyType({})) -> None:
+def write_checksums(step: Path, process: int, processes: int, known: Mapping[str, list[int]] = MappingProxyType({})) -> None:
     """Writes the sums of this process's share of the files of a step: every so many-th.
 
     known: what `write` said of files, by their paths in the step; they are not read again.
@@ -42,7 +42,7 @@ def seal(step: Path, process: int, processes: int, known: Mapping[str, list[int]
     temporary.replace(step / f"sums-{process}-of-{processes}.json")
 
 
-def sealed(step: Path) -> bool:
+def has_checksums(step: Path) -> bool:
     """Whether every process came to write its sums; a kill just after a save can prevent it."""
     return any(len(list(step.glob(f"sums-*-of-{count}.json"))) == int(count) for count in _counts(step))
 
@@ -51,13 +51,13 @@ def _counts(step: Path) -> set[str]:
     return {path.stem.rpartition("-")[2] for path in step.glob("sums-*-of-*.json")}
 
 
-class Reading:
+class ChecksumVerifier:
     """Compares with their sums what is read of a step's files anyway, so that none is read once more for that."""
 
     def __init__(self, step: Path) -> None:
         self.right: set[str] = set()  # paths in the step
         try:
-            self._told = told(step)
+            self._told = read(step)
         except ValueError:  # whoever compares the rest will say so
             self._told = {}
 
@@ -71,7 +71,7 @@ class Reading:
         return False
 
 
-def told(step: Path) -> dict[str, list[int]]:
+def read(step: Path) -> dict[str, list[int]]:
     """Sizes and sums of a step's files, as they were written; ValueError, with the file's name, where they cannot be read."""
     found: dict[str, list[int]] = {}
     for path in step.glob("sums-*.json"):
@@ -82,13 +82,13 @@ def told(step: Path) -> dict[str, list[int]]:
     return found
 
 
-def damage(step: Path, process: int = 0, processes: int = 1, item: str = "", right: Collection[str] = ()) -> str:
+def find_corruption(step: Path, process: int = 0, processes: int = 1, item: str = "", right: Collection[str] = ()) -> str:
     """What is wrong with this process's share of a step's files (of one item), or nothing; a step without sums is trusted.
 
     right: those that need no look.
     """
     try:
-        written = told(step)
+        written = read(step)
     except ValueError as error:
         return str(error)
     names = sorted(name for name in written if not item or name.startswith(f"{item}/"))[process::processes]

@@ -21,7 +21,7 @@ Block = tuple[str, tuple[int, ...], np.ndarray]  # name, leading indices, array
 
 
 @dataclasses.dataclass(frozen=True)
-class Stored:
+class LazyArray:
     """An array that lies in a file; `read(i)` reads row i of its first axis (a layer), `read()` all of it."""
 
     shape: tuple[int, ...]
@@ -30,7 +30,7 @@ class Stored:
 
 
 @dataclasses.dataclass(frozen=True)
-class Opened:
+class LazyCheckpoint:
     """A checkpoint's parameters by path, "layers/attn/q" say, none of which has been read yet.
 
     What is read is compared with its check sum where it is a whole file.  `verified()` compares all other files, once, and is
@@ -38,7 +38,7 @@ class Opened:
     """
 
     cfg: config.Model
-    tree: dict[str, Stored]
+    tree: dict[str, LazyArray]
     meta: dict[str, Any]
     stage_directory: Path
     verified: Callable[[], None] = lambda: None
@@ -47,7 +47,7 @@ class Opened:
     @property
     def told_loss(self) -> str:
         """What rounding has lost of adapters, by all that was read; empty where there is nothing to tell."""
-        return model.lora.told_loss(sum(self.losses), self.cfg.param_dtype) if self.losses else ""
+        return model.lora.describe_merge_loss(sum(self.losses), self.cfg.param_dtype) if self.losses else ""
 
     @property
     def tokenizer_directory(self) -> Path:
@@ -56,59 +56,59 @@ class Opened:
         return own if own.is_dir() else self.stage_directory
 
 
-def open_stored(path: str | Path, param_dtype: str = "") -> Opened:
+def open_lazy(path: str | Path, param_dtype: str = "") -> LazyCheckpoint:
     """A checkpoint of ours, to be read a layer at a time; adapters come merged into what they lie on.
 
     Matrices have the dtype in which they were saved, or `param_dtype`, and norms are float32.
     """
     stage_directory, step = locate(path)
-    reading = checksums.Reading(stage_directory / "checkpoints" / str(step))
+    reading = checksums.ChecksumVerifier(stage_directory / "checkpoints" / str(step))
     verified = functools.cache(lambda: check_sums(stage_directory, step, "params", reading.right))
     meta = read_meta(stage_directory, step)
     cfg = config.from_dict(config.Model, meta["model"])
     cfg = dataclasses.replace(cfg, param_dtype=param_dtype or cfg.param_dtype)
     if "adapter" in meta:
-        base, losses = open_stored(base_of(stage_directory, meta), cfg.param_dtype), list[np.ndarray]()
+        base, losses = open_lazy(base_of(stage_directory, meta), cfg.param_dtype), list[np.ndarray]()
         scales, ranks = meta["adapter"]["scales"], meta["adapter"]["ranks"]
-        sides = _opened(stage_directory, step, [f"lora/{name}/{side}" for name in ranks for side in "ab"], reading, verified)
+        sides = _open(stage_directory, step, [f"lora/{name}/{side}" for name in ranks for side in "ab"], reading, verified)
         tree = dict(base.tree)
         for name in ranks:
             a, b = sides[f"lora/{name}/a"], sides[f"lora/{name}/b"]
-            tree[name] = _merged(name, tree[name], a, b, np.array(scales[name]), losses)
+            tree[name] = _merge(name, tree[name], a, b, np.array(scales[name]), losses)
 
         def both() -> None:
             verified()
             base.verified()
 
-        return Opened(cfg, tree, without_adapter(meta), stage_directory, both, losses)
+        return LazyCheckpoint(cfg, tree, without_adapter(meta), stage_directory, both, losses)
     names = [name for name, _, _ in model.named_parameters(cfg)]
-    found = _opened(stage_directory, step, names, reading, verified)
+    found = _open(stage_directory, step, names, reading, verified)
     tree = {name: _cast(stored, model.parameter_dtype(cfg, name)) for name, stored in found.items()}
-    return Opened(cfg, tree, meta, stage_directory, verified)
+    return LazyCheckpoint(cfg, tree, meta, stage_directory, verified)
 
 
-def _cast(stored: Stored, dtype: str) -> Stored:
+def _cast(stored: LazyArray, dtype: str) -> LazyArray:
     """The array in another dtype: a cast that was asked for, or norms of before they were always float32."""
     if stored.dtype == dtype:
         return stored
-    return Stored(stored.shape, dtype, lambda *row: stored.read(*row).astype(dtype))
+    return LazyArray(stored.shape, dtype, lambda *row: stored.read(*row).astype(dtype))
 
 
-def _merged(name: str, base: Stored, a: Stored, b: Stored, scale_L: np.ndarray, losses: list[np.ndarray]) -> Stored:
+def _merge(name: str, base: LazyArray, a: LazyArray, b: LazyArray, scale_L: np.ndarray, losses: list[np.ndarray]) -> LazyArray:
     def read(*row: int) -> np.ndarray:
         scale, w = np.float32(scale_L[row[0]] if row else scale_L), base.read(*row)
-        exact, change = model.lora.added(name, w, a.read(*row), b.read(*row), scale)
+        exact, change = model.lora.delta(name, w, a.read(*row), b.read(*row), scale)
         merged = exact.astype(w.dtype)
         if w.dtype != np.float32:
-            losses.append(np.asarray(model.lora.lost(w, change, exact, merged)))
+            losses.append(np.asarray(model.lora.merge_loss(w, change, exact, merged)))
         return np.asarray(merged)
 
-    return Stored(base.shape, base.dtype, read)
+    return LazyArray(base.shape, base.dtype, read)
 
 
-def _opened(
-    stage_directory: Path, step: int, names: list[str], reading: checksums.Reading, verified: Callable[[], None]
-) -> dict[str, Stored]:
+def _open(
+    stage_directory: Path, step: int, names: list[str], reading: checksums.ChecksumVerifier, verified: Callable[[], None]
+) -> dict[str, LazyArray]:
     """Arrays of the item `params` of a step, by path.  Where one cannot be read, check sums say best why."""
     home = stage_directory / "checkpoints" / str(step) / "params"
     try:
@@ -118,7 +118,7 @@ def _opened(
         raise UserError(f"checkpoint: {stage_directory} step {step} cannot be read: {str(error).splitlines()[0]}") from error
     driver = "zarr3" if written.get("use_zarr3") else "zarr"
 
-    def opened(name: str) -> Stored:
+    def opened(name: str) -> LazyArray:
         mapped = {"driver": "file", "file_io_mode": {"mode": "memmap"}}  # half the time of reading
         plain = {**mapped, "path": f"{home}/{name.replace('/', '.')}/"}
         packed = {"driver": "ocdbt", "base": {**mapped, "path": f"{home}/"}, "path": f"{name.replace('/', '.')}/"}
@@ -143,7 +143,7 @@ def _opened(
                 verified()
                 raise UserError(f"checkpoint: {name} in {home} is damaged: {str(error).splitlines()[0]}") from error
 
-        return Stored(tuple(array.shape), array.dtype.name, read)
+        return LazyArray(tuple(array.shape), array.dtype.name, read)
 
     return {name: opened(name) for name in names}
 

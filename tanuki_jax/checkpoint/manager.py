@@ -24,7 +24,7 @@ ORBAX_THREADS = ("async_save", "save_finalize", "write_metadata_after_commits")
 CHUNK = 128 << 20  # bytes
 POLL = 0.02  # seconds
 SAVE_SECONDS = 1800  # that a save may take in the background, before it is an error
-EVERY = 1_000_000  # keep all checkpoints: for opening without deleting
+KEEP_ALL = 1_000_000  # keep all checkpoints: for opening without deleting
 
 
 class _Manager(ocp.CheckpointManager):
@@ -93,11 +93,15 @@ class Checkpoints:
         Damaged steps are told and put aside as `damaged-<step>`.  A step whose sums were not written, because the run was
         killed in between, cannot be verified; it is tried only where there is no other.
         """
-        waiting = _of_first(sorted((checksums.sealed(self.directory / str(step)), step) for step in self.steps()))
+        waiting = _from_process_zero(
+            sorted((checksums.has_checksums(self.directory / str(step)), step) for step in self.steps())
+        )
         while waiting:
             sealed, step = waiting.pop()
             wrong, state = (
-                multihost.first_of(checksums.damage(self.directory / str(step), *multihost.share()), "check sums"),
+                multihost.first_error(
+                    checksums.find_corruption(self.directory / str(step), *multihost.process_slice()), "check sums"
+                ),
                 None,
             )
             if not wrong:
@@ -110,7 +114,7 @@ class Checkpoints:
                     if sealed:
                         raise
                     wrong = f"it cannot be read: {' '.join(str(error).split())[:200] or type(error).__name__}"
-                wrong = multihost.first_of(wrong, "restoring")
+                wrong = multihost.first_error(wrong, "restoring")
             if not wrong:
                 for later in (s for _, s in waiting if s > step):
                     told(later, "the run was killed before its check sums were written")
@@ -127,7 +131,7 @@ class Checkpoints:
         """
         with self._saving():
             self._wait()
-        steps = _of_first(self.steps())
+        steps = _from_process_zero(self.steps())
         for later in (s for s in steps if s > step):
             self._put_aside(later, "left")
         return max((s for s in steps if s <= step), default=0)
@@ -138,7 +142,7 @@ class Checkpoints:
             shutil.rmtree(target, ignore_errors=True)
             (self.directory / str(step)).rename(target)
 
-        multihost.on_first(move, "putting a checkpoint aside")
+        multihost.on_process_zero(move, "putting a checkpoint aside")
         self._manager.reload()
 
     def save(self, step: int, state: Any, meta: dict[str, Any], kept: Iterable[int] = ()) -> None:
@@ -176,14 +180,14 @@ class Checkpoints:
     def _begin(self) -> None:
         """Before the first save, removes what a killed run left of one."""
         if not self._begun:
-            multihost.on_first(lambda: _remove_unfinished(self.directory), "removing unfinished saves")
+            multihost.on_process_zero(lambda: _remove_unfinished(self.directory), "removing unfinished saves")
         self._begun = True
 
     def _probe(self, trees: dict[str, Any]) -> None:
         """An OSError on all processes where one cannot write here, or there is no room: some would find out in the middle of a
         save, and the others wait for them.  A UserError where the run's lock is another's by now.
         """
-        multihost.on_first(lock.check, "the lock on the workdir")
+        multihost.on_process_zero(lock.check, "the lock on the workdir")
         probe, size = self.directory / f".probe-{jax.process_index()}", sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
         wrong = ""
         try:
@@ -196,7 +200,7 @@ class Checkpoints:
             wrong = str(error)
             with suppress(OSError):
                 probe.unlink()
-        if wrong := multihost.first_of(wrong, "a save"):
+        if wrong := multihost.first_error(wrong, "a save"):
             raise OSError(wrong)
 
     def _seal(self, step: int) -> None:
@@ -207,7 +211,7 @@ class Checkpoints:
                 return
             time.sleep(POLL)
         try:
-            checksums.seal(home, *multihost.share())
+            checksums.write_checksums(home, *multihost.process_slice())
         except FileNotFoundError:
             pass  # retention was faster
         except OSError as error:
@@ -275,9 +279,9 @@ def _remove_unfinished(directory: Path) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _of_first(found: Any) -> Any:
+def _from_process_zero(found: Any) -> Any:
     """What process 0 sees of a shared file system, on all processes."""
-    return json.loads(multihost.exchange(json.dumps(found), "checkpoints")[0])
+    return json.loads(multihost.all_gather_text(json.dumps(found), "checkpoints")[0])
 
 
 def join_orbax() -> None:

@@ -20,7 +20,7 @@ from tanuki_jax.errors import UserError
 
 REMOVED, POLL = 2.0, 0.1  # seconds that a step, which lacks a file, may be on its way out; and between two looks
 # Keys of a model that do not change its tree of parameters.
-COMPUTED = (
+EXECUTION_KEYS = (
     *("dtype", "remat", "unroll", "logits_chunk", "attention", "experts", "capacity_factor"),
     *("rope_theta", "init_std", "param_dtype"),
 )
@@ -55,7 +55,7 @@ def load(path: str | Path, mesh: jax.sharding.Mesh | None = None, param_dtype: s
         everything = {**base.params, **found.params, **found.scales}
         shardings = (parameter_shardings(cfg, mesh), replicated(mesh)) if mesh else None
         params, losses = jax.jit(model.lora.merge_and_loss, out_shardings=shardings)(everything)
-        if (told := model.lora.told_loss(multihost.to_host(losses), cfg.param_dtype)) and jax.process_index() == 0:
+        if (told := model.lora.describe_merge_loss(multihost.to_host(losses), cfg.param_dtype)) and jax.process_index() == 0:
             print(f"{path}: {told}; model.param_dtype='float32' keeps it, and so does carry='adapter'", file=sys.stderr)
         return Loaded(cfg, params, without_adapter(meta), stage_directory)
     cfg = config.from_dict(config.Model, meta["model"])
@@ -76,7 +76,7 @@ def _cast(loaded: Loaded, param_dtype: str, mesh: jax.sharding.Mesh | None) -> L
     return dataclasses.replace(loaded, cfg=cfg, params=convert(loaded.params))
 
 
-def load_as(path: str | Path, cfg: config.Model, mesh: jax.sharding.Mesh) -> Loaded:
+def load_for(path: str | Path, cfg: config.Model, mesh: jax.sharding.Mesh) -> Loaded:
     """A checkpoint for the model `cfg`, in its dtype; an error where it is of another architecture."""
     loaded = load(path, mesh, cfg.param_dtype)
     check_architecture(str(path), loaded.meta["model"], cfg)
@@ -85,10 +85,10 @@ def load_as(path: str | Path, cfg: config.Model, mesh: jax.sharding.Mesh) -> Loa
 
 def _restore(stage_directory: Path, step: int, shapes: Any, shardings: Any) -> Any:
     """The item `params` of a step."""
-    from tanuki_jax.checkpoint.manager import EVERY, Checkpoints
+    from tanuki_jax.checkpoint.manager import KEEP_ALL, Checkpoints
 
     check_sums(stage_directory, step, "params")
-    checkpoints = Checkpoints(stage_directory, keep=EVERY)
+    checkpoints = Checkpoints(stage_directory, keep=KEEP_ALL)
     try:
         like = sharded_like(shapes, shardings) if shardings else single_device(shapes)
         return checkpoints.restore_items(step, {"params": like})["params"]
@@ -105,8 +105,10 @@ def check_sums(stage_directory: Path, step: int, item: str, right: Collection[st
     right: files that need no look, by their paths in the step.
     """
     home = Path(stage_directory) / "checkpoints" / str(step)
-    wrong = checksums.damage(home, *multihost.share(), item=item, right=right) or ("" if home.is_dir() else "it is missing")
-    if wrong := multihost.first_of(wrong, "check sums"):
+    wrong = checksums.find_corruption(home, *multihost.process_slice(), item=item, right=right) or (
+        "" if home.is_dir() else "it is missing"
+    )
+    if wrong := multihost.first_error(wrong, "check sums"):
         _is_damaged(home, wrong)
 
 
@@ -135,7 +137,7 @@ def _is_damaged(home: Path, wrong: str) -> None:
 def read_meta(stage_directory: Path, step: int) -> dict[str, Any]:
     """What was saved beside the arrays of one step."""
     home = Path(stage_directory) / "checkpoints" / str(step)
-    if wrong := checksums.damage(home, item="meta"):
+    if wrong := checksums.find_corruption(home, item="meta"):
         _is_damaged(home, wrong)
     try:
         meta: dict[str, Any] = files.read_json(home / "meta" / "metadata")  # a manager of Orbax takes ten times as long
@@ -158,15 +160,15 @@ def lineage(meta: dict[str, Any]) -> dict[str, Any]:
     return {name: stages[name] for name in reversed(found)} if found else stages
 
 
-def longest_row(meta: dict[str, Any]) -> int:
+def max_seq_len(meta: dict[str, Any]) -> int:
     """The longest row that a model was trained on, here or before, or that its publisher names; 2048 where it is not known."""
     lengths = [stage["seq_len"] for stage in lineage(meta).values() if stage["kind"] != "upcycle"]
     return max([*lengths, meta.get("longest") or 0]) or 2048
 
 
-def handed_down(meta: dict[str, Any]) -> dict[str, Any]:
+def inherited_meta(meta: dict[str, Any]) -> dict[str, Any]:
     """What the meta of a checkpoint hands to that of whatever is made from it: what its publisher says, and its longest row."""
-    return {"longest": longest_row(meta)} | {name: meta[name] for name in ("huggingface", "published") if name in meta}
+    return {"longest": max_seq_len(meta)} | {name: meta[name] for name in ("huggingface", "published") if name in meta}
 
 
 def save_params(stage_directory: Path, params: Any, meta: dict[str, Any]) -> None:
@@ -265,11 +267,11 @@ def check_architecture(where: str, saved: dict[str, Any], cfg: config.Model) -> 
     """An error that names what differs between a checkpoint's model and the one asked for."""
     wanted = config.to_dict(cfg)
     saved = config.to_dict(config.from_dict(config.Model, saved))  # keys added since have their defaults
-    unused = () if cfg.n_experts else config.MIXTURE
+    unused = () if cfg.n_experts else config.MOE_KEYS
     differing = [
         f"{name} {saved[name]} (here {value})"
         for name, value in wanted.items()
-        if name not in (*COMPUTED, *unused) and saved[name] != value
+        if name not in (*EXECUTION_KEYS, *unused) and saved[name] != value
     ]
     if differing:
         raise UserError(

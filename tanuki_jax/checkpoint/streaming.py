@@ -19,10 +19,10 @@ from tanuki_jax.checkpoint import checksums
 from tanuki_jax.checkpoint.lazy import Block, block_shape, file_of, in_step
 from tanuki_jax.checkpoint.manager import join_orbax
 
-AHEAD = 3  # blocks on their way to the disk while the next one is made: the matrices of an expert
+PREFETCH = 3  # blocks on their way to the disk while the next one is made: the matrices of an expert
 
 
-class _Streamed:
+class _Stream:
     """Stands for an array that comes in blocks; what Orbax asks of a leaf."""
 
     def __init__(self, name: str, shape: tuple[int, ...], dtype: str, block: tuple[int, ...]) -> None:
@@ -47,7 +47,7 @@ class _StreamHandler(ocp.type_handlers.NumpyHandler):
     def typestr(self) -> str:
         return "jax.Array"
 
-    async def _open_and_write(self, value: _Streamed, tspec: dict[str, Any], ts_context: Any) -> None:
+    async def _open_and_write(self, value: _Stream, tspec: dict[str, Any], ts_context: Any) -> None:
         tspec["metadata"] |= {"chunks": value.block, "compressor": None}  # weights hardly shrink
         store: Any = await tensorstore.open(tspec, create=True, open=True, context=ts_context)
         self._directories[value.name] = Path(store.kvstore.path)
@@ -60,16 +60,16 @@ class _StreamHandler(ocp.type_handlers.NumpyHandler):
 
         paths = ((self._directories[name] / file_of(at, len(at) + block.ndim), block) for name, at, block in self._blocks)
         # After an error, too, nothing is left that would still write.
-        self.sums = dict(files.ahead((functools.partial(written, *one) for one in paths), AHEAD, AHEAD))
+        self.sums = dict(files.prefetch((functools.partial(written, *one) for one in paths), PREFETCH, PREFETCH))
 
 
-def save_streamed(stage_directory: Path, cfg: config.Model, blocks: Iterator[Block], meta: dict[str, Any]) -> None:
+def save_streaming(stage_directory: Path, cfg: config.Model, blocks: Iterator[Block], meta: dict[str, Any]) -> None:
     """Writes a model's parameters as step 0 of a stage from blocks (name, leading indices, array), none of which is kept.
 
     Experts come one by one (two leading indices), other layers whole (one), the rest at once (none).
     """
     shapes = {name: (shape, str(np.dtype(leaf.dtype))) for (name, _, shape), leaf in _with_leaves(cfg)}
-    leaves = {name: _Streamed(name, shape, dtype, block_shape(name, shape)) for name, (shape, dtype) in shapes.items()}
+    leaves = {name: _Stream(name, shape, dtype, block_shape(name, shape)) for name, (shape, dtype) in shapes.items()}
     stopped = threading.Event()
 
     def until_stopped() -> Iterator[Block]:
@@ -79,7 +79,7 @@ def save_streamed(stage_directory: Path, cfg: config.Model, blocks: Iterator[Blo
             yield block
 
     writing = _StreamHandler(len(leaves), until_stopped())
-    registry = ocp.type_handlers.create_type_handler_registry((_Streamed, writing))
+    registry = ocp.type_handlers.create_type_handler_registry((_Stream, writing))
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry)
     directory = files.absolute(stage_directory) / "checkpoints"
     tree: dict[str, Any] = {}
@@ -99,7 +99,7 @@ def save_streamed(stage_directory: Path, cfg: config.Model, blocks: Iterator[Blo
             stopped.set()
             join_orbax()
             raise
-        checksums.seal(directory / "0", 0, 1, writing.sums)
+        checksums.write_checksums(directory / "0", 0, 1, writing.sums)
         files.sync(directory)
 
 

@@ -18,7 +18,7 @@ from tanuki_jax.errors import UserError
 HINT = "日本語でも英語でもどうぞ。 /new begins a new conversation, /quit (or end of input) leaves."
 OFFER = "このモデルが正しく答えた質問: Questions that this model has answered rightly:"
 CONTEXT = 16  # ids of a prompt that are decoded with what follows
-TWICE = 1.0  # seconds within which a second Ctrl-C leaves
+EXIT_HINT = 1.0  # seconds within which a second Ctrl-C leaves
 
 
 def chat(
@@ -39,11 +39,11 @@ def chat(
       questions: what the hint offers to ask.
       longest: tokens that a conversation may have; 0 = any number.
     """
-    _tell(HINT)
+    _print_hint(HINT)
     for offer in (OFFER, *questions) if questions else ():
-        _tell(offer)
+        _print_hint(offer)
     messages: list[dict[str, str]] = []
-    stopped = -TWICE
+    stopped = -EXIT_HINT
     while (line := _read_question()) is not None:
         if line.strip() == "/new":
             messages = []
@@ -53,25 +53,25 @@ def chat(
         prompt, _ = encode_chat(tokenizer, asked, add_generation_prompt=True)
         room = longest - len(prompt) if longest else sampling.max_new_tokens
         if room < 1:
-            _tell(f"no room for an answer: {len(prompt):,} of {longest:,} tokens that this model knows; /new begins anew")
+            _print_hint(f"no room for an answer: {len(prompt):,} of {longest:,} tokens that this model knows; /new begins anew")
             continue
         limited = dataclasses.replace(sampling, max_new_tokens=min(room, sampling.max_new_tokens))
         ids = model.stream(cfg, params, prompt, limited, (seed + len(asked)) % 2**32)
         answer, end = _say(tokenizer, prompt, ids, limited.max_new_tokens)
         if end == "interrupted":
-            if time.monotonic() - stopped < TWICE:
+            if time.monotonic() - stopped < EXIT_HINT:
                 return
             stopped = time.monotonic()
         elif end == "cut":
             why = (
                 f"--max_new_tokens={sampling.max_new_tokens}" if limited == sampling else f"this model knows {longest:,} tokens"
             )
-            _tell(f"(the answer is cut here: {why})")
+            _print_hint(f"(the answer is cut here: {why})")
         if answer:
             messages = [*asked, {"role": "assistant", "content": answer}]
 
 
-def _tell(text: str) -> None:
+def _print_hint(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
@@ -84,7 +84,7 @@ def _read_question() -> str | None:
     except UnicodeDecodeError as error:
         raise UserError(f"chat: what is typed is not {error.encoding.upper()}: {error.reason}") from error
     except KeyboardInterrupt:
-        _tell("")
+        _print_hint("")
         return None
     return None if not line or line.strip() == "/quit" else line.rstrip("\n")
 
@@ -93,7 +93,7 @@ def _say(tokenizer: Tokenizer, prompt: Sequence[int], ids: Iterator[int], limit:
     """Prints an answer as it comes; returns it, and how it ended: "interrupted", "cut" (after `limit` tokens) or ""."""
     answer, seen, end = "", [0] * 0, ""
     try:
-        for piece in text_pieces(tokenizer, prompt, _recorded(ids, seen)):
+        for piece in text_pieces(tokenizer, prompt, _stored_questions(ids, seen)):
             answer += piece
             print(piece, end="", flush=True)
     except KeyboardInterrupt:
@@ -102,7 +102,7 @@ def _say(tokenizer: Tokenizer, prompt: Sequence[int], ids: Iterator[int], limit:
     return answer, end or ("cut" if len(seen) == limit else "")
 
 
-def _recorded(ids: Iterator[int], seen: list[int]) -> Iterator[int]:
+def _stored_questions(ids: Iterator[int], seen: list[int]) -> Iterator[int]:
     for token in ids:
         seen.append(token)
         yield token
@@ -136,7 +136,7 @@ def text_pieces(tokenizer: Tokenizer, prompt: Sequence[int], ids: Iterable[int])
         yield rest
 
 
-def offered_questions(stage_directory: Path) -> list[str]:
+def stored_suggestions(stage_directory: Path) -> list[str]:
     """The questions that a finished stage has shown to answer rightly, one after the other; none of any other checkpoint."""
     try:
         found = files.read_json(stage_directory / "done.json")["questions"]

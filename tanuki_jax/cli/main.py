@@ -55,37 +55,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if config_flags and options.verb not in ("run", "train", "plan"):
             raise UserError(f"tanuki {options.verb}: takes no --config")
         options.config_flags = config_flags
-        _hush()
+        _silence_warnings()
         jax_platform.choose_platform()
-        with _held(options):
+        with _hold_output(options):
             WORK[options.work](options)
         return 0
     except UserError as error:
         print(f"tanuki: {error}", file=sys.stderr)
-        _leave(1)
+        _exit(1)
     except Preempted as stopped:
         print(f"tanuki: {stopped}; the same command goes on from there", file=sys.stderr)
-        _leave(PREEMPTED)
+        _exit(PREEMPTED)
         return PREEMPTED
     except PeerLost as error:
         print(f"tanuki: {error}; start all processes again", file=sys.stderr)
-        _leave(PEER_LOST)
+        _exit(PEER_LOST)
         return PEER_LOST
     except BrokenPipeError:
         if given[:1] not in (["run"], ["train"]):
             return 0  # whoever reads the answer has read enough
-        _leave(1)
+        _exit(1)
     except KeyboardInterrupt:
         resumes = given[:1] in (["run"], ["train"], ["data"])
         what = "the same command goes on from where it was" if resumes else "no output was written"
         print(f"\ntanuki: interrupted; {what}", file=sys.stderr)
-        _leave(130)
+        _exit(130)
         return 130
     except Exception as error:
         if not _several_processes():
             raise
         traceback.print_exception(error)
-        _leave(PEER_LOST if _is_of_a_peer(error) else 1)
+        _exit(PEER_LOST if _is_of_a_peer(error) else 1)
     return 1
 
 
@@ -102,7 +102,7 @@ def _is_of_a_peer(error: Exception) -> bool:
     return waits or type(error).__module__.startswith("orbax")
 
 
-def _leave(code: int) -> None:
+def _exit(code: int) -> None:
     """Ends one of several processes at once: JAX's own shutdown would wait for the others, who may wait for this one."""
     if _several_processes():
         sys.stdout.flush()
@@ -126,7 +126,7 @@ def _tune_malloc() -> None:
         os.execv(sys.executable, [sys.executable, "-m", "tanuki_jax.cli", *sys.argv[1:]])
 
 
-def _hush() -> None:
+def _silence_warnings() -> None:
     """Keeps libraries' own reports of an error off the screen: what matters of it is raised, and becomes one message."""
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -139,7 +139,7 @@ def _unraisable(found: Any) -> None:
 
 
 @contextlib.contextmanager
-def _held(options: argparse.Namespace) -> Iterator[None]:
+def _hold_output(options: argparse.Namespace) -> Iterator[None]:
     """Holds the lock on what a verb writes, and takes it before anything slow is imported.
 
     Of several processes of a run, the first one takes it once it knows its number.
@@ -154,7 +154,7 @@ def _held(options: argparse.Namespace) -> Iterator[None]:
         yield
 
 
-def _fresh(output: Path) -> Path:
+def _new_output(output: Path) -> Path:
     """The output of which its lock is held: it must not be there, and what a killed command left of it goes."""
     from tanuki_jax import files
 
@@ -192,7 +192,7 @@ def _plan(options: argparse.Namespace) -> None:
         raise UserError("\ntanuki: ".join(problems))
 
 
-def _read_soon(directory: Path) -> None:
+def _prefetch_weights(directory: Path) -> None:
     """Has the weights of a directory read while libraries are imported: Hugging Face's, or the newest step's."""
     from tanuki_jax import files
 
@@ -200,13 +200,13 @@ def _read_soon(directory: Path) -> None:
         steps = [*directory.glob("checkpoints/*/params"), *directory.glob("params")]
         newest = max(steps, key=lambda path: path.stat().st_mtime, default=None)
         ours = [path for path in newest.parent.rglob("*") if "optimizer" not in path.parts] if newest else []
-        files.read_soon([path for path in (*directory.glob("*.safetensors"), *ours) if path.is_file()])
+        files.advise_willneed([path for path in (*directory.glob("*.safetensors"), *ours) if path.is_file()])
 
 
 def _upcycle(options: argparse.Namespace) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"  # from file to file: an accelerator would only be in the way
     for path in () if options.dry_run else options.checkpoint.split(","):
-        _read_soon(Path(path))
+        _prefetch_weights(Path(path))
     from tanuki_jax.upcycle import stream
 
     shape = {name: getattr(options, name) for name in ("n_experts", "top_k", "expert_d_ff", "first_dense", "moe_every")}
@@ -214,14 +214,14 @@ def _upcycle(options: argparse.Namespace) -> None:
     settings = {n: getattr(options, n) for n in ("strategy", "noise_std", "drop_ratio", "router_init", "router_std")}
     job = stream.plan(options.checkpoint.split(","), shape, settings, options.seed, options.param_dtype)
     if options.dry_run:
-        print(stream.predicted(job, options.output))
+        print(stream.format_prediction(job, options.output))
         return
-    print(stream.run(job, _fresh(options.output)))
+    print(stream.run(job, _new_output(options.output)))
 
 
 def _import(options: argparse.Namespace) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
-    _read_soon(options.hf)
+    _prefetch_weights(options.hf)
     from tanuki_jax import interop
 
     if options.vocab_size and (interop.is_peft(options.hf) or options.base):
@@ -231,14 +231,14 @@ def _import(options: argparse.Namespace) -> None:
     if interop.is_peft(options.hf):
         if not options.base:
             raise UserError("import: adapters need --base, the checkpoint of ours that they lie on")
-        print(interop.import_adapters(options.hf, options.base, _fresh(options.output)))
+        print(interop.import_adapters(options.hf, options.base, _new_output(options.output)))
     else:
-        print(interop.import_huggingface(options.hf, _fresh(options.output), options.vocab_size, options.param_dtype))
+        print(interop.import_huggingface(options.hf, _new_output(options.output), options.vocab_size, options.param_dtype))
 
 
 def _export(options: argparse.Namespace) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
-    _read_soon(options.checkpoint)
+    _prefetch_weights(options.checkpoint)
     from tanuki_jax import interop
 
     if options.format == "peft" and options.vocab_size:
@@ -246,9 +246,11 @@ def _export(options: argparse.Namespace) -> None:
     if options.format == "peft" and options.param_dtype:
         raise UserError("--param_dtype: adapters are float32; it is for --format=hf")
     if options.format == "peft":
-        print(interop.export_adapters(options.checkpoint, _fresh(options.output), options.base_name))
+        print(interop.export_adapters(options.checkpoint, _new_output(options.output), options.base_name))
     else:
-        print(interop.export_huggingface(options.checkpoint, _fresh(options.output), options.vocab_size, options.param_dtype))
+        print(
+            interop.export_huggingface(options.checkpoint, _new_output(options.output), options.vocab_size, options.param_dtype)
+        )
 
 
 def _fields(options: argparse.Namespace) -> Any:
@@ -264,7 +266,7 @@ def _tokenizer_train(options: argparse.Namespace) -> None:
     from tokenization.vocab_size import check_vocab_size
 
     how = {"level": options.level, "dictionary": options.dictionary, "shares": _shares(options.shares)}
-    with files.atomic_path(_fresh(options.output)) as temporary:
+    with files.atomic_path(_new_output(options.output)) as temporary:
 
         def texts() -> Iterator[tuple[str, str]]:
             return ((row.language, prepare.text_of(row)) for row in sources.read_rows(options.input, _fields(options)))
@@ -310,7 +312,7 @@ def _data_prepare(options: argparse.Namespace) -> None:
     from tanuki_jax.data import prepare
     from tanuki_jax.data.tokenizer import Tokenizer
 
-    tokenizer, output = Tokenizer(options.tokenizer), _fresh(options.output)
+    tokenizer, output = Tokenizer(options.tokenizer), _new_output(options.output)
     how = prepare.Options(_fields(options), options.skip_bad, options.shard_characters)
     manifest: prepare.Manifest | None
     if options.executor == "local":
@@ -370,7 +372,7 @@ def _generate(options: argparse.Namespace) -> None:
 
 def _chat(options: argparse.Namespace) -> None:
     from tanuki_jax import checkpoint
-    from tanuki_jax.cli.chat import chat, offered_questions
+    from tanuki_jax.cli.chat import chat, stored_suggestions
     from tanuki_jax.data.tokenizer import Tokenizer
 
     loaded = checkpoint.load(options.checkpoint)
@@ -382,8 +384,8 @@ def _chat(options: argparse.Namespace) -> None:
         tokenizer,
         _sampling(options, tokenizer),
         options.seed,
-        questions=offered_questions(loaded.stage_directory) if newest else (),  # they were answered by the newest step
-        longest=checkpoint.longest_row(loaded.meta),
+        questions=stored_suggestions(loaded.stage_directory) if newest else (),  # they were answered by the newest step
+        longest=checkpoint.max_seq_len(loaded.meta),
     )
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from tanuki_jax.config.ranges import Range
 from tanuki_jax.config.schema import (
     CHOICES,
-    MIXTURE,
+    MOE_KEYS,
     PREFERENCES,
     Guard,
     Lora,
@@ -22,27 +22,27 @@ from tanuki_jax.config.schema import (
     Tokenizer,
     Upcycle,
     Validation,
-    is_mixture,
-    kinds,
-    mixture_layers,
-    model_of,
-    steps_of,
+    is_moe,
+    key_types,
+    model_config,
+    moe_layers,
+    stage_steps,
 )
-from tanuki_jax.config.validate import check_mixture, check_upcycle, lora_ranks, unreached
+from tanuki_jax.config.validate import check_moe, check_upcycle, lora_ranks, unreached_schedule
 
 if TYPE_CHECKING:
-    from tanuki_jax.config.build import changed, defaults, from_dict, load, recipe, resolve, stage, to_dict
+    from tanuki_jax.config.build import defaults, from_dict, load, non_default, recipe, resolve, stage, to_dict
 
 __all__ = [
     "CHOICES",
-    "MIXTURE",
-    "PREFERENCES",
     "Guard",
     "Lora",
     "Loss",
+    "MOE_KEYS",
     "Mesh",
     "Model",
     "Optimizer",
+    "PREFERENCES",
     "Range",
     "Recipe",
     "Rules",
@@ -52,23 +52,23 @@ __all__ = [
     "Tokenizer",
     "Upcycle",
     "Validation",
-    "changed",
-    "check_mixture",
+    "check_moe",
     "check_upcycle",
     "defaults",
     "from_dict",
-    "is_mixture",
-    "kinds",
+    "is_moe",
+    "key_types",
     "load",
     "lora_ranks",
-    "mixture_layers",
-    "model_of",
+    "model_config",
+    "moe_layers",
+    "non_default",
     "recipe",
     "resolve",
     "stage",
-    "steps_of",
+    "stage_steps",
     "to_dict",
-    "unreached",
+    "unreached_schedule",
 ]
 
 # Of build.py, which imports ml_collections.

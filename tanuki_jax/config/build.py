@@ -16,14 +16,7 @@ from ml_collections import ConfigDict
 
 from tanuki_jax.config import config_file, init_from
 from tanuki_jax.config.ranges import Range
-from tanuki_jax.config.schema import (
-    CHOICES,
-    Model,
-    Recipe,
-    Source,
-    Stage,
-    kinds,
-)
+from tanuki_jax.config.schema import CHOICES, Model, Recipe, Source, Stage, key_types
 from tanuki_jax.config.validate import check_names, check_recipe
 from tanuki_jax.errors import UserError
 
@@ -83,7 +76,7 @@ def stage(kind: str, **overrides: Any) -> ConfigDict:
 
 
 def _override(config: ConfigDict, values: Mapping[str, Any], schema: Any = Recipe, path: str = "") -> ConfigDict:
-    known = kinds(schema)
+    known = key_types(schema)
     for name, value in values.items():
         if name not in known:
             raise UserError(f"config: {config_file.unknown(f'{path}{name}', list(known))}")
@@ -107,7 +100,7 @@ def resolve(config: ConfigDict | Mapping[str, Any]) -> Recipe:
     result = _typed(Recipe, config, "")
     check_names(result)
     result = dataclasses.replace(result, stages=_ordered(result.stages))
-    result = init_from.completed(result, _left_out(config.get("model", {})))
+    result = init_from.inherit(result, _left_out(config.get("model", {})))
     check_recipe(result)
     return result
 
@@ -131,17 +124,17 @@ def to_dict(value: Any) -> Any:
     return value
 
 
-def changed(value: Any, default: Any = None, path: str = "") -> list[str]:
+def non_default(value: Any, default: Any = None, path: str = "") -> list[str]:
     """`key = value` for each key of a recipe that is not at its default."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         base = default if default is not None else type(value)()
         return [
             line
             for f in dataclasses.fields(value)
-            for line in changed(getattr(value, f.name), getattr(base, f.name), f"{path}.{f.name}".lstrip("."))
+            for line in non_default(getattr(value, f.name), getattr(base, f.name), f"{path}.{f.name}".lstrip("."))
         ]
     if isinstance(value, Mapping) and any(dataclasses.is_dataclass(v) for v in value.values()):
-        return [line for name, v in value.items() for line in changed(v, None, f"{path}.{name}")]
+        return [line for name, v in value.items() for line in non_default(v, None, f"{path}.{name}")]
     return [] if value == default else [f"{path} = {value}"]
 
 
@@ -153,19 +146,19 @@ def _typed(kind: Any, value: Any, path: str, allowed: Range | None = None) -> An
         return _group(kind, value, path)
     if origin is dict:
         if not isinstance(value, Mapping | ConfigDict):
-            raise UserError(f"config: {where} must be a dictionary, not {_said(value)}")
+            raise UserError(f"config: {where} must be a dictionary, not {_shown(value)}")
         if wrong := [name for name in value if not isinstance(name, str)]:
-            raise UserError(f"config: {where} must have names, not {_said(wrong[0])}")
+            raise UserError(f"config: {where} must have names, not {_shown(wrong[0])}")
         return {name: _typed(arguments[1], value[name], f"{where}.{name}", allowed) for name in value}
     if origin is tuple:
         if isinstance(value, str) or not isinstance(value, Sequence):
-            raise UserError(f"config: {where} must be a tuple of {arguments[0].__name__}, not {_said(value)}")
+            raise UserError(f"config: {where} must be a tuple of {arguments[0].__name__}, not {_shown(value)}")
         return tuple(_typed(arguments[0], item, where, allowed) for item in value)
     whole = isinstance(value, int) and not isinstance(value, bool)
     if not (whole if kind is int else isinstance(value, kind) or (kind is float and whole)):
-        raise UserError(f"config: {where} must be {kind.__name__}, not {type(value).__name__} {_said(value)}")
+        raise UserError(f"config: {where} must be {kind.__name__}, not {type(value).__name__} {_shown(value)}")
     if allowed is not None and value not in allowed:
-        raise UserError(f"config: {where} is {_said(value)}; it must be {allowed.describe()}")
+        raise UserError(f"config: {where} is {_shown(value)}; it must be {allowed.describe()}")
     return float(value) if kind is float else value
 
 
@@ -174,13 +167,13 @@ def _group(kind: Any, value: Any, path: str) -> Any:
     if kind is Source and isinstance(value, str):
         value = {"files": value}
     if not isinstance(value, Mapping | ConfigDict):
-        raise UserError(f"config: {path or 'config'} must be a group of keys, not {_said(value)}")
+        raise UserError(f"config: {path or 'config'} must be a group of keys, not {_shown(value)}")
     known = {f.name: f for f in dataclasses.fields(kind)}
     for name in value:
         if name not in known:
             raise UserError(f"config: {config_file.unknown(f'{path}.{name}'.lstrip('.'), list(known))}")
     typed = {
-        name: _typed(kinds(kind)[name], value[name], f"{path}.{name}".lstrip("."), field.metadata["range"])
+        name: _typed(key_types(kind)[name], value[name], f"{path}.{name}".lstrip("."), field.metadata["range"])
         for name, field in known.items()
         if name in value
     }
@@ -190,7 +183,7 @@ def _group(kind: Any, value: Any, path: str) -> Any:
     return kind(**typed)
 
 
-def _said(value: Any) -> str:
+def _shown(value: Any) -> str:
     try:
         return repr(value)
     except ValueError:  # Python writes no whole number of more than 4,300 digits

@@ -16,7 +16,7 @@ from typing import Any, cast, get_args, get_origin
 
 from ml_collections import ConfigDict
 
-from tanuki_jax.config.schema import Recipe, Source, kinds
+from tanuki_jax.config.schema import Recipe, Source, key_types
 from tanuki_jax.errors import UserError
 
 MODULE = "tanuki_config"  # under which Python knows the file that is read
@@ -31,7 +31,7 @@ def read(arguments: Sequence[str]) -> ConfigDict:
     if len(files) > 1:
         raise UserError(f"--config is given more than once: {', '.join(files)}; a run has one config")
     path, argument = _split(files[0])
-    config = _made(path, argument)
+    config = _build(path, argument)
     with config.ignore_type():  # the schema knows the types
         for flag in arguments:
             if not flag.startswith("--config="):
@@ -65,7 +65,7 @@ def _split(flag: str) -> tuple[Path, str | None]:
     return path, argument if colon else None
 
 
-def _made(path: Path, argument: str | None) -> ConfigDict:
+def _build(path: Path, argument: str | None) -> ConfigDict:
     """What get_config returns.  The file is the user's program: it can fail in any way."""
     module = types.ModuleType(MODULE)
     module.__file__ = str(path)
@@ -83,7 +83,7 @@ def _made(path: Path, argument: str | None) -> ConfigDict:
         where = _place(error, path)
         raise UserError(f"{error} ({where})" if where else str(error)) from error
     except (Exception, SystemExit) as error:
-        raise UserError(f"config {_place(error, path) or path}: {_said(error, path)}") from error
+        raise UserError(f"config {_place(error, path) or path}: {_shown(error, path)}") from error
     if not isinstance(made, ConfigDict):
         raise UserError(f"config {path}: get_config() must return what config.recipe(...) made, a group of keys, not {made!r}")
     return made
@@ -109,7 +109,7 @@ def _place(error: BaseException, path: Path) -> str:
     return f"{path}, line {lines[-1]}" if lines else ""
 
 
-def _said(error: BaseException, path: Path) -> str:
+def _shown(error: BaseException, path: Path) -> str:
     """What went wrong, in words instead of Python's name for it, with the line of the file."""
     if isinstance(error, SyntaxError):
         return f"this is not Python: {error.msg}" + (f": {error.text.strip()}" if error.text else "")
@@ -170,9 +170,9 @@ def _set(config: ConfigDict, flag: str, file: Path) -> None:
 def _inner(kind: Any, place: ConfigDict, part: str, done: str, where: str) -> Any:
     """The kind of the key `part` in a group of keys, or in a dictionary of the user's own names."""
     if is_dataclass(kind):
-        if part not in kinds(kind):
-            raise UserError(f"{where}: {unknown(f'{done}.{part}'.lstrip('.'), list(kinds(kind)))}")
-        return kinds(kind)[part]
+        if part not in key_types(kind):
+            raise UserError(f"{where}: {unknown(f'{done}.{part}'.lstrip('.'), list(key_types(kind)))}")
+        return key_types(kind)[part]
     if part not in place:
         raise UserError(f"{where}: {done} has no {part!r}; it has {', '.join(map(str, place)) or 'nothing'}")
     return get_args(kind)[1]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tanuki_jax import files
-from tanuki_jax.config.schema import MIXTURE, Recipe, is_mixture
+from tanuki_jax.config.schema import MOE_KEYS, Recipe, is_moe
 from tanuki_jax.errors import UserError
 
 # Keys of a model that come with its weights, beside those of a mixture.
@@ -36,14 +36,14 @@ def locate(path: str | Path) -> tuple[Path, int]:
     return path, max(steps)
 
 
-def completed(recipe: Recipe, left_out: Collection[str]) -> Recipe:
+def inherit(recipe: Recipe, left_out: Collection[str]) -> Recipe:
     """The recipe with what it leaves out as its starting checkpoints have it; an error where they differ from what it sets.
 
     Args:
       left_out: keys of the model that the config does not set; no `tokenizer.path` leaves that out.
     """
     unset = set(left_out)  # and not settled by a checkpoint yet
-    for name, key, path in _outside(recipe):
+    for name, key, path in _external_checkpoints(recipe):
         where = f"config: stages.{name}.{key} {path}"
         _refuse_published(where, path)
         home, step = locate(path)
@@ -56,7 +56,7 @@ def completed(recipe: Recipe, left_out: Collection[str]) -> Recipe:
     return recipe
 
 
-def _outside(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
+def _external_checkpoints(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
     """Stage, key and path of every directory, other than a stage's own, that a stage takes weights from."""
     for name, this in recipe.stages.items():
         if this.init_from and this.init_from not in recipe.stages and Path(this.init_from).is_dir():
@@ -85,13 +85,13 @@ def _with_model(
     if mixture and this.kind != "upcycle" and "n_experts" in left_out:
         stages = recipe.stages | {name: dataclasses.replace(this, mixture_of_experts=True)}
         recipe = dataclasses.replace(recipe, stages=stages)
-    keys = [*SHAPE, *(("n_experts", *MIXTURE) if mixture else ())]
+    keys = [*SHAPE, *(("n_experts", *MOE_KEYS) if mixture else ())]
     theirs = {key: brought[key] for key in keys if key in brought}  # keys added since have their defaults
     filled = {key: value for key, value in theirs.items() if key in unset}
     unset.difference_update(filled)
     recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, **filled))
     ours = {key: getattr(recipe.model, key) for key in theirs} | {"n_experts": recipe.model.n_experts}
-    if not is_mixture(recipe, name) or this.kind == "upcycle":
+    if not is_moe(recipe, name) or this.kind == "upcycle":
         ours["n_experts"] = 0
     theirs["n_experts"] = brought.get("n_experts", 0)
     if this.rope_theta:  # which says that a change is meant

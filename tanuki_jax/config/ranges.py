@@ -23,14 +23,14 @@ class Range:
 
     def describe(self) -> str:
         """The range in words: above 0 and at most 1."""
-        low = f"{'above' if self.open in ('low', 'both') else 'at least'} {_said(self.low)}"
-        high = f"{'below' if self.open in ('high', 'both') else 'at most'} {_said(self.high)}"
+        low = f"{'above' if self.open in ('low', 'both') else 'at least'} {_shown(self.low)}"
+        high = f"{'below' if self.open in ('high', 'both') else 'at most'} {_shown(self.high)}"
         if self.zero:
             return f"0 ({self.zero}) or more, {high}"
         return f"{'' if self.besides is None else f'{self.besides}, or '}{low} and {high}"
 
 
-def _said(number: float) -> str:
+def _shown(number: float) -> str:
     return f"{number:,}" if isinstance(number, int) else f"{number:g}"
 
 

@@ -26,7 +26,7 @@ def key(default: Any, doc: str, allowed: Range | None = None, resumable: bool = 
 _hints = functools.cache(typing.get_type_hints)
 
 
-def kinds(schema: Any) -> dict[str, Any]:
+def key_types(schema: Any) -> dict[str, Any]:
     """The type of each key of a dataclass of the schema."""
     return _hints(schema)
 
@@ -358,33 +358,33 @@ PREFERENCES = (
 PROJECTED = ("attn/q", "attn/k", "attn/v", "attn/o", "mlp/gate", "mlp/up", "mlp/down")
 ROUTED = ("moe/gate", "moe/up", "moe/down", "moe/router")
 # Keys of a model that say nothing of a dense one.
-MIXTURE = ("expert_d_ff", "first_dense", "moe_every", "top_k", "normalized_gate", "gate_scale", "router_bias")
+MOE_KEYS = ("expert_d_ff", "first_dense", "moe_every", "top_k", "normalized_gate", "gate_scale", "router_bias")
 
 
 # --- what follows from a recipe -------------------------------------------------------------------------------------
 
 
-def is_mixture(recipe: Recipe, name: str) -> bool:
+def is_moe(recipe: Recipe, name: str) -> bool:
     """Whether stage `name` ends as a mixture of experts."""
     this = recipe.stages[name]
     if this.kind == "upcycle" or this.mixture_of_experts:
         return True
-    return this.init_from in recipe.stages and is_mixture(recipe, this.init_from)
+    return this.init_from in recipe.stages and is_moe(recipe, this.init_from)
 
 
-def model_of(recipe: Recipe, name: str) -> Model:
+def model_config(recipe: Recipe, name: str) -> Model:
     """The model that stage `name` ends with: dense or mixture, with the stage's RoPE base."""
-    experts = recipe.model.n_experts if is_mixture(recipe, name) else 0
+    experts = recipe.model.n_experts if is_moe(recipe, name) else 0
     theta = recipe.stages[name].rope_theta or recipe.model.rope_theta
     return dataclasses.replace(recipe.model, n_experts=experts, rope_theta=theta)
 
 
-def mixture_layers(model: Model) -> tuple[int, ...]:
+def moe_layers(model: Model) -> tuple[int, ...]:
     """The layers whose FFN is a mixture, in order; none of a dense model."""
     first = model.first_dense + model.moe_every - 1
     return tuple(range(first, model.n_layers, model.moe_every)) if model.n_experts else ()
 
 
-def steps_of(stage: Stage) -> int:
+def stage_steps(stage: Stage) -> int:
     """Steps of a stage whose budget is in steps or tokens; 0 where epochs leave it open."""
     return stage.steps or stage.tokens // (stage.seq_len * stage.batch_size)

@@ -19,11 +19,11 @@ from tanuki_jax.config.schema import (
     Recipe,
     Stage,
     Upcycle,
-    is_mixture,
-    mixture_layers,
-    model_of,
+    is_moe,
+    model_config,
+    moe_layers,
     range_of,
-    steps_of,
+    stage_steps,
 )
 from tanuki_jax.errors import UserError
 
@@ -38,7 +38,7 @@ def _check_range(group: Any, name: str, where: str) -> None:
         raise UserError(f"{where}{name} is {value}; it must be {allowed.describe()}")
 
 
-def check_mixture(model: Model, where: str, trained: bool = True) -> None:
+def check_moe(model: Model, where: str, trained: bool = True) -> None:
     """An error, that begins with `where`, about a mixture that cannot be; where it is `trained`, that cannot learn to route."""
     for name in ("first_dense", "moe_every", "expert_d_ff", "gate_scale"):
         _check_range(model, name, where)
@@ -48,7 +48,7 @@ def check_mixture(model: Model, where: str, trained: bool = True) -> None:
         raise UserError(f"{where}top_k {model.top_k} must lie between 1 and n_experts {model.n_experts}")
     if model.normalized_gate and model.n_experts < 2:
         raise UserError(f"{where}normalized_gate: the normalised gate needs two experts, not n_experts 1; use the plain gate")
-    if not mixture_layers(model):
+    if not moe_layers(model):
         raise UserError(
             f"{where}first_dense {model.first_dense} and moe_every {model.moe_every} leave no mixture "
             f"in {model.n_layers} layers"
@@ -118,7 +118,7 @@ def check_recipe(recipe: Recipe) -> None:
         raise UserError(f"config: model.n_heads {model.n_heads} is not a multiple of model.n_kv_heads {model.n_kv_heads}")
     if model.head_dim % 2:
         raise UserError(f"config: model.head_dim {model.head_dim} must be even, rotary position encoding turns pairs")
-    check_mixture(model, "config: model.", trained=any(_trains_router(recipe, name) for name in recipe.stages))
+    check_moe(model, "config: model.", trained=any(_trains_router(recipe, name) for name in recipe.stages))
     for name, source in recipe.data.items():
         if CREDENTIALS.search(source.files):
             raise UserError(
@@ -138,7 +138,7 @@ def check_recipe(recipe: Recipe) -> None:
 def _trains_router(recipe: Recipe, name: str) -> bool:
     """Whether stage `name` makes a router or trains it: adapters may leave it as it is."""
     this = recipe.stages[name]
-    if not is_mixture(recipe, name):
+    if not is_moe(recipe, name):
         return False
     return not this.lora.rank or any(fnmatch.fnmatchcase("moe/router", pattern) for pattern in this.lora.patterns())
 
@@ -163,7 +163,7 @@ def _check_shares(recipe: Recipe) -> None:
 def _check_stage(recipe: Recipe, name: str, this: Stage) -> None:
     where = f"config: stages.{name}"
     parent = this.init_from in recipe.stages
-    if is_mixture(recipe, name) and not recipe.model.n_experts:
+    if is_moe(recipe, name) and not recipe.model.n_experts:
         raise UserError(f"{where} is a mixture of experts, but model.n_experts is 0")
     if this.kind == "upcycle":
         _check_upcycling(recipe, where, this)
@@ -175,21 +175,21 @@ def _check_stage(recipe: Recipe, name: str, this: Stage) -> None:
     _check_amounts(where, this, recipe.validation.tokens)
     check_moments(f"{where}.optimizer.", this.optimizer)
     _check_losses(where, this)
-    _check_kept(recipe, where, this)
+    _check_retention(recipe, where, this)
     _check_schedule(where, this.optimizer)
     _check_lora(recipe, name, this)
-    _check_mixture(recipe, where, this)
+    _check_data_mixture(recipe, where, this)
 
 
 def _check_upcycling(recipe: Recipe, where: str, this: Stage) -> None:
     parent = this.init_from in recipe.stages
     if this.lora.rank:
         raise UserError(f"{where}.lora.rank: nothing is trained when a model is upcycled; set it in a later stage")
-    if not this.init_from or (parent and is_mixture(recipe, this.init_from)):
+    if not this.init_from or (parent and is_moe(recipe, this.init_from)):
         raise UserError(f"{where}.init_from must name a dense stage or checkpoint to upcycle")
     check_upcycle(recipe.model, this.upcycle, f"{where}.upcycle: ")
     for other in this.upcycle.experts_from:
-        if other in recipe.stages and is_mixture(recipe, other):
+        if other in recipe.stages and is_moe(recipe, other):
             raise UserError(f"{where}.upcycle.experts_from names {other!r}, which is a mixture; it must be dense")
 
 
@@ -245,7 +245,7 @@ def _check_schedule(where: str, rates: Optimizer) -> None:
         raise UserError(f"{where}.decay_steps {decay} is below warmup_steps {warmup}; the decay ends after the warm-up, or 0")
 
 
-def unreached(rates: Optimizer, steps: int) -> str:
+def unreached_schedule(rates: Optimizer, steps: int) -> str:
     """Words about a schedule that is longer than its stage, which recorded runs have had; empty where all of it comes."""
     end = rates.schedule_start + steps
     needed = rates.warmup_steps + (rates.decay_steps if rates.schedule == "wsd" else 0)
@@ -261,7 +261,7 @@ def _check_losses(where: str, this: Stage) -> None:
         raise UserError(f"{where}.loss.label_smoothing is for cdpo and robust; set loss.preference to {{'cdpo': 1.0}}")
 
 
-def _check_kept(recipe: Recipe, where: str, this: Stage) -> None:
+def _check_retention(recipe: Recipe, where: str, this: Stage) -> None:
     if this.keep_every % this.save_every:
         raise UserError(
             f"{where}.keep_every {this.keep_every} is not a multiple of save_every {this.save_every}; only what is saved can "
@@ -284,8 +284,8 @@ def _check_lora(recipe: Recipe, name: str, this: Stage) -> None:
         return
     if not this.init_from:
         raise UserError(f"{where}.lora: adapters need a model in init_from")
-    model = model_of(recipe, name)
-    mixtures = len(mixture_layers(model))
+    model = model_config(recipe, name)
+    mixtures = len(moe_layers(model))
     known = [n for n in PROJECTED if mixtures < model.n_layers or not n.startswith("mlp/")] + [*ROUTED][: 4 * bool(mixtures)]
     lora_ranks(options, known, f"{where}.lora.")
     for pattern, rank in options.patterns().items():
@@ -317,7 +317,7 @@ def lora_ranks(options: Lora, matrices: Sequence[str], where: str = "") -> dict[
     return found
 
 
-def _check_mixture(recipe: Recipe, where: str, this: Stage) -> None:
+def _check_data_mixture(recipe: Recipe, where: str, this: Stage) -> None:
     if not this.mixture:
         raise UserError(f"{where}.mixture is empty; give each source a weight, for example {{'ja': (1.0,)}}")
     starts = this.mixture_starts
@@ -333,7 +333,7 @@ def _check_mixture(recipe: Recipe, where: str, this: Stage) -> None:
             raise UserError(f"{where}.mixture: the weights of phase {phase} sum to 0; give at least one source a weight")
     if this.kind in ("sft", "dpo") and len(starts) > 1:
         raise UserError(f"{where}.mixture_starts: only a pretraining mixture may change inside a stage")
-    total = steps_of(this) * this.batch_size * this.seq_len
+    total = stage_steps(this) * this.batch_size * this.seq_len
     if total and starts[-1] >= total:
         raise UserError(
             f"{where}.mixture_starts {starts}: the last phase begins after {starts[-1]:,} tokens, but the stage has {total:,} "

@@ -31,7 +31,7 @@ FORMATS: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "turns": (("q1",),),
     "tokens": (("tokens",),),
 }
-BESIDE = ("weight", "input", "context", "system", "history", "label", "tools", "documents", "chat_template_kwargs")
+EXTRA_FIELDS = ("weight", "input", "context", "system", "history", "label", "tools", "documents", "chat_template_kwargs")
 _TURN = re.compile(r"[qa]([1-9][0-9]{0,2})")  # up to 999
 _NOT_TRAINED = ("train", "loss", "trainable", "training")  # other tools' marks of answers that are not to be learnt
 
@@ -40,7 +40,7 @@ class Columns(Container[str]):
     """The fields of a row that are read: those of every spelling, and `more`."""
 
     def __init__(self, *more: str) -> None:
-        self._names = {*BESIDE, *more, *(name for groups in FORMATS.values() for group in groups for name in group)}
+        self._names = {*EXTRA_FIELDS, *more, *(name for groups in FORMATS.values() for group in groups for name in group)}
 
     def __contains__(self, name: object) -> bool:
         return name in self._names or (isinstance(name, str) and _TURN.fullmatch(name) is not None)
@@ -126,7 +126,7 @@ def _from_messages(name: str) -> Any:
 
 def _prompt_completion(fields: Mapping[str, Any]) -> list[dict[str, Any]]:
     prompt, completion = as_messages(_side(fields["prompt"]), "user"), as_messages(_side(fields["completion"]), "assistant")
-    return [*untrained(prompt), *completion]
+    return [*without_loss(prompt), *completion]
 
 
 def _instruction(fields: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -257,10 +257,10 @@ def pair_messages(row: Mapping[str, Any]) -> list[list[dict[str, Any]]]:
         if prompt[0].get("role") == "system":
             raise UserError("has a system field and a system message; keep one of them")
         prompt = [{"role": "system", "content": row["system"]}, *prompt]
-    return [[*untrained(prompt), *side] for side in (chosen, rejected)]
+    return [[*without_loss(prompt), *side] for side in (chosen, rejected)]
 
 
-def untrained(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def without_loss(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The messages of a prompt, whose earlier answers are not trained on."""
     return [{**m, "weight": 0} if m.get("role") == "assistant" else dict(m) for m in messages]
 

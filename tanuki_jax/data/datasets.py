@@ -28,7 +28,7 @@ def expand(path: str) -> list[str]:
     if not paths.is_directory(path):
         return [path]
     if formats.is_tfds(path):
-        _tell_splits(path)
+        _warn_of_splits(path)
         return [path]
     folder = path.rstrip("/")
     try:
@@ -36,7 +36,7 @@ def expand(path: str) -> list[str]:
             splits = paths.read_json(f"{folder}/dataset_dict.json")["splits"]
             taken = "train" if "train" in splits else splits[0]
             left = ", ".join(name for name in splits if name != taken)
-            paths.tell(f"data: {folder}: split {taken}{'; not read: ' if left else ''}{left}")
+            paths.warn(f"data: {folder}: split {taken}{'; not read: ' if left else ''}{left}")
             folder = f"{folder}/{taken}"
         if paths.exists(f"{folder}/state.json"):
             found = [f"{folder}/{entry['filename']}" for entry in paths.read_json(f"{folder}/state.json")["_data_files"]]
@@ -52,7 +52,7 @@ def _files_of(folder: str) -> list[str]:
     """The files of the split train of a folder, or all of them where no name says a split; none of a folder of anything."""
     suffixes = [suffix for suffix in formats.SUFFIXES if suffix != ".bin"]
     if paths.is_url(folder):
-        urls = sorted({url for suffix in suffixes for url in paths.find(f"{folder}/**/*{suffix}")})
+        urls = sorted({url for suffix in suffixes for url in paths.glob_files(f"{folder}/**/*{suffix}")})
         inner = folder.rpartition("://")[2] + "/"
         names, known = [url[url.index(inner) + len(inner) :] for url in urls], True
     else:
@@ -67,15 +67,15 @@ def _files_of(folder: str) -> list[str]:
     return [f"{folder}/{name}" for name in _train_files(folder, names, readme, known, suffixes)]
 
 
-def _tell_splits(path: str) -> None:
+def _warn_of_splits(path: str) -> None:
     """Says which splits of a TFDS folder are read; a folder without its description is for the reader to refuse."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         splits = [entry["name"] for entry in paths.read_json(f"{path}/dataset_info.json")["splits"]]
         others = ", ".join(name for name in splits if name != "train")
         if "train" in splits:
-            paths.tell(f"data: {path}: split train{'; not read: ' if others else ''}{others}")
+            paths.warn(f"data: {path}: split train{'; not read: ' if others else ''}{others}")
         elif len(splits) > 1:
-            paths.tell(f"data: {path}: no split train; all are read: {others}")
+            paths.warn(f"data: {path}: no split train; all are read: {others}")
 
 
 def _train_files(folder: str, names: Sequence[str], readme: str, known: bool, suffixes: Collection[str]) -> list[str]:
@@ -88,14 +88,14 @@ def _train_files(folder: str, names: Sequence[str], readme: str, known: bool, su
       known: whether the folder is known to be a dataset's; of another that has no split's name nothing is read.
     """
     found = sorted(name for name in names if not any(part.startswith(".") for part in name.split("/")))
-    splits, left = _declared(folder, found, readme), ""
+    splits, left = _declared_splits(folder, found, readme), ""
     if splits is None:
         found, left = _of_one_format(found, suffixes)
-        splits = _named(found)
+        splits = _split_name(found)
         if not found or not (known or splits or left):
             return []
     if not splits:
-        paths.tell(f"data: {folder}: no name of a file or folder in it is a split's; all {len(found)} files are read{left}")
+        paths.warn(f"data: {folder}: no name of a file or folder in it is a split's; all {len(found)} files are read{left}")
         return found
     if "train" not in splits:
         raise UserError(
@@ -104,7 +104,7 @@ def _train_files(folder: str, names: Sequence[str], readme: str, known: bool, su
         )
     others = ", ".join(f"{name} ({len(files)})" for name, files in splits.items() if name != "train")
     taken = splits["train"]
-    paths.tell(f"data: {folder}: split train, {len(taken)} files{'; not read: ' if others else ''}{others}{left}")
+    paths.warn(f"data: {folder}: split train, {len(taken)} files{'; not read: ' if others else ''}{others}{left}")
     return taken
 
 
@@ -119,7 +119,7 @@ def _of_one_format(found: Sequence[str], suffixes: Collection[str]) -> tuple[lis
     return [name for name in found if formats[name] == most], f"; of another format, and not read: {others}"
 
 
-def _named(found: Sequence[str]) -> dict[str, list[str]]:
+def _split_name(found: Sequence[str]) -> dict[str, list[str]]:
     """Split -> files, by the first of datasets' rules by which any file has one; files without one are left out."""
     rules: tuple[Callable[[str], str], ...] = (
         lambda name: match[1] if (match := SHARD.match(name)) else "",
@@ -143,7 +143,7 @@ def _keyword(name: str) -> str:
     return ""
 
 
-def _declared(folder: str, found: Sequence[str], readme: str) -> dict[str, list[str]] | None:
+def _declared_splits(folder: str, found: Sequence[str], readme: str) -> dict[str, list[str]] | None:
     """Split -> files as the README's head says; none where it says nothing.  Of several configs the default one."""
     configs = [c for c in _head(readme).get("configs") or () if isinstance(c, Mapping) and c.get("data_files")]
     if not configs:

@@ -64,7 +64,7 @@ def inspect(directory: Path, tokenizer: Tokenizer, rows: int, seq_len: int = 0) 
         used = int((sample["segment_ids"] > 0).sum())
         found["shown"].append({"tokens": used, "parts": parts})
         more = f" (the first {SHOWN})" if used > SHOWN else ""
-        lines.append(f"{noun} {i}, {used} tokens{more}:\n{''.join(_drawn(part, bool(seq_len)) for part in parts)}")
+        lines.append(f"{noun} {i}, {used} tokens{more}:\n{''.join(_draw(part, bool(seq_len)) for part in parts)}")
     return {**found, "text": "\n".join(lines)}
 
 
@@ -74,7 +74,7 @@ def _rows(
     """Rows as a stage packs them, the share of padding, and what the stage says of them."""
     if mask is None:
         windows = packing.Windows(tokens, seq_len, True, vocab_size)
-        return windows, 0.0, windows.described(source)
+        return windows, 0.0, windows.describe(source)
     pairs, lengths = manifest.kind == "pair", tokens.lengths
     packed = packing.pack(tokens, mask, seq_len, pairs)
     rows: Any = packing.PackedDialogues(tokens, mask, packed, seq_len)
@@ -82,7 +82,7 @@ def _rows(
         widest = int(np.diff(packed.starts).max(initial=1))
         rows = packing.PackedPairs(tokens, mask, packed, seq_len, widest, np.zeros((len(lengths) // 2, 2), np.float32))
     waste = packing.padding(packed, lengths, seq_len, pairs)
-    return rows, waste, packing.described(packed, lengths, seq_len, pairs, source)
+    return rows, waste, packing.describe_packing(packed, lengths, seq_len, pairs, source)
 
 
 def _document(tokens: Store, mask: Store | None, index: int) -> Example:
@@ -108,7 +108,7 @@ def _parts(tokenizer: Tokenizer, row: Example) -> list[dict[str, Any]]:
     ]
 
 
-def _drawn(part: dict[str, Any], numbered: bool) -> str:
+def _draw(part: dict[str, Any], numbered: bool) -> str:
     if sys.stdout.isatty():
         colour = COLOURS[(part["segment"] - 1) % len(COLOURS)]
         return f"\033[{'1' if part['trained'] else '2'};{colour}m{part['text']}\033[0m"

@@ -17,7 +17,7 @@ from tanuki_jax.data.packing import Example
 
 PREFETCH = 4  # batches read ahead
 ON_DEVICE = 2  # batches on their way to the devices ahead of the step
-ENDLESS = 1 << 62
+MAX_ROWS = 1 << 62
 
 
 class Source(NamedTuple):
@@ -37,7 +37,7 @@ class Source(NamedTuple):
             run, inside = divmod(place, self.run)
             return self.rows[(order[epoch * runs + run] if run < runs else run) * self.run + inside]
 
-        return grain.MapDataset.range(ENDLESS).map(row)
+        return grain.MapDataset.range(MAX_ROWS).map(row)
 
 
 def mixed_rows(sources: Sequence[Source], mixture: StagedMixture) -> grain.MapDataset[Example]:

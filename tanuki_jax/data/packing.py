@@ -31,7 +31,7 @@ class Windows:
     def __len__(self) -> int:
         return max(0, (self.store.size - self.held_out - 1) // self.seq_len)
 
-    def described(self, source: str) -> str:
+    def describe(self, source: str) -> str:
         """What became of the text of a source, as a stage and `data inspect` say it."""
         left = self.store.size - self.held_out - len(self) * self.seq_len
         return (
@@ -71,7 +71,7 @@ class Windows:
 
 
 @dataclass(frozen=True)
-class Held:
+class HeldOutRows:
     """The rows at the end of the stream that `windows` holds out."""
 
     windows: Windows
@@ -145,7 +145,7 @@ def padding(packed: Packing, lengths: np.ndarray, seq_len: int, pairs: bool) -> 
     return 1 - int(units[packed.units].sum()) / max(1, (len(packed.starts) - 1) * seq_len)
 
 
-def described(packed: Packing, lengths: np.ndarray, seq_len: int, pairs: bool, source: str) -> str:
+def describe_packing(packed: Packing, lengths: np.ndarray, seq_len: int, pairs: bool, source: str) -> str:
     """What became of the dialogues or pairs of a source, as a stage and `data inspect` say it."""
     cut = 0 if pairs else int((lengths > seq_len).sum()) - packed.dropped
     why = f"longer than {seq_len} tokens" if pairs else f"with no answer in their first {seq_len} tokens"

@@ -56,7 +56,7 @@ def _remote(path: str) -> tuple[Any, str]:
     return system, inner
 
 
-def find(pattern: str) -> list[str]:
+def glob_files(pattern: str) -> list[str]:
     """The paths that a glob matches, sorted; a path that is there is itself, whatever its name looks like."""
     if is_url(pattern):
         system, path = _remote(pattern)
@@ -80,7 +80,7 @@ def check(path: str) -> None:
         raise UserError(f"data: {path} cannot be read: {os.strerror(errno.EACCES)}; check its permissions")
 
 
-def same(path: str) -> Any:
+def identity_key(path: str) -> Any:
     """A key that all names of one file share: links, hard ones too."""
     if is_url(path):
         return path
@@ -89,7 +89,7 @@ def same(path: str) -> Any:
 
 
 @functools.cache
-def tell(line: str) -> None:
+def warn(line: str) -> None:
     """Prints a line on stderr, once in a process."""
     print(line, file=sys.stderr, flush=True)
 

@@ -195,7 +195,7 @@ def _manifest(work: Work, shards: Sequence[Shard], tokenizer: Tokenizer) -> Mani
 def _kind(patterns: str, options: Options) -> str:
     """The kind of the first good row; where there is none, of the first that has one."""
     known = ""
-    for row in sources.read_rows(patterns, options.fields, sources.ignore if options.skip_bad else None):
+    for row in sources.read_rows(patterns, options.fields, sources.skip_silently if options.skip_bad else None):
         try:
             kind = sources.kind_of(row)
             known = known or kind
@@ -270,7 +270,7 @@ def read_manifest(directory: Path) -> Manifest:
         raise UserError(f"token store: {path} is of another version ({error}); prepare it again") from error
 
 
-def made_by_this_version(manifest: Manifest) -> bool:
+def is_current_version(manifest: Manifest) -> bool:
     """Whether conversations became ids and masks in the way in which they do now."""
     return manifest.kind not in CONVERSATIONS or manifest.chat_version == chat.VERSION
 

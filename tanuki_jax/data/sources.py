@@ -25,7 +25,7 @@ class Fields(NamedTuple):
 
 
 PLAIN = Fields()
-KNOWN = Columns()
+PARSED_FIELDS = Columns()
 KINDS = {"text": "text", "messages": "dialogue", "chosen": "pair", "tokens": "tokens"}  # field of a row that was read -> kind
 
 
@@ -48,10 +48,10 @@ class Part(NamedTuple):
 
 
 WHOLE = 1 << 62
-Bad = Callable[[str, str], None]  # told of a bad row: where it stands, and the reason
+OnBadRow = Callable[[str, str], None]  # told of a bad row: where it stands, and the reason
 
 
-def ignore(where: str, reason: str) -> None:
+def skip_silently(where: str, reason: str) -> None:
     """A `Bad` that leaves bad rows out without a word."""
 
 
@@ -64,10 +64,12 @@ def split_patterns(patterns: str) -> list[str]:
     while pieces:
         joined = [",".join(pieces[:n]) for n in range(min(len(pieces), COMMAS + 1), 0, -1)]  # the longest first
         there = [name for name in joined if name and not paths.is_url(name) and os.path.lexists(name)]
-        if there or paths.is_url(pieces[0]) or paths.find(pieces[0]):
+        if there or paths.is_url(pieces[0]) or paths.glob_files(pieces[0]):
             taken = there[0] if there else pieces[0]
         else:
-            taken = next((name for name in joined[:-1] if name and not paths.is_url(name) and paths.find(name)), pieces[0])
+            taken = next(
+                (name for name in joined[:-1] if name and not paths.is_url(name) and paths.glob_files(name)), pieces[0]
+            )
         pieces = pieces[taken.count(",") + 1 :]
         found += [taken] if taken else []
     return found
@@ -81,11 +83,11 @@ def matching_files(patterns: str) -> list[str]:
     found: dict[Any, str] = {}
     again: list[tuple[str, str]] = []
     for pattern in split_patterns(patterns):
-        matches = paths.find(pattern)
+        matches = paths.glob_files(pattern)
         if not matches:
             raise UserError(f"data: no such file: {pattern!r}{_unreadable(pattern)}")
         for path in (expanded for match in matches for expanded in _expand(match)):
-            key = paths.same(path)
+            key = paths.identity_key(path)
             if key in found:
                 again.append((path, found[key]))
             else:
@@ -94,7 +96,7 @@ def matching_files(patterns: str) -> list[str]:
         path, first = again[0]
         told = f"{path} is named twice" if path == first else f"{path} is the same file as {first}"
         more = f" ({len(again)} such names are left out)" if len(again) > 1 else ""
-        paths.tell(f"data: {told}, and is read once{more}")
+        paths.warn(f"data: {told}, and is read once{more}")
     if not found:
         raise UserError(f"data: no input files given; name {', '.join(formats.SUFFIXES)} files")
     return list(found.values())
@@ -168,7 +170,7 @@ def _units(path: str) -> int:
         return 1
 
 
-def read_rows(patterns: str, fields: Fields = PLAIN, bad: Bad | None = None) -> Iterator[Row]:
+def read_rows(patterns: str, fields: Fields = PLAIN, bad: OnBadRow | None = None) -> Iterator[Row]:
     """All rows of all files, in order.  Text files give {"text"}."""
     before = 0
     for path in matching_files(patterns):
@@ -179,7 +181,7 @@ def read_rows(patterns: str, fields: Fields = PLAIN, bad: Bad | None = None) -> 
         before += size
 
 
-def read_part(part: Part, fields: Fields = PLAIN, bad: Bad | None = None, skip: int = 0) -> Iterator[Row | None]:
+def read_part(part: Part, fields: Fields = PLAIN, bad: OnBadRow | None = None, skip: int = 0) -> Iterator[Row | None]:
     """The rows of a part after the first `skip`; with `bad`, a bad one is reported there and None takes its place."""
     before = number = 0
     wanted = Columns(fields.text.split(".")[0], fields.language.split(".")[0])
@@ -232,7 +234,10 @@ def _row(record: formats.Record, fields: Fields, before: int) -> Row:
             raise UserError(f"data: {where} has no text in {fields.text!r} (fields: {', '.join(value)})")
         value = {"text": found}
     try:
-        value = {**{name: item for name, item in value.items() if name not in KNOWN}, **read_fields(value, fields.row_format)}
+        value = {
+            **{name: item for name, item in value.items() if name not in PARSED_FIELDS},
+            **read_fields(value, fields.row_format),
+        }
     except UserError as error:
         raise UserError(f"data: {where}: {error}") from error
     return Row(where, value, before + record.bytes_read, language if isinstance(language, str) else "")

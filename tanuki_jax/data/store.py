@@ -23,7 +23,7 @@ MAGIC = b"MMIDIDX\x00\x00"
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float32, 8: np.uint16}
 CODES = {np.dtype(v): k for k, v in DTYPES.items()}
 HEADER = 9 + 8 + 1 + 8 + 8
-CHECKED = 1_000_000  # sequences up to which the whole index is checked at opening
+CHECK_ROWS = 1_000_000  # sequences up to which the whole index is checked at opening
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -57,7 +57,7 @@ class StoreWriter:
             f.write(np.arange(len(lengths) + 1, dtype=np.int64).tobytes())
 
 
-def _mapped(path: Path, dtype: Any, offset: int, count: int) -> np.ndarray:
+def _map_file(path: Path, dtype: Any, offset: int, count: int) -> np.ndarray:
     """Part of a file as a read-only array.  Reads are random, so the system is told not to read ahead: that costs
     milliseconds a window where the file is not in memory yet."""
     if not count:
@@ -93,11 +93,11 @@ class _Shard:
             raise UserError(f"token store: {index} {problem}: {size} bytes, expected {expected}; prepare it again")
         self.size, rest = divmod(tokens.stat().st_size, self.dtype.itemsize)
         indexed = (int(self.pointers[-1]) // self.dtype.itemsize + int(self.lengths[-1])) if self.sequences else 0
-        if self.documents <= CHECKED:
+        if self.documents <= CHECK_ROWS:
             known = self.first
             if known[0] != 0 or known[-1] != self.sequences or (np.diff(known) < 0).any():
                 raise UserError(f"token store: {index} does not say where its documents begin; prepare it again")
-        if 0 < self.sequences <= CHECKED:  # an index that is quickly read is checked whole
+        if 0 < self.sequences <= CHECK_ROWS:  # an index that is quickly read is checked whole
             ends = np.cumsum(self.lengths, dtype=np.int64)
             whole = bool((self.pointers == (ends - self.lengths) * self.dtype.itemsize).all())
             indexed = int(ends[-1]) if whole else -1
@@ -105,7 +105,7 @@ class _Shard:
             raise UserError(f"token store: {tokens} holds {self.size} tokens, its index {indexed}; prepare it again")
 
     def _map(self, dtype: Any, offset: int, count: int) -> np.ndarray:
-        return _mapped(Path(f"{self.prefix}.idx"), dtype, HEADER + offset, count)
+        return _map_file(Path(f"{self.prefix}.idx"), dtype, HEADER + offset, count)
 
     @functools.cached_property
     def lengths(self) -> np.ndarray:
@@ -125,7 +125,7 @@ class _Shard:
     @functools.cached_property
     def tokens(self) -> np.ndarray:
         """All tokens, one after another."""
-        return _mapped(Path(f"{self.prefix}.bin"), self.dtype, 0, self.size)
+        return _map_file(Path(f"{self.prefix}.bin"), self.dtype, 0, self.size)
 
     @property
     def starts(self) -> np.ndarray:

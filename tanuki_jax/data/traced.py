@@ -28,7 +28,7 @@ class Run(NamedTuple):
     generated: int = 0  # number of the {% generation %} block that it stands in; 0 = none
 
 
-FEW = 8  # runs that are looked through one by one
+LINEAR_SEARCH_RUNS = 8  # runs that are looked through one by one
 
 
 class Traced(str):
@@ -56,9 +56,9 @@ class Traced(str):
     def part(self, start: int, stop: int) -> Traced:
         """Characters [start, stop)."""
         runs = []
-        if len(self._runs) > FEW and not hasattr(self, "_stops"):
+        if len(self._runs) > LINEAR_SEARCH_RUNS and not hasattr(self, "_stops"):
             self._stops = list(itertools.accumulate(run.length for run in self._runs))
-        first = bisect.bisect_left(self._stops, start) if len(self._runs) > FEW else 0
+        first = bisect.bisect_left(self._stops, start) if len(self._runs) > LINEAR_SEARCH_RUNS else 0
         at = self._stops[first - 1] if first else 0
         for run in itertools.islice(self._runs, first, None):
             if at > stop:

@@ -42,7 +42,7 @@ class Harness(TemplateLM):
         super().__init__()
         self._loaded = checkpoint.load(path)
         self._tokenizer = Tokenizer(self._loaded.tokenizer_directory)
-        self.max_length = max_length or checkpoint.longest_row(self._loaded.meta)
+        self.max_length = max_length or checkpoint.max_seq_len(self._loaded.meta)
         self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
 
     @property

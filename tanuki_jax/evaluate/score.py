@@ -19,7 +19,7 @@ from tanuki_jax.errors import UserError
 from tanuki_jax.model import Sampling
 
 BATCH = 64  # sequences scored together
-ROOM = 1 << 16  # tokens scored together, at most
+CACHE_BYTES = 1 << 16  # tokens scored together, at most
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -61,7 +61,7 @@ def sequence_scores(
     result = [(0.0, True)] * len(sequences)
     while order:
         width = 1 << max(4, (len(sequences[order[0]]) - 1).bit_length())
-        count = max(1, min(BATCH, ROOM // width))
+        count = max(1, min(BATCH, CACHE_BYTES // width))
         batch = [i for i in order[:count] if len(sequences[i]) <= width]
         order = order[len(batch) :]
         tokens, weights = np.zeros((count, width), np.int32), np.zeros((count, width), np.float32)

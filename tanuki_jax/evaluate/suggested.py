@@ -10,7 +10,7 @@ Row = Mapping[str, Any]  # a held-out prompt: family, lang, messages, answer; `g
 Answers = Callable[[list[list[dict[str, str]]]], list[str]]
 
 
-def offered_questions(
+def suggested_questions(
     rows: Sequence[Row], families: Mapping[str, float], correct: Callable[[Any, str], bool], answers: Answers, batch_size: int
 ) -> list[str]:
     """The questions, or none where no two are answered rightly.

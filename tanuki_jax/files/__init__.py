@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 PIECE = 1 << 20  # bytes taken at a time, so few that they stay in a core's cache from one use to the next
 O_DIRECT = getattr(os, "O_DIRECT", 0)
-SOON = 4 << 30  # bytes that are read before anyone asks for them
+READAHEAD_BYTES = 4 << 30  # bytes that are read before anyone asks for them
 ADVICE = 4 << 20  # bytes, as many as the kernel takes upon itself at once
 FULL = lock.FULL
 
@@ -139,7 +139,7 @@ def reserve(file: IO[bytes], size: int) -> None:
 
 
 @contextlib.contextmanager
-def direct(path: Path, size: int, depth: int = 2) -> Iterator[Callable[[memoryview], None]]:
+def direct_writer(path: Path, size: int, depth: int = 2) -> Iterator[Callable[[memoryview], None]]:
     """Yields what appends bytes to a new file of `size` bytes; when it is left without an error, they are on the disk.
 
     Up to `depth` pieces are on their way there: a few where several files are written at once, more keep the disk busy for one.
@@ -188,7 +188,7 @@ def direct(path: Path, size: int, depth: int = 2) -> Iterator[Callable[[memoryvi
         os.fsync(number)
 
 
-def ahead(calls: Iterable[Callable[[], T]], count: int, threads: int) -> Iterator[T]:
+def prefetch(calls: Iterable[Callable[[], T]], count: int, threads: int) -> Iterator[T]:
     """Results of calls, in order; while one is used, the next `count` are made."""
     pool = ThreadPoolExecutor(threads)
     waiting: collections.deque[Future[T]] = collections.deque()
@@ -203,14 +203,14 @@ def ahead(calls: Iterable[Callable[[], T]], count: int, threads: int) -> Iterato
         pool.shutdown(cancel_futures=True)  # what has begun is waited for
 
 
-def read_soon(paths: Sequence[Path]) -> None:
+def advise_willneed(paths: Sequence[Path]) -> None:
     """Asks the kernel to read files, small ones first and at most SOON bytes, from a thread; it saves time or nothing."""
     if hasattr(os, "posix_fadvise"):
         threading.Thread(target=_advise, args=(paths,), daemon=True).start()
 
 
 def _advise(paths: Sequence[Path]) -> None:
-    left = SOON
+    left = READAHEAD_BYTES
     with contextlib.suppress(OSError):
         for path in sorted(paths, key=lambda path: path.stat().st_size > ADVICE):
             with path.open("rb") as f:

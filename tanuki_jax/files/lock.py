@@ -54,7 +54,7 @@ class Holder:
 
 
 @dataclass(eq=False)
-class _Held:
+class _HeldLock:
     """A lock that this process holds."""
 
     path: Path
@@ -66,7 +66,7 @@ class _Held:
     lost: str = ""  # how, where it is no longer ours
 
 
-_held: dict[str, _Held] = {}  # by the path of the file
+_held: dict[str, _HeldLock] = {}  # by the path of the file
 _tokens: set[str] = set()  # of locks that are held or being taken
 
 
@@ -98,7 +98,7 @@ def hold(path: Path, what: str, cannot: str = "") -> Iterator[None]:
     if mine and mine.me.pid == os.getpid() and mine.thread == threading.get_ident():
         yield
         return
-    lock = _Held(path, what, _me(), [])
+    lock = _HeldLock(path, what, _this_holder(), [])
     try:
         _take(lock)
     except BaseException as error:
@@ -111,7 +111,7 @@ def hold(path: Path, what: str, cannot: str = "") -> Iterator[None]:
     try:
         yield
     finally:
-        _give_back(lock)
+        _release(lock)
 
 
 def check(look: bool = True) -> None:
@@ -159,7 +159,7 @@ def end_with_parent() -> None:
 # --- taking, renewing and giving back ---------------------------------------------------------------------------------
 
 
-def _take(lock: _Held) -> None:
+def _take(lock: _HeldLock) -> None:
     """Makes the lock's file, or raises UserError where another holds it."""
     text = json.dumps(asdict(lock.me), ensure_ascii=False)
     own = lock.path.with_name(f"{lock.path.name}.{lock.me.token}")
@@ -178,7 +178,7 @@ def _take(lock: _Held) -> None:
     _held[str(lock.path)] = lock
 
 
-def _write_own(lock: _Held, own: Path, text: str) -> None:
+def _write_own(lock: _HeldLock, own: Path, text: str) -> None:
     """Writes a file that nobody else has, in a directory that is made."""
     for attempt in range(9):  # who gives a lock back removes directories that it made and that are empty
         try:
@@ -212,7 +212,7 @@ def _create(path: Path, own: Path, text: str) -> bool:
     return True
 
 
-def _renew(lock: _Held) -> None:
+def _renew(lock: _HeldLock) -> None:
     while not lock.stop.wait(RENEW):
         with contextlib.suppress(OSError):  # a file server that does not answer may do so the next time
             if not _is_ours(lock):
@@ -220,7 +220,7 @@ def _renew(lock: _Held) -> None:
             os.utime(lock.path)
 
 
-def _is_ours(lock: _Held) -> bool:
+def _is_ours(lock: _HeldLock) -> bool:
     found = _read(lock.path)
     if found and found[0] and found[0].token == lock.me.token:
         return True
@@ -230,7 +230,7 @@ def _is_ours(lock: _Held) -> bool:
     return False
 
 
-def _give_back(lock: _Held) -> None:
+def _release(lock: _HeldLock) -> None:
     lock.stop.set()
     _tokens.discard(lock.me.token)
     if _held.get(str(lock.path)) is lock:
@@ -248,7 +248,7 @@ def _make_directories(directory: Path) -> list[Path]:
     return new
 
 
-def _remove_directories(lock: _Held) -> None:
+def _remove_directories(lock: _HeldLock) -> None:
     """Those that were made for a lock and are empty: a command that ends in an error leaves nothing."""
     with contextlib.suppress(OSError):
         for directory in lock.made:
@@ -258,17 +258,17 @@ def _remove_directories(lock: _Held) -> None:
 def _end(number: int, frame: Any) -> None:
     for lock in list(_held.values()):
         if lock.me.pid == os.getpid():  # a fork has a copy of its parent's
-            _give_back(lock)
+            _release(lock)
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
 
 
 # --- who holds a lock -------------------------------------------------------------------------------------------------
 
-Found = tuple[Holder | None, int]  # what a lock says, None where that cannot be read, and when it was renewed
+LockState = tuple[Holder | None, int]  # what a lock says, None where that cannot be read, and when it was renewed
 
 
-def _read(path: Path) -> Found | None:
+def _read(path: Path) -> LockState | None:
     """What a lock says, None where there is none; the file is opened, since NFS then asks the server."""
     for attempt in range(9):
         try:
@@ -288,12 +288,12 @@ def _read(path: Path) -> Found | None:
     return (holder if isinstance(holder.pid, int) and holder.pid > 0 else None), when
 
 
-def _is_free(lock: _Held, found: Found) -> bool:
+def _is_free(lock: _HeldLock, found: LockState) -> bool:
     """Whether a lock that was found has no holder any more; then it is removed."""
     holder = found[0]
-    lives = _lives(holder) if holder else None
+    lives = _is_alive(holder) if holder else None
     if lives is None:
-        _say(f"{lock.what} is locked by {holder or 'another process'}, which cannot be looked for here; watching its lock")
+        _log(f"{lock.what} is locked by {holder or 'another process'}, which cannot be looked for here; watching its lock")
         near = holder and holder.boot and holder.boot == lock.me.boot
         lives = _is_renewed(lock.path, found, NEAR if near else STALE)
     if not lives:
@@ -302,11 +302,11 @@ def _is_free(lock: _Held, found: Found) -> bool:
                 lock.path.unlink()
                 if holder:  # which may have been killed while it took the lock
                     lock.path.with_name(f"{lock.path.name}.{holder.token}").unlink(missing_ok=True)
-                _say(f"{lock.what}: taken over from {holder or 'another process'}, which is gone")
+                _log(f"{lock.what}: taken over from {holder or 'another process'}, which is gone")
     return not lives
 
 
-def _is_renewed(path: Path, found: Found, seconds: float) -> bool:
+def _is_renewed(path: Path, found: LockState, seconds: float) -> bool:
     """Watches a lock until it is renewed, the time is over, or another has taken its place."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
@@ -319,7 +319,7 @@ def _is_renewed(path: Path, found: Found, seconds: float) -> bool:
     return False
 
 
-def _lives(holder: Holder) -> bool | None:
+def _is_alive(holder: Holder) -> bool | None:
     """Whether a holder lives; None where this cannot be seen from here."""
     if (holder.host, holder.boot, holder.namespace) != _place():
         return None
@@ -334,7 +334,7 @@ def _lives(holder: Holder) -> bool | None:
     return _started(holder.pid) in (holder.started, None)
 
 
-def _me() -> Holder:
+def _this_holder() -> Holder:
     host, boot, namespace = _place()
     name = Path(sys.argv[0]).name
     command = shlex.join(["tanuki" if name in ("cli.py", "tanuki") else name, *sys.argv[1:]])
@@ -361,12 +361,12 @@ def _started(pid: int) -> str | None:
     return "gone" if state in "ZX" else rest[18]
 
 
-def _refusal(lock: _Held, holder: Holder | None) -> str:
+def _refusal(lock: _HeldLock, holder: Holder | None) -> str:
     return (
         f"{lock.what} is in use by {holder or 'another process'}; wait for it, or end it: "
         f"the same command then takes its place (its lock is {lock.path})"
     )
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     print(f"tanuki: {text}", file=sys.stderr, flush=True)

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tanuki_jax import checkpoint, config, files, model
-from tanuki_jax.checkpoint import Opened
+from tanuki_jax.checkpoint import LazyCheckpoint
 from tanuki_jax.errors import UserError
 from tanuki_jax.files import lock
 from tanuki_jax.interop.huggingface import (
@@ -37,10 +37,10 @@ from tanuki_jax.interop.huggingface import (
     Name,
     published_shape,
     sizes_of,
-    transposed,
+    transpose,
 )
 from tanuki_jax.interop.settings import ARCHITECTURES, export_tokenizer, kind_published, settings_of
-from tanuki_jax.interop.vocabulary import resized
+from tanuki_jax.interop.vocabulary import resize
 from tanuki_jax.progress import Progress
 
 AHEAD, THREADS = 10, 2  # pieces that are made while one is written, the tiny ones of norms among them
@@ -64,7 +64,7 @@ class Tensor(NamedTuple):
 def export_huggingface(path: Path, output: Path, vocab_size: int = 0, param_dtype: str = "") -> str:
     """Writes the checkpoint at `path` as a Hugging Face directory, in its dtype or in `param_dtype`, and says what it is."""
     saved = config.from_dict(config.Model, checkpoint.read_meta(*checkpoint.locate(path))["model"]).param_dtype
-    opened, exact = resized(checkpoint.open_stored(path, param_dtype=param_dtype), vocab_size, "export")
+    opened, exact = resize(checkpoint.open_lazy(path, param_dtype=param_dtype), vocab_size, "export")
     kind = kind_published(opened, kind_of(opened.cfg))
     tensors = list(_tensors(opened, kind))
     with lock.output(output), files.disk_errors(output), files.atomic_path(output) as temporary:
@@ -92,7 +92,7 @@ def export_huggingface(path: Path, output: Path, vocab_size: int = 0, param_dtyp
     return f"{output}: {ARCHITECTURES[kind]}{how}; {counts}, {len(tensors)} tensors, {size / 1e9:,.2f} GB, {exact}"
 
 
-def _norm_dtype(opened: Opened) -> str:
+def _norm_dtype(opened: LazyCheckpoint) -> str:
     """The dtype of the model where it holds the scales of all norms as they are, as it does those that were imported in it."""
     dtype = opened.cfg.param_dtype
     if dtype == "float32":
@@ -111,14 +111,14 @@ def kind_of(cfg: config.Model) -> str:
                 f"export: transformers has no Llama whose width {cfg.d_model} is not a multiple of its {cfg.n_heads} heads"
             )
         return "llama"
-    if len(config.mixture_layers(cfg)) != cfg.n_layers:
+    if len(config.moe_layers(cfg)) != cfg.n_layers:
         raise UserError("export: some layers of this mixture are dense; neither Mixtral nor Tanuki's class holds that")
     if cfg.router_bias:
         raise UserError("export: model.router_bias chooses experts by a bias; neither Mixtral nor Tanuki's class has one")
     return "tanuki" if cfg.normalized_gate else "mixtral"
 
 
-def _tensors(opened: Opened, kind: str) -> Iterator[Tensor]:
+def _tensors(opened: LazyCheckpoint, kind: str) -> Iterator[Tensor]:
     """All tensors in the order in which a token meets them."""
     cfg, tree = opened.cfg, opened.tree
     sizes = sizes_of(cfg) | {"F": cfg.expert_d_ff or cfg.d_ff if cfg.n_experts else cfg.d_ff}
@@ -195,7 +195,7 @@ def _rows(name: Name, read: Read, rows: slice) -> np.ndarray:
     if not name.transposed:
         return np.ascontiguousarray(array[rows])
     inward = array.shape[:1] if name.axes[0] == "D" else array.shape[:-1]
-    return transposed(array.reshape(math.prod(inward), -1)[:, rows])
+    return transpose(array.reshape(math.prod(inward), -1)[:, rows])
 
 
 def _write(directory: Path, tensors: list[Tensor]) -> int:
@@ -223,9 +223,9 @@ def _write(directory: Path, tensors: list[Tensor]) -> int:
             at, index[tensor.name] = offsets[1], file
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
-        with files.direct(directory / file, 8 + len(text) + at, depth=8) as append:
+        with files.direct_writer(directory / file, 8 + len(text) + at, depth=8) as append:
             append(memoryview(struct.pack("<Q", len(text)) + text))
-            for piece in files.ahead(_in_order(part for tensor in shard for part in tensor.parts), AHEAD, THREADS):
+            for piece in files.prefetch(_in_order(part for tensor in shard for part in tensor.parts), AHEAD, THREADS):
                 append(piece.reshape(-1).view(np.uint8).data)
                 done += piece.nbytes
                 progress.show(done)
@@ -234,7 +234,7 @@ def _write(directory: Path, tensors: list[Tensor]) -> int:
     return total
 
 
-def _card(opened: Opened, kind: str) -> str:
+def _card(opened: LazyCheckpoint, kind: str) -> str:
     """The model card: shape, stages, data, and the scores beside the checkpoint."""
     cfg, recipe = opened.cfg, opened.meta.get("recipe", {})
     total, active = model.count_parameters(cfg)

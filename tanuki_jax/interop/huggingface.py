@@ -16,14 +16,14 @@ import jax
 import numpy as np
 
 from tanuki_jax import config, files
-from tanuki_jax.checkpoint import Opened, Stored
+from tanuki_jax.checkpoint import LazyArray, LazyCheckpoint
 from tanuki_jax.errors import UserError
 
 INDEX = "model.safetensors.index.json"
 KINDS = ("llama", "mistral", "mixtral", "tanuki")  # of config.json; a Mistral without a window is a Llama
 DENSE = ("llama", "mistral")
 DTYPES = {"BF16": "bfloat16", "F32": "float32"}
-OTHERS = {"F16": "float16", "F64": "float64"}  # which are cast on request
+UNSUPPORTED = {"F16": "float16", "F64": "float64"}  # which are cast on request
 CAST = "`tanuki import --param_dtype=float32` (or bfloat16) casts all weights on request"
 # What transformers takes where config.json is silent: the longest row, and Mistral's window, which then is no null.
 LONGEST = {"llama": 2048, "mistral": 131_072, "mixtral": 131_072, "tanuki": 131_072}
@@ -75,7 +75,7 @@ def is_huggingface(path: Path) -> bool:
     return (Path(path) / "config.json").is_file()
 
 
-def open_llama(path: Path) -> Opened:
+def open_llama(path: Path) -> LazyCheckpoint:
     """A dense Llama directory as parameters that are read when asked for, in our names and layouts."""
     settings = _settings(Path(path))
     if settings.get("num_local_experts") or settings.get("model_type") == "mixtral":
@@ -83,7 +83,7 @@ def open_llama(path: Path) -> Opened:
     return open_huggingface(path)
 
 
-def open_huggingface(path: Path, param_dtype: str = "") -> Opened:
+def open_huggingface(path: Path, param_dtype: str = "") -> LazyCheckpoint:
     """A Llama, Mistral, Mixtral or Tanuki directory as parameters that are read when asked for, in our names and layouts.
 
     Every tensor's name, shape and dtype is checked from the headers of the files before any weight is read.  The meta has what
@@ -107,18 +107,18 @@ def open_huggingface(path: Path, param_dtype: str = "") -> Opened:
     def ours(name: Name, array: np.ndarray) -> np.ndarray:
         """A published array in our layout."""
         shape = [sizes[axis] for axis in name.axes]
-        array = (transposed(array) if name.transposed else np.ascontiguousarray(array)).reshape(shape)
+        array = (transpose(array) if name.transposed else np.ascontiguousarray(array)).reshape(shape)
         return array.astype(np.float32, copy=False) if name.axes == VECTOR else array
 
-    def stored(name: Name, *before: int, read: Callable[..., np.ndarray]) -> Stored:
+    def stored(name: Name, *before: int, read: Callable[..., np.ndarray]) -> LazyArray:
         dtype = "float32" if name.axes == VECTOR else cfg.param_dtype
-        return Stored((*before, *(sizes[axis] for axis in name.axes)), dtype, read)
+        return LazyArray((*before, *(sizes[axis] for axis in name.axes)), dtype, read)
 
-    def whole(name: Name) -> Stored:
+    def whole(name: Name) -> LazyArray:
         weights.expect(name.theirs, published_shape(name, sizes), name.axes == VECTOR)
         return stored(name, read=lambda: ours(name, weights.read(name.theirs)))
 
-    def stacked(name: Name) -> Stored:
+    def stacked(name: Name) -> LazyArray:
         names = [f"model.layers.{layer}.{name.theirs}" for layer in range(cfg.n_layers)]
         for theirs in names:
             weights.expect(theirs, published_shape(name, sizes), name.axes == VECTOR)
@@ -128,7 +128,7 @@ def open_huggingface(path: Path, param_dtype: str = "") -> Opened:
 
         return stored(name, cfg.n_layers, read=read)
 
-    def experts(part: str, name: Name) -> Stored:
+    def experts(part: str, name: Name) -> LazyArray:
         E, F, D = cfg.n_experts, cfg.d_ff, cfg.d_model
         together, shape = (DOWN, (E, D, F)) if part == "moe/down" else (GATE_UP, (E, 2 * F, D))
         for layer in range(cfg.n_layers):
@@ -159,10 +159,10 @@ def open_huggingface(path: Path, param_dtype: str = "") -> Opened:
     meta = {"huggingface": str(path), "longest": _longest(path, settings), "published": published}
     if weights.dtypes != {cfg.param_dtype}:
         meta["cast"] = sorted(weights.dtypes)
-    return Opened(cfg, tree, meta, path)
+    return LazyCheckpoint(cfg, tree, meta, path)
 
 
-def transposed(matrix: np.ndarray) -> np.ndarray:
+def transpose(matrix: np.ndarray) -> np.ndarray:
     """A matrix the other way round, in its own memory; by XLA's CPU client, several times as fast as numpy."""
     bits = matrix.view(np.uint16) if matrix.dtype.itemsize == 2 else matrix
     return np.asarray(jax.device_put(bits.T, jax.devices("cpu")[0])).view(matrix.dtype)
@@ -350,11 +350,11 @@ class _Weights:
     def dtype(self, name: str) -> str:
         """That of a tensor; an error where it is not read, or not without a cast."""
         found = self._locate(name).get_slice(name).get_dtype()
-        if found in OTHERS and not self._cast:
+        if found in UNSUPPORTED and not self._cast:
             raise UserError(f"{self.path}: {name} is {found}; bfloat16 and float32 are read as they are; {CAST}")
-        if found not in DTYPES | OTHERS:
+        if found not in DTYPES | UNSUPPORTED:
             raise UserError(f"{self.path}: {name} is {found}; bfloat16 and float32 are read")
-        return (DTYPES | OTHERS)[found]
+        return (DTYPES | UNSUPPORTED)[found]
 
     def read(self, name: str, part: tuple[Any, ...] = ()) -> np.ndarray:
         opened = self._locate(name)

@@ -15,7 +15,7 @@ from tanuki_jax.data.tokenizer import Tokenizer, copy_tokenizer
 from tanuki_jax.errors import UserError
 from tanuki_jax.files import lock
 from tanuki_jax.interop.huggingface import open_huggingface
-from tanuki_jax.interop.vocabulary import check_rows, resized
+from tanuki_jax.interop.vocabulary import check_rows, resize
 from tanuki_jax.progress import Progress
 
 SLOW = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")  # tokenizers of other libraries
@@ -29,7 +29,7 @@ def import_huggingface(path: Path, output: Path, vocab_size: int = 0, param_dtyp
     Returns what it is, and the lines of a config that begins with it; what is to be known of its tokenizer is said on stderr.
     """
     found = open_huggingface(path, param_dtype) if param_dtype else open_huggingface(path)
-    opened, exact = resized(found, vocab_size, "import")
+    opened, exact = resize(found, vocab_size, "import")
     cfg = opened.cfg
     check_rows(path, cfg.vocab_size)
     notes = tokenizer_notes(path)
@@ -54,7 +54,7 @@ def import_huggingface(path: Path, output: Path, vocab_size: int = 0, param_dtyp
     counts = f"{total:,} parameters" + (f", {active:,} active" if active != total else "")
     cast = [casts(opened.meta["cast"], cfg.param_dtype)] if "cast" in opened.meta else []
     how = ", ".join([*cast, *([] if cast and exact == "exact" else [exact])])
-    return f"{output}: {counts}, {cfg.param_dtype}, {how}\n{_lines(output, cfg, checkpoint.longest_row(meta))}"
+    return f"{output}: {counts}, {cfg.param_dtype}, {how}\n{_lines(output, cfg, checkpoint.max_seq_len(meta))}"
 
 
 def casts(dtypes: list[str], to: str) -> str:

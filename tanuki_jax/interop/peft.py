@@ -45,7 +45,7 @@ PLAIN: dict[str, tuple[Any, ...]] = {
     "arrow_config": (None,),
 }
 # Ways to begin that take something out of the base, which is not in the files.
-TAKEN_OUT = ("pissa", "olora", "corda", "loftq", "lora_ga")
+IGNORED_KEYS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 # --- out ------------------------------------------------------------------------------------------------------------
@@ -235,7 +235,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
     for key, values in PLAIN.items():
         if settings.get(key, values[0]) not in values:
             raise UserError(f"{path / SETTINGS}: {key} {settings[key]!r} is not supported, {values[0]!r} is")
-    if str(settings.get("init_lora_weights")).startswith(TAKEN_OUT):
+    if str(settings.get("init_lora_weights")).startswith(IGNORED_KEYS):
         raise UserError(
             f"{path / SETTINGS}: init_lora_weights {settings['init_lora_weights']!r} is not supported, it changes the base; "
             "convert the adapters with PEFT's path_initial_model_for_weight_conversion"
@@ -296,7 +296,7 @@ def _ours(
         flat[one.path], scales[one.path] = {"a": inward, "b": outward}, scale_L.tolist()
     if found:
         raise UserError(f"{path / WEIGHTS}: the model of --base has no {', '.join(found)}; the adapters are for another base")
-    return ranks, {"lora": model.lora.nested(flat)}, scales
+    return ranks, {"lora": model.lora.to_tree(flat)}, scales
 
 
 def _apart(cfg: config.Model, a: np.ndarray, b: np.ndarray, stem: str) -> list[tuple[str, int, tuple[np.ndarray, np.ndarray]]]:
@@ -312,13 +312,13 @@ def _apart(cfg: config.Model, a: np.ndarray, b: np.ndarray, stem: str) -> list[t
 
 def _scale(settings: dict[str, Any], module: str, rank: int) -> float:
     """alpha / r, by the patterns that PEFT looks up: a name, or a regular expression for its end."""
-    told = _looked_up(settings.get("rank_pattern") or {}, module, settings.get("r", 8))
-    alpha = _looked_up(settings.get("alpha_pattern") or {}, module, settings.get("lora_alpha", 8))
+    told = _look_up(settings.get("rank_pattern") or {}, module, settings.get("r", 8))
+    alpha = _look_up(settings.get("alpha_pattern") or {}, module, settings.get("lora_alpha", 8))
     if told != rank:  # a pattern may have been converted with the weights; the tensors are what is true
         alpha = alpha * rank / told
     return float(alpha) / (rank**0.5 if settings.get("use_rslora") else rank)
 
 
-def _looked_up(patterns: dict[str, Any], module: str, default: Any) -> Any:
+def _look_up(patterns: dict[str, Any], module: str, default: Any) -> Any:
     fits: Callable[[str], Any] = lambda p: re.fullmatch(rf"(.*\.)?({p})", module)  # noqa: E731
     return next((value for pattern, value in patterns.items() if fits(pattern)), default)

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from tanuki_jax import checkpoint, files
-from tanuki_jax.checkpoint import Opened
+from tanuki_jax.checkpoint import LazyCheckpoint
 from tanuki_jax.data.chat import stop_ids
 from tanuki_jax.data.tokenizer import Tokenizer, copy_tokenizer
 from tanuki_jax.errors import UserError
-from tanuki_jax.interop.vocabulary import rows_of
+from tanuki_jax.interop.vocabulary import source_vocab_size
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -24,31 +24,39 @@ ARCHITECTURES = {
 }
 CODE = {"AutoConfig": "modeling_tanuki.TanukiConfig", "AutoModelForCausalLM": "modeling_tanuki.TanukiForCausalLM"}
 # Of a published config.json: what is not true of the export, and what a model of another class than the published one keeps.
-DROPPED = ("auto_map", "_name_or_path", "transformers_version", "rope_scaling", "quantization_config")
-KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "attention_dropout", "use_cache", "pretraining_tp")
+DROPPED_KEYS = ("auto_map", "_name_or_path", "transformers_version", "rope_scaling", "quantization_config")
+KEPT_KEYS = (
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "initializer_range",
+    "attention_dropout",
+    "use_cache",
+    "pretraining_tp",
+)
 # Sampling as old config.jsons have it, which transformers takes where there is no generation_config.json.
 SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "max_length")
 # A template's marks of what the assistant says, which transformers knows and plain Jinja2 does not.
-MARKED = re.compile(r"\{%([-+]?)\s*generation\s*([-+]?)%\}(.*?)\{%([-+]?)\s*endgeneration\s*([-+]?)%\}", re.DOTALL)
+GENERATION_BLOCK = re.compile(r"\{%([-+]?)\s*generation\s*([-+]?)%\}(.*?)\{%([-+]?)\s*endgeneration\s*([-+]?)%\}", re.DOTALL)
 
 
-def kind_published(opened: Opened, kind: str) -> str:
+def kind_published(opened: LazyCheckpoint, kind: str) -> str:
     """The class under which a model goes out: a Mistral that came in without a window is one again."""
     return "mistral" if kind == "llama" and _published(opened).get("model_type") == "mistral" else kind
 
 
-def _published(opened: Opened) -> dict[str, Any]:
+def _published(opened: LazyCheckpoint) -> dict[str, Any]:
     """The config.json that an imported model came with, or nothing."""
     found: dict[str, Any] = opened.meta.get("published", {}).get("config", {})
     return found
 
 
-def settings_of(opened: Opened, kind: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def settings_of(opened: LazyCheckpoint, kind: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """config.json and generation_config.json."""
     cfg, published = opened.cfg, _published(opened)
     same = published.get("model_type") == kind
-    kept = {k: v for k, v in published.items() if k not in DROPPED and (same or k in KEPT)}
-    longest = checkpoint.longest_row(opened.meta)
+    kept = {k: v for k, v in published.items() if k not in DROPPED_KEYS and (same or k in KEPT_KEYS)}
+    longest = checkpoint.max_seq_len(opened.meta)
     settings: dict[str, Any] = kept | {
         "architectures": [ARCHITECTURES[kind]],
         "model_type": kind,
@@ -82,7 +90,7 @@ def settings_of(opened: Opened, kind: str) -> tuple[dict[str, Any], dict[str, An
     return settings, _generation(opened, settings, tokenizer)
 
 
-def _generation(opened: Opened, settings: dict[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any]:
+def _generation(opened: LazyCheckpoint, settings: dict[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any]:
     """generation_config.json: as it came, with all that ends an answer; where none came, of the special tokens."""
     stops = [token for token in (_stops(tokenizer) if tokenizer else ()) if token < opened.cfg.vocab_size]
     told = _sampling(opened)
@@ -105,7 +113,7 @@ def _stops(tokenizer: Tokenizer) -> tuple[int, ...]:
         return (tokenizer.eos, *tokenizer.generation_eos)
 
 
-def _sampling(opened: Opened) -> dict[str, Any]:
+def _sampling(opened: LazyCheckpoint) -> dict[str, Any]:
     """The generation_config.json that came with the model or, since then, with its tokenizer."""
     published = opened.meta.get("published", {})
     found = dict(published.get("generation") or {})
@@ -118,7 +126,7 @@ def _sampling(opened: Opened) -> dict[str, Any]:
 
 def _tokenizer(home: Path) -> Tokenizer | None:
     """The tokenizer of a directory, where it is one that can be used; an error where it is damaged."""
-    if not rows_of(home):
+    if not source_vocab_size(home):
         return None
     try:
         return Tokenizer(home)
@@ -180,7 +188,7 @@ def without_marks(template: Any) -> Any:
         return [without_marks(one) for one in template]
     if isinstance(template, dict):
         return {name: without_marks(one) for name, one in template.items()}
-    return MARKED.sub(_plain_block, template) if isinstance(template, str) else template
+    return GENERATION_BLOCK.sub(_plain_block, template) if isinstance(template, str) else template
 
 
 def _plain_block(match: re.Match[str]) -> str:

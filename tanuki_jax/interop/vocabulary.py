@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
-from tanuki_jax.checkpoint import Opened, Stored
+from tanuki_jax.checkpoint import LazyArray, LazyCheckpoint
 from tanuki_jax.errors import UserError
 
 
-def rows_of(home: Path) -> int:
+def source_vocab_size(home: Path) -> int:
     """Rows that the ids of a directory's tokenizer need; 0 where there is none."""
     file = home / "tokenizer.json"
     if not file.is_file():
@@ -25,7 +25,7 @@ def rows_of(home: Path) -> int:
 
 def check_rows(path: Path, rows: int) -> None:
     """An error where the tokenizer of a published model gives ids for which its embedding has no row."""
-    needed = rows_of(path)
+    needed = source_vocab_size(path)
     if needed > rows:
         raise UserError(
             f"{path}: its tokenizer has ids up to {needed - 1:,}, {needed:,} pieces, and the model {rows:,} rows; "
@@ -33,7 +33,7 @@ def check_rows(path: Path, rows: int) -> None:
         )
 
 
-def resized(opened: Opened, vocab_size: int, verb: str) -> tuple[Opened, str]:
+def resize(opened: LazyCheckpoint, vocab_size: int, verb: str) -> tuple[LazyCheckpoint, str]:
     """The checkpoint with V rows, cut or padded with zeros, and what to tell of it; as it is where V is 0.
 
     Neither is quite exact: an id that is cut off had a probability, and one that is added has a logit of 0.
@@ -42,11 +42,11 @@ def resized(opened: Opened, vocab_size: int, verb: str) -> tuple[Opened, str]:
     if vocab_size in (0, old):
         return opened, "exact"
     home = opened.tokenizer_directory
-    pieces = rows_of(home)
+    pieces = source_vocab_size(home)
     if vocab_size < max(1, pieces):
         raise UserError(f"{verb}: --vocab_size {vocab_size} is less than the {pieces:,} pieces of the tokenizer in {home}")
 
-    def stored(name: str, axis: int) -> Stored:
+    def stored(name: str, axis: int) -> LazyArray:
         whole = opened.tree[name]
         shape = tuple(vocab_size if i == axis else n for i, n in enumerate(whole.shape))
 
@@ -54,7 +54,7 @@ def resized(opened: Opened, vocab_size: int, verb: str) -> tuple[Opened, str]:
             array = whole.read()[:vocab_size] if axis == 0 else whole.read()[:, :vocab_size]
             return np.pad(array, [(0, n - m) for n, m in zip(shape, array.shape, strict=True)])
 
-        return Stored(shape, whole.dtype, read)
+        return LazyArray(shape, whole.dtype, read)
 
     tree = opened.tree | {"embed/table": stored("embed/table", 0), "head": stored("head", 1)}
     how = f"vocabulary cut from {old:,} to {vocab_size:,}" if vocab_size < old else f"padded from {old:,} to {vocab_size:,}"

@@ -1,8 +1,8 @@
 """The transformer behind pure functions over plain parameter trees; the only room that imports Flax."""
 
 from tanuki_jax.model import layerwise, lora
+from tanuki_jax.model.expert_diagnostics import expert_diagnostics, expert_similarity
 from tanuki_jax.model.generate import Sampling, generate
-from tanuki_jax.model.health import expert_health, expert_similarity
 from tanuki_jax.model.layers import is_vector, parameter_dtype
 from tanuki_jax.model.streaming import stream
 from tanuki_jax.model.transformer import (
@@ -31,7 +31,7 @@ __all__ = [
     "decode",
     "dropless",
     "empty_cache",
-    "expert_health",
+    "expert_diagnostics",
     "expert_similarity",
     "flops_per_token",
     "generate",

@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tanuki_jax import config, ops, parallel
-from tanuki_jax.model.layers import parameter, project, rms_norm, rotate
+from tanuki_jax.model.layers import apply_rope, parameter, project, rms_norm
 
 Cache = Any
 Batch = dict[str, jax.Array]
@@ -32,8 +32,8 @@ class Attention(nn.Module):
             q_BSNH = rms_norm(q_BSNH, parameter(self, cfg, "norm_q", "H", "scale"), cfg.norm_eps)
             k_BSKH = rms_norm(k_BSKH, parameter(self, cfg, "norm_k", "H", "scale"), cfg.norm_eps)
         positions_BS = batch["positions"]
-        q_BSNH = rotate(q_BSNH, positions_BS, cfg.rope_theta, scale=cfg.head_dim**-0.5)
-        k_BSKH = rotate(k_BSKH, positions_BS, cfg.rope_theta)
+        q_BSNH = apply_rope(q_BSNH, positions_BS, cfg.rope_theta, scale=cfg.head_dim**-0.5)
+        k_BSKH = apply_rope(k_BSKH, positions_BS, cfg.rope_theta)
         if cache is None:
             y_BSNH = attend(q_BSNH, k_BSKH, v_BSKH, batch["segment_ids"], cfg.attention, "balanced" in batch)
         else:
@@ -56,11 +56,11 @@ def attend(
     With `balanced` the tokens lie in the order of `parallel.balanced_order`.
     """
     B, S, N, _ = q_BSNH.shape
-    if not parallel.splits_batch(B):
+    if not parallel.batch_is_sharded(B):
         return ops.attention(q_BSNH, k_BSKH, v_BSKH, segment_ids_BS, impl=impl)
-    parts = parallel.size("context")
-    order_S = parallel.balanced_order(S, parts) if balanced else np.arange(S)
-    kernel = ops.splash_kernel(impl, order_S, S, N // parallel.size("tensor"), parts)
+    parts = parallel.axis_size("context")
+    order_S = parallel.zigzag_order(S, parts) if balanced else np.arange(S)
+    kernel = ops.splash_kernel(impl, order_S, S, N // parallel.axis_size("tensor"), parts)
     spec, mesh = parallel.activation_spec, jax.sharding.get_abstract_mesh()
     queries, keys, tokens = spec("BSNH"), spec("BSKH"), spec("BS")
     along_context = NamedSharding(mesh, PartitionSpec(None, "context"))

@@ -50,46 +50,48 @@ def parameter_dtype(cfg: config.Model, name: str) -> str:
     return "float32" if is_vector(name) else cfg.param_dtype
 
 
-def used(module: nn.Module, cfg: config.Model, name: str, axes: str, kind: str = "inner") -> jax.Array:
+def unsharded_param(module: nn.Module, cfg: config.Model, name: str, axes: str, kind: str = "inner") -> jax.Array:
     """A parameter in the compute dtype, gathered from the devices that store its parts."""
-    return parallel.gathered(parameter(module, cfg, name, axes, kind).astype(compute_dtype(cfg)), axes)
+    return parallel.unshard(parameter(module, cfg, name, axes, kind).astype(compute_dtype(cfg)), axes)
 
 
 def project(
     module: nn.Module, cfg: config.Model, x: jax.Array, name: str, axes: str, kind: str = "inner", inner: int = 1
 ) -> jax.Array:
     """x [..., *inner] times a parameter [*inner, *outer], and times its adapter where it has one (model/lora.py)."""
-    y = ops.linear(x, used(module, cfg, name, axes, kind), inner)
+    y = ops.linear(x, unsharded_param(module, cfg, name, axes, kind), inner)
     if not module.has_variable("lora", name):
         return y
     adapter: dict[str, jax.Array] = module.get_variable("lora", name)
-    a = parallel.gathered(adapter["a"].astype(x.dtype), axes[:inner] + "r")
-    b = parallel.gathered(adapter["b"].astype(x.dtype), "r" + axes[inner:])
+    a = parallel.unshard(adapter["a"].astype(x.dtype), axes[:inner] + "r")
+    b = parallel.unshard(adapter["b"].astype(x.dtype), "r" + axes[inner:])
     if module.has_rng("dropout"):
         rate = adapter["dropout"]
-        keep = kept(module.make_rng("dropout"), rate, x.shape)
-        if (parts := parallel.size("context")) > 1 and parallel.splits_batch(x.shape[0]):  # where the tokens lie there
-            keep = keep[:, parallel.balanced_order(x.shape[1], parts)]
+        keep = dropout_mask(module.make_rng("dropout"), rate, x.shape)
+        if (parts := parallel.axis_size("context")) > 1 and parallel.batch_is_sharded(x.shape[0]):  # where the tokens lie there
+            keep = keep[:, parallel.zigzag_order(x.shape[1], parts)]
         # The barrier keeps the compiler from drawing, and norming, anew for every block of the product that they go into.
         x = jax.lax.optimization_barrier(jnp.where(keep, x / (1 - rate).astype(x.dtype), 0))
     return y + adapter["scale"].astype(x.dtype) * ops.linear(ops.linear(x, a, inner), b)
 
 
-def kept(key: jax.Array, rate: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def dropout_mask(key: jax.Array, rate: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Which entries dropout keeps, bool, each with probability 1 - rate to within 2^-17: two of every random word."""
     words = jax.random.bits(key, (*shape[:-1], -(-shape[-1] // 2)), jnp.uint32)
     halves = jnp.concatenate([words & 0xFFFF, words >> 16], axis=-1)[..., : shape[-1]]
     return halves < jnp.round((1 - rate) * 2**16).astype(jnp.uint32)
 
 
-def adapted(module: nn.Module, cfg: config.Model, name: str, axes: str, kind: str = "inner", expert: bool = False) -> jax.Array:
+def param_with_lora(
+    module: nn.Module, cfg: config.Model, name: str, axes: str, kind: str = "inner", expert: bool = False
+) -> jax.Array:
     """A parameter, its adapter added where it has one: for products that are no plain ones."""
     w = parameter(module, cfg, name, axes, kind, expert)
     if not module.has_variable("lora", name):
         return w
     adapter: dict[str, jax.Array] = module.get_variable("lora", name)
     product = jnp.einsum("...ir,...ro->...io", adapter["a"], adapter["b"], precision="highest")
-    return parallel.stored(w + adapter["scale"] * product, axes)
+    return parallel.constrain_as_stored(w + adapter["scale"] * product, axes)
 
 
 def compute_dtype(cfg: config.Model) -> jnp.dtype:
@@ -106,33 +108,33 @@ def rms_norm(x: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
     return (x32 * inverse * scale_D.astype(jnp.float32)).astype(x.dtype)
 
 
-def rotate(x_BSNH: jax.Array, positions_BS: jax.Array, theta: float, scale: float = 1.0) -> jax.Array:
+def apply_rope(x_BSNH: jax.Array, positions_BS: jax.Array, theta: float, scale: float = 1.0) -> jax.Array:
     """Rotary position encoding (Su et al. 2021) in the half-split layout of Llama, times `scale`; in float32."""
     H = x_BSNH.shape[-1]
     frequencies = theta ** (-jnp.arange(0, H, 2, dtype=jnp.float32) / H)
     angles = jnp.tile(positions_BS[:, :, None, None].astype(jnp.float32) * frequencies, 2)
-    return _turn(x_BSNH, scale * jnp.cos(angles), scale * jnp.sin(angles))
+    return _rope(x_BSNH, scale * jnp.cos(angles), scale * jnp.sin(angles))
 
 
 @jax.custom_vjp
-def _turn(x_BSNH: jax.Array, cos_BS1H: jax.Array, sin_BS1H: jax.Array) -> jax.Array:
-    turned_BSNH = _quarter_turn(x_BSNH).astype(jnp.float32)
+def _rope(x_BSNH: jax.Array, cos_BS1H: jax.Array, sin_BS1H: jax.Array) -> jax.Array:
+    turned_BSNH = _rotate_half(x_BSNH).astype(jnp.float32)
     return (x_BSNH.astype(jnp.float32) * cos_BS1H + turned_BSNH * sin_BS1H).astype(x_BSNH.dtype)
 
 
-def _turn_forward(x_BSNH, cos_BS1H, sin_BS1H):
-    return _turn(x_BSNH, cos_BS1H, sin_BS1H), (cos_BS1H, sin_BS1H)
+def _rope_forward(x_BSNH, cos_BS1H, sin_BS1H):
+    return _rope(x_BSNH, cos_BS1H, sin_BS1H), (cos_BS1H, sin_BS1H)
 
 
-def _turn_backward(kept, gradient_BSNH):
+def _rope_backward(kept, gradient_BSNH):
     cos_BS1H, sin_BS1H = kept
-    return _turn(gradient_BSNH, cos_BS1H, -sin_BS1H), None, None  # back by the same angles
+    return _rope(gradient_BSNH, cos_BS1H, -sin_BS1H), None, None  # back by the same angles
 
 
-_turn.defvjp(_turn_forward, _turn_backward)
+_rope.defvjp(_rope_forward, _rope_backward)
 
 
-def _quarter_turn(x: jax.Array) -> jax.Array:
+def _rotate_half(x: jax.Array) -> jax.Array:
     """The halves of the last axis (a, b) as (-b, a)."""
     half = x.shape[-1] // 2
     if ops.on_tpu():  # as a product, what follows is fused into it; lanes that change their place would be written out

@@ -80,7 +80,7 @@ def init_adapters(cfg: config.Model, options: config.Lora, key: jax.Array) -> tu
         draw = jax.random.fold_in(key, number)
         a = jax.random.uniform(draw, one.a[1], jnp.float32, -(inputs**-0.5), inputs**-0.5)
         trained[one.path] = {"a": a, "b": jnp.zeros(one.b[1], jnp.float32)}
-    return {"lora": nested(trained)}, scale_tree(scales(cfg, options))
+    return {"lora": to_tree(trained)}, scale_tree(scales(cfg, options))
 
 
 def scales(cfg: config.Model, options: config.Lora) -> dict[str, list[float]]:
@@ -93,23 +93,23 @@ def scales(cfg: config.Model, options: config.Lora) -> dict[str, list[float]]:
 
 def scale_tree(scales: Mapping[str, list[float]]) -> Params:
     """The branch of the parameters that holds them."""
-    return {"lora_scale": nested({path: jnp.array(values, jnp.float32) for path, values in scales.items()})}
+    return {"lora_scale": to_tree({path: jnp.array(values, jnp.float32) for path, values in scales.items()})}
 
 
 def adapter_axes(cfg: config.Model, ranks: Mapping[str, int]) -> tuple[Params, Params]:
     """The trees of axis letters of adapters and of their scales."""
     found = list(targets(cfg, ranks))
     letters = {one.path: {"a": tuple(one.a[0]), "b": tuple(one.b[0])} for one in found}
-    return {"lora": nested(letters)}, {"lora_scale": nested({one.path: ("L",) for one in found})}
+    return {"lora": to_tree(letters)}, {"lora_scale": to_tree({one.path: ("L",) for one in found})}
 
 
 def adapter_shapes(cfg: config.Model, ranks: Mapping[str, int]) -> Params:
     """The tree of ShapeDtypeStructs of adapters."""
     shape = lambda side: jax.ShapeDtypeStruct(side[1], jnp.float32)  # noqa: E731
-    return {"lora": nested({one.path: {"a": shape(one.a), "b": shape(one.b)} for one in targets(cfg, ranks)})}
+    return {"lora": to_tree({one.path: {"a": shape(one.a), "b": shape(one.b)} for one in targets(cfg, ranks)})}
 
 
-def frozen(cfg: config.Model, params: Params) -> Params:
+def frozen_params(cfg: config.Model, params: Params) -> Params:
     """A base as it lies below adapters: what is cast to the compute dtype whenever it is used, is cast once."""
 
     def cast(path: Any, w: jax.Array) -> jax.Array:
@@ -129,14 +129,14 @@ def merge_and_loss(params: Params) -> tuple[Params, jax.Array]:
     base = {name: part for name, part in params.items() if name not in ("lora", "lora_scale")}
     flat, losses = flax.traverse_util.flatten_dict(base, sep="/"), jnp.zeros(4)
     for path, adapter, scale_L in adapters(params) if "lora" in params else ():
-        exact, change = added(path, flat[path], adapter["a"], adapter["b"], scale_L)
+        exact, change = delta(path, flat[path], adapter["a"], adapter["b"], scale_L)
         merged = exact.astype(flat[path].dtype)
-        losses += lost(flat[path], change, exact, merged)
+        losses += merge_loss(flat[path], change, exact, merged)
         flat[path] = merged
     return flax.traverse_util.unflatten_dict(flat, sep="/"), losses
 
 
-def lost(w: Any, change: jax.Array, exact: jax.Array, merged: jax.Array) -> jax.Array:
+def merge_loss(w: Any, change: jax.Array, exact: jax.Array, merged: jax.Array) -> jax.Array:
     """What a rounded sum `merged` lost of `exact` = w + change: sums of squares of the error and of the change, entries that
     were to change and did not, entries; [4] float32, to be added up.
     """
@@ -144,13 +144,13 @@ def lost(w: Any, change: jax.Array, exact: jax.Array, merged: jax.Array) -> jax.
     return jnp.stack([(error**2).sum(), (change**2).sum(), rest.sum(dtype=jnp.float32), jnp.float32(change.size)])
 
 
-TOLD = 0.01  # share of what adapters change (root of the mean square) that may be lost without a word
+LOSS_WARNING_RATIO = 0.01  # share of what adapters change (root of the mean square) that may be lost without a word
 
 
-def told_loss(losses: Any, dtype: str) -> str:
+def describe_merge_loss(losses: Any, dtype: str) -> str:
     """A sentence on what merging adapters lost, from the sum of `lost`; empty where it is next to nothing."""
     error, change, same, count = (float(x) for x in losses)
-    if not change or (error / change) ** 0.5 <= TOLD:
+    if not change or (error / change) ** 0.5 <= LOSS_WARNING_RATIO:
         return ""
     share = min(1.0, (error / change) ** 0.5)
     return (
@@ -159,7 +159,7 @@ def told_loss(losses: Any, dtype: str) -> str:
     )
 
 
-def added(path: str, w: Any, a: Any, b: Any, scale: Any) -> tuple[jax.Array, jax.Array]:
+def delta(path: str, w: Any, a: Any, b: Any, scale: Any) -> tuple[jax.Array, jax.Array]:
     """W + scale * A B and scale * A B, float32; stacked over layers, or of one layer, or of one expert of it."""
     split = SPLITS[path.removeprefix("layers/")]
     r, inner, outer = a.shape[-1], len(split.inner), len(split.outer)
@@ -179,6 +179,6 @@ def adapters(params: Params) -> Iterator[tuple[str, dict[str, jax.Array], jax.Ar
             yield path, {side: flat[f"lora/{path}/{side}"] for side in "ab"}, scale_L
 
 
-def nested(flat: dict[str, Any]) -> Params:
+def to_tree(flat: dict[str, Any]) -> Params:
     """The tree of arrays by path."""
     return flax.traverse_util.unflatten_dict({tuple(path.split("/")): leaf for path, leaf in flat.items()})

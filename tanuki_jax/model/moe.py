@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from tanuki_jax import config, ops, parallel
-from tanuki_jax.model.layers import adapted, parameter
+from tanuki_jax.model.layers import param_with_lora, parameter
 
 GATE_BINS = 10  # equal parts of [0, 1], by which the first gate weight of a token is counted
 # Name, axis letters and kind of the experts' parameters.
@@ -89,8 +89,10 @@ class MoE(nn.Module):
     @nn.compact
     def __call__(self, x_BSD: jax.Array, valid_BS: jax.Array) -> tuple[jax.Array, RouterStats]:
         cfg = self.cfg
-        router_DE = parallel.gathered(adapted(self, cfg, "router", "DE").astype(jnp.float32), "DE", whole=True)
-        matrices = [adapted(self, cfg, name, axes, kind, expert=True).astype(x_BSD.dtype) for name, axes, kind in MATRICES]
+        router_DE = parallel.unshard(param_with_lora(self, cfg, "router", "DE").astype(jnp.float32), "DE", whole=True)
+        matrices = [
+            param_with_lora(self, cfg, name, axes, kind, expert=True).astype(x_BSD.dtype) for name, axes, kind in MATRICES
+        ]
         # Else TPUs would round both sides to bfloat16.
         logits_BSE = jnp.einsum("BSD,DE->BSE", x_BSD.astype(jnp.float32), router_DE, precision=jax.lax.Precision.HIGHEST)
         bias_E = parameter(self, cfg, "bias", "E", "zero").astype(jnp.float32) if cfg.router_bias else None
@@ -122,9 +124,9 @@ def _experts(cfg: config.Model, *arguments: jax.Array) -> tuple[jax.Array, jax.A
         )
         return y_TD.reshape(x_BSD.shape), kept_Tk.reshape(experts_BSk.shape)
 
-    if not parallel.splits_batch(arguments[0].shape[0]):
+    if not parallel.batch_is_sharded(arguments[0].shape[0]):
         # Rows that do not divide over the mesh (a few prompts): XLA can split the padded products itself, but no kernel.
-        return ffn(*arguments, impl="padded" if parallel.size(*parallel.MESH_AXES) > 1 else cfg.experts)
+        return ffn(*arguments, impl="padded" if parallel.axis_size(*parallel.MESH_AXES) > 1 else cfg.experts)
     mesh = jax.sharding.get_abstract_mesh()
     stored, used = (
         [parallel.spec(axes, column, mesh, w.shape) for (_, axes, _), w in zip(MATRICES, arguments[4:], strict=True)]
@@ -135,7 +137,7 @@ def _experts(cfg: config.Model, *arguments: jax.Array) -> tuple[jax.Array, jax.A
     def local(
         x_BSD: jax.Array, weights_BSk: jax.Array, experts_BSk: jax.Array, valid_BS: jax.Array, *matrices: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        whole = [parallel.gathered_within(w, *specs) for w, *specs in zip(matrices, stored, used, strict=True)]
+        whole = [parallel.unshard_local(w, *specs) for w, *specs in zip(matrices, stored, used, strict=True)]
         axis = "expert" if mesh.shape["expert"] > 1 else ""
         y_BSD, kept_BSk = ffn(x_BSD, weights_BSk, experts_BSk, valid_BS, *whole, axis=axis)
         return (jax.lax.psum(y_BSD, "tensor") if used[0][2] else y_BSD), kept_BSk

@@ -121,10 +121,10 @@ class Transformer(nn.Module):
         table_VD = Embedding(cfg, name="embed")()
         parameter(self, cfg, "head", "DV")
         norm_final_D = parameter(self, cfg, "norm_final", "D", "scale")
-        x_BSD = parallel.rows_of(table_VD.astype(compute_dtype(cfg)), batch["tokens"])
+        x_BSD = parallel.embedding_lookup(table_VD.astype(compute_dtype(cfg)), batch["tokens"])
         # Inside a loop XLA can't merge what is computed twice; several blocks in one pass of it can be.
         block = Block if cfg.remat == "none" else nn.remat(Block, policy=REMAT[cfg.remat], prevent_cse=cfg.unroll > 1)
-        parts = runs(cfg)
+        parts = layer_groups(cfg)
         caches, stats = [], []
         for number, (mixture, first, end) in enumerate(parts):
             layers = nn.scan(
@@ -141,27 +141,27 @@ class Transformer(nn.Module):
             x_BSD, (written, found) = layers(cfg, mixture, name=name)(x_BSD, batch, mine)
             caches.append(written)
             stats += [found] if found else []
-        return rms_norm(x_BSD, norm_final_D, cfg.norm_eps), _joined(caches), _joined(stats) if stats else None
+        return rms_norm(x_BSD, norm_final_D, cfg.norm_eps), _concatenate(caches), _concatenate(stats) if stats else None
 
 
 # --- layers of two kinds --------------------------------------------------------------------------------------------
 
 
-def runs(cfg: config.Model) -> list[tuple[bool, int, int]]:
+def layer_groups(cfg: config.Model) -> list[tuple[bool, int, int]]:
     """Neighbouring layers of one kind, which one loop computes: whether they are mixtures, the first, one past the last."""
-    chosen = set(config.mixture_layers(cfg))
+    chosen = set(config.moe_layers(cfg))
     cuts = [i for i in range(1, cfg.n_layers) if (i in chosen) != (i - 1 in chosen)]
     return [(a in chosen, a, b) for a, b in zip([0, *cuts], [*cuts, cfg.n_layers], strict=True)]
 
 
-def _joined(parts: list[Any]) -> Any:
+def _concatenate(parts: list[Any]) -> Any:
     """Trees of the runs as one tree, along L."""
     return parts[0] if len(parts) == 1 else jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
 
 
-def _by_run(cfg: config.Model, params: Params) -> Params:
+def split_groups(cfg: config.Model, params: Params) -> Params:
     """The parameters as the module holds them: one stack of layers for each run."""
-    parts = runs(cfg)
+    parts = layer_groups(cfg)
     if len(parts) == 1:
         return params
     layers, done = params["layers"], {"mlp": 0, "moe": 0}
@@ -176,7 +176,7 @@ def _by_run(cfg: config.Model, params: Params) -> Params:
     return tree
 
 
-def _by_kind(tree: Params, join: Callable[..., Any]) -> Params:
+def merge_groups(tree: Params, join: Callable[..., Any]) -> Params:
     """The other way round; `join` takes the leaves of all runs that have a parameter."""
     stacks = [tree[name] for name in sorted(tree, key=lambda n: int(n.partition("run_")[2] or -1)) if name.startswith("run_")]
     if not stacks:
@@ -199,7 +199,7 @@ def _boxed_init(cfg: config.Model, key: jax.Array) -> Any:
 
 def init(cfg: config.Model, key: jax.Array) -> Params:
     """Random parameters: N(0, init_std), residual outputs divided by sqrt(2L), norms 1; in `param_dtype`."""
-    return _by_kind(nn.unbox(_boxed_init(cfg, key)), lambda *leaves: jnp.concatenate(leaves))
+    return merge_groups(nn.unbox(_boxed_init(cfg, key)), lambda *leaves: jnp.concatenate(leaves))
 
 
 @functools.lru_cache(maxsize=32)
@@ -215,14 +215,14 @@ def parameter_shapes(cfg: config.Model) -> Params:
         return jax.ShapeDtypeStruct((sum(run.shape[0] for run in runs), *runs[0].shape[1:]), runs[0].dtype)
 
     shapes = jax.tree.map(lambda b: b.value, _boxed_shapes(cfg), is_leaf=lambda b: isinstance(b, nn.Partitioned))
-    return _by_kind(shapes, stacked)
+    return merge_groups(shapes, stacked)
 
 
 @functools.lru_cache(maxsize=32)
 def logical_axes(cfg: config.Model) -> Any:
     """The tree of axis letters of the parameters, ("L", "D", "N", "H") say."""
     names = jax.tree.map(lambda b: b.names, _boxed_shapes(cfg), is_leaf=lambda b: isinstance(b, nn.Partitioned))
-    return _by_kind(names, lambda *leaves: leaves[0])
+    return merge_groups(names, lambda *leaves: leaves[0])
 
 
 def named_parameters(cfg: config.Model) -> Iterator[tuple[str, str, tuple[int, ...]]]:
@@ -250,13 +250,13 @@ def _variables(cfg: config.Model, params: Params, rate: float = 0.0) -> dict[str
     """Parameters and adapters as the modules look for them; an adapter brings its scale and the rate of its dropout."""
     base = {name: part for name, part in params.items() if name not in ("lora", "lora_scale")}
     if "lora" not in params:
-        return {"params": _by_run(cfg, base)}
+        return {"params": split_groups(cfg, base)}
     found = jax.tree.map(
         lambda scale_L, adapter: adapter | {"scale": scale_L, "dropout": jnp.full_like(scale_L, rate)},
         params["lora_scale"],
         params["lora"],
     )
-    return {"params": _by_run(cfg, base), "lora": _by_run(cfg, found)}
+    return {"params": split_groups(cfg, base), "lora": split_groups(cfg, found)}
 
 
 def token_scores(
@@ -265,7 +265,7 @@ def token_scores(
     """Log-probabilities of the targets, [B, S] each; see `ops.token_logprobs`."""
     # Backwards, the barrier has the head's gradient made before those of the blocks, which need the room of the logits.
     hidden_BSD, head_DV = jax.lax.optimization_barrier((outputs.hidden, params["head"].astype(compute_dtype(cfg))))
-    head_DV, parts = parallel.gathered(head_DV, "DV"), parallel.size("context")
+    head_DV, parts = parallel.unshard(head_DV, "DV"), parallel.axis_size("context")
     return ops.token_logprobs(hidden_BSD, head_DV, targets_BS, parts=parts, chunk=cfg.logits_chunk, entropy=entropy)
 
 
@@ -303,7 +303,7 @@ def decode(
 def count_parameters(cfg: config.Model) -> tuple[int, int]:
     """Parameters in all, and those active for one token (top_k of the experts)."""
     total = sum(math.prod(s.shape) for s in jax.tree.leaves(parameter_shapes(cfg)))
-    idle = len(config.mixture_layers(cfg)) * (cfg.n_experts - cfg.top_k) * 3 * cfg.d_model * (cfg.expert_d_ff or cfg.d_ff)
+    idle = len(config.moe_layers(cfg)) * (cfg.n_experts - cfg.top_k) * 3 * cfg.d_model * (cfg.expert_d_ff or cfg.d_ff)
     return total, total - idle
 
 

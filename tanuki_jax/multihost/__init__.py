@@ -1,25 +1,35 @@
 """Several processes as one run: how they start, what they agree on and exchange, and a watchdog that names who is behind."""
 
-from tanuki_jax.multihost.coordination import agree, exchange, first_of, host, name, on_first, once, share, wait_seconds
-from tanuki_jax.multihost.startup import initialize, listening, to_host, told_to_stop
-from tanuki_jax.multihost.watchdog import at, slowest, spends, watching
+from tanuki_jax.multihost.coordination import (
+    all_gather_text,
+    assert_equal_across_processes,
+    first_error,
+    first_then_all,
+    hostname,
+    on_process_zero,
+    process_label,
+    process_slice,
+    wait_seconds,
+)
+from tanuki_jax.multihost.startup import handle_sigterm, initialize, preemption_requested, to_host
+from tanuki_jax.multihost.watchdog import enter_phase, report_input_wait, slowest_process, watch_for_hangs
 
 __all__ = [
-    "agree",
-    "at",
-    "exchange",
-    "first_of",
-    "host",
+    "all_gather_text",
+    "assert_equal_across_processes",
+    "enter_phase",
+    "first_error",
+    "first_then_all",
+    "handle_sigterm",
+    "hostname",
     "initialize",
-    "listening",
-    "name",
-    "on_first",
-    "once",
-    "share",
-    "slowest",
-    "spends",
+    "on_process_zero",
+    "preemption_requested",
+    "process_label",
+    "process_slice",
+    "report_input_wait",
+    "slowest_process",
     "to_host",
-    "told_to_stop",
     "wait_seconds",
-    "watching",
+    "watch_for_hangs",
 ]

@@ -19,13 +19,13 @@ from tanuki_jax.errors import PeerLost, UserError
 
 T = TypeVar("T")
 # Seconds that processes wait: where they meet, to join at the start, and to hear of each other at all.
-LIMITS = {"TANUKI_WAIT_SECONDS": 3600, "TANUKI_JOIN_SECONDS": 300, "TANUKI_HEARTBEAT_SECONDS": 100}
+TIMEOUTS = {"TANUKI_WAIT_SECONDS": 3600, "TANUKI_JOIN_SECONDS": 300, "TANUKI_HEARTBEAT_SECONDS": 100}
 _numbers = itertools.count()
 
 
-def limit(name: str) -> int:
+def timeout_seconds(name: str) -> int:
     """One of LIMITS, or what the environment says in its place."""
-    text = os.environ.get(name, "") or str(LIMITS[name])
+    text = os.environ.get(name, "") or str(TIMEOUTS[name])
     if not text.isdecimal() or not int(text):
         raise UserError(f"{name} is {text!r}; set it to a whole number of seconds above 0")
     return int(text)
@@ -33,20 +33,20 @@ def limit(name: str) -> int:
 
 def wait_seconds() -> int:
     """How long processes wait where they meet."""
-    return limit("TANUKI_WAIT_SECONDS")
+    return timeout_seconds("TANUKI_WAIT_SECONDS")
 
 
-def share() -> tuple[int, int]:
+def process_slice() -> tuple[int, int]:
     """This process's number and how many there are: its part of work that is cut evenly."""
     return jax.process_index(), jax.process_count()
 
 
-def host() -> str:
+def hostname() -> str:
     """The name of this machine."""
     return socket.gethostname()
 
 
-def exchange(text: str, what: str) -> list[str]:
+def all_gather_text(text: str, what: str) -> list[str]:
     """The texts of all processes, in their order; each must come here, with the same `what`, within `wait_seconds`.
 
     Raises:
@@ -54,12 +54,12 @@ def exchange(text: str, what: str) -> list[str]:
     """
     if jax.process_count() == 1:
         return [text]
-    client, number, seconds = store(), next(_numbers), wait_seconds()
+    client, number, seconds = put_value(), next(_numbers), wait_seconds()
     key, me = f"tanuki/{number}/{what}", jax.process_index()
     try:
         client.key_value_set(f"{key}/{me}", text)
         client.wait_at_barrier(key, 1000 * seconds)
-        found = read(f"{key}/")
+        found = get_value(f"{key}/")
     except jax.errors.JaxRuntimeError as error:
         raise PeerLost(f"{what}: {_missing(key, seconds)}") from error
     if me == 0 and number:
@@ -69,49 +69,51 @@ def exchange(text: str, what: str) -> list[str]:
 
 def _missing(key: str, seconds: int) -> str:
     try:
-        came = read(f"{key}/")
-        named = [name(process) for process in range(jax.process_count()) if process not in came]
+        came = get_value(f"{key}/")
+        named = [process_label(process) for process in range(jax.process_count()) if process not in came]
     except jax.errors.JaxRuntimeError:
         return "process 0, which the others meet at, does not answer"
     who = ", ".join(named) or "a process"
     return f"{who} did not come within {seconds} s (TANUKI_WAIT_SECONDS), or is gone"
 
 
-def store() -> Any:
+def put_value() -> Any:
     """The client of the coordination service."""
     return distributed.global_state.client
 
 
-def read(directory: str) -> dict[int, str]:
+def get_value(directory: str) -> dict[int, str]:
     """What processes have put below `directory` of the store, by process."""
-    return {int(key.rpartition("/")[2]): value for key, value in store().key_value_dir_get(directory)}
+    return {int(key.rpartition("/")[2]): value for key, value in put_value().key_value_dir_get(directory)}
 
 
-def name(process: int) -> str:
+def process_label(process: int) -> str:
     """A process and its machine, for messages."""
-    known = read("tanuki/host/") if jax.process_count() > 1 else {}
+    known = get_value("tanuki/host/") if jax.process_count() > 1 else {}
     return f"process {process} ({known[process]})" if process in known else f"process {process}"
 
 
-def introduce() -> None:
+def publish_hostname() -> None:
     """Tells the others the name of this machine."""
-    store().key_value_set(f"tanuki/host/{jax.process_index()}", host(), allow_overwrite=True)
+    put_value().key_value_set(f"tanuki/host/{jax.process_index()}", hostname(), allow_overwrite=True)
 
 
-def first_of(found: str, what: str = "a check") -> str:
+def first_error(found: str, what: str = "a check") -> str:
     """The first text that is not empty, of those of all processes, the same on each of them."""
-    return next(filter(None, exchange(found, what)), "")
+    return next(filter(None, all_gather_text(found, what)), "")
 
 
-def agree(what: str, text: str) -> None:
+def assert_equal_across_processes(what: str, text: str) -> None:
     """An error that names the process whose text is another than that of process 0."""
-    texts = exchange(text, what)
+    texts = all_gather_text(text, what)
     for process, other in enumerate(texts):
         if other != texts[0]:
-            raise UserError(f"{what}: {name(process)} has {other}, {name(0)} has {texts[0]}; all must be the same")
+            raise UserError(
+                f"{what}: {process_label(process)} has {other}, {process_label(0)} has {texts[0]}; all must be the same"
+            )
 
 
-def on_first(work: Callable[[], T], what: str = "work done once") -> T | None:
+def on_process_zero(work: Callable[[], T], what: str = "work done once") -> T | None:
     """Runs work on the first process while the others wait; its result there, None elsewhere.  If it fails, all fail."""
     if jax.process_count() == 1:
         return work()
@@ -121,7 +123,7 @@ def on_first(work: Callable[[], T], what: str = "work done once") -> T | None:
             result = work()
         except Exception as raised:  # the others must hear of it before it goes on
             error = raised
-    failed = first_of("failed" if error else "", what)
+    failed = first_error("failed" if error else "", what)
     if error is not None:
         raise error
     if failed:
@@ -129,7 +131,7 @@ def on_first(work: Callable[[], T], what: str = "work done once") -> T | None:
     return result
 
 
-def once(work: Callable[[], T], what: str = "work done once") -> T:
+def first_then_all(work: Callable[[], T], what: str = "work done once") -> T:
     """Runs idempotent work on the first process, then on the others, who find it done (on a shared file system)."""
-    result = on_first(work, what)
+    result = on_process_zero(work, what)
     return cast(T, result) if jax.process_index() == 0 else work()

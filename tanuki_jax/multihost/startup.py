@@ -34,7 +34,7 @@ def initialize() -> None:
     coordinator, processes, process = (os.environ.get(v) for v in VARIABLES)
     if not coordinator:
         return
-    limits = coordination.limit("TANUKI_JOIN_SECONDS"), coordination.limit("TANUKI_HEARTBEAT_SECONDS")
+    limits = coordination.timeout_seconds("TANUKI_JOIN_SECONDS"), coordination.timeout_seconds("TANUKI_HEARTBEAT_SECONDS")
     if coordinator == "auto":
         _join(limits)
         return
@@ -50,7 +50,7 @@ def _join(
     limits: tuple[int, int], coordinator: str | None = None, processes: int | None = None, process: int | None = None
 ) -> None:
     join, heartbeat = limits
-    told = f"{coordination.host()} waits for the other processes of the run, at most {join} s (TANUKI_JOIN_SECONDS)"
+    told = f"{coordination.hostname()} waits for the other processes of the run, at most {join} s (TANUKI_JOIN_SECONDS)"
     waits = threading.Timer(10, print, (told,), {"file": sys.stderr, "flush": True})
     waits.daemon = True
     waits.start()
@@ -58,11 +58,11 @@ def _join(
         coordinator, processes, process, initialization_timeout=join, heartbeat_timeout_seconds=heartbeat
     )
     waits.cancel()
-    coordination.introduce()
+    coordination.publish_hostname()
 
 
 @contextlib.contextmanager
-def listening() -> Iterator[None]:
+def handle_sigterm() -> Iterator[None]:
     """While inside, SIGTERM does not end the process but is noticed by `told_to_stop`; may be nested.
 
     With several processes JAX's preemption service listens instead, and agrees on the step.
@@ -78,7 +78,7 @@ def listening() -> Iterator[None]:
         signal.signal(signal.SIGTERM, _listening.pop())
 
 
-def told_to_stop() -> bool:
+def preemption_requested() -> bool:
     """Whether the run is to stop: SIGTERM came, or the platform's notice; to be asked by all processes, after every step.
 
     All hear the same.

@@ -78,7 +78,7 @@ def splash_kernel(impl: str, places: np.ndarray | None, length: int, heads: int,
     return splash.make_kernel(length, heads, places, parts)
 
 
-def query_parts(impl: str, platform: str) -> int:
+def query_shards(impl: str, platform: str) -> int:
     """Of how many tokens each half of a device's queries must be a multiple where devices split a row."""
     return LANES if (DEFAULT.get(platform, "xla") if impl == "auto" else impl) == "splash" else 1
 

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from tanuki_jax.ops import mosaic
+from tanuki_jax.ops import mosaic_gpu
 from tanuki_jax.ops.device import platform
 from tanuki_jax.ops.grouped_matmul import grouped_matmul
 
 # Room per expert, relative to a perfectly even load, that the padded layout tries in turn; the last resort is T rows.
-ROOMS = (1.25, 2.0)
-FEW = 256  # tokens up to which T rows per expert cost too little to choose
+CAPACITY_FACTORS = (1.25, 2.0)
+SMALL_BATCH = 256  # tokens up to which T rows per expert cost too little to choose
 DEFAULT = {"cpu": "blocked", "gpu": "mosaic", "tpu": "pallas"}
 
 
@@ -59,7 +59,7 @@ def expert_ffn(
     E = gate_EDF.shape[0] * shards
     if impl == "auto":
         impl = DEFAULT.get(platform(), "ragged")
-        if impl == "mosaic" and not mosaic.fits(gate_EDF):
+        if impl == "mosaic" and not mosaic_gpu.fits(gate_EDF):
             impl = "padded"
     everything = jnp.ones((T, k), bool)
     if impl == "reference" and not capacity:
@@ -81,7 +81,7 @@ def expert_ffn(
             kept_Tk &= (rank_Tk < jnp.ceil(valid_T.sum().astype(jnp.float32) * share)) & valid_T[:, None]
         return _padded(x_TD, weights_Tk, experts_Tk, rank_Tk, kept_Tk, matrices, axis, shards, room), kept_Tk
     if impl == "padded" or axis:
-        return _fitting(x_TD, weights_Tk, experts_Tk, rank_Tk, sizes_E, matrices, axis, shards), everything
+        return _smallest_capacity(x_TD, weights_Tk, experts_Tk, rank_Tk, sizes_E, matrices, axis, shards), everything
     if impl == "pallas":
         return _pallas(x_TD, weights_Tk, experts_Tk, rank_Tk, sizes_E, matrices), everything
     if impl == "mosaic":
@@ -121,7 +121,7 @@ def _pallas(x_TD, weights_Tk, experts_Tk, rank_Tk, sizes_E, matrices):
 
 def _mosaic(x_TD, weights_Tk, experts_Tk, rank_Tk, sizes_E, matrices):
     """Whole tiles for every expert; weights before the last product, whose result their gradient then does not need."""
-    (T, k), E, tile = experts_Tk.shape, sizes_E.shape[0], mosaic.ROWS
+    (T, k), E, tile = experts_Tk.shape, sizes_E.shape[0], mosaic_gpu.ROWS
     sizes_E, rows = -(-sizes_E // tile) * tile, (-(-T * k // tile) + E - 1) * tile
     slot_Tk = (jnp.cumsum(sizes_E) - sizes_E)[experts_Tk] + rank_Tk
     x_RD, weight_R1, token_R = _dispatch_weighted(x_TD, weights_Tk, slot_Tk, rows)
@@ -129,10 +129,10 @@ def _mosaic(x_TD, weights_Tk, experts_Tk, rank_Tk, sizes_E, matrices):
     return _collect(_swiglu(x_RD, matrices, matmul, weight_R1), slot_Tk, token_R)
 
 
-def _fitting(x_TD, weights_Tk, experts_Tk, rank_Tk, sizes_E, matrices, axis, shards):
+def _smallest_capacity(x_TD, weights_Tk, experts_Tk, rank_Tk, sizes_E, matrices, axis, shards):
     """The padded layout with the smallest room that drops nothing on any device."""
     (T, k), E = experts_Tk.shape, sizes_E.shape[0]
-    rooms = sorted({min(T, int(np.ceil(r * T * k / E / 8)) * 8) for r in ROOMS} | {T}) if T > FEW else [T]
+    rooms = sorted({min(T, int(np.ceil(r * T * k / E / 8)) * 8) for r in CAPACITY_FACTORS} | {T}) if T > SMALL_BATCH else [T]
     fullest = sizes_E.max()
     if axis:  # all must take the same branch, for there are collectives in it
         fullest = jax.lax.pmax(fullest, jax.sharding.get_abstract_mesh().manual_axes)

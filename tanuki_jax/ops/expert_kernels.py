@@ -20,7 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 from tanuki_jax.ops.device import mxu_columns, on_tpu, vmem_bytes
 
 TILE = 256  # rows of a tile
-PART = 128  # rows that are computed of a tile that has no more in use
+HALF_TILE = 128  # rows that are computed of a tile that has no more in use
 SUBLANES, LANES = 8, 128
 F32 = jnp.float32
 
@@ -75,10 +75,10 @@ def _forward(x_RD, weight_R, gate_EDF, up_EDF, down_EFD, tiles):
 
 def _backward(kept, dy_RD):
     x_RD, weight_R, g_RF, u_RF, gate_EDF, up_EDF, down_EFD, tiles = kept
-    dg_RF, du_RF, h_RF, dweight_R = _gate_up_gradient(dy_RD, weight_R, g_RF, u_RF, down_EFD, tiles)
+    dg_RF, du_RF, h_RF, dweight_R = _gate_up_grad(dy_RD, weight_R, g_RF, u_RF, down_EFD, tiles)
     E = gate_EDF.shape[0]
-    dgate, dup = _outer(x_RD, dg_RF, E, tiles), _outer(x_RD, du_RF, E, tiles)
-    ddown = _outer(h_RF, dy_RD, E, tiles)
+    dgate, dup = _weight_grad(x_RD, dg_RF, E, tiles), _weight_grad(x_RD, du_RF, E, tiles)
+    ddown = _weight_grad(h_RF, dy_RD, E, tiles)
     dx_RD = _product(dg_RF, gate_EDF, tiles, transposed=True)
     dx_RD = _product(du_RF, up_EDF, tiles, transposed=True, plus_RB=dx_RD)
     return dx_RD, dweight_R, dgate, dup, ddown, None
@@ -114,7 +114,7 @@ def _gate_up(x_RD, weight_R, gate_EDF, up_EDF, tiles):
     )
 
 
-def _gate_up_gradient(dy_RD, weight_R, g_RF, u_RF, down_EFD, tiles):
+def _gate_up_grad(dy_RD, weight_R, g_RF, u_RF, down_EFD, tiles):
     """Gradients of the gate and up products and of the weights, and the down product's input once more."""
     (R, D), F = dy_RD.shape, g_RF.shape[1]
     dtype, bytes_ = dy_RD.dtype, dy_RD.dtype.itemsize
@@ -189,7 +189,7 @@ def _product(x_RA, w, tiles, transposed, plus_RB=None):
     return y_RB
 
 
-def _outer(x_RA, y_RB, experts, tiles):
+def _weight_grad(x_RA, y_RB, experts, tiles):
     """Sum over each expert's rows of the outer product of x and y, [E, A, B]."""
     (R, A), B = x_RA.shape, y_RB.shape[1]
     dtype, bytes_ = x_RA.dtype, x_RA.dtype.itemsize
@@ -286,8 +286,8 @@ def _call(
 
 def _for_rows(filled: jax.Array, compute: Callable[[int], None]) -> None:
     """Computes half of a tile that has no more rows in use, all of any other, and nothing of an empty one."""
-    pl.when(filled > PART)(lambda: compute(TILE))
-    pl.when((filled > 0) & (filled <= PART))(lambda: compute(PART))
+    pl.when(filled > HALF_TILE)(lambda: compute(TILE))
+    pl.when((filled > 0) & (filled <= HALF_TILE))(lambda: compute(HALF_TILE))
 
 
 def _chunk() -> int:
@@ -306,7 +306,7 @@ def _in_chunks(length: int, limit: int, body: Callable[[Any], None]) -> None:
 
 def _cost(tiles: int, experts: int, flops_per_row: int, bytes_accessed: int) -> pl.CostEstimate:
     """What the compiler is told: rows in use, and what is computed beside them on average; data as often as it moves."""
-    rows = (tiles - experts) * TILE + experts * PART // 2
+    rows = (tiles - experts) * TILE + experts * HALF_TILE // 2
     return pl.CostEstimate(flops=rows * flops_per_row, bytes_accessed=int(bytes_accessed), transcendentals=0)
 
 

@@ -5,7 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from tanuki_jax.ops import mosaic
+from tanuki_jax.ops import mosaic_gpu
 from tanuki_jax.ops.device import on_tpu
 
 MEGABLOX_TILES = (512, 1024, 1024)  # rows, inner, columns
@@ -39,7 +39,7 @@ def grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array, 
     if impl == "blocked":
         return _blocked(x_RD, w_EDF, group_sizes_E)
     if impl == "mosaic":
-        return mosaic.grouped_matmul(x_RD, w_EDF, group_sizes_E)
+        return mosaic_gpu.grouped_matmul(x_RD, w_EDF, group_sizes_E)
     # Kernels leave rows past the last group unwritten, forward and backward.
     inside_R1 = (jnp.arange(x_RD.shape[0]) < group_sizes_E.sum())[:, None]
     x_RD = jnp.where(inside_R1, x_RD, 0)

@@ -33,7 +33,7 @@ linear.defvjp(_forward, _backward)
 
 
 @jax.custom_vjp
-def rows(table_VD: jax.Array, index_BS: jax.Array) -> jax.Array:
+def embedding_lookup(table_VD: jax.Array, index_BS: jax.Array) -> jax.Array:
     """table[index], [B, S, D].
 
     Its gradient is summed in float32: in bfloat16 a sum of equal parts stops growing at 256 of them, and a batch has many more
@@ -42,14 +42,14 @@ def rows(table_VD: jax.Array, index_BS: jax.Array) -> jax.Array:
     return table_VD[index_BS]
 
 
-def _rows_forward(table_VD, index_BS):
+def _lookup_forward(table_VD, index_BS):
     return table_VD[index_BS], (table_VD, index_BS)
 
 
-def _rows_backward(kept, gradient_BSD):
+def _lookup_backward(kept, gradient_BSD):
     table_VD, index_BS = kept
     zeros_VD = jnp.zeros(table_VD.shape, jnp.float32)  # nothing but shape and dtype of the table is kept
     return zeros_VD.at[index_BS].add(gradient_BSD.astype(jnp.float32)).astype(table_VD.dtype), None
 
 
-rows.defvjp(_rows_forward, _rows_backward)
+embedding_lookup.defvjp(_lookup_forward, _lookup_backward)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tanuki_jax.ops.normal import threefry
+from tanuki_jax.ops.random_normal import threefry
 
 
 def round_stochastically(x: jax.Array, key_2: jax.Array) -> jax.Array:

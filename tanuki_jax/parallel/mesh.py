@@ -33,10 +33,10 @@ def make_mesh(sizes: config.Mesh, devices: Sequence[jax.Device] | None = None) -
             f"config: mesh {named} has {slices * math.prod(shape)} places for {len(devices)} devices; "
             "make their product equal (one size may be -1)"
         )
-    return Mesh(_arranged(devices, slices, shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    return Mesh(_arrange_devices(devices, slices, shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
-def _arranged(devices: Sequence[jax.Device], slices: int, shape: list[int]) -> np.ndarray:
+def _arrange_devices(devices: Sequence[jax.Device], slices: int, shape: list[int]) -> np.ndarray:
     """Devices in the shape of the mesh, the slices along the first axis."""
     whole = [slices * shape[0], *shape[1:]]
     if devices[0].platform != "tpu":

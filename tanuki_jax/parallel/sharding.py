@@ -27,7 +27,7 @@ class Rule(NamedTuple):
 
 
 TENSOR = Rule(("tensor",), ("tensor",), ("tensor",))
-REST = ("fsdp", "context", "expert")
+REPLICATED = ("fsdp", "context", "expert")
 # The letters are those of every docstring; one that is missing is never split.  Each axis of the mesh serves one letter of
 # an array, the first that asks for it: D, or F where it comes before D, takes what is left, so that everything is stored in
 # as many parts as there are devices in a replica, and is gathered where it is used (fully sharded data parallelism).  An
@@ -38,9 +38,9 @@ RULES = {
     "E": Rule(("expert",), ("expert",)),
     "N": TENSOR,
     "K": TENSOR,
-    "F": Rule(("tensor", *REST), ("tensor",), ("tensor",)),
+    "F": Rule(("tensor", *REPLICATED), ("tensor",), ("tensor",)),
     "V": TENSOR,
-    "D": Rule(stored=REST),
+    "D": Rule(stored=REPLICATED),
 }
 
 
@@ -84,15 +84,15 @@ def sharding(mesh: Mesh, axes: str) -> NamedSharding:
 # --- inside a traced function: the mesh is the one in context -------------------------------------------------------
 
 
-def size(*names: str) -> int:
+def axis_size(*names: str) -> int:
     """Product of the sizes of these axes of the mesh in context; 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else math.prod(mesh.shape[name] for name in names)
 
 
-def splits_batch(rows: int) -> bool:
+def batch_is_sharded(rows: int) -> bool:
     """Whether there is a mesh in context over whose batch axes this many rows divide."""
-    return not jax.sharding.get_abstract_mesh().empty and rows % size(*BATCH_AXES) == 0
+    return not jax.sharding.get_abstract_mesh().empty and rows % axis_size(*BATCH_AXES) == 0
 
 
 def activation_spec(axes: str) -> PartitionSpec:
@@ -105,13 +105,13 @@ def constrain(x: jax.Array, axes: str) -> jax.Array:
 
     Without a mesh, or where the batch does not divide (a few rows while decoding), it does nothing.
     """
-    if not splits_batch(x.shape[axes.index("B")]):
+    if not batch_is_sharded(x.shape[axes.index("B")]):
         return x
     mesh = jax.sharding.get_abstract_mesh()
     return jax.lax.with_sharding_constraint(x, spec(axes, "activation", mesh, x.shape))
 
 
-def gathered(w: jax.Array, axes: str, whole: bool = False) -> jax.Array:
+def unshard(w: jax.Array, axes: str, whole: bool = False) -> jax.Array:
     """A parameter as it is used: gathered over the axes that only its storage is split over (or `whole`, over all of them).
 
     Its gradient is scattered back.  Cast it to the compute dtype before, so that half the bytes travel.  Without a mesh
@@ -124,25 +124,25 @@ def gathered(w: jax.Array, axes: str, whole: bool = False) -> jax.Array:
     return _reshard(w, used, spec(axes, "stored", mesh, w.shape))
 
 
-def stored(w: jax.Array, axes: str) -> jax.Array:
+def constrain_as_stored(w: jax.Array, axes: str) -> jax.Array:
     """A parameter that was just computed, split as it is stored."""
     mesh = jax.sharding.get_abstract_mesh()
     return w if mesh.empty else jax.lax.with_sharding_constraint(w, spec(axes, "stored", mesh, w.shape))
 
 
-def rows_of(w_VD: jax.Array, index_BS: jax.Array) -> jax.Array:
+def embedding_lookup(w_VD: jax.Array, index_BS: jax.Array) -> jax.Array:
     """w[index], [B, S, D]: every device gathers the table and looks up its own tokens; the gradient is scattered back.
 
     Left to itself the compiler has every device look up its part of D for the tokens of all: some 16 columns at a time, and,
     for the gradient, a sort of all the tokens there are.
     """
-    if not splits_batch(index_BS.shape[0]):
-        return ops.rows(gathered(w_VD, "VD"), index_BS)
+    if not batch_is_sharded(index_BS.shape[0]):
+        return ops.embedding_lookup(unshard(w_VD, "VD"), index_BS)
     mesh = jax.sharding.get_abstract_mesh()
     stored, tokens = spec("VD", "stored", mesh, w_VD.shape), activation_spec("BS")
 
     def local(w_VD: jax.Array, index_BS: jax.Array) -> jax.Array:
-        return ops.rows(gathered_within(w_VD, stored, PartitionSpec(None, None)), index_BS)
+        return ops.embedding_lookup(unshard_local(w_VD, stored, PartitionSpec(None, None)), index_BS)
 
     # The barrier keeps the compiler from gathering first and casting after, and its gradient's, from adding up the parts of
     # several microbatches before they are summed over the devices.
@@ -150,7 +150,7 @@ def rows_of(w_VD: jax.Array, index_BS: jax.Array) -> jax.Array:
     return jax.shard_map(local, in_specs=(stored, tokens), out_specs=tokens, check_vma=False)(w_VD, index_BS)
 
 
-def gathered_within(w: jax.Array, stored: PartitionSpec, used: PartitionSpec) -> jax.Array:
+def unshard_local(w: jax.Array, stored: PartitionSpec, used: PartitionSpec) -> jax.Array:
     """`gathered` inside shard_map: the device's part of a parameter, gathered over what only `stored` is split over."""
     for axis, (over, kept) in enumerate(zip(stored, used, strict=True)):
         if rest := tuple(name for name in _names(over) if name not in _names(kept)):
@@ -182,7 +182,7 @@ _reshard.defvjp(_reshard_forward, _reshard_backward)
 # --- context parallelism --------------------------------------------------------------------------------------------
 
 
-def balanced_order(length: int, parts: int) -> np.ndarray:
+def zigzag_order(length: int, parts: int) -> np.ndarray:
     """The order in which `parts` devices hold a row of `length` tokens, so that causal attention costs each the same.
 
     The row is cut into 2 x parts chunks, and device i gets the i-th from the front and the i-th from the back.
@@ -192,15 +192,15 @@ def balanced_order(length: int, parts: int) -> np.ndarray:
     return np.concatenate(pairs)
 
 
-def balanced(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+def zigzag(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """The batch with its tokens in the order of `balanced_order` where the mesh in context has a context axis.
 
     A loss is a sum over tokens, so nothing but attention needs to know; the key "balanced" tells it.
     """
-    parts, (rows, length) = size("context"), batch["tokens"].shape
-    if parts == 1 or not splits_batch(rows):  # else attention is not split over context
+    parts, (rows, length) = axis_size("context"), batch["tokens"].shape
+    if parts == 1 or not batch_is_sharded(rows):  # else attention is not split over context
         return batch
-    order = balanced_order(length, parts)
+    order = zigzag_order(length, parts)
     mine = {name for name, value in batch.items() if value.ndim == 2 and value.shape[1] == length}
     moved = {name: constrain(value[:, order], "BS") if name in mine else value for name, value in batch.items()}
     return moved | {"balanced": jnp.asarray(order)}

@@ -5,4 +5,13 @@ from tanuki_jax.plan.planner import explain, plan, problems, search
 from tanuki_jax.plan.table import table
 from tanuki_jax.plan.topology import Topology, parse
 
-__all__ = ["Topology", "explain", "parse", "plan", "plan_stage", "problems", "search", "table"]
+__all__ = [
+    "Topology",
+    "explain",
+    "parse",
+    "plan",
+    "plan_stage",
+    "problems",
+    "search",
+    "table",
+]

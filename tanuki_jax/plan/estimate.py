@@ -32,7 +32,7 @@ def plan_stage(recipe: Recipe, name: str, topology: Topology, costs: bool = True
 
     costs: without it only memory is looked at, by one compilation instead of three.
     """
-    this, cfg = recipe.stages[name], config.model_of(recipe, name)
+    this, cfg = recipe.stages[name], config.model_config(recipe, name)
     mesh = lay_out(recipe, name, topology)
     recipe = dataclasses.replace(recipe, mesh=dataclasses.replace(recipe.mesh, slices=topology.slices))
     total, active = model.count_parameters(cfg)
@@ -89,7 +89,7 @@ def _cannot(what: str, error: Exception) -> UserError:
 
 
 def _costs(recipe: Recipe, name: str, topology: Topology, mesh: Any) -> dict[str, Any]:
-    this, cfg = recipe.stages[name], config.model_of(recipe, name)
+    this, cfg = recipe.stages[name], config.model_config(recipe, name)
     rows, microbatches = this.batch_size // this.microbatches, this.microbatches
     if cfg.n_experts and (cfg.first_dense or cfg.moe_every > SHORT):
         raise UserError(
@@ -105,12 +105,12 @@ def _costs(recipe: Recipe, name: str, topology: Topology, mesh: Any) -> dict[str
         )
     seconds = short.seconds + long.seconds
     peak = PEAK_FLOPS[topology.generation.device_kind]
-    layer, rest = split(priced(short.cost, peak), priced(long.cost, peak))
+    layer, rest = split_layers(with_cost(short.cost, peak), with_cost(long.cost, peak))
     step = {key: rest[key] + cfg.n_layers * layer[key] for key in layer}
     if microbatches > 1:  # the optimizer's part comes once
         update = program.compile_update(recipe, name, mesh)
         seconds += update.seconds
-        once = priced(update.cost, peak)
+        once = with_cost(update.cost, peak)
         step = {key: microbatches * step[key] - (microbatches - 1) * once[key] for key in step}
     moved_short, moved_long = (program.collectives(c.text) for c in (short, long))
     kinds = sorted({*moved_short, *moved_long})
@@ -133,7 +133,7 @@ def _costs(recipe: Recipe, name: str, topology: Topology, mesh: Any) -> dict[str
     }
 
 
-def spent(recipe: Recipe, name: str, plan: dict[str, Any]) -> dict[str, Any]:
+def hbm_used(recipe: Recipe, name: str, plan: dict[str, Any]) -> dict[str, Any]:
     """Steps, days and chip-hours of a stage; None where they depend on how much data there is (epochs)."""
     this = recipe.stages[name]
     steps = this.steps or this.tokens // plan["tokens_per_step"]
@@ -142,13 +142,13 @@ def spent(recipe: Recipe, name: str, plan: dict[str, Any]) -> dict[str, Any]:
     return known if steps else dict.fromkeys(known)
 
 
-def split(short: dict[str, float], long: dict[str, float]) -> tuple[dict[str, float], dict[str, float]]:
+def split_layers(short: dict[str, float], long: dict[str, float]) -> tuple[dict[str, float], dict[str, float]]:
     """Costs of one layer, and of everything outside the layers, from those of the two unrolled models."""
     layer = {key: (long[key] - short[key]) / (LONG - SHORT) for key in short}
     return layer, {key: short[key] - SHORT * layer[key] for key in short}
 
 
-def priced(cost: dict[str, float], peak: float) -> dict[str, float]:
+def with_cost(cost: dict[str, float], peak: float) -> dict[str, float]:
     """The cost without the -1 second that the compiler says for each instruction it cannot price (a sort, collectives on v6e).
 
     There is a whole number of them, and the others take at least what their FLOPs do at the chip's `peak`.
@@ -159,7 +159,7 @@ def priced(cost: dict[str, float], peak: float) -> dict[str, float]:
 def least_flops(cfg: config.Model, tokens: float) -> float:
     """FLOPs that a layer's matrix products need for these tokens, what `remat` computes again included; attention is not."""
     projections = cfg.d_model * cfg.head_dim * (2 * cfg.n_heads + 2 * cfg.n_kv_heads)
-    share = len(config.mixture_layers(cfg)) / cfg.n_layers
+    share = len(config.moe_layers(cfg)) / cfg.n_layers
     ffn = 3 * cfg.d_model * (share * cfg.top_k * (cfg.expert_d_ff or cfg.d_ff) + (1 - share) * cfg.d_ff)
     qkv, o = cfg.d_model * cfg.head_dim * (cfg.n_heads + 2 * cfg.n_kv_heads), cfg.d_model * cfg.head_dim * cfg.n_heads
     # The last product of a block is never needed again.

@@ -10,7 +10,7 @@ from typing import Any
 from tanuki_jax import config, model, parallel
 from tanuki_jax.config.schema import Recipe
 from tanuki_jax.errors import UserError
-from tanuki_jax.plan.estimate import advice, lay_out, plan_stage, spent
+from tanuki_jax.plan.estimate import advice, hbm_used, lay_out, plan_stage
 from tanuki_jax.plan.topology import Topology
 from tanuki_jax.recipe import placement
 
@@ -31,11 +31,11 @@ def plan(recipe: Recipe, only: str, topology: Topology) -> dict[str, Any]:
             print(f"plan: compiling stage {name} for {topology.name}", file=sys.stderr, flush=True)
             done[key] = plan_stage(recipe, name, topology)
         this = done[key] | {"stage": name, "kind": recipe.stages[name].kind}
-        stages.append(this | spent(recipe, name, this) if "step_seconds_estimate" in this else this)
-    return _summed(topology, stages) | (stages[0] if only else {})
+        stages.append(this | hbm_used(recipe, name, this) if "step_seconds_estimate" in this else this)
+    return _sum_stages(topology, stages) | (stages[0] if only else {})
 
 
-def _summed(topology: Topology, stages: list[dict[str, Any]]) -> dict[str, Any]:
+def _sum_stages(topology: Topology, stages: list[dict[str, Any]]) -> dict[str, Any]:
     days = [s["days"] for s in stages if s.get("days")]
     return {
         "topology": topology.name,
@@ -50,7 +50,7 @@ def _program(recipe: Recipe, name: str) -> str:
     """What two stages must share to be one program but for constants."""
     this = recipe.stages[name]
     shape = (this.kind, this.seq_len, this.batch_size, this.microbatches, this.reset_attention, this.optimizer.moment_dtype)
-    return repr((shape, this.lora, config.is_mixture(recipe, name), bool(this.optimizer.clip_norm)))
+    return repr((shape, this.lora, config.is_moe(recipe, name), bool(this.optimizer.clip_norm)))
 
 
 def problems(found: dict[str, Any]) -> list[str]:
@@ -66,7 +66,7 @@ def explain(recipe: Recipe, only: str, topology: Topology) -> str:
     name = only or list(recipe.stages)[-1]
     recipe = dataclasses.replace(recipe, mesh=dataclasses.replace(recipe.mesh, slices=topology.slices))
     mesh = placement.make_mesh(recipe, name, topology.devices())
-    return "\n".join(parallel.explain(mesh, model.named_parameters(config.model_of(recipe, name))))
+    return "\n".join(parallel.explain(mesh, model.named_parameters(config.model_config(recipe, name))))
 
 
 # --- search ---------------------------------------------------------------------------------------------------------
@@ -87,7 +87,7 @@ def search(recipe: Recipe, only: str, topology: Topology) -> dict[str, Any]:
     tried: list[dict[str, Any]] = []
     for sizes, microbatches in _candidates(recipe, only, topology):
         for remat in REMAT:
-            changed = _changed(recipe, only, sizes, microbatches, remat)
+            changed = _with_settings(recipe, only, sizes, microbatches, remat)
             try:
                 found = plan_stage(changed, only, topology, costs=False)
             except UserError as error:  # sizes that do not divide
@@ -105,7 +105,7 @@ def search(recipe: Recipe, only: str, topology: Topology) -> dict[str, Any]:
         )
     fitting.sort(key=lambda item: (REMAT.index(item[1]["remat"]), item[1]["microbatches"]))
     best = [plan_stage(changed, only, topology) for changed, _ in fitting[:KEEP]]
-    best = [found | spent(recipe, only, found) for found in best]
+    best = [found | hbm_used(recipe, only, found) for found in best]
     best.sort(key=lambda found: found["step_seconds_estimate"])
     rest = [found for _, found in fitting[KEEP:]] + [found for found in tried if not found["fits"]]
     return {"topology": topology.name, "chips": topology.chips, "ranked": [*best, *rest]}
@@ -113,7 +113,7 @@ def search(recipe: Recipe, only: str, topology: Topology) -> dict[str, Any]:
 
 def _candidates(recipe: Recipe, name: str, topology: Topology) -> Iterator[tuple[config.Mesh, int]]:
     """Meshes from the plainest on, each with the fewest microbatches first."""
-    this, cfg = recipe.stages[name], config.model_of(recipe, name)
+    this, cfg = recipe.stages[name], config.model_config(recipe, name)
     for tensor, context in ((1, 1), (1, 2), (1, 8), (2, 1)):
         if topology.chips_per_slice % (tensor * context):
             continue
@@ -125,7 +125,7 @@ def _candidates(recipe: Recipe, name: str, topology: Topology) -> Iterator[tuple
             yield config.Mesh(slices=topology.slices, context=context, tensor=tensor), microbatches
 
 
-def _changed(recipe: Recipe, name: str, sizes: config.Mesh, microbatches: int, remat: str) -> Recipe:
+def _with_settings(recipe: Recipe, name: str, sizes: config.Mesh, microbatches: int, remat: str) -> Recipe:
     stages = recipe.stages | {name: dataclasses.replace(recipe.stages[name], microbatches=microbatches)}
     return dataclasses.replace(recipe, mesh=sizes, stages=stages, model=dataclasses.replace(recipe.model, remat=remat))
 

@@ -16,7 +16,7 @@ import jax
 from tanuki_jax.errors import UserError
 
 GIB = 2**30
-MOST_CHIPS = 65_536  # of all slices
+MAX_CHIPS = 65_536  # of all slices
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,8 @@ def parse(name: str) -> Topology:
     if chips != 1 << power or int(match[3]) % generation.cores_in_name or power not in powers or not slices:
         sizes = ", ".join(f"{kind}-{generation.cores_in_name << p}" for p in powers)
         raise UserError(f"--topology: there is no slice {name!r}; {kind} has {sizes}")
-    if slices * chips > MOST_CHIPS:
-        raise UserError(f"--topology: {name!r} is {slices * chips:,} chips; no more than {MOST_CHIPS:,} can be planned")
+    if slices * chips > MAX_CHIPS:
+        raise UserError(f"--topology: {name!r} is {slices * chips:,} chips; no more than {MAX_CHIPS:,} can be planned")
     # The torus is as near to a cube (or square) as powers of two allow, its longest side last; sides of 1 come last of all.
     sides = [1 << (power + i) // generation.dimensions for i in range(generation.dimensions)]
     shape = "x".join(str(s) for s in sorted(sides, key=lambda s: (s == 1, s)))

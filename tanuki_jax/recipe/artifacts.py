@@ -13,7 +13,7 @@ from typing import Any
 from tanuki_jax import config, files
 from tanuki_jax.config.schema import Recipe
 from tanuki_jax.data import paths, sources
-from tanuki_jax.data.prepare import Options, made_by_this_version, open_store, read_manifest, text_of
+from tanuki_jax.data.prepare import Options, is_current_version, open_store, read_manifest, text_of
 from tanuki_jax.data.prepare import prepare as prepare_store
 from tanuki_jax.data.tokenizer import Tokenizer
 from tanuki_jax.errors import UserError
@@ -24,20 +24,20 @@ RULES = "rules:"
 
 
 @dataclass(frozen=True)
-class Inputs:
+class Artifacts:
     """A recipe's tokenizer and the directory of each source's token store."""
 
     tokenizer: Tokenizer
     stores: dict[str, Path]
 
 
-def prepare(recipe: Recipe, workdir: Path, names: set[str]) -> Inputs:
+def prepare(recipe: Recipe, workdir: Path, names: set[str]) -> Artifacts:
     """Makes what is missing under `workdir`/data for the sources `names`."""
     with files.disk_errors(workdir / "data", "data"):
         return _prepare(recipe, workdir / "data", names)
 
 
-def _prepare(recipe: Recipe, where: Path, names: set[str]) -> Inputs:
+def _prepare(recipe: Recipe, where: Path, names: set[str]) -> Artifacts:
     for_tokenizer = () if recipe.tokenizer.path else _for_tokenizer(recipe)
     located = {name: _locate(recipe, name, where) for name in sorted({*names, *for_tokenizer})}
     tokenizer = Tokenizer(_tokenizer(recipe, located, where))
@@ -46,7 +46,7 @@ def _prepare(recipe: Recipe, where: Path, names: set[str]) -> Inputs:
             f"config: model.vocab_size {recipe.model.vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size} "
             f"pieces; set it to {-(-tokenizer.vocab_size // 128) * 128}"
         )
-    _tell_shared(recipe, {name: located[name][0] for name in sorted(names)})
+    _warn_of_shared_files(recipe, {name: located[name][0] for name in sorted(names)})
     stores = {}
     for name in sorted(names):
         patterns, identity = located[name]
@@ -58,7 +58,7 @@ def _prepare(recipe: Recipe, where: Path, names: set[str]) -> Inputs:
         stores[name] = where / f"store-{name}-{files.fingerprint(identity, tokenizer.fingerprint, options)}"
         if stores[name].is_dir():
             _remove_damaged(stores[name], open_store)
-        if stores[name].is_dir() and not made_by_this_version(read_manifest(stores[name])):
+        if stores[name].is_dir() and not is_current_version(read_manifest(stores[name])):
             print(f"data {name}: chat templates were followed otherwise when it was made; it is made anew", file=sys.stderr)
             shutil.rmtree(stores[name])
         if not stores[name].is_dir():
@@ -67,7 +67,7 @@ def _prepare(recipe: Recipe, where: Path, names: set[str]) -> Inputs:
             print(f"data {name}: {made}", file=sys.stderr, flush=True)
         elif read_manifest(stores[name]).tokenizer != tokenizer.fingerprint:
             raise UserError(f"data {name}: {stores[name]} was made with another tokenizer; remove it")
-    return Inputs(tokenizer, stores)
+    return Artifacts(tokenizer, stores)
 
 
 def _fields(source: config.Source) -> sources.Fields:
@@ -89,14 +89,14 @@ def _remove_damaged(path: Path, opens: Callable[[Path], object]) -> None:
         shutil.rmtree(path)
 
 
-def _tell_shared(recipe: Recipe, patterns: dict[str, str]) -> None:
+def _warn_of_shared_files(recipe: Recipe, patterns: dict[str, str]) -> None:
     """Says which files two sources share: they are trained on twice, which may be meant."""
     first: dict[Any, str] = {}
     for name, pattern in patterns.items():
         for path in sources.matching_files(pattern):
-            other = first.setdefault(paths.same(path), name)
+            other = first.setdefault(paths.identity_key(path), name)
             if other != name:
-                paths.tell(f"data: {path} is in the sources {other} and {name}, and is trained on as often as both are")
+                paths.warn(f"data: {path} is in the sources {other} and {name}, and is trained on as often as both are")
 
 
 def _locate(recipe: Recipe, name: str, where: Path) -> tuple[str, str]:
@@ -157,7 +157,7 @@ def _tokenizer(recipe: Recipe, located: dict[str, tuple[str, str]], where: Path)
 def _texts(source: config.Source, patterns: str, max_bytes: int) -> Iterator[tuple[str, str]]:
     """(language, text) of each row."""
     read = 0
-    for row in sources.read_rows(patterns, _fields(source), sources.ignore if source.skip_bad else None):
+    for row in sources.read_rows(patterns, _fields(source), sources.skip_silently if source.skip_bad else None):
         try:
             text = text_of(row)
         except UserError:

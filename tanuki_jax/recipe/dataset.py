@@ -22,14 +22,14 @@ from tanuki_jax.data.mixture import ORDER, StagedMixture
 from tanuki_jax.data.prepare import Manifest, open_store
 from tanuki_jax.data.store import Store
 from tanuki_jax.errors import UserError
-from tanuki_jax.recipe.artifacts import Inputs
+from tanuki_jax.recipe.artifacts import Artifacts
 
-SHUFFLED = 16  # least runs of a source; fewer would hardly be an order of their own
-NEEDS = {"pretrain": ("text", "dialogue", "tokens"), "sft": ("dialogue",), "dpo": ("pair",)}
+MIN_BLOCKS = 16  # least runs of a source; fewer would hardly be an order of their own
+ROW_KINDS = {"pretrain": ("text", "dialogue", "tokens"), "sft": ("dialogue",), "dpo": ("pair",)}
 
 
 @dataclass(frozen=True)
-class StageData:
+class StageDataset:
     """The rows of a stage, how many steps they are for, and the fingerprint that a resumed run must match."""
 
     names: tuple[str, ...]
@@ -38,7 +38,7 @@ class StageData:
     steps: int
     rows_per_step: int
     fingerprint: str
-    held_out: Mapping[str, packing.Held]  # rows for validation
+    held_out: Mapping[str, packing.HeldOutRows]  # rows for validation
 
     @property
     def sources(self) -> tuple[Any, ...]:
@@ -59,7 +59,7 @@ class StageData:
             result[f"data/{name}/epoch"] = round(count / len(rows), 4)
         return result
 
-    def with_reference(self, logprobs: np.ndarray) -> StageData:
+    def with_reference(self, logprobs: np.ndarray) -> StageDataset:
         """The same pairs with the reference model's log-probabilities, float32 [pairs, 2] over all sources in order."""
         ends = np.cumsum([len(rows.ref_logprobs) for rows in self.sources])[:-1]
         parts = np.split(logprobs, ends)
@@ -75,19 +75,19 @@ def sources_of(stage: Stage) -> tuple[str, ...]:
     return tuple(name for name, weights in stage.mixture.items() if any(weights))
 
 
-def make_dataset(recipe: Recipe, name: str, inputs: Inputs, cache: Path) -> StageData:
+def make_dataset(recipe: Recipe, name: str, inputs: Artifacts, cache: Path) -> StageDataset:
     """Opens the sources of a stage and mixes them; pairs come without the reference model's log-probabilities."""
     this = recipe.stages[name]
     names = sources_of(this)
-    contents, opened = zip(*(_opened(recipe, name, source, inputs, cache) for source in names), strict=True)
+    contents, opened = zip(*(_open_source(recipe, name, source, inputs, cache) for source in names), strict=True)
     if this.kind == "dpo":  # one shape for all
         widest = max(rows.max_pairs for rows in opened)
         opened = tuple(replace(rows, max_pairs=widest) for rows in opened)
     held = this.kind == "pretrain" and recipe.validation.tokens
-    held_out = {source: packing.Held(rows) for source, rows in zip(names, opened, strict=True)} if held else {}
+    held_out = {source: packing.HeldOutRows(rows) for source, rows in zip(names, opened, strict=True)} if held else {}
 
     sizes = [len(rows) for rows in opened]
-    steps = max(1, round(this.epochs * sum(sizes) / this.batch_size)) if this.epochs else _steps(recipe, name)
+    steps = max(1, round(this.epochs * sum(sizes) / this.batch_size)) if this.epochs else _budget_steps(recipe, name)
     # In pretraining a weight is a share of tokens; dialogues and pairs are weighted by how many there are.
     scale = [1.0] * len(names) if this.kind == "pretrain" else [float(size) for size in sizes]
     weights = [
@@ -95,13 +95,13 @@ def make_dataset(recipe: Recipe, name: str, inputs: Inputs, cache: Path) -> Stag
     ]
     starts = [tokens // this.seq_len for tokens in this.mixture_starts]
     if this.kind == "pretrain":
-        before = used_before(recipe, name)
+        before = tokens_consumed_before(recipe, name)
         first = [-(-before.get(n, 0) // this.seq_len) for n in names]
-        runs = [_run(recipe, n, this.seq_len, size) for n, size in zip(names, sizes, strict=True)]
+        runs = [_shuffle_block(recipe, n, this.seq_len, size) for n, size in zip(names, sizes, strict=True)]
         seeds = [_seed(recipe.seed, n) for n in names]
     else:  # packed rows differ from stage to stage, and so does their order
         first, runs, seeds = [0] * len(names), [1] * len(names), [_seed(recipe.seed, name, n) for n in names]
-    mixture = StagedMixture(weights, starts, loader.ENDLESS, first)  # a run that leaves batches out reads further
+    mixture = StagedMixture(weights, starts, loader.MAX_ROWS, first)  # a run that leaves batches out reads further
     order = tuple(loader.Source(rows, seed, run) for rows, seed, run in zip(opened, seeds, runs, strict=True))
     fingerprint = files.fingerprint(
         contents,
@@ -112,17 +112,17 @@ def make_dataset(recipe: Recipe, name: str, inputs: Inputs, cache: Path) -> Stag
         [first, runs, seeds],
         *([ORDER] if len(names) > 1 or any(size % run for size, run in zip(sizes, runs, strict=True)) else []),
     )
-    return StageData(names, order, mixture, steps, this.batch_size, fingerprint, held_out)
+    return StageDataset(names, order, mixture, steps, this.batch_size, fingerprint, held_out)
 
 
-def _opened(recipe: Recipe, name: str, source: str, inputs: Inputs, cache: Path) -> tuple[str, Any]:
+def _open_source(recipe: Recipe, name: str, source: str, inputs: Artifacts, cache: Path) -> tuple[str, Any]:
     """The hash of a source's content, and the source as rows of the stage's kind and length."""
     this = recipe.stages[name]
     manifest, tokens, mask = open_store(inputs.stores[source])
-    if manifest.kind not in NEEDS[this.kind]:
+    if manifest.kind not in ROW_KINDS[this.kind]:
         raise UserError(
             f"stage {name}: source {source!r} holds {manifest.kind} rows; "
-            f"a {this.kind} stage needs {' or '.join(NEEDS[this.kind])} rows"
+            f"a {this.kind} stage needs {' or '.join(ROW_KINDS[this.kind])} rows"
         )
     if this.kind == "pretrain":
         held_out = recipe.validation.tokens
@@ -137,10 +137,10 @@ def _opened(recipe: Recipe, name: str, source: str, inputs: Inputs, cache: Path)
                 f"stage {name}: source {source!r} has too little text for one row of {this.seq_len} tokens"
                 f"{' beside validation.tokens' if held_out else ''}; add data or lower seq_len"
             )
-        print(f"stage {name}: {windows.described(source)}", file=sys.stderr)
+        print(f"stage {name}: {windows.describe(source)}", file=sys.stderr)
         return manifest.content, windows
     assert mask is not None
-    packed = _packed(name, source, this.kind, tokens, mask, manifest, this.seq_len, cache)
+    packed = _load_packing(name, source, this.kind, tokens, mask, manifest, this.seq_len, cache)
     if not len(packed.units):
         raise UserError(
             f"stage {name}: no {'pair' if this.kind == 'dpo' else 'answer'} of source {source!r} fits into {this.seq_len} "
@@ -153,7 +153,7 @@ def _opened(recipe: Recipe, name: str, source: str, inputs: Inputs, cache: Path)
     return manifest.content, packing.PackedPairs(tokens, mask, packed, this.seq_len, most, reference)
 
 
-def used_before(recipe: Recipe, name: str) -> dict[str, int]:
+def tokens_consumed_before(recipe: Recipe, name: str) -> dict[str, int]:
     """Tokens of each source that the stages from which `name` descends have trained on; it goes on from there.
 
     Exact where those stages have the same seq_len, or this one's divides theirs; else less than one row is passed over.
@@ -170,20 +170,20 @@ def used_before(recipe: Recipe, name: str) -> dict[str, int]:
             names = sources_of(stage)
             weights = [[stage.mixture[n][phase] for n in names] for phase in range(len(stage.mixture_starts))]
             starts = [tokens // stage.seq_len for tokens in stage.mixture_starts]
-            rows = _steps(recipe, parent) * stage.batch_size
+            rows = _budget_steps(recipe, parent) * stage.batch_size
             for n, count in zip(names, StagedMixture(weights, starts, rows).used(rows).tolist(), strict=True):
                 first = -(-used.get(n, 0) // stage.seq_len)
                 used[n] = (first + count) * stage.seq_len
     return used
 
 
-def _steps(recipe: Recipe, name: str) -> int:
+def _budget_steps(recipe: Recipe, name: str) -> int:
     """Steps of a stage whose budget is in steps or tokens."""
     this = recipe.stages[name]
     return this.steps or max(1, this.tokens // (this.seq_len * this.batch_size))
 
 
-def _run(recipe: Recipe, source: str, seq_len: int, rows: int) -> int:
+def _shuffle_block(recipe: Recipe, source: str, seq_len: int, rows: int) -> int:
     """Rows of a source that stay together when it is shuffled: those of the longest row that any stage reads from it.
 
     So a stage with longer or shorter rows goes on in the same order of the source's text.  A source is shuffled row by row
@@ -191,14 +191,14 @@ def _run(recipe: Recipe, source: str, seq_len: int, rows: int) -> int:
     """
     lengths = [s.seq_len for s in recipe.stages.values() if s.kind == "pretrain" and any(s.mixture.get(source, ()))]
     run = math.lcm(*lengths) // seq_len
-    return run if rows >= run * SHUFFLED and rows % run <= rows // 100 else 1
+    return run if rows >= run * MIN_BLOCKS and rows % run <= rows // 100 else 1
 
 
 def _seed(seed: int, *names: str) -> int:
     return zlib.crc32(" ".join(map(str, (seed, *names))).encode())
 
 
-def _packed(
+def _load_packing(
     stage: str, source: str, kind: str, tokens: Store, mask: Store, manifest: Manifest, seq_len: int, cache: Path
 ) -> packing.Packing:
     """The pack index of dialogues or pairs, from the cache where it is there; says what it wastes."""
@@ -210,7 +210,7 @@ def _packed(
         packed = packing.pack(tokens, mask, seq_len, pairs)
         with files.disk_errors(cache, "data"), files.atomic_path(path) as temporary, temporary.open("wb") as f:
             np.savez(f, starts=packed.starts, units=packed.units, dropped=packed.dropped)
-    print(f"stage {stage}: {packing.described(packed, lengths, seq_len, pairs, source)}", file=sys.stderr)
+    print(f"stage {stage}: {packing.describe_packing(packed, lengths, seq_len, pairs, source)}", file=sys.stderr)
     return packed
 
 

@@ -17,12 +17,12 @@ from tanuki_jax.recipe import placement
 from tanuki_jax.train.step import State
 
 
-def directory(workdir: Path, name: str) -> Path:
+def stage_dir(workdir: Path, name: str) -> Path:
     """Where a stage lives."""
     return workdir / "stages" / name
 
 
-def named_key(seed: int, *names: str) -> jax.Array:
+def derive_key(seed: int, *names: str) -> jax.Array:
     """The random key of a named purpose."""
     key = jax.random.key(seed)
     for name in names:
@@ -30,35 +30,35 @@ def named_key(seed: int, *names: str) -> jax.Array:
     return key
 
 
-def parent_directory(recipe: Recipe, name: str, workdir: Path) -> Path | None:
+def init_checkpoint(recipe: Recipe, name: str, workdir: Path) -> Path | None:
     """Where the stage's starting checkpoint lies; None for random weights."""
     parent = recipe.stages[name].init_from
     if not parent:
         return None
-    return directory(workdir, parent) if parent in recipe.stages else Path(parent)
+    return stage_dir(workdir, parent) if parent in recipe.stages else Path(parent)
 
 
-def handed_down(recipe: Recipe, name: str, workdir: Path) -> dict[str, Any]:
+def inherited_meta(recipe: Recipe, name: str, workdir: Path) -> dict[str, Any]:
     """What the stage's meta takes over from the checkpoint that it starts from; where that is gone, from its own last one."""
-    for place in filter(None, (parent_directory(recipe, name, workdir), directory(workdir, name))):
+    for place in filter(None, (init_checkpoint(recipe, name, workdir), stage_dir(workdir, name))):
         with contextlib.suppress(UserError):  # who loads the weights will say what is wrong
-            return checkpoint.handed_down(checkpoint.read_meta(*checkpoint.locate(place)))
+            return checkpoint.inherited_meta(checkpoint.read_meta(*checkpoint.locate(place)))
     return {}
 
 
-def base_directory(recipe: Recipe, name: str, workdir: Path) -> Path:
+def base_checkpoint(recipe: Recipe, name: str, workdir: Path) -> Path:
     """What a stage's adapters lie on: the parent, or what the parent's adapters lie on where they are trained on."""
-    parent = parent_directory(recipe, name, workdir)
+    parent = init_checkpoint(recipe, name, workdir)
     assert parent is not None
-    return parent if recipe.stages[name].carry == "params" else _parents_adapters(recipe, name, workdir).base
+    return parent if recipe.stages[name].carry == "params" else _parent_adapters(recipe, name, workdir).base
 
 
 def adapter_scales(recipe: Recipe, name: str, workdir: Path) -> dict[str, list[float]]:
     """By what a stage's adapters are multiplied: as its options say, or as it was where they are trained on."""
     if recipe.stages[name].carry != "params":
-        scales: dict[str, list[float]] = _parents_adapters(recipe, name, workdir).meta["adapter"]["scales"]
+        scales: dict[str, list[float]] = _parent_adapters(recipe, name, workdir).meta["adapter"]["scales"]
         return scales
-    return model.lora.scales(config.model_of(recipe, name), recipe.stages[name].lora)
+    return model.lora.scales(config.model_config(recipe, name), recipe.stages[name].lora)
 
 
 def frozen_params(recipe: Recipe, name: str, workdir: Path, mesh: jax.sharding.Mesh) -> Any:
@@ -66,25 +66,25 @@ def frozen_params(recipe: Recipe, name: str, workdir: Path, mesh: jax.sharding.M
 
     Matrices lie in the dtype that they are computed in, so the model is the same, in half the memory on accelerators.
     """
-    this, cfg = recipe.stages[name], config.model_of(recipe, name)
+    this, cfg = recipe.stages[name], config.model_config(recipe, name)
     if not this.lora.rank:
         return {}
     scales = adapter_scales(recipe, name, workdir)
-    base = base_directory(recipe, name, workdir)
-    loaded = checkpoint.load_as(base, cfg, mesh)
+    base = base_checkpoint(recipe, name, workdir)
+    loaded = checkpoint.load_for(base, cfg, mesh)
     shardings = placement.frozen_shardings(cfg, this.lora, mesh)
-    cast = jax.jit(lambda p, s: model.lora.frozen(cfg, p) | s, out_shardings=shardings, donate_argnums=0)
+    cast = jax.jit(lambda p, s: model.lora.frozen_params(cfg, p) | s, out_shardings=shardings, donate_argnums=0)
     with jax.set_mesh(mesh):
         return cast(loaded.params, model.lora.scale_tree(scales))
 
 
 def trained_params(recipe: Recipe, name: str, workdir: Path, mesh: jax.sharding.Mesh) -> Any:
     """The parameters that a stage trains, as it begins, on the mesh: of the parent, or random ones; or adapters."""
-    this, cfg = recipe.stages[name], config.model_of(recipe, name)
-    parent = parent_directory(recipe, name, workdir)
-    key = named_key(recipe.seed, name, "init")
+    this, cfg = recipe.stages[name], config.model_config(recipe, name)
+    parent = init_checkpoint(recipe, name, workdir)
+    key = derive_key(recipe.seed, name, "init")
     if this.lora.rank and this.carry != "params":
-        return _parents_adapters(recipe, name, workdir, mesh).params
+        return _parent_adapters(recipe, name, workdir, mesh).params
     if this.lora.rank:
         initialize: Any = jax.jit(
             lambda k: model.lora.init_adapters(cfg, this.lora, k)[0],
@@ -94,12 +94,12 @@ def trained_params(recipe: Recipe, name: str, workdir: Path, mesh: jax.sharding.
     if parent is None:
         initialize = jax.jit(model.init, static_argnums=0, out_shardings=checkpoint.parameter_shardings(cfg, mesh))
         return initialize(cfg, key)
-    return checkpoint.load_as(parent, cfg, mesh).params
+    return checkpoint.load_for(parent, cfg, mesh).params
 
 
-def _parents_adapters(recipe: Recipe, name: str, workdir: Path, mesh: jax.sharding.Mesh | None = None) -> checkpoint.Adapters:
+def _parent_adapters(recipe: Recipe, name: str, workdir: Path, mesh: jax.sharding.Mesh | None = None) -> checkpoint.Adapters:
     """Those that the stage trains on; an error where they are not of the shapes that it asks for."""
-    parent, cfg = parent_directory(recipe, name, workdir), config.model_of(recipe, name)
+    parent, cfg = init_checkpoint(recipe, name, workdir), config.model_config(recipe, name)
     assert parent is not None
     found, wanted = checkpoint.load_adapters(parent, mesh), model.lora.ranks(cfg, recipe.stages[name].lora)
     checkpoint.check_architecture(str(parent), found.meta["model"], cfg)
@@ -111,7 +111,7 @@ def _parents_adapters(recipe: Recipe, name: str, workdir: Path, mesh: jax.shardi
     return found
 
 
-def carried_moments(parent: Path | None, abstract: State) -> Any:
+def parent_moments(parent: Path | None, abstract: State) -> Any:
     """The optimizer's state of the parent stage."""
     if parent is None:
         raise UserError("config: carry='all' needs a stage or checkpoint in init_from")

@@ -36,7 +36,7 @@ def make_mesh(recipe: Recipe, name: str, devices: Sequence[jax.Device] | None = 
 
 def check_mesh(recipe: Recipe, name: str, mesh: jax.sharding.Mesh) -> None:
     """An error that names the key to change where a stage's sizes do not divide over the mesh."""
-    this, cfg = recipe.stages[name], config.model_of(recipe, name)
+    this, cfg = recipe.stages[name], config.model_config(recipe, name)
     parallel.per_device_rows(mesh, this.batch_size, this.microbatches)
     tensor, expert, context = (mesh.shape[axis] for axis in ("tensor", "expert", "context"))
     sizes = {"n_kv_heads": cfg.n_kv_heads, "d_ff": cfg.d_ff, "vocab_size": cfg.vocab_size}
@@ -45,7 +45,7 @@ def check_mesh(recipe: Recipe, name: str, mesh: jax.sharding.Mesh) -> None:
             raise UserError(f"config: mesh.tensor {tensor} does not divide model.{key} {size}; use a divisor of it")
     if cfg.n_experts % expert:
         raise UserError(f"config: mesh.expert {expert} does not divide model.n_experts {cfg.n_experts}; use a divisor of it")
-    unit = 2 * context * ops.query_parts(cfg.attention, mesh.devices.flat[0].platform)
+    unit = 2 * context * ops.query_shards(cfg.attention, mesh.devices.flat[0].platform)
     if context > 1 and this.seq_len % unit:
         left = "" if recipe.mesh.context == context else f", the devices that batch_size {this.batch_size} leaves to each row"
         raise UserError(
@@ -84,8 +84,8 @@ def state_shardings(
         params, frozen = model.init(cfg, key), {}
         if lora.rank:
             params, scales = model.lora.init_adapters(cfg, lora, key)
-            frozen = model.lora.frozen(cfg, model.init(cfg, key)) | scales
-        return init_state(params, optimizer, key, balance.initial(cfg, options), frozen)
+            frozen = model.lora.frozen_params(cfg, model.init(cfg, key)) | scales
+        return init_state(params, optimizer, key, balance.init_balance(cfg, options), frozen)
 
     with jax.set_mesh(mesh):  # the dtype of what is frozen depends on the devices
         shapes = jax.eval_shape(make)

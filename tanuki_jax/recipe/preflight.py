@@ -18,42 +18,44 @@ from tanuki_jax import config, files, model, multihost
 from tanuki_jax.config.schema import Recipe
 from tanuki_jax.errors import UserError
 
-CLOCKS = 60.0  # seconds by which the clocks of machines may differ: file systems and certificates begin to fail later
+MAX_CLOCK_SKEW = 60.0  # seconds by which the clocks of machines may differ: file systems and certificates begin to fail later
 
 
 def check(recipe: Recipe, names: list[str], workdir: Path, versions: dict[str, str]) -> None:
     """Says on stderr what was found; what would fail in the stages `names`, or go wrong unseen, is an error."""
-    began, (process, processes) = time.monotonic(), multihost.share()
-    multihost.at("preflight")
+    began, (process, processes) = time.monotonic(), multihost.process_slice()
+    multihost.enter_phase("preflight")
     facts = {
         "versions": versions,
         "local devices": f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}",
         "recipe (fingerprint)": files.fingerprint(config.to_dict(recipe)),
     }
-    _alike([json.loads(text) for text in multihost.exchange(json.dumps(facts), "preflight")])
-    times = [float(text) for text in multihost.exchange(str(time.time()), "preflight, clocks")]  # all come from the line above
+    _check_same([json.loads(text) for text in multihost.all_gather_text(json.dumps(facts), "preflight")])
+    times = [
+        float(text) for text in multihost.all_gather_text(str(time.time()), "preflight, clocks")
+    ]  # all come from the line above
     apart = max(times) - min(times)
-    if apart > CLOCKS:
-        early, late = (multihost.name(times.index(pick(times))) for pick in (min, max))
+    if apart > MAX_CLOCK_SKEW:
+        early, late = (multihost.process_label(times.index(pick(times))) for pick in (min, max))
         raise UserError(f"preflight: the clock of {late} is {apart:.0f} s ahead of that of {early}; set them by NTP")
     _writable(workdir, process, processes)
-    free = multihost.on_first(lambda: _room(recipe, names, workdir), "preflight, room on the disk")
+    free = multihost.on_process_zero(lambda: check_disk_space(recipe, names, workdir), "preflight, room on the disk")
     took = _collective()
     if processes > 1 and process == 0:
-        _say(
+        _log(
             f"{processes} processes alike, clocks within {apart:.2f} s, all write to {workdir}, {_gb(free or 0)} free, "
             f"a sum over {jax.device_count()} devices took {took:.2f} s, all {time.monotonic() - began:.1f} s"
         )
 
 
-def _alike(facts: list[dict[str, Any]]) -> None:
+def _check_same(facts: list[dict[str, Any]]) -> None:
     first = _flat(facts[0])
     for process, other in enumerate(map(_flat, facts)):
         for key in first:
             if other.get(key) != first[key]:
                 raise UserError(
-                    f"preflight: {key} is {other.get(key)} on {multihost.name(process)} and {first[key]} on "
-                    f"{multihost.name(0)}; all processes must have the same"
+                    f"preflight: {key} is {other.get(key)} on {multihost.process_label(process)} and {first[key]} on "
+                    f"{multihost.process_label(0)}; all processes must have the same"
                 )
 
 
@@ -68,23 +70,23 @@ def _writable(workdir: Path, process: int, processes: int) -> None:
     """Each process writes a file that all others must see."""
     mine, wrong = workdir / f".preflight-{process}", ""
     try:
-        mine.write_text(multihost.host(), encoding="utf-8")
+        mine.write_text(multihost.hostname(), encoding="utf-8")
     except OSError as error:
-        wrong = f"{multihost.name(process)} cannot write to {workdir}: {error.strerror}"
-    wrong = multihost.first_of(wrong, "preflight, writing")
+        wrong = f"{multihost.process_label(process)} cannot write to {workdir}: {error.strerror}"
+    wrong = multihost.first_error(wrong, "preflight, writing")
     unseen = [n for n in range(processes) if not wrong and not (workdir / f".preflight-{n}").is_file()]
     if unseen:
         wrong = (
-            f"{multihost.name(process)} does not see in {workdir} what {multihost.name(unseen[0])} wrote; "
+            f"{multihost.process_label(process)} does not see in {workdir} what {multihost.process_label(unseen[0])} wrote; "
             "--workdir must lie on a file system that all share"
         )
-    wrong = multihost.first_of(wrong, "preflight, reading")
+    wrong = multihost.first_error(wrong, "preflight, reading")
     mine.unlink(missing_ok=True)
     if wrong:
         raise UserError(f"preflight: {wrong}")
 
 
-def _room(recipe: Recipe, names: list[str], workdir: Path) -> int:
+def check_disk_space(recipe: Recipe, names: list[str], workdir: Path) -> int:
     """Bytes that are free; an error where not one checkpoint fits, a warning where not all do that are kept."""
     free = shutil.disk_usage(workdir).free
     for name in names:
@@ -98,7 +100,7 @@ def _room(recipe: Recipe, names: list[str], workdir: Path) -> int:
                 "another --workdir"
             )
         if free < (wanted := max(1, this.keep + 1 - there) * one):
-            _say(
+            _log(
                 f"the checkpoints of stage {name} will need {_gb(wanted)} (keep={this.keep}, and the one that is being "
                 f"written); {workdir} has {_gb(free)} free"
             )
@@ -107,7 +109,7 @@ def _room(recipe: Recipe, names: list[str], workdir: Path) -> int:
 
 def checkpoint_bytes(recipe: Recipe, name: str) -> int:
     """Bytes of a stage's parameters and both moments."""
-    leaves = jax.tree.leaves(model.parameter_shapes(config.model_of(recipe, name)))
+    leaves = jax.tree.leaves(model.parameter_shapes(config.model_config(recipe, name)))
     moments = 2 * jnp.dtype(recipe.stages[name].optimizer.moment_dtype).itemsize
     return sum((leaf.dtype.itemsize + moments) * math.prod(leaf.shape) for leaf in leaves)
 
@@ -115,7 +117,7 @@ def checkpoint_bytes(recipe: Recipe, name: str) -> int:
 def _collective() -> float:
     """Seconds of a sum over all devices; an error where it is wrong."""
     began = time.monotonic()
-    multihost.at("a sum over all devices")
+    multihost.enter_phase("a sum over all devices")
     mesh = Mesh(jax.devices(), ("all",))
     sharded, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("all",), ()))
     count = jax.device_count()
@@ -132,5 +134,5 @@ def _gb(size: int) -> str:
     return f"{size / 1e9:,.1f} GB"
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     print(f"preflight: {text}", file=sys.stderr, flush=True)

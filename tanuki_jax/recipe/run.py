@@ -22,7 +22,7 @@ from tanuki_jax.config.schema import Recipe
 from tanuki_jax.data import chat
 from tanuki_jax.errors import Preempted, UserError
 from tanuki_jax.evaluate import score
-from tanuki_jax.evaluate.suggested import offered_questions
+from tanuki_jax.evaluate.suggested import suggested_questions
 from tanuki_jax.files import lock
 from tanuki_jax.model import Sampling
 from tanuki_jax.recipe import artifacts, initial_state, placement, preflight
@@ -40,20 +40,20 @@ def run_recipe(recipe: Recipe, workdir: Path, only: str = "", allow_data_change:
     if only and only not in recipe.stages:
         raise UserError(f"--stage: the recipe has no stage {only!r}; it has {', '.join(recipe.stages)}")
     multihost.initialize()
-    with multihost.watching(_hangs), profile.listening(), contextlib.ExitStack() as held:
-        multihost.at("the start")
-        multihost.on_first(lambda: held.enter_context(lock.workdir(workdir)), "the lock on the workdir")
+    with multihost.watch_for_hangs(_report_hang), profile.handle_sigusr1(), contextlib.ExitStack() as held:
+        multihost.enter_phase("the start")
+        multihost.on_process_zero(lambda: held.enter_context(lock.workdir(workdir)), "the lock on the workdir")
         return _run(recipe, workdir, only, allow_data_change)
 
 
-def _hangs(found: dict[str, Any]) -> None:
+def _report_hang(found: dict[str, Any]) -> None:
     """Between stages, whose own events have a file."""
     print("takes long: " + ", ".join(f"{name} {value}" for name, value in found.items()), file=sys.stderr, flush=True)
 
 
 def _run(recipe: Recipe, workdir: Path, only: str, allow_data_change: bool) -> dict[str, Any]:
     first = jax.process_index() == 0
-    multihost.once(lambda: _claim(recipe, workdir), "the workdir")
+    multihost.first_then_all(lambda: _claim(recipe, workdir), "the workdir")
     wanted = [only] if only else list(recipe.stages)
     preflight.check(recipe, wanted, workdir, versions())
     mesh = parallel.make_mesh(recipe.mesh)
@@ -65,29 +65,29 @@ def _run(recipe: Recipe, workdir: Path, only: str, allow_data_change: bool) -> d
         _announce(recipe, mesh, meshes)
     sources = {source for name in wanted for source, weights in recipe.stages[name].mixture.items() if any(weights)}
     needed = any(not _done(workdir, name) for name in wanted)
-    multihost.at("preparing data")
-    ready = multihost.once(lambda: artifacts.prepare(recipe, workdir, sources), "preparing data") if needed else None
+    multihost.enter_phase("preparing data")
+    ready = multihost.first_then_all(lambda: artifacts.prepare(recipe, workdir, sources), "preparing data") if needed else None
     if ready:
-        multihost.agree("fingerprint of the tokenizer", ready.tokenizer.fingerprint)
-    with multihost.listening(), trackers.observers(recipe, workdir) as tell:
+        multihost.assert_equal_across_processes("fingerprint of the tokenizer", ready.tokenizer.fingerprint)
+    with multihost.handle_sigterm(), trackers.open_trackers(recipe, workdir) as tell:
         for name in wanted:
             if _done(workdir, name):
                 continue
-            if multihost.told_to_stop():
+            if multihost.preemption_requested():
                 raise Preempted(f"the run was told to stop before stage {name}")
             parent = recipe.stages[name].init_from
             if parent in recipe.stages and not _done(workdir, parent):
                 raise UserError(f"stage {name} starts from {parent}, which is not finished in {workdir}; run it first")
             assert ready is not None
-            multihost.at(f"the start of stage {name}")
+            multihost.enter_phase(f"the start of stage {name}")
             entry = run_stage(recipe, name, workdir, ready, meshes[name], allow_data_change, tell)
-            multihost.at(f"the scores of stage {name}")
+            multihost.enter_phase(f"the scores of stage {name}")
             entry["scores"], shown = _scores(recipe, name, workdir, ready, mesh)
             result = {"entry": entry, **shown}
-            finish = functools.partial(files.write_json, initial_state.directory(workdir, name) / "done.json", result)
-            multihost.on_first(finish, f"the end of stage {name}")
+            finish = functools.partial(files.write_json, initial_state.stage_dir(workdir, name) / "done.json", result)
+            multihost.on_process_zero(finish, f"the end of stage {name}")
             if first:
-                print(_line(entry), file=sys.stderr, flush=True)
+                print(format_stage_summary(entry), file=sys.stderr, flush=True)
     entries = [done["entry"] for name in recipe.stages if (done := _done(workdir, name))]
     summary = {"stages": entries, "config": config.to_dict(recipe), "versions": versions()}
     if first:
@@ -108,7 +108,7 @@ def versions() -> dict[str, str]:
 
 
 def _done(workdir: Path, name: str) -> dict[str, Any] | None:
-    path = initial_state.directory(workdir, name) / "done.json"
+    path = initial_state.stage_dir(workdir, name) / "done.json"
     return files.read_json(path) if path.is_file() else None
 
 
@@ -139,7 +139,7 @@ def _claim(recipe: Recipe, workdir: Path) -> bool:
 def _differences(old: Any, new: Any, kind: Any = Recipe, path: str = "") -> list[str]:
     """What differs between two recipes, as nested dicts, but for the keys that the schema calls resumable."""
     if dataclasses.is_dataclass(kind):
-        named = [(f.name, config.kinds(kind)[f.name]) for f in dataclasses.fields(kind) if not f.metadata["resumable"]]
+        named = [(f.name, config.key_types(kind)[f.name]) for f in dataclasses.fields(kind) if not f.metadata["resumable"]]
     elif typing.get_origin(kind) is dict:
         named = [(name, typing.get_args(kind)[1]) for name in {**old, **new}]
     else:
@@ -162,35 +162,37 @@ def _announce(recipe: Recipe, mesh: jax.sharding.Mesh, meshes: dict[str, jax.sha
     for name, own in meshes.items():
         if own != mesh:
             print(f"stage {name}: mesh {_shape(own)}, for it has {recipe.stages[name].batch_size} rows", file=sys.stderr)
-    for name in (n for n in meshes if _turned_back(recipe, n)):
+    for name in (n for n in meshes if _changes_rope_theta(recipe, n)):
         parent = recipe.stages[name].init_from
-        bases = [config.model_of(recipe, n).rope_theta for n in (parent, name)]
+        bases = [config.model_config(recipe, n).rope_theta for n in (parent, name)]
         print(
             f"stage {name}: rope_theta is {bases[1]:g}, and {bases[0]:g} in stage {parent} that it starts from; "
             f"stages.{name}.rope_theta={bases[0]:g} goes on with that",
             file=sys.stderr,
         )
     for name in (n for n in meshes if recipe.stages[n].lora.rank):
-        told = placement.describe_adapters(config.model_of(recipe, name), recipe.stages[name].lora)
+        told = placement.describe_adapters(config.model_config(recipe, name), recipe.stages[name].lora)
         print(f"stage {name}: {told}", file=sys.stderr)
     for name in meshes:
-        if (steps := config.steps_of(recipe.stages[name])) and (told := config.unreached(recipe.stages[name].optimizer, steps)):
+        if (steps := config.stage_steps(recipe.stages[name])) and (
+            told := config.unreached_schedule(recipe.stages[name].optimizer, steps)
+        ):
             print(f"stage {name}: {told}", file=sys.stderr)
-    for mixture in sorted({config.is_mixture(recipe, name) for name in meshes}):
-        name = next(n for n in meshes if config.is_mixture(recipe, n) == mixture)
+    for mixture in sorted({config.is_moe(recipe, name) for name in meshes}):
+        name = next(n for n in meshes if config.is_moe(recipe, n) == mixture)
         print(
-            f"parameters, {'mixture' if mixture else 'dense'}:\n{placement.describe(config.model_of(recipe, name), mesh)}",
+            f"parameters, {'mixture' if mixture else 'dense'}:\n{placement.describe(config.model_config(recipe, name), mesh)}",
             file=sys.stderr,
             flush=True,
         )
 
 
-def _turned_back(recipe: Recipe, name: str) -> bool:
+def _changes_rope_theta(recipe: Recipe, name: str) -> bool:
     """Whether a stage leaves the rotary base of the stage before it without saying so."""
     this, parent = recipe.stages[name], recipe.stages[name].init_from
     if this.kind == "upcycle" or this.rope_theta or parent not in recipe.stages:
         return False
-    return config.model_of(recipe, parent).rope_theta != config.model_of(recipe, name).rope_theta
+    return config.model_config(recipe, parent).rope_theta != config.model_config(recipe, name).rope_theta
 
 
 def _shape(mesh: jax.sharding.Mesh) -> str:
@@ -198,7 +200,7 @@ def _shape(mesh: jax.sharding.Mesh) -> str:
 
 
 def _scores(
-    recipe: Recipe, name: str, workdir: Path, ready: artifacts.Inputs, mesh: jax.sharding.Mesh
+    recipe: Recipe, name: str, workdir: Path, ready: artifacts.Artifacts, mesh: jax.sharding.Mesh
 ) -> tuple[dict[str, Any], dict[str, list[Any]]]:
     """Exact answers to held-out prompts, and preferences between held-out pairs, of the stage's last checkpoint.
 
@@ -206,12 +208,12 @@ def _scores(
     """
     if not recipe.scoring.prompts:
         return {}, {"samples": [], "questions": []}
-    began, home, options = time.monotonic(), initial_state.directory(workdir, name), recipe.scoring
+    began, home, options = time.monotonic(), initial_state.stage_dir(workdir, name), recipe.scoring
     loaded = checkpoint.load(home, mesh)
     prompts = rules.held_out_prompts(options.prompts, recipe.seed)
     sampling = Sampling(max_new_tokens=options.max_new_tokens, stop=chat.stop_ids(ready.tokenizer))
     with jax.set_mesh(mesh):
-        multihost.at(f"the answers of stage {name}")
+        multihost.enter_phase(f"the answers of stage {name}")
 
         def answers(conversations: list[Any]) -> list[str]:
             return score.answers(loaded.cfg, loaded.params, ready.tokenizer, conversations, sampling, options.batch_size)
@@ -219,16 +221,16 @@ def _scores(
         given = answers([row["messages"] for row in prompts])
         scores = score.exact_answers(prompts, given, rules.correct)
         samples = [{**row, "given": answer} for row, answer in zip(prompts, given, strict=True)][: 2 * len(rules.FAMILIES)]
-        questions = offered_questions(samples, scores["families"], rules.correct, answers, options.batch_size)
+        questions = suggested_questions(samples, scores["families"], rules.correct, answers, options.batch_size)
         if options.pairs:
-            multihost.at(f"the preferences of stage {name}")
+            multihost.enter_phase(f"the preferences of stage {name}")
             margins = score.pair_margins(
                 loaded.cfg, loaded.params, ready.tokenizer, rules.held_out_pairs(options.pairs, recipe.seed)
             )
             scores["pair_accuracy"] = round(float((margins > 0).mean()), 4)
             if jax.process_index() == 0:
                 files.write_json(home / "pair_margins.json", [round(float(m), 4) for m in margins])
-            before = initial_state.directory(workdir, recipe.stages[name].init_from) / "pair_margins.json"
+            before = initial_state.stage_dir(workdir, recipe.stages[name].init_from) / "pair_margins.json"
             if recipe.stages[name].kind == "dpo" and before.is_file():
                 # TRL's rewards/accuracies: has the stage moved the pair apart in the right direction?
                 reference = np.array(json.loads(before.read_text(encoding="utf-8")))
@@ -237,7 +239,8 @@ def _scores(
     return scores, {"samples": samples, "questions": questions}
 
 
-def _line(entry: dict[str, Any]) -> str:
+def format_stage_summary(entry: dict[str, Any]) -> str:
+    """A finished stage in one line."""
     scores = entry["scores"]
     parts = [f"stage {entry['name']} done: {entry['steps']} steps, {entry['tokens']:,} tokens"]
     if entry["final_loss"] is not None:

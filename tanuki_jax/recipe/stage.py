@@ -20,36 +20,37 @@ from tanuki_jax.data.tokenizer import copy_tokenizer
 from tanuki_jax.errors import UserError
 from tanuki_jax.progress import Progress
 from tanuki_jax.recipe import placement
-from tanuki_jax.recipe.artifacts import Inputs
-from tanuki_jax.recipe.dataset import StageData, make_dataset, sources_of
+from tanuki_jax.recipe.artifacts import Artifacts
+from tanuki_jax.recipe.dataset import StageDataset, make_dataset, sources_of
 from tanuki_jax.recipe.initial_state import (
     adapter_scales,
-    base_directory,
-    carried_moments,
-    directory,
+    base_checkpoint,
+    derive_key,
     frozen_params,
-    handed_down,
-    named_key,
-    parent_directory,
+    inherited_meta,
+    init_checkpoint,
+    parent_moments,
+    stage_dir,
     trained_params,
 )
 from tanuki_jax.recipe.validation import make_validation
-from tanuki_jax.report.trackers import Tell
+from tanuki_jax.report.trackers import MetricsCallback
 from tanuki_jax.train import balance, loop, losses, lr_range
+from tanuki_jax.train.loop import run_loop
 from tanuki_jax.train.metrics import read_metrics
-from tanuki_jax.train.optimizer import learning_rate, make_optimizer
+from tanuki_jax.train.optimizer import make_optimizer, make_schedule
 from tanuki_jax.train.step import State, init_state, make_train_step, make_update
 
 
 def program(recipe: Recipe, name: str, steps: int, mesh: jax.sharding.Mesh) -> tuple[Any, State, State]:
     """What a stage runs: the jitted train step, and the shapes and shardings of its state; nothing is allocated."""
-    this, cfg = recipe.stages[name], config.model_of(recipe, name)
+    this, cfg = recipe.stages[name], config.model_config(recipe, name)
     optimizer = make_optimizer(this.optimizer)
     abstract, shardings = placement.state_shardings(cfg, optimizer, mesh, this.loss, this.lora)
     train_step = make_train_step(
         losses.make_loss(this.kind, cfg, this.loss, sources_of(this), this.lora.dropout),
         optimizer,
-        learning_rate(this.optimizer, steps),
+        make_schedule(this.optimizer, steps),
         this.optimizer.clip_norm,
         this.microbatches,
         shardings,
@@ -62,10 +63,10 @@ def program(recipe: Recipe, name: str, steps: int, mesh: jax.sharding.Mesh) -> t
 
 def update(recipe: Recipe, name: str, mesh: jax.sharding.Mesh) -> tuple[Any, State, tuple[Any, Any]]:
     """The part of a stage's step after its gradients, jitted, and the shapes of the state and of (gradients, loss)."""
-    this, cfg = recipe.stages[name], config.model_of(recipe, name)
+    this, cfg = recipe.stages[name], config.model_config(recipe, name)
     optimizer = make_optimizer(this.optimizer)
     abstract, shardings = placement.state_shardings(cfg, optimizer, mesh, this.loss, this.lora)
-    part = make_update(optimizer, learning_rate(this.optimizer, 1000), this.optimizer.clip_norm)
+    part = make_update(optimizer, make_schedule(this.optimizer, 1000), this.optimizer.clip_norm)
     jitted = jax.jit(
         lambda state, grads, loss: part(state, grads, {"loss": loss}),
         donate_argnums=(0, 1),
@@ -83,29 +84,29 @@ def run_stage(
     recipe: Recipe,
     name: str,
     workdir: Path,
-    inputs: Inputs,
+    inputs: Artifacts,
     mesh: jax.sharding.Mesh,
     allow_data_change: bool = False,
-    tell: Tell = lambda stage, row: None,
+    tell: MetricsCallback = lambda stage, row: None,
 ) -> dict[str, Any]:
     """Runs or resumes a stage and returns its part of the summary; `tell` hears every row of its metrics."""
-    this, home = recipe.stages[name], directory(workdir, name)
-    multihost.once(lambda: copy_tokenizer(inputs.tokenizer.directory, home / "tokenizer"), "the tokenizer")
+    this, home = recipe.stages[name], stage_dir(workdir, name)
+    multihost.first_then_all(lambda: copy_tokenizer(inputs.tokenizer.directory, home / "tokenizer"), "the tokenizer")
     if this.kind == "upcycle":
         return _upcycle(recipe, name, workdir, mesh)
-    cfg = config.model_of(recipe, name)
+    cfg = config.model_config(recipe, name)
     placement.check_mesh(recipe, name, mesh)
     frozen = frozen_params(recipe, name, workdir, mesh)
-    data = multihost.once(lambda: make_dataset(recipe, name, inputs, workdir / "data"), f"the data of stage {name}")
+    data = multihost.first_then_all(lambda: make_dataset(recipe, name, inputs, workdir / "data"), f"the data of stage {name}")
     if this.kind == "dpo":
         data = data.with_reference(_reference(recipe, name, workdir, data, mesh, frozen))
-    multihost.agree(f"fingerprint of the data of stage {name}", data.fingerprint)
-    if this.epochs and jax.process_index() == 0 and (told := config.unreached(this.optimizer, data.steps)):
+    multihost.assert_equal_across_processes(f"fingerprint of the data of stage {name}", data.fingerprint)
+    if this.epochs and jax.process_index() == 0 and (told := config.unreached_schedule(this.optimizer, data.steps)):
         print(f"stage {name}: {told}", file=sys.stderr, flush=True)
     train_step, abstract, shardings = program(recipe, name, data.steps, mesh)
     optimizer = make_optimizer(this.optimizer)
     meta = {
-        **handed_down(recipe, name, workdir),
+        **inherited_meta(recipe, name, workdir),
         "stage": name,
         "model": config.to_dict(cfg),
         "recipe": config.to_dict(recipe),
@@ -113,7 +114,7 @@ def run_stage(
         "mesh": dict(mesh.shape),
     }
     if frozen:
-        base, scales = base_directory(recipe, name, workdir), adapter_scales(recipe, name, workdir)
+        base, scales = base_checkpoint(recipe, name, workdir), adapter_scales(recipe, name, workdir)
         meta["adapter"] = checkpoint.adapters_meta(home, base, model.lora.ranks(cfg, this.lora), scales)
     job = loop.Job(
         name=name,
@@ -132,23 +133,23 @@ def run_stage(
     if data.held_out:
         probes.append((recipe.validation.every, make_validation(cfg, data.held_out, inputs.tokenizer, mesh, rows)))
     if cfg.n_experts and not frozen:
-        probes.append((this.log_every, jax.jit(model.expert_health, out_shardings=checkpoint.replicated(mesh))))
+        probes.append((this.log_every, jax.jit(model.expert_diagnostics, out_shardings=checkpoint.replicated(mesh))))
 
     def fresh_state() -> State:
-        params, key = trained_params(recipe, name, workdir, mesh), named_key(recipe.seed, name, "train")
+        params, key = trained_params(recipe, name, workdir, mesh), derive_key(recipe.seed, name, "train")
         make = jax.jit(
-            lambda p: init_state(p, optimizer, key, balance.initial(cfg, this.loss)),
+            lambda p: init_state(p, optimizer, key, balance.init_balance(cfg, this.loss)),
             out_shardings=dataclasses.replace(shardings, frozen={}),
         )
         state = dataclasses.replace(make(params), frozen=frozen)
         if this.carry == "all":
-            moments = carried_moments(parent_directory(recipe, name, workdir), abstract)
+            moments = parent_moments(init_checkpoint(recipe, name, workdir), abstract)
             state = dataclasses.replace(state, opt_state=moments)
         return state
 
     def check_meta(saved: dict[str, Any]) -> None:
         checkpoint.check_architecture(str(home), saved["model"], cfg)
-        _check_room(name, cfg, saved, meta)
+        _check_capacity(name, cfg, saved, meta)
         if saved["data_fingerprint"] != data.fingerprint and not allow_data_change:
             raise UserError(
                 f"stage {name}: its data is not what the checkpoint in {home} was trained on (fingerprint {data.fingerprint}, "
@@ -156,7 +157,7 @@ def run_stage(
             )
 
     with jax.set_mesh(mesh):
-        loop.run(
+        run_loop(
             job,
             dataclasses.replace(abstract, frozen=frozen),
             fresh_state,
@@ -165,13 +166,13 @@ def run_stage(
             check_meta,
             probes,
         )
-    entry = {"name": name, "kind": this.kind, **loop.summary(job)}
+    entry = {"name": name, "kind": this.kind, **loop.summarize(job)}
     if this.optimizer.schedule == "range":
-        entry["learning_rate_range"] = lr_range.result(read_metrics(home))
+        entry["learning_rate_range"] = lr_range.suggest(read_metrics(home))
     return entry
 
 
-def _check_room(name: str, cfg: config.Model, saved: dict[str, Any], now: dict[str, Any]) -> None:
+def _check_capacity(name: str, cfg: config.Model, saved: dict[str, Any], now: dict[str, Any]) -> None:
     """With a capacity, an error where the tokens among which experts share their room are others than before.
 
     They are those of one microbatch on one device.
@@ -195,30 +196,30 @@ def _check_room(name: str, cfg: config.Model, saved: dict[str, Any], now: dict[s
 
 def _upcycle(recipe: Recipe, name: str, workdir: Path, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     """Converts the parent's parameters, sharded, and writes them as step 0 of this stage."""
-    this, home = recipe.stages[name], directory(workdir, name)
-    parent = parent_directory(recipe, name, workdir)
+    this, home = recipe.stages[name], stage_dir(workdir, name)
+    parent = init_checkpoint(recipe, name, workdir)
     assert parent is not None
-    cfg = config.model_of(recipe, name)
+    cfg = config.model_config(recipe, name)
     began = time.monotonic()
-    more = [directory(workdir, n) if n in recipe.stages else Path(n) for n in this.upcycle.experts_from]
+    more = [stage_dir(workdir, n) if n in recipe.stages else Path(n) for n in this.upcycle.experts_from]
     loaded = []
     for path in (parent, *more):
-        multihost.at(f"loading {path}")
+        multihost.enter_phase(f"loading {path}")
         one = checkpoint.load(path, mesh, cfg.param_dtype)
-        mixture = upcycle.mixture_of(one.cfg, **{key: getattr(cfg, key) for key in upcycle.SHAPE})
+        mixture = upcycle.moe_config(one.cfg, **{key: getattr(cfg, key) for key in upcycle.MOE_KEYS})
         checkpoint.check_architecture(str(path), config.to_dict(mixture), cfg)
         _check_finite(str(path), one.params)
         loaded.append(one.params)
-    multihost.at(f"upcycling in stage {name}")
+    multihost.enter_phase(f"upcycling in stage {name}")
     with jax.set_mesh(mesh):
         convert = jax.jit(
             lambda trees, k: upcycle.upcycle(trees[0], cfg, this.upcycle, k, trees[1:]),
             out_shardings=checkpoint.parameter_shardings(cfg, mesh),
         )
-        params = convert(loaded, named_key(recipe.seed, name, "upcycle"))
+        params = convert(loaded, derive_key(recipe.seed, name, "upcycle"))
         state = _upcycled_state(recipe, name, parent, params, mesh) if this.carry == "all" else None
     meta = {"stage": name, "model": config.to_dict(cfg), "recipe": config.to_dict(recipe), "data_fingerprint": ""}
-    meta |= handed_down(recipe, name, workdir)
+    meta |= inherited_meta(recipe, name, workdir)
     if state:
         checkpoints = checkpoint.Checkpoints(home)
         checkpoints.save(0, state, meta)
@@ -241,14 +242,14 @@ def _upcycle(recipe: Recipe, name: str, workdir: Path, mesh: jax.sharding.Mesh) 
 def _upcycled_state(recipe: Recipe, name: str, parent: Path, params: Any, mesh: jax.sharding.Mesh) -> State:
     """The mixture's state with the moments that survive of the parent's."""
     optimizer = make_optimizer(recipe.stages[name].optimizer)
-    dense = dataclasses.replace(config.model_of(recipe, name), n_experts=0)
+    dense = dataclasses.replace(config.model_config(recipe, name), n_experts=0)
     abstract, _ = placement.state_shardings(dense, optimizer, mesh)
-    _, shardings = placement.state_shardings(config.model_of(recipe, name), optimizer, mesh)
+    _, shardings = placement.state_shardings(config.model_config(recipe, name), optimizer, mesh)
     make = jax.jit(
-        lambda p, old: upcycle.carry_moments(optimizer.init(p), old, config.model_of(recipe, name)),
+        lambda p, old: upcycle.carry_moments(optimizer.init(p), old, config.model_config(recipe, name)),
         out_shardings=shardings.opt_state,
     )
-    return State(jnp.int32(0), params, make(params, carried_moments(parent, abstract)), jax.random.key(0))
+    return State(jnp.int32(0), params, make(params, parent_moments(parent, abstract)), jax.random.key(0))
 
 
 def _check_finite(where: str, params: Any) -> None:
@@ -260,10 +261,12 @@ def _check_finite(where: str, params: Any) -> None:
             raise UserError(f"upcycle: {where} has NaN or Inf in {named}; use an earlier checkpoint")
 
 
-def _reference(recipe: Recipe, name: str, workdir: Path, data: StageData, mesh: jax.sharding.Mesh, frozen: Any) -> np.ndarray:
+def _reference(
+    recipe: Recipe, name: str, workdir: Path, data: StageDataset, mesh: jax.sharding.Mesh, frozen: Any
+) -> np.ndarray:
     """Log-probabilities [pairs, 2] of every pair under the model that the stage starts from, computed once and cached."""
-    this, cfg = recipe.stages[name], config.model_of(recipe, name)
-    parent = parent_directory(recipe, name, workdir)
+    this, cfg = recipe.stages[name], config.model_config(recipe, name)
+    parent = init_checkpoint(recipe, name, workdir)
     assert parent is not None
     home, step = checkpoint.locate(parent)
     path = workdir / "data" / f"reference-{files.fingerprint(data.fingerprint, checkpoint.read_meta(home, step))}.npy"
@@ -271,7 +274,7 @@ def _reference(recipe: Recipe, name: str, workdir: Path, data: StageData, mesh: 
         params = {**frozen, **trained_params(recipe, name, workdir, mesh)}
         with jax.set_mesh(mesh):
             logprobs = np.concatenate([_source_logprobs(cfg, params, rows, this.batch_size, mesh) for rows in data.sources])
-        multihost.once(lambda: _save_array(path, logprobs), "reference log-probabilities")
+        multihost.first_then_all(lambda: _save_array(path, logprobs), "reference log-probabilities")
     return np.load(path)
 
 
@@ -296,7 +299,7 @@ def _source_logprobs(
     result = np.zeros((len(rows.ref_logprobs), 2), np.float32)
     progress = Progress("reference log-probabilities", len(rows), "rows", quiet=jax.process_index() != 0)
     for start in range(0, len(rows), batch_size):
-        multihost.at(f"reference log-probabilities, row {start}")
+        multihost.enter_phase(f"reference log-probabilities, row {start}")
         chosen = [min(r, len(rows) - 1) for r in range(start, start + batch_size)]
         batch = loader.stack([rows[r] for r in chosen])
         logprobs = multihost.to_host(compute(params, loader.on_devices(batch, mesh, batch_size)))

@@ -10,13 +10,13 @@ import jax
 
 from tanuki_jax import config, model, multihost
 from tanuki_jax.data import loader
-from tanuki_jax.data.packing import Example, Held
+from tanuki_jax.data.packing import Example, HeldOutRows
 from tanuki_jax.data.tokenizer import Tokenizer, byte_of
 from tanuki_jax.train import losses
 
 
 def make_validation(
-    cfg: config.Model, held_out: Mapping[str, Held], tokenizer: Tokenizer, mesh: jax.sharding.Mesh, batch_size: int
+    cfg: config.Model, held_out: Mapping[str, HeldOutRows], tokenizer: Tokenizer, mesh: jax.sharding.Mesh, batch_size: int
 ) -> Callable[[Any], dict[str, float]]:
     """params -> `validation/SOURCE/loss` (nats a token) and `validation/SOURCE/bits_per_byte` of every source.
 

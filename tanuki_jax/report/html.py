@@ -18,7 +18,7 @@ from tanuki_jax.config.schema import Recipe
 from tanuki_jax.progress import duration
 from tanuki_jax.report import experts
 from tanuki_jax.train import lr_range
-from tanuki_jax.train.goodput import KINDS
+from tanuki_jax.train.goodput import PHASES
 from tanuki_jax.train.guard import read_events
 from tanuki_jax.train.metrics import read_metrics
 
@@ -59,7 +59,7 @@ def write_report(recipe: Recipe, summary: dict[str, Any], workdir: Path) -> Path
         health=_svg(experts.health_picture(plt, mixtures)) if mixtures else "",
         ranges=_range_picture(summary["stages"], metrics),
         samples=_samples(done),
-        kinds=KINDS,
+        kinds=PHASES,
         events=[(name, event) for name, home in homes.items() for event in read_events(home)],
         config=json.dumps(summary["config"], ensure_ascii=False, indent=1),
         versions=summary["versions"],
@@ -113,7 +113,7 @@ def _loss_picture(stages: list[dict[str, Any]], metrics: dict[str, list[dict[str
 def _name_above(axes: Any, names: list[str], places: list[float], colours: list[str]) -> None:
     """Names above an axis at their places, moved apart where they would lie over one another, with a line to the place."""
     whole = axes.get_xlim()[1]
-    beside = spread([place / whole for place in places], min(LETTER_GAP, 1 / max(1, len(names))))
+    beside = spread_labels([place / whole for place in places], min(LETTER_GAP, 1 / max(1, len(names))))
     for name, place, x, colour in zip(names, places, beside, colours, strict=True):
         axes.annotate(
             experts.short(name),
@@ -129,7 +129,7 @@ def _name_above(axes: Any, names: list[str], places: list[float], colours: list[
         )
 
 
-def spread(places: list[float], gap: float) -> list[float]:
+def spread_labels(places: list[float], gap: float) -> list[float]:
     """Ascending places from 0 to 1, moved as little as needed to be `gap` apart and still end at 1."""
     result: list[float] = []
     for place in places:
@@ -149,7 +149,7 @@ def _range_picture(stages: list[dict[str, Any]], metrics: dict[str, list[dict[st
     figure, axes = plt.subplots(figsize=(WIDTH, 3.0))
     low, high = [], []
     for entry in tested:
-        rates, losses = lr_range.smoothed(metrics[entry["name"]])
+        rates, losses = lr_range.smooth(metrics[entry["name"]])
         axes.plot(rates, losses, label=experts.short(entry["name"]))
         low.append(losses.min())
         high.append(losses[0])

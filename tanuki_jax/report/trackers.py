@@ -17,14 +17,14 @@ from tanuki_jax import config, files
 from tanuki_jax.config.schema import Recipe
 from tanuki_jax.errors import UserError
 
-Tell = Callable[[str, dict[str, Any]], None]  # a stage and a row of its metrics
+MetricsCallback = Callable[[str, dict[str, Any]], None]  # a stage and a row of its metrics
 
 
 @contextlib.contextmanager
-def observers(recipe: Recipe, workdir: Path) -> Iterator[Tell]:
+def open_trackers(recipe: Recipe, workdir: Path) -> Iterator[MetricsCallback]:
     """What a stage's rows are to be told to, on the first process; nothing that fails there touches the run."""
     with contextlib.ExitStack() as stack:
-        told: list[Tell] = []
+        told: list[MetricsCallback] = []
         if jax.process_index() == 0 and recipe.prometheus_port:
             told.append(stack.enter_context(_prometheus(recipe.prometheus_port)))
         if jax.process_index() == 0 and recipe.wandb_project:
@@ -41,21 +41,21 @@ def observers(recipe: Recipe, workdir: Path) -> Iterator[Tell]:
         yield tell
 
 
-def flat(row: dict[str, Any]) -> dict[str, float]:
+def flatten(row: dict[str, Any]) -> dict[str, float]:
     """The numbers of a row; lists and groups become one number for each part, name/part."""
     found: dict[str, float] = {}
     for name, value in row.items():
         if isinstance(value, dict):
-            found |= flat({f"{name}/{part}": v for part, v in value.items()})
+            found |= flatten({f"{name}/{part}": v for part, v in value.items()})
         elif isinstance(value, list):
-            found |= flat({f"{name}/{part}": v for part, v in enumerate(value)})
+            found |= flatten({f"{name}/{part}": v for part, v in enumerate(value)})
         elif isinstance(value, int | float):
             found[name] = value
     return found
 
 
 @contextlib.contextmanager
-def _prometheus(port: int) -> Iterator[Tell]:
+def _prometheus(port: int) -> Iterator[MetricsCallback]:
     page = "# tanuki\n"
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -94,13 +94,13 @@ def exposition(stage: str, row: dict[str, Any]) -> str:
     """A row in Prometheus' text format 0.0.4, a line `tanuki_metric{stage="...",name="moe/load/3"} value` for each number."""
     label = stage.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
     lines = ["# HELP tanuki_metric The last logged step of a stage, by name.", "# TYPE tanuki_metric gauge"]
-    for name, value in flat(row).items():
+    for name, value in flatten(row).items():
         lines.append(f'tanuki_metric{{stage="{label}",name="{name}"}} {float(value)!r}')
     return "\n".join(lines) + "\n"
 
 
 @contextlib.contextmanager
-def _wandb(recipe: Recipe, workdir: Path) -> Iterator[Tell]:
+def _wandb(recipe: Recipe, workdir: Path) -> Iterator[MetricsCallback]:
     try:
         import wandb
     except ImportError as error:
@@ -127,7 +127,7 @@ def _wandb(recipe: Recipe, workdir: Path) -> Iterator[Tell]:
         return
 
     def wandb_project(stage: str, row: dict[str, Any]) -> None:
-        run.log({f"{stage}/{name}": value for name, value in flat(row).items()})
+        run.log({f"{stage}/{name}": value for name, value in flatten(row).items()})
 
     try:
         yield wandb_project

@@ -15,13 +15,13 @@ from tanuki_jax import config
 
 Balance = dict[str, jax.Array]  # `coefficient` [L] of the auxiliary loss where it adapts, float32; else nothing
 Metrics = dict[str, jax.Array]
-MEMORY = 0.99  # beta of Skywork-MoE
+EMA_DECAY = 0.99  # beta of Skywork-MoE
 VIRTUAL_CAPACITY = 1.25  # room of an expert relative to an even load, beyond which a dropless router's load is overflow
 
 
-def initial(cfg: config.Model, options: config.Loss) -> Balance:
+def init_balance(cfg: config.Model, options: config.Loss) -> Balance:
     """The balance before the first step: an adaptive coefficient begins at its largest, the load being worst then."""
-    layers = len(config.mixture_layers(cfg))
+    layers = len(config.moe_layers(cfg))
     if not (layers and options.router_aux_adaptive):
         return {}
     return {"coefficient": jnp.full(layers, options.router_aux_loss, jnp.float32)}
@@ -36,12 +36,12 @@ def overflow(load_LE: jax.Array) -> jax.Array:
     return jnp.maximum(share_LE - VIRTUAL_CAPACITY / load_LE.shape[1], 0.0).sum(axis=1)
 
 
-def adapted(coefficient_L: jax.Array, overflow_L: jax.Array, xi: float, largest: float) -> jax.Array:
+def adapt_coefficients(coefficient_L: jax.Array, overflow_L: jax.Array, xi: float, largest: float) -> jax.Array:
     """The coefficient after a step: a moving average of min(xi * overflow, largest) (Skywork-MoE, eq. 7 and 8)."""
-    return MEMORY * coefficient_L + (1 - MEMORY) * jnp.minimum(xi * overflow_L, largest)
+    return EMA_DECAY * coefficient_L + (1 - EMA_DECAY) * jnp.minimum(xi * overflow_L, largest)
 
 
-def moved_bias(bias_LE: jax.Array, load_LE: jax.Array, rate: float) -> jax.Array:
+def update_bias(bias_LE: jax.Array, load_LE: jax.Array, rate: float) -> jax.Array:
     """The bias after a step: down by `rate` for an expert with more than the mean load, up for one with less, mean 0.
 
     Wang et al. 2024, "Auxiliary-Loss-Free Load Balancing", algorithm 1; made free of its mean as in torchtitan, since a
@@ -72,10 +72,10 @@ def make_rebalance(
         if balance:
             found["moe/coefficient"] = balance["coefficient"]
             largest, xi = options.router_aux_loss, options.router_aux_adaptive
-            balance = {"coefficient": adapted(balance["coefficient"], found["moe/overflow"], xi, largest)}
+            balance = {"coefficient": adapt_coefficients(balance["coefficient"], found["moe/overflow"], xi, largest)}
         if cfg.router_bias and "layers" in params:  # else it is frozen below adapters
             moe = params["layers"]["moe"]
-            bias_LE = moved_bias(moe["bias"], load_LE, options.router_bias_rate)
+            bias_LE = update_bias(moe["bias"], load_LE, options.router_bias_rate)
             params = {**params, "layers": {**params["layers"], "moe": {**moe, "bias": bias_LE}}}
         return params, balance, metrics | found
 

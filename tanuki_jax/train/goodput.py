@@ -13,7 +13,7 @@ from tanuki_jax import multihost
 
 PATIENCE, LONG = 300.0, 20.0  # a step takes long: so many seconds, and so many times the median
 # `step` is what is left: the time that trains.  `lost` was spent on steps that a later run, or going back, made anew.
-KINDS = ("compile", "input", "step", "score", "save", "restore", "lost")
+PHASES = ("compile", "input", "step", "score", "save", "restore", "lost")
 
 
 class Clock:
@@ -26,7 +26,7 @@ class Clock:
     def __init__(self, tokens_per_step: int, hang_seconds: float = 0.0) -> None:
         self._tokens_per_step, self._hang_seconds, self.step = tokens_per_step, hang_seconds, 0
         self.seconds = 0.0
-        self._times = dict.fromkeys(KINDS, 0.0)
+        self._times = dict.fromkeys(PHASES, 0.0)
         self._took = 0.0  # by what was timed last
         self._last = time.monotonic()
         self._recent: list[tuple[float, int]] = []
@@ -40,7 +40,7 @@ class Clock:
         """
         self.step, before = step, row.get("times", {})
         self.seconds = row.get("seconds", 0.0) + self._took
-        self._times = {kind: before.get(kind, 0.0) for kind in KINDS}
+        self._times = {kind: before.get(kind, 0.0) for kind in PHASES}
         self._times["restore"] += self._took
         self._times["lost"] = lost
         self._last, self._recent = time.monotonic(), []
@@ -61,9 +61,9 @@ class Clock:
         what, end = f"{kind} after step {self.step}", self._hang_seconds
         if kind in ("step", "input"):
             limit = max(PATIENCE, LONG * self.seconds_per_step())
-            multihost.at(what, min(limit, end) if end else limit, end)
+            multihost.enter_phase(what, min(limit, end) if end else limit, end)
         else:
-            multihost.at(what, end=end and max(end, multihost.wait_seconds()))
+            multihost.enter_phase(what, end=end and max(end, multihost.wait_seconds()))
 
     def waiting(self, batches: Iterator[Any]) -> Iterator[Any]:
         """The batches, with the time that each made the loop wait."""

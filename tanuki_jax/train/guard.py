@@ -21,7 +21,7 @@ from typing import Any
 from tanuki_jax import config
 
 WINDOW = 200  # steps whose median a step is compared with
-LEAST = 20  # steps without which there is no judgement
+MIN_HISTORY = 20  # steps without which there is no judgement
 LOSS_FLOOR, NORM_FLOOR = 0.02, 0.2  # least deviation: of the loss as a share of its median, of the norm's logarithm
 
 
@@ -85,7 +85,7 @@ class Guard:
             self.bad += 1
             return "not_finite"
         self.bad = 0
-        if self.options.spike and len(self._losses) >= LEAST and self._stands_out(loss, norm):
+        if self.options.spike and len(self._losses) >= MIN_HISTORY and self._stands_out(loss, norm):
             self.first_high = self.first_high if self.high else step
             self.high += 1
             return "spike"

@@ -18,12 +18,12 @@ from tanuki_jax.errors import Preempted, UserError
 from tanuki_jax.progress import Progress
 from tanuki_jax.train.goodput import Clock
 from tanuki_jax.train.guard import Events, Guard, read_events
-from tanuki_jax.train.metrics import MetricsWriter, mfu, plain, read_metrics, validation_loss
-from tanuki_jax.train.profile import Profile, listening
-from tanuki_jax.train.rollback import Detours
+from tanuki_jax.train.metrics import MetricsWriter, mfu, read_metrics, to_plain, validation_loss
+from tanuki_jax.train.profile import Profile, handle_sigusr1
+from tanuki_jax.train.rollback import SkippedBatches
 from tanuki_jax.train.step import State
 
-SLOW = 0.2  # share of a step for which a process that waits for its input holds the others up
+SLOW_FACTOR = 0.2  # share of a step for which a process that waits for its input holds the others up
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,11 @@ class NotFinite(UserError):
     """The loss or its gradient was NaN or Inf too often; nothing of these steps was kept."""
 
 
-class _GoBack(Exception):
+class _Rollback(Exception):
     """A spike that lasts."""
 
 
-def run(
+def run_loop(
     job: Job,
     abstract_state: State,
     fresh_state: Callable[[], State],
@@ -78,7 +78,7 @@ def run(
     events = Events(job.directory, jax.process_index() == 0)
     clock = Clock(job.tokens_per_step, options.guard.hang_seconds)
     profile = Profile(job.directory, options.profile_start, options.profile_steps)
-    whole = _Run(job, checkpoints, events, clock, profile)
+    whole = _Context(job, checkpoints, events, clock, profile)
 
     def damaged(step: int, wrong: str) -> None:
         events.add("damaged_checkpoint", step, what=wrong)
@@ -87,9 +87,9 @@ def run(
         events.add("hang", clock.step + 1, **found)
 
     try:
-        with multihost.listening(), listening(), multihost.watching(hangs):
+        with multihost.handle_sigterm(), handle_sigusr1(), multihost.watch_for_hangs(hangs):
             while True:
-                detours, guard = Detours.read(job.directory), Guard(options.guard, job.changes)
+                detours, guard = SkippedBatches.read(job.directory), Guard(options.guard, job.changes)
                 with clock.of("restore"):
                     start, state = checkpoints.resume(abstract_state, check_meta, damaged) or (0, None)
                     state = state or fresh_state()
@@ -99,10 +99,10 @@ def run(
                 except OSError:  # of metrics or events; a device out of memory is no full disk
                     with files.disk_errors(job.directory):
                         raise
-                except _GoBack:
+                except _Rollback:
                     del state
                     with clock.of("save"):
-                        _go_back(whole, guard, detours, attempt.reported)
+                        _roll_back(whole, guard, detours, attempt.reported)
     finally:
         profile.close()
         with clock.of("save"):
@@ -110,7 +110,7 @@ def run(
 
 
 @dataclass(frozen=True)
-class _Run:
+class _Context:
     """What lasts over all attempts."""
 
     job: Job
@@ -120,7 +120,7 @@ class _Run:
     profile: Profile
 
 
-def _go_back(run: _Run, guard: Guard, detours: Detours, step: int) -> None:
+def _roll_back(run: _Context, guard: Guard, detours: SkippedBatches, step: int) -> None:
     """To the checkpoint before the spike; its batches are left out when the run comes there again."""
     job = run.job
     if len(detours.entries) >= job.options.guard.rollbacks:
@@ -131,7 +131,7 @@ def _go_back(run: _Run, guard: Guard, detours: Detours, step: int) -> None:
     good = run.checkpoints.go_back(guard.first_high - 1)
     count = step - guard.first_high + 1
     new = detours.plus(good, guard.first_high - 1, count, job.options.guard.rollback_rate)
-    multihost.on_first(new.write, "detours")
+    multihost.on_process_zero(new.write, "detours")
     batches = [detours.batch(guard.first_high - 1), detours.batch(step - 1)]
     run.events.add("rollback", step, to=good, batches_left_out=batches, learning_rate_times=new.rate(good))
 
@@ -139,7 +139,7 @@ def _go_back(run: _Run, guard: Guard, detours: Detours, step: int) -> None:
 class _Attempt:
     """The steps from one start on, until the end or until the run has to go back."""
 
-    def __init__(self, run: _Run, guard: Guard, detours: Detours, start: int) -> None:
+    def __init__(self, run: _Context, guard: Guard, detours: SkippedBatches, start: int) -> None:
         self.job, self.checkpoints, self.events, self.clock = run.job, run.checkpoints, run.events, run.clock
         self.profile, self.guard, self.detours, self.start = run.profile, guard, detours, start
         job = run.job
@@ -169,7 +169,7 @@ class _Attempt:
                 if late:
                     self.report(*late)
                 number, ends = step + 1, step + 1 == job.steps
-                stop = multihost.told_to_stop()
+                stop = multihost.preemption_requested()
                 self.checkpoints.check()
                 due = [probe for every, probe in probes if number % every == 0 or ends]
                 probed: dict[str, Any] = {}
@@ -220,7 +220,7 @@ class _Attempt:
         if verdict == "spike" and self.guard.high == 1:
             self.events.add("spike", number, loss=round(loss, 4), grad_norm=round(norm, 4))
         if self.job.options.guard.spike_steps and self.guard.high >= self.job.options.guard.spike_steps:
-            raise _GoBack
+            raise _Rollback
         self._log(number, loss, metrics, probed)
 
     def _log(self, number: int, loss: float, metrics: dict[str, jax.Array], probed: dict[str, Any]) -> None:
@@ -230,7 +230,7 @@ class _Attempt:
         if not (number % job.options.log_every == 0 or number == job.steps or probed):
             return
         waited = clock.mean_wait()
-        multihost.spends(waited)
+        multihost.report_input_wait(waited)
         if self.writer:
             how = {
                 "tokens_per_second": round(rate, 1),
@@ -242,16 +242,16 @@ class _Attempt:
             }
             first = {"step": number, "tokens": number * job.tokens_per_step}
             seen = job.counters(self.detours.batch(number - 1) + 1)
-            row = {**first, **plain(metrics), **seen, **plain(probed), **how, **self._slowest(number)}
+            row = {**first, **to_plain(metrics), **seen, **to_plain(probed), **how, **self._slowest(number)}
             self.writer.write(row)
             job.observe(row)
 
     def _slowest(self, number: int) -> dict[str, Any]:
         """The process that waits longest for its input, of several; an event where it begins to hold the others up."""
-        found = multihost.slowest()
+        found = multihost.slowest_process()
         if not found:
             return {}
-        slow = found["seconds"] > max(2 * found["median"], SLOW * self.clock.seconds_per_step())
+        slow = found["seconds"] > max(2 * found["median"], SLOW_FACTOR * self.clock.seconds_per_step())
         if slow and not self.slow:
             self.events.add("slow_host", number, **found)
         self.slow = slow
@@ -260,7 +260,7 @@ class _Attempt:
     def _not_finite(self, number: int, loss: float, norm: float, batch: Any) -> None:
         batch_number = self.detours.batch(number - 1)
         path = self.job.directory / "events" / f"batch-{batch_number}-{jax.process_index()}.npz"
-        _record(path, batch)
+        _make_row(path, batch)
         self.events.add("not_finite", number, loss=str(loss), grad_norm=str(norm), batch=batch_number, kept_in=path.name)
         limit = self.job.options.guard.skip_limit
         if self.guard.bad > limit:
@@ -271,7 +271,7 @@ class _Attempt:
             )
 
 
-def _record(path: Path, batch: Any) -> None:
+def _make_row(path: Path, batch: Any) -> None:
     """Keeps this process's rows of a batch."""
     if not isinstance(batch, dict):
         return
@@ -284,7 +284,7 @@ def _record(path: Path, batch: Any) -> None:
     np.savez(path, **found)
 
 
-def summary(job: Job) -> dict[str, Any]:
+def summarize(job: Job) -> dict[str, Any]:
     """Steps, tokens, seconds, rate and final loss (of the last step that was finite) of a finished stage, from its metrics."""
     rows = read_metrics(job.directory)
     losses = [row["loss"] for row in rows if row["loss"] is not None]

@@ -33,7 +33,7 @@ def make_loss(kind: str, cfg: config.Model, options: config.Loss, sources: Seque
     def loss(
         params: Any, batch: Batch, balance: Balance | None = None, key: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array, Metrics]:
-        return made(params, parallel.balanced(batch), balance, None if key is None else model.Dropout(dropout, key))
+        return made(params, parallel.zigzag(batch), balance, None if key is None else model.Dropout(dropout, key))
 
     return loss
 

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 SMOOTH = 0.95  # weight of the past in the running mean of the loss
-SAFE = 10.0  # the rate that is suggested lies so far below the one with the lowest loss
+SAFETY = 10.0  # the rate that is suggested lies so far below the one with the lowest loss
 
 
-def smoothed(rows: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+def smooth(rows: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
     """Learning rates and the running mean of the loss, both [rows], without rows that have no loss."""
     rows = [row for row in rows if row.get("loss") is not None and row["learning_rate"] > 0]
     mean, values = 0.0, []
@@ -20,12 +20,12 @@ def smoothed(rows: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
     return np.array([row["learning_rate"] for row in rows]), np.array(values)
 
 
-def result(rows: list[dict[str, Any]]) -> dict[str, float]:
+def suggest(rows: list[dict[str, Any]]) -> dict[str, float]:
     """`lowest_at`, the rate with the lowest loss; `steepest_at`, where it falls fastest before; `suggested`, a tenth of lowest.
 
     Empty where there are too few rows to tell.
     """
-    rates, losses = smoothed(rows)
+    rates, losses = smooth(rows)
     lowest = int(losses.argmin()) if len(losses) else 0
     if lowest < 2:
         return {}
@@ -33,6 +33,6 @@ def result(rows: list[dict[str, Any]]) -> dict[str, float]:
     found = {
         "lowest_at": rates[lowest],
         "steepest_at": rates[int(slope.argmin())],
-        "suggested": rates[lowest] / SAFE,
+        "suggested": rates[lowest] / SAFETY,
     }
     return {name: float(f"{value:.3g}") for name, value in found.items()}

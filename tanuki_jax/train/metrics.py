@@ -91,7 +91,7 @@ def validation_loss(row: dict[str, Any]) -> float | None:
     return float(np.mean(losses)) if losses and all(map(_finite, losses)) else None
 
 
-def plain(metrics: dict[str, Any]) -> dict[str, Any]:
+def to_plain(metrics: dict[str, Any]) -> dict[str, Any]:
     """Host values of a step's metrics: floats, None for NaN and Inf, or nested lists for arrays (experts' load)."""
 
     def one(value: Any) -> Any:

@@ -21,10 +21,12 @@ def make_optimizer(options: config.Optimizer) -> optax.GradientTransformation:
     do not decay; embedding, head and router do, as in Megatron-LM.
     """
     adam = optax.scale_by_adam(b1=options.beta1, b2=options.beta2, eps=options.eps)
-    return optax.chain(_stored_as(adam, options.moment_dtype), optax.add_decayed_weights(options.weight_decay, mask=decays))
+    return optax.chain(
+        _store_as(adam, options.moment_dtype), optax.add_decayed_weights(options.weight_decay, mask=weight_decay_mask)
+    )
 
 
-def _stored_as(adam: optax.GradientTransformation, dtype: str) -> optax.GradientTransformation:
+def _store_as(adam: optax.GradientTransformation, dtype: str) -> optax.GradientTransformation:
     """Adam whose moments lie in `dtype` between steps, whatever the dtype of the parameters."""
 
     def init(params: Any) -> Any:
@@ -35,12 +37,12 @@ def _stored_as(adam: optax.GradientTransformation, dtype: str) -> optax.Gradient
         stored = {"mu": state.mu, "nu": state.nu}
         directions, new = adam.update(grads, state._replace(**optax.tree.cast(stored, jnp.float32)), params)
         key = jax.random.fold_in(jax.random.key(0), new.count)
-        return directions, new._replace(**rounded_like(stored, {"mu": new.mu, "nu": new.nu}, key))
+        return directions, new._replace(**round_to_dtypes(stored, {"mu": new.mu, "nu": new.nu}, key))
 
     return optax.GradientTransformation(init, update)
 
 
-def rounded_like(stored: Any, values: Any, key: jax.Array) -> Any:
+def round_to_dtypes(stored: Any, values: Any, key: jax.Array) -> Any:
     """`values`, a tree of float32, in the dtypes of the tree `stored`; in bfloat16 by stochastic rounding.
 
     To the nearest, a change below half a step of bfloat16, 2^-9 of the number, would be lost, and lost again with every step.
@@ -57,12 +59,12 @@ def rounded_like(stored: Any, values: Any, key: jax.Array) -> Any:
     return jax.tree_util.tree_map_with_path(one, stored, values)
 
 
-def decays(params: Any) -> Any:
+def weight_decay_mask(params: Any) -> Any:
     """True for each parameter that decays: all but norm scales (matrices here, stacked over layers) and biases of experts."""
     return jax.tree_util.tree_map_with_path(lambda path, _: not model.is_vector(path[-1].key), params)
 
 
-def learning_rate(options: config.Optimizer, total_steps: int) -> Callable[[jax.Array], jax.Array]:
+def make_schedule(options: config.Optimizer, total_steps: int) -> Callable[[jax.Array], jax.Array]:
     """Step (from 0) -> learning rate, float32.
 
     Linear warm-up reaches the peak at its last step.  cosine falls to the floor at `decay_steps` (0: the stage's end);

@@ -72,7 +72,7 @@ def sppo_hard(c: Any, r: Any, n_c: Any, n_r: Any, b: float, e: float) -> jax.Arr
     return (c - 1 / (2 * b)) ** 2 + (r + 1 / (2 * b)) ** 2
 
 
-LOSSES: dict[str, Callable[..., jax.Array]] = {
+PREFERENCE_LOSSES: dict[str, Callable[..., jax.Array]] = {
     "sigmoid": sigmoid,
     "cdpo": cdpo,
     "robust": robust,
@@ -108,6 +108,6 @@ def pair_loss(
     c, r = ratios_BP2[..., 0], ratios_BP2[..., 1]
     total = jnp.zeros_like(c)
     for name, weight in weights.items():
-        value = -logps_BP2[..., 0] / n_c if name == SFT else LOSSES[name](c, r, n_c, n_r, beta, smoothing)
+        value = -logps_BP2[..., 0] / n_c if name == SFT else PREFERENCE_LOSSES[name](c, r, n_c, n_r, beta, smoothing)
         total += weight * value
     return total

@@ -16,7 +16,7 @@ _asked = threading.Event()
 
 
 @contextlib.contextmanager
-def listening() -> Iterator[None]:
+def handle_sigusr1() -> Iterator[None]:
     """While inside, SIGUSR1 asks for a profile of the next steps, and does not end the process; may be nested."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -43,7 +43,7 @@ class Profile:
             return
         _asked.clear()
         place = self._directory / f"step-{step}"
-        with _told():
+        with _profile_requested():
             jax.profiler.start_trace(str(place))
             self._end = step + self._steps - 1
             print(f"step {step}: profile of {self._steps} steps into {place}", file=sys.stderr, flush=True)
@@ -58,12 +58,12 @@ class Profile:
         """Ends what is open."""
         if self._end:
             self._end = 0
-            with _told():
+            with _profile_requested():
                 jax.profiler.stop_trace()
 
 
 @contextlib.contextmanager
-def _told() -> Iterator[None]:
+def _profile_requested() -> Iterator[None]:
     try:
         yield
     except Exception as error:

@@ -10,7 +10,7 @@ from tanuki_jax import files
 
 
 @dataclass(frozen=True)
-class Detours:
+class SkippedBatches:
     """Batches that a run leaves out after it went back, kept in a file: the batch of a step stays a function of the step.
 
     entries: step to which the run went back, first and last batch that are left out, factor of the learning rate.
@@ -20,13 +20,13 @@ class Detours:
     entries: tuple[tuple[int, int, int, float], ...] = ()
 
     @classmethod
-    def read(cls, directory: Path) -> Detours:
+    def read(cls, directory: Path) -> SkippedBatches:
         path = directory / "detours.json"
         return cls(path, tuple(map(tuple, files.read_json(path))) if path.is_file() else ())
 
-    def plus(self, back: int, first: int, count: int, factor: float) -> Detours:
+    def plus(self, back: int, first: int, count: int, factor: float) -> SkippedBatches:
         """With one more: back to step `back`, and without the batches that `count` steps from `first` on have now."""
-        return Detours(self.path, (*self.entries, (back, self.batch(first), self.batch(first + count - 1), factor)))
+        return SkippedBatches(self.path, (*self.entries, (back, self.batch(first), self.batch(first + count - 1), factor)))
 
     def write(self) -> None:
         """Keeps them."""

@@ -17,7 +17,7 @@ import optax
 from tanuki_jax import model
 from tanuki_jax.train.balance import Balance
 from tanuki_jax.train.losses import Batch, LossFn
-from tanuki_jax.train.optimizer import rounded_like
+from tanuki_jax.train.optimizer import round_to_dtypes
 
 ROUNDING = 2**32 - 1  # what the keys of rounding are folded from; those of the losses' draws are folded from steps
 
@@ -126,7 +126,7 @@ def make_update(
         directions, opt_state = optimizer.update(grads, state.opt_state, params)
         rate = state.rate * learning_rate(state.step)
         key = jax.random.fold_in(jax.random.fold_in(state.key, ROUNDING), state.step)
-        params = rounded_like(state.params, jax.tree.map(lambda p, d: p - rate * d, params, directions), key)
+        params = round_to_dtypes(state.params, jax.tree.map(lambda p, d: p - rate * d, params, directions), key)
         balance = state.balance
         if rebalance:
             params, balance, metrics = rebalance(params, balance, metrics)

@@ -1,33 +1,33 @@
 """From a dense model to a mixture of experts: on a parameter tree, or from file to file."""
 
 from tanuki_jax.upcycle.convert import (
-    DRAWN,
     FFN,
-    SHAPE,
-    about,
+    MOE_KEYS,
+    RANDOM_STRATEGIES,
     carry_moments,
     check,
     dense_layers,
     expert,
     granularity,
     mean,
-    mixture_of,
+    moe_config,
     router,
+    strategy_stats,
     upcycle,
 )
 
 __all__ = [
-    "DRAWN",
     "FFN",
-    "SHAPE",
-    "about",
+    "MOE_KEYS",
+    "RANDOM_STRATEGIES",
     "carry_moments",
     "check",
     "dense_layers",
     "expert",
     "granularity",
     "mean",
-    "mixture_of",
+    "moe_config",
     "router",
+    "strategy_stats",
     "upcycle",
 ]

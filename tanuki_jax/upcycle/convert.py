@@ -36,7 +36,7 @@ from tanuki_jax.upcycle import packed_bf16
 FFN = ("gate", "up", "down")
 Weights = dict[str, jax.Array]  # of one FFN: gate, up [D, F], down [F, D]
 # Keys of a model that only a mixture has.
-SHAPE = ("n_experts", *config.MIXTURE)
+MOE_KEYS = ("n_experts", *config.MOE_KEYS)
 
 
 def upcycle(params: Any, cfg: config.Model, options: config.Upcycle, key: jax.Array, others: Sequence[Any] = ()) -> Any:
@@ -61,12 +61,12 @@ def upcycle(params: Any, cfg: config.Model, options: config.Upcycle, key: jax.Ar
     if len({str(jax.tree.map(jnp.shape, tree)) for tree in trees}) > 1:
         raise UserError("upcycle: experts_from has checkpoints of other shapes; all must be of one architecture")
     merged = jax.tree.map(mean, *trees) if others else params
-    chosen = jnp.array(config.mixture_layers(cfg))
+    chosen = jnp.array(config.moe_layers(cfg))
     dtype = params["layers"]["mlp"]["gate"].dtype
     dense = [jax.tree.map(lambda w: w[chosen].astype(dtype), dict(tree["layers"]["mlp"])) for tree in trees]
     layers = {name: part for name, part in merged["layers"].items() if name != "mlp"}
 
-    known = [jax.vmap(functools.partial(about, options=options))(weights) for weights in dense]
+    known = [jax.vmap(functools.partial(strategy_stats, options=options))(weights) for weights in dense]
 
     def experts(number: int) -> Weights:
         one = functools.partial(expert, number=number, cfg=cfg, options=options, key=key)
@@ -94,7 +94,7 @@ def expert(
     return STRATEGIES[options.strategy](weights, known, number, cfg, options, key)
 
 
-def about(weights: Any, options: config.Upcycle) -> Any:
+def strategy_stats(weights: Any, options: config.Upcycle) -> Any:
     """What a strategy wants to know of a dense FFN before it makes experts of it; nothing, but for `drop`.
 
     For `drop` of each matrix its mean, and of each inner dimension [F] the sums of its weights less the mean and of their
@@ -126,7 +126,7 @@ def router(layer: Any, cfg: config.Model, options: config.Upcycle, key: jax.Arra
     if options.router_init == "uniform":
         drawn = jax.random.uniform(key, shape, jnp.float32, -(3**0.5), 3**0.5)
     else:
-        drawn = ops.normal(key, shape)
+        drawn = ops.random_normal(key, shape)
     return jnp.repeat(drawn * options.router_std, parts, axis=1).astype(dtype)
 
 
@@ -140,7 +140,7 @@ def _copy(weights: Weights, *_: Any) -> Weights:
 def _noise(weights: Weights, _: None, number: int, cfg: config.Model, options: config.Upcycle, key: jax.Array) -> Weights:
     def noisy(w: jax.Array, key: jax.Array) -> jax.Array:
         noise = packed_bf16.normals(key, w)
-        return packed_bf16.joined(
+        return packed_bf16.unpack(
             [part + options.noise_std * n for part, n in zip(packed_bf16.planes(w), noise, strict=True)], w
         )
 
@@ -162,7 +162,7 @@ def _drop(weights: Weights, known: Any, number: int, cfg: config.Model, options:
         std = jnp.sqrt(jnp.maximum(jnp.where(drawn_F, squares_F, 0).sum() - n * shift**2, 0) / max(n - 1, 1))
         masks = packed_bf16.down(drawn_F, w) if name == "down" else packed_bf16.across(drawn_F, w)
         planes = zip(masks, packed_bf16.planes(w), packed_bf16.normals(key, w), strict=True)
-        return packed_bf16.joined([jnp.where(mask, mean + shift + std * x, old) for mask, old, x in planes], w)
+        return packed_bf16.unpack([jnp.where(mask, mean + shift + std * x, old) for mask, old, x in planes], w)
 
     return {name: partly_new(name, k) for name, k in zip(FFN, keys, strict=True)}
 
@@ -180,27 +180,27 @@ def _groups(weights: Weights, _: None, number: int, cfg: config.Model, options: 
     return {"gate": part("gate", 1, 1.0), "up": part("up", 1, of_up), "down": part("down", 0, parts / of_up)}
 
 
-DRAWN = ("noise", "drop")  # those that draw normal numbers
+RANDOM_STRATEGIES = ("noise", "drop")  # those that draw normal numbers
 STRATEGIES: dict[str, Callable[..., Weights]] = {"copy": _copy, "noise": _noise, "drop": _drop, "groups": _groups}
 
 
 # --- shapes and checks --------------------------------------------------------------------------------------------------------
 
 
-def mixture_of(cfg: config.Model, **shape: Any) -> config.Model:
+def moe_config(cfg: config.Model, **shape: Any) -> config.Model:
     """The mixture's config for a dense one; `shape` has keys of SHAPE."""
     if cfg.n_experts:
         raise UserError("upcycle: the checkpoint is a mixture already; give a dense one")
     made = dataclasses.replace(cfg, **shape)
     if not made.n_experts:
         raise UserError(f"upcycle: top_k {made.top_k} must lie between 1 and n_experts 0; give it experts")
-    config.check_mixture(made, "upcycle: ", trained=False)
+    config.check_moe(made, "upcycle: ", trained=False)
     return made
 
 
 def check(cfg: config.Model, options: config.Upcycle) -> None:
     """An error that names the setting which cannot be."""
-    config.check_mixture(cfg, "upcycle: ", trained=False)
+    config.check_moe(cfg, "upcycle: ", trained=False)
     config.check_upcycle(cfg, options, "upcycle: ")
 
 
@@ -211,7 +211,7 @@ def granularity(cfg: config.Model) -> int:
 
 def dense_layers(cfg: config.Model) -> list[int]:
     """The layers that stay dense."""
-    return sorted(set(range(cfg.n_layers)) - set(config.mixture_layers(cfg)))
+    return sorted(set(range(cfg.n_layers)) - set(config.moe_layers(cfg)))
 
 
 def mean(*weights: Any) -> jax.Array:

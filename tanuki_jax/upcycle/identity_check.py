@@ -27,7 +27,7 @@ class Identity(NamedTuple):
     spread: float  # standard deviation of the dense model's logits
 
 
-class Probe:
+class IdentityCheck:
     """Takes a few random tokens through both models as their weights pass by; the model's own modules, in float32.
 
     It works in a thread of its own, a few calls behind: an error comes with a later call, at the latest with `result`.
@@ -37,9 +37,9 @@ class Probe:
         self._key, self._mixture = key, dataclasses.replace(mixture, dtype="float32")
         plain = dataclasses.replace(dense, dtype="float32", attention="reference", param_dtype=mixture.param_dtype)
         self._dense = plain
-        self._entered = jax.jit(functools.partial(_entered, plain, self._mixture))
+        self._entered = jax.jit(functools.partial(_layer_forward, plain, self._mixture))
         self._ffn = jax.jit(model.layerwise.ffn)
-        self._added = jax.jit(_added)
+        self._added = jax.jit(_add_ffn)
         self._thread = ThreadPoolExecutor(1)
         self._waiting: collections.deque[tuple[Future[None], Any]] = collections.deque()
         self._later(self._compile)
@@ -106,7 +106,9 @@ class Probe:
         self._logits_2SV = np.asarray(logits(norm, head, self._x_2SD))
 
 
-def _entered(dense: config.Model, mixture: config.Model, layer: Any, weights: Any, router_DE: Any, x_2SD: jax.Array) -> Any:
+def _layer_forward(
+    dense: config.Model, mixture: config.Model, layer: Any, weights: Any, router_DE: Any, x_2SD: jax.Array
+) -> Any:
     """One layer of both, the dense model first, but for the experts of the mixture.
 
     Returns:
@@ -120,6 +122,6 @@ def _entered(dense: config.Model, mixture: config.Model, layer: Any, weights: An
     return x_2SD.at[0].add(said_2SD[0]), h_2SD[1:], said_2SD[1:], model.layerwise.gates(mixture, router_DE, h_2SD[1:])
 
 
-def _added(x_2SD: jax.Array, said_1SD: jax.Array, gate_1SE: jax.Array, number: jax.Array) -> jax.Array:
+def _add_ffn(x_2SD: jax.Array, said_1SD: jax.Array, gate_1SE: jax.Array, number: jax.Array) -> jax.Array:
     """With what one expert of the mixture says."""
     return x_2SD.at[1].add(said_1SD[0] * gate_1SE[0, :, number, None])

@@ -15,27 +15,27 @@ import numpy as np
 from tanuki_jax import ops
 
 
-def packed(w: np.ndarray) -> np.ndarray:
+def pack(w: np.ndarray) -> np.ndarray:
     """A matrix [R, C] of bfloat16, C even, as pairs [R, C/2]; the same memory."""
     return w.view(np.uint32)
 
 
-def are_pairs(w: jax.Array) -> bool:
+def is_packed(w: jax.Array) -> bool:
     """Whether a matrix holds pairs."""
     return w.dtype == jnp.uint32
 
 
 def planes(w: jax.Array) -> tuple[jax.Array, ...]:
     """The numbers of w in float32: all of them, or even columns and odd ones."""
-    if not are_pairs(w):
+    if not is_packed(w):
         return (w.astype(jnp.float32),)
     low, high = w << 16, w & np.uint32(0xFFFF0000)
     return tuple(jax.lax.bitcast_convert_type(half, jnp.float32) for half in (low, high))
 
 
-def joined(parts: Sequence[jax.Array], w: jax.Array) -> jax.Array:
+def unpack(parts: Sequence[jax.Array], w: jax.Array) -> jax.Array:
     """Of such planes a matrix like w, rounded to its dtype."""
-    if not are_pairs(w):
+    if not is_packed(w):
         return parts[0].astype(w.dtype)
     rounded = (jax.lax.reduce_precision(part, 8, 7) for part in parts)
     low, high = (jax.lax.bitcast_convert_type(part, jnp.uint32) for part in rounded)
@@ -44,15 +44,15 @@ def joined(parts: Sequence[jax.Array], w: jax.Array) -> jax.Array:
 
 def across(row_C: jax.Array, w: jax.Array) -> tuple[jax.Array, ...]:
     """What belongs to the columns of w, beside its planes."""
-    return (row_C[0::2], row_C[1::2]) if are_pairs(w) else (row_C,)
+    return (row_C[0::2], row_C[1::2]) if is_packed(w) else (row_C,)
 
 
 def down(column_R: jax.Array, w: jax.Array) -> tuple[jax.Array, ...]:
     """What belongs to the rows of w, beside its planes."""
-    return (column_R[:, None],) * (2 if are_pairs(w) else 1)
+    return (column_R[:, None],) * (2 if is_packed(w) else 1)
 
 
 def normals(key: jax.Array, w: jax.Array) -> tuple[jax.Array, ...]:
     """A normal number for each of w's, by its planes."""
     rows, columns = w.shape
-    return ops.normal_pairs(key, (rows, 2 * columns)) if are_pairs(w) else (ops.normal(key, w.shape),)
+    return ops.normal_pairs(key, (rows, 2 * columns)) if is_packed(w) else (ops.random_normal(key, w.shape),)

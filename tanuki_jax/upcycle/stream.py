@@ -22,20 +22,20 @@ import jax
 import numpy as np
 
 from tanuki_jax import checkpoint, config, files, interop, model, upcycle
-from tanuki_jax.checkpoint import Opened
+from tanuki_jax.checkpoint import LazyCheckpoint
 from tanuki_jax.data.tokenizer import copy_tokenizer
 from tanuki_jax.errors import UserError
 from tanuki_jax.files import lock
 from tanuki_jax.progress import Progress, duration
 from tanuki_jax.upcycle import packed_bf16
-from tanuki_jax.upcycle.identity_check import TOKENS, Identity, Probe
+from tanuki_jax.upcycle.identity_check import TOKENS, Identity, IdentityCheck
 
-SHARED = ("attn/q", "attn/k", "attn/v", "attn/o", "norm_attn", "norm_mlp")
+SHARED_PARAMS = ("attn/q", "attn/k", "attn/v", "attn/o", "norm_attn", "norm_mlp")
 QK_NORM = ("attn/norm_q", "attn/norm_k")
 Arrays = dict[str, np.ndarray]  # by name, of one FFN
 
 
-def open_dense(path: str, param_dtype: str = "") -> Opened:
+def open_dense(path: str, param_dtype: str = "") -> LazyCheckpoint:
     """A dense checkpoint, ours or a Hugging Face directory, to be read a layer at a time.
 
     Adapters are merged into what they lie on in `param_dtype`, or in the dtype of that.
@@ -43,13 +43,13 @@ def open_dense(path: str, param_dtype: str = "") -> Opened:
     if not path or not Path(path).is_dir():
         raise UserError(f"--checkpoint: no such directory: {path}")
     theirs = interop.is_huggingface(Path(path))
-    opened = interop.open_llama(Path(path)) if theirs else checkpoint.open_stored(path, param_dtype)
+    opened = interop.open_llama(Path(path)) if theirs else checkpoint.open_lazy(path, param_dtype)
     if opened.cfg.n_experts:
         raise UserError(f"upcycle: {path} is a mixture already; give a dense one")
     return opened
 
 
-def check_alike(sources: Sequence[Opened]) -> None:
+def check_alike(sources: Sequence[LazyCheckpoint]) -> None:
     """An error that names the first difference between several dense checkpoints."""
     first = sources[0]
     for other in sources[1:]:
@@ -66,7 +66,7 @@ def check_alike(sources: Sequence[Opened]) -> None:
 class Job(NamedTuple):
     """What is to be made of what."""
 
-    sources: tuple[Opened, ...]
+    sources: tuple[LazyCheckpoint, ...]
     cfg: config.Model
     options: config.Upcycle
     seed: int
@@ -79,8 +79,8 @@ def plan(checkpoints: Sequence[str], shape: dict[str, Any], settings: dict[str, 
     """
     sources = tuple(open_dense(path, dtype or "") for path in checkpoints)
     check_alike(sources)
-    cfg = upcycle.mixture_of(sources[0].cfg, **shape)
-    config.check_mixture(cfg, "upcycle: ")
+    cfg = upcycle.moe_config(sources[0].cfg, **shape)
+    config.check_moe(cfg, "upcycle: ")
     cfg = dataclasses.replace(cfg, param_dtype=dtype or cfg.param_dtype)
     options = config.from_dict(config.Upcycle, {**settings, "experts_from": tuple(checkpoints[1:])})
     upcycle.check(cfg, options)
@@ -126,7 +126,7 @@ def _kind(job: Job, identity: Identity) -> str:
     return "not the dense model's function"
 
 
-def predicted(job: Job, output: Path) -> str:
+def format_prediction(job: Job, output: Path) -> str:
     """The same table with what `run` would need."""
     found = predict(job, output)
     return _table(
@@ -145,7 +145,7 @@ def _table(job: Job, lines: list[tuple[str, str]]) -> str:
     detail = {"copy": "", "noise": f" of N(0, {options.noise_std:g}^2)", "drop": f" of {options.drop_ratio:g}"}
     detail["groups"] = f" of {upcycle.granularity(cfg)} parts"
     gate = f"normalised gate, lambda {cfg.gate_scale:g}" if cfg.normalized_gate else "plain gate"
-    layers = len(config.mixture_layers(cfg))
+    layers = len(config.moe_layers(cfg))
     rows = [
         ("parameters", f"{before:,} -> {total:,} ({active:,} active for a token), {cfg.param_dtype}"),
         ("mixture", f"{cfg.n_experts} experts, top-{cfg.top_k}, {gate}, in {layers} of {cfg.n_layers} layers"),
@@ -161,7 +161,7 @@ def write(job: Job, output: Path, meta: dict[str, Any]) -> Identity:
     key = jax.random.key(job.seed)
     progress = Progress("upcycle", _bytes(job.cfg), "MB", 1e6)
     with (
-        contextlib.closing(Probe(job.sources[0].cfg, job.cfg, key)) as probe,
+        contextlib.closing(IdentityCheck(job.sources[0].cfg, job.cfg, key)) as probe,
         contextlib.closing(_blocks(*job[:3], key, probe)) as blocks,
     ):
         checkpoint.save_streamed(output, job.cfg, _shown(blocks, progress), meta)
@@ -181,12 +181,12 @@ def _shown(blocks: Iterator[checkpoint.Block], progress: Progress) -> Iterator[c
 
 
 def _blocks(
-    sources: Sequence[Opened], cfg: config.Model, options: config.Upcycle, key: jax.Array, probe: Probe
+    sources: Sequence[LazyCheckpoint], cfg: config.Model, options: config.Upcycle, key: jax.Array, probe: IdentityCheck
 ) -> Generator[checkpoint.Block]:
     """All of the mixture in blocks, in the order in which a token meets them."""
     dtype = np.dtype(cfg.param_dtype)
 
-    def read(source: Opened, name: str, *layer: int) -> np.ndarray:
+    def read(source: LazyCheckpoint, name: str, *layer: int) -> np.ndarray:
         array = source.tree[name].read(*layer)
         if not _finite(array):
             where = f"{name}, layer {layer[0]}" if layer else name
@@ -211,9 +211,9 @@ def _blocks(
         yield from (functools.partial(shared, name) for name in ("norm_final", "head"))
 
     experts = _maker(cfg, options, key)
-    mixtures, dense = config.mixture_layers(cfg), upcycle.dense_layers(cfg)
-    beside = SHARED + QK_NORM * cfg.qk_norm
-    arrays = files.ahead(reads(), len(beside) + 3 * len(sources), threads=1)
+    mixtures, dense = config.moe_layers(cfg), upcycle.dense_layers(cfg)
+    beside = SHARED_PARAMS + QK_NORM * cfg.qk_norm
+    arrays = files.prefetch(reads(), len(beside) + 3 * len(sources), threads=1)
     table = next(arrays)
     probe.begin(table)
     yield "embed/table", (), table
@@ -231,7 +231,9 @@ def _blocks(
             if cfg.router_bias:
                 yield "layers/moe/bias", (at,), np.zeros(cfg.n_experts, np.float32)
 
-            for number, made in enumerate(files.ahead(experts(ffns, layer), 1, threads=1)):  # while the one before is written
+            for number, made in enumerate(
+                files.prefetch(experts(ffns, layer), 1, threads=1)
+            ):  # while the one before is written
                 probe.expert(number, made)
                 for name in upcycle.FFN:
                     yield f"layers/moe/{name}", (at, number), made[name]
@@ -253,7 +255,7 @@ def _maker(cfg: config.Model, options: config.Upcycle, key: jax.Array) -> Callab
     wide = {"xla_cpu_prefer_vector_width": 512} if jax.default_backend() == "cpu" else None  # XLA's own choice is 256
     expert = jax.jit(upcycle.expert, static_argnames=("cfg", "options"), compiler_options=wide)
     even = cfg.d_model % 2 == cfg.d_ff % 2 == 0
-    paired = even and cfg.param_dtype == "bfloat16" and options.strategy in upcycle.DRAWN
+    paired = even and cfg.param_dtype == "bfloat16" and options.strategy in upcycle.RANDOM_STRATEGIES
 
     def make(ffn: Arrays, taken: Arrays, known: Any, number: int, layer: int) -> Arrays:
         if options.strategy == "copy":
@@ -262,8 +264,8 @@ def _maker(cfg: config.Model, options: config.Upcycle, key: jax.Array) -> Callab
         return {name: np.asarray(w).view(cfg.param_dtype) for name, w in made.items()}
 
     def experts(ffns: Sequence[Arrays], layer: int) -> Iterator[Callable[[], Arrays]]:
-        taken = [{name: packed_bf16.packed(w) if paired else w for name, w in ffn.items()} for ffn in ffns]
-        sources = list(zip(ffns, taken, (upcycle.about(ffn, options) for ffn in ffns), strict=True))
+        taken = [{name: packed_bf16.pack(w) if paired else w for name, w in ffn.items()} for ffn in ffns]
+        sources = list(zip(ffns, taken, (upcycle.strategy_stats(ffn, options) for ffn in ffns), strict=True))
         for number in range(cfg.n_experts):
             yield functools.partial(make, *sources[number % len(sources)], number, layer)
 
@@ -286,7 +288,7 @@ def predict(job: Job, output: Path) -> dict[str, float]:
     """Bytes, seconds and peak memory that `run` will need, from timing one expert and the disk; nothing is left behind."""
     sources, cfg, options, _ = job
     size = np.dtype(cfg.param_dtype).itemsize
-    layers = config.mixture_layers(cfg)
+    layers = config.moe_layers(cfg)
     began = time.monotonic()
     weights = {name: sources[0].tree[f"layers/mlp/{name}"].read(layers[0]).astype(cfg.param_dtype) for name in upcycle.FFN}
     reading = time.monotonic() - began
@@ -312,7 +314,7 @@ def _disk_rate(directory: Path) -> float:
     scratch = directory / f".{uuid.uuid4().hex}.tmp"
     began = time.monotonic()
     try:
-        with files.disk_errors(directory), files.direct(scratch, 8 * len(block)) as append:
+        with files.disk_errors(directory), files.direct_writer(scratch, 8 * len(block)) as append:
             scratch.unlink()  # a kill leaves nothing
             for _ in range(8):
                 append(block)

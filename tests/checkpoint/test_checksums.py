@@ -54,7 +54,7 @@ def contents(step):
 
 
 def test_what_was_written_is_good(step):
-    assert checksums.damage(step) == "" and contents(step)
+    assert checksums.find_corruption(step) == "" and contents(step)
 
 
 def test_every_bit_counts(step):
@@ -68,9 +68,9 @@ def test_every_bit_counts(step):
             changed = bytearray(data)
             changed[bit // 8] ^= 1 << bit % 8
             path.write_bytes(changed)
-            assert checksums.damage(step), (path, bit)
+            assert checksums.find_corruption(step), (path, bit)
         path.write_bytes(data)
-    assert checksums.damage(step) == ""
+    assert checksums.find_corruption(step) == ""
 
 
 def test_a_file_cut_anywhere_or_gone_is_found(step):
@@ -79,12 +79,12 @@ def test_a_file_cut_anywhere_or_gone_is_found(step):
         last = len(data) - 1 - (path.name == "sums-0-of-1.json")  # its last newline says nothing
         for length in {0, len(data) // 2, last} - {len(data)}:
             path.write_bytes(data[:length])
-            assert checksums.damage(step), (path, length)
+            assert checksums.find_corruption(step), (path, length)
         if not path.name.startswith("sums-"):
             path.unlink()
-            assert checksums.damage(step) == f"{path.relative_to(step)} is missing"
+            assert checksums.find_corruption(step) == f"{path.relative_to(step)} is missing"
         path.write_bytes(data)
-    assert checksums.damage(step) == ""
+    assert checksums.find_corruption(step) == ""
 
 
 @given(st.lists(st.binary(max_size=40), min_size=1, max_size=12), st.integers(1, 5), st.integers(1, 5), st.data())
@@ -96,13 +96,15 @@ def test_every_file_is_looked_at_by_one_process_whoever_wrote_the_sums(tmp_path_
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(blob)
     for process in range(writers):
-        checksums.seal(step, process, writers)
-    assert not any(checksums.damage(step, n, readers) for n in range(readers))
+        checksums.write_checksums(step, process, writers)
+    assert not any(checksums.find_corruption(step, n, readers) for n in range(readers))
     hurt = data.draw(st.sampled_from(sorted(p for p in step.rglob("item*/*"))))
     hurt.write_bytes(hurt.read_bytes() + b"!")
-    assert sum(bool(checksums.damage(step, n, readers)) for n in range(readers)) == 1
+    assert sum(bool(checksums.find_corruption(step, n, readers)) for n in range(readers)) == 1
     item = hurt.parent.name
-    assert checksums.damage(step, item=item) and not checksums.damage(step, item="item" + str((int(item[4:]) + 1) % 3))
+    assert checksums.find_corruption(step, item=item) and not checksums.find_corruption(
+        step, item="item" + str((int(item[4:]) + 1) % 3)
+    )
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (5, 0), (1000, 1100), (7, 9)])
@@ -115,10 +117,10 @@ def test_what_is_written_with_its_sum_is_good_and_not_read_again(tmp_path, monke
     assert entry == checksums._sum(path)
     with monkeypatch.context() as patched:
         patched.setattr(checksums, "_sum", lambda path: pytest.fail(f"{path} is read again"))
-        checksums.seal(tmp_path, 0, 1, {"item/good": entry})
-    assert not checksums.damage(tmp_path)
+        checksums.write_checksums(tmp_path, 0, 1, {"item/good": entry})
+    assert not checksums.find_corruption(tmp_path)
     path.write_bytes(path.read_bytes() + b"!")
-    assert checksums.damage(tmp_path)
+    assert checksums.find_corruption(tmp_path)
 
 
 def test_a_disk_that_cannot_read_a_file_is_damage_too(step, monkeypatch):
@@ -130,14 +132,14 @@ def test_a_disk_that_cannot_read_a_file_is_damage_too(step, monkeypatch):
         return opened(path, mode, *args, **more)
 
     monkeypatch.setattr(type(step), "open", bad_sector)
-    assert "_METADATA" in checksums.damage(step)
+    assert "_METADATA" in checksums.find_corruption(step)
 
 
 def test_sealing_a_step_that_retention_removed_leaves_nothing(tmp_path):
     gone = tmp_path / "checkpoints" / "4"
     gone.parent.mkdir()
     with contextlib.suppress(FileNotFoundError):
-        checksums.seal(gone, 0, 1)
+        checksums.write_checksums(gone, 0, 1)
     assert not gone.exists()
 
 
@@ -145,9 +147,9 @@ def test_sums_of_a_file_that_goes_while_they_are_made_do_not_break_reading(step,
     home = tmp_path / "1"
     shutil.copytree(step, home)
     monkeypatch.setattr(checksums, "_contents", lambda step, real=checksums._contents: [*real(step), step / "gone"])
-    checksums.seal(home, 0, 1)
+    checksums.write_checksums(home, 0, 1)
     (home / "gone").write_bytes(b"back")
-    assert isinstance(checksums.damage(home), str)
+    assert isinstance(checksums.find_corruption(home), str)
 
 
 # --- which checkpoint -----------------------------------------------------------------------------------------------------
@@ -202,9 +204,9 @@ def test_the_sums_of_some_processes_are_not_those_of_all(tmp_path):
     step = tmp_path / "1"
     step.mkdir()
     for n in range(3):
-        assert not checksums.sealed(step)
-        checksums.seal(step, n, 3)
-    assert checksums.sealed(step)
+        assert not checksums.has_checksums(step)
+        checksums.write_checksums(step, n, 3)
+    assert checksums.has_checksums(step)
 
 
 def test_where_all_are_damaged_there_is_none(tmp_path):
@@ -215,7 +217,10 @@ def test_where_all_are_damaged_there_is_none(tmp_path):
     assert newest(checkpoints, lambda step, wrong: None) is None and checkpoints.steps() == []
     checkpoints.save(2, state_of(7.0), {})  # the run starts anew
     checkpoints.close()
-    assert checksums.damage(tmp_path / "checkpoints" / "2") == "" and (tmp_path / "checkpoints/2/sums-0-of-1.json").is_file()
+    assert (
+        checksums.find_corruption(tmp_path / "checkpoints" / "2") == ""
+        and (tmp_path / "checkpoints/2/sums-0-of-1.json").is_file()
+    )
 
 
 def test_damage_to_a_step_that_was_put_aside_before_replaces_it(tmp_path):
@@ -255,7 +260,7 @@ def test_a_save_that_fails_leaves_no_thread_that_waits_for_it(tmp_path, monkeypa
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(type(checkpoints._manager), "check_for_errors", full)
-    monkeypatch.setattr(checksums, "seal", lambda *args: time.sleep(0.1))
+    monkeypatch.setattr(checksums, "write_checksums", lambda *args: time.sleep(0.1))
     checkpoints._sealing = threading.Thread(target=checkpoints._seal, args=(4,), name="seal")  # of a step that never comes
     checkpoints._sealing.start()
     with pytest.raises(UserError, match="is full"):
@@ -278,7 +283,7 @@ def test_a_save_that_fails_in_the_background_is_noticed_before_the_next_one(tmp_
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checksums, "seal", full)
+    monkeypatch.setattr(checksums, "write_checksums", full)
     checkpoints.save(4, state_of(4.0), {})
     checkpoints._sealing.join()
     until = time.monotonic() + 5
@@ -308,7 +313,7 @@ def test_checking_a_save_that_went_well_says_nothing_and_it_is_sealed(tmp_path):
     checkpoints = saved(tmp_path, 2)
     checkpoints.save(4, state_of(4.0), {})
     until = time.monotonic() + 5
-    while not checksums.sealed(tmp_path / "checkpoints/4") and time.monotonic() < until:
+    while not checksums.has_checksums(tmp_path / "checkpoints/4") and time.monotonic() < until:
         checkpoints.check()
         time.sleep(0.01)
     checkpoints.check()

@@ -73,7 +73,7 @@ def trained(request, tmp_path_factory):
 
 def test_what_training_wrote_is_read_a_layer_at_a_time(trained):
     home, params = trained
-    opened = checkpoint.open_stored(home)
+    opened = checkpoint.open_lazy(home)
     assert opened.cfg == CFG and opened.meta["step"] == 1 and opened.stage_directory == home
     assert_reads(opened, params)
 
@@ -107,7 +107,7 @@ def test_chunks_are_not_larger_than_what_may_be_held(tmp_path, monkeypatch):
     for name, shape in chunks(tmp_path, params).items():
         assert np.prod(shape) * 4 <= 1 << 12, name
         assert not name.startswith("layers/") or shape[0] == 1, name
-    assert_reads(checkpoint.open_stored(tmp_path), params)
+    assert_reads(checkpoint.open_lazy(tmp_path), params)
 
 
 def test_checkpoints_from_before_the_chunks_are_read_too(tmp_path, monkeypatch):
@@ -116,7 +116,7 @@ def test_checkpoints_from_before_the_chunks_are_read_too(tmp_path, monkeypatch):
     )
     params = plainly_saved(tmp_path, DENSE)
     assert {shape[0] for name, shape in chunks(tmp_path, params).items() if name.startswith("layers/")} == {3}
-    assert_reads(checkpoint.open_stored(tmp_path), params)
+    assert_reads(checkpoint.open_lazy(tmp_path), params)
     found = named(checkpoint.load(tmp_path).params)
     assert all((found[name] == array).all() for name, array in params.items())
 
@@ -131,7 +131,7 @@ def test_bfloat16_stays_bfloat16_but_norms_are_float32_also_those_of_before_they
         "layers/norm_attn",
         "layers/norm_mlp",
     }
-    assert_reads(checkpoint.open_stored(tmp_path), expected)
+    assert_reads(checkpoint.open_lazy(tmp_path), expected)
     found = named(checkpoint.load(tmp_path).params)
     for name, array in expected.items():
         assert found[name].dtype == array.dtype
@@ -141,7 +141,7 @@ def test_bfloat16_stays_bfloat16_but_norms_are_float32_also_those_of_before_they
 def test_a_checkpoint_is_opened_in_another_dtype(tmp_path):
     cfg = small(n_layers=1)
     saved = plainly_saved(tmp_path, cfg)
-    opened = checkpoint.open_stored(tmp_path, "bfloat16")
+    opened = checkpoint.open_lazy(tmp_path, "bfloat16")
     assert opened.cfg.param_dtype == "bfloat16"
     other = small(n_layers=1, param_dtype="bfloat16")
     assert_reads(opened, {name: array.astype(model.parameter_dtype(other, name)) for name, array in saved.items()})
@@ -151,7 +151,7 @@ def test_the_newest_step_or_the_one_named_is_opened(tmp_path):
     states = [state_on(mesh(1, 1), seed)[0] for seed in (1, 2)]
     save(tmp_path, *states, keep=2)
     for place, state in ((tmp_path, states[1]), (tmp_path / "checkpoints/1", states[0])):
-        found = checkpoint.open_stored(place).tree["norm_final"].read()
+        found = checkpoint.open_lazy(place).tree["norm_final"].read()
         np.testing.assert_array_equal(found, state.params["norm_final"])
 
 
@@ -176,7 +176,7 @@ def test_what_comes_in_blocks_is_restored_whole(shape, tmp_path):
         for name, array in params.items():
             assert found[name].dtype == array.dtype
             np.testing.assert_array_equal(found[name], array, err_msg=name)
-    assert_reads(checkpoint.open_stored(tmp_path), params)
+    assert_reads(checkpoint.open_lazy(tmp_path), params)
 
 
 def test_blocks_may_come_in_any_order(tmp_path):
@@ -185,7 +185,7 @@ def test_blocks_may_come_in_any_order(tmp_path):
     blocks = list(blocks_of(cfg, params))
     np.random.default_rng(0).shuffle(blocks)
     checkpoint.save_streamed(tmp_path, cfg, iter(blocks), {"model": config.to_dict(cfg)})
-    assert_reads(checkpoint.open_stored(tmp_path), params)
+    assert_reads(checkpoint.open_lazy(tmp_path), params)
 
 
 def test_only_a_few_blocks_are_on_their_way_to_the_disk(tmp_path):
@@ -195,12 +195,12 @@ def test_only_a_few_blocks_are_on_their_way_to_the_disk(tmp_path):
         for name, index, array in blocks_of(DENSE, params):
             pattern = f"{name.replace('/', '.')}/{'.'.join(map(str, index + (0,) * array.ndim))}"
             sizes.append((pattern, array.nbytes))
-            for earlier, size in sizes[: -checkpoint.streaming.AHEAD - 1]:
+            for earlier, size in sizes[: -checkpoint.streaming.PREFETCH - 1]:
                 [path] = tmp_path.rglob(earlier)
                 assert path.stat().st_size == size
             yield name, index, array
 
-    assert checkpoint.streaming.AHEAD <= 3  # an expert
+    assert checkpoint.streaming.PREFETCH <= 3  # an expert
     checkpoint.save_streamed(tmp_path, DENSE, blocks(), {"model": config.to_dict(DENSE)})
     assert len(sizes) == 3 + 9 * DENSE.n_layers
 
@@ -271,7 +271,7 @@ def test_damage_to_what_training_wrote_is_one_message(damage, packed, tmp_path):
     home = shutil.copytree(packed, tmp_path / "dense")
     PACKED[damage](home / "checkpoints/0/params")
     with pytest.raises(UserError, match=f"^checkpoint: .*{home}[^\n]*$"):
-        read_all(checkpoint.open_stored(home))
+        read_all(checkpoint.open_lazy(home))
 
 
 @pytest.mark.parametrize("damage", BLOCKS)
@@ -279,7 +279,7 @@ def test_damage_to_blocks_is_one_message(damage, in_blocks, tmp_path):
     home = shutil.copytree(in_blocks, tmp_path / "dense")
     BLOCKS[damage](home / "checkpoints/0/params")
     with pytest.raises(UserError, match=f"^[^\n]*{home}[^\n]*$"):
-        read_all(checkpoint.open_stored(home))
+        read_all(checkpoint.open_lazy(home))
 
 
 @pytest.mark.parametrize("sums", [True, False])
@@ -288,7 +288,7 @@ def test_a_layer_is_read_without_the_others(sums, in_blocks, tmp_path):
     (home / "checkpoints/0/params/layers.mlp.up/1.0.0").write_bytes(b"damaged")
     if not sums:
         (home / "checkpoints/0/sums-0-of-1.json").unlink()
-    stored = checkpoint.open_stored(home).tree["layers/mlp/up"]
+    stored = checkpoint.open_lazy(home).tree["layers/mlp/up"]
     expected = params_of(DENSE)["layers/mlp/up"]
     np.testing.assert_array_equal(stored.read(0), expected[0])
     np.testing.assert_array_equal(stored.read(2), expected[2])
@@ -300,7 +300,7 @@ def test_another_number_in_a_block_is_found_when_it_is_read(in_blocks, tmp_path)
     home = shutil.copytree(in_blocks, tmp_path / "dense")
     path = home / "checkpoints/0/params/layers.mlp.up/1.0.0"
     path.write_bytes(path.read_bytes()[:-1] + b"\x3f")
-    opened = checkpoint.open_stored(home)
+    opened = checkpoint.open_lazy(home)
     opened.tree["layers/mlp/up"].read(0)
     for _ in range(2):
         with pytest.raises(UserError, match="layers.mlp.up/1.0.0 has other contents"):
@@ -312,7 +312,7 @@ def test_another_number_in_a_block_is_found_when_it_is_read(in_blocks, tmp_path)
 def test_what_was_read_is_not_read_again_for_its_sum(in_blocks, monkeypatch):
     seen, real = [], checksums._sum
     monkeypatch.setattr(checksums, "_sum", lambda path: (seen.append(path), real(path))[1])
-    opened = checkpoint.open_stored(in_blocks)
+    opened = checkpoint.open_lazy(in_blocks)
     opened.tree["layers/mlp/up"].read(0)
     opened.tree["norm_final"].read()
     opened.verified()
@@ -325,5 +325,5 @@ def test_opening_deletes_nothing(packed, tmp_path):
     home = shutil.copytree(packed, tmp_path / "dense")
     running = home / "checkpoints/7.orbax-checkpoint-tmp"  # a training that saves at this moment
     running.mkdir()
-    read_all(checkpoint.open_stored(home))
+    read_all(checkpoint.open_lazy(home))
     assert running.is_dir()

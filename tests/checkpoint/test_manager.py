@@ -141,7 +141,7 @@ def test_a_checkpoint_is_restored_in_another_dtype(tmp_path, kept):
     checkpoint.save_params(tmp_path, params, {"model": config.to_dict(cfg)})
     other = dataclasses.replace(cfg, param_dtype="float32" if kept == "bfloat16" else "bfloat16")
     mesh = parallel.make_mesh(config.Mesh(fsdp=4, tensor=2))
-    loaded = checkpoint.load_as(tmp_path, other, mesh)
+    loaded = checkpoint.load_for(tmp_path, other, mesh)
     assert loaded.cfg == other
     wanted = jax.tree.map(lambda p, s: p.astype(s.dtype), params, model.parameter_shapes(other))
     jax.tree.map(np.testing.assert_array_equal, loaded.params, wanted)

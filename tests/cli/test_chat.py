@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from tanuki_jax import model
-from tanuki_jax.cli.chat import HINT, OFFER, chat, offered_questions, text_pieces
+from tanuki_jax.cli.chat import HINT, OFFER, chat, stored_suggestions, text_pieces
 from tanuki_jax.data.chat import encode_chat
 from tanuki_jax.data.tokenizer import Tokenizer, byte_of
 from tanuki_jax.errors import UserError
@@ -231,14 +231,14 @@ def test_the_prompt_of_a_terminal_is_not_in_what_is_piped(talk, monkeypatch, out
 
 def test_a_finished_stage_offers_its_questions(tmp_path):
     (tmp_path / "done.json").write_text(json.dumps({"questions": ["平均は?", "Mean?"]}))
-    assert offered_questions(tmp_path) == ["平均は?", "Mean?"]
+    assert stored_suggestions(tmp_path) == ["平均は?", "Mean?"]
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", "{}", '{"questions": 3}', '{"questions": [1, null]}'])
 def test_a_checkpoint_of_somebody_else_offers_nothing(tmp_path, content):
     if content is not None:
         (tmp_path / "done.json").write_text(content)
-    assert offered_questions(tmp_path) == []
+    assert stored_suggestions(tmp_path) == []
 
 
 def test_the_hint_shows_what_is_offered(talk):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tanuki_jax import files
-from tanuki_jax.cli.main import _read_soon, main
+from tanuki_jax.cli.main import _prefetch_weights, main
 from tests import tiny_recipe
 from tests.tiny_recipe import CONFIG, STAGES, times
 
@@ -105,7 +105,7 @@ def test_generate_continues_and_is_repeatable(trained, capsys):
 
 def test_what_a_verb_will_read_is_the_newest_weights_alone(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(files, "read_soon", asked.extend)
+    monkeypatch.setattr(files, "advise_willneed", asked.extend)
     for step in (7, 20, 3):
         for name in ("params/a/0.0", "optimizer/mu/0", "meta/metadata"):
             path = tmp_path / f"checkpoints/{step}" / name
@@ -114,13 +114,13 @@ def test_what_a_verb_will_read_is_the_newest_weights_alone(tmp_path, monkeypatch
         os.utime(tmp_path / f"checkpoints/{step}/params", (step, step))
     for name in ("model-1.safetensors", "pytorch_model.bin"):
         (tmp_path / name).touch()
-    _read_soon(tmp_path)
+    _prefetch_weights(tmp_path)
     expected = {"model-1.safetensors", "checkpoints/20/params/a/0.0", "checkpoints/20/meta/metadata"}
     assert {str(path.relative_to(tmp_path)) for path in asked} == expected
     asked.clear()
-    _read_soon(tmp_path / "checkpoints/3")
+    _prefetch_weights(tmp_path / "checkpoints/3")
     assert {path.name for path in asked} == {"0.0", "metadata"}
-    _read_soon(tmp_path / "gone")
+    _prefetch_weights(tmp_path / "gone")
     main(["upcycle", f"--checkpoint={tmp_path}", f"--output={tmp_path / 'mixture'}", "--dry_run"])
     assert len(asked) == 2  # a dry run times the disk, and reads little
 

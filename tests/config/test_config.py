@@ -181,9 +181,9 @@ def test_a_stage_comes_after_the_stage_it_starts_from(names, data):
 
 def test_stages_after_upcycling_are_mixtures_and_keep_their_rope_base():
     made = config.resolve(with_changes(stages__sft__rope_theta=5e5))
-    experts = {name: config.model_of(made, name).n_experts for name in made.stages}
+    experts = {name: config.model_config(made, name).n_experts for name in made.stages}
     assert experts == {"pretrain": 0, "upcycle": 4, "sft": 4, "dpo": 4}
-    assert [config.model_of(made, name).rope_theta for name in ("pretrain", "sft", "dpo")] == [1e4, 5e5, 1e4]
+    assert [config.model_config(made, name).rope_theta for name in ("pretrain", "sft", "dpo")] == [1e4, 5e5, 1e4]
 
 
 # --- validation: what is put in, and the words that the message must have -----------------------------------------------
@@ -391,19 +391,19 @@ def test_a_router_that_adapters_leave_alone_need_not_learn(targets, learns):
     ],
 )
 def test_a_schedule_longer_than_its_stage_is_told(schedule, options, steps, told):
-    assert bool(config.unreached(config.Optimizer(schedule=schedule, **options), steps)) == told
+    assert bool(config.unreached_schedule(config.Optimizer(schedule=schedule, **options), steps)) == told
 
 
 def test_keys_of_the_mixture_say_nothing_where_there_is_none():
     values = with_changes(model__n_experts=0, model__first_dense=99, model__top_k=77)
     values["stages"] = {"pretrain": values["stages"]["pretrain"]}
     made = config.resolve(values)
-    assert config.mixture_layers(config.model_of(made, "pretrain")) == ()
+    assert config.moe_layers(config.model_config(made, "pretrain")) == ()
 
 
 def test_a_dense_stage_of_a_recipe_with_experts_has_no_mixture_and_the_others_have_theirs():
     made = config.resolve(with_changes(model__first_dense=2, model__moe_every=10))
-    layers = {name: config.mixture_layers(config.model_of(made, name)) for name in made.stages}
+    layers = {name: config.moe_layers(config.model_config(made, name)) for name in made.stages}
     assert layers == {"pretrain": (), "upcycle": (11, 21, 31), "sft": (11, 21, 31), "dpo": (11, 21, 31)}
 
 

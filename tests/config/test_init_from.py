@@ -56,7 +56,7 @@ def test_what_is_left_out_is_the_checkpoints_own(place, tmp_path):
     made = config.resolve(recipe(home / place))
     assert brought(made, DENSE) == DENSE
     assert made.tokenizer.path == str(home / "tokenizer")
-    assert [config.model_of(made, name).rope_theta for name in made.stages] == [5e5, 5e5]
+    assert [config.model_config(made, name).rope_theta for name in made.stages] == [5e5, 5e5]
     rest = set(config.to_dict(config.Model())) - set(DENSE)
     assert brought(made, rest) == brought(config.Recipe(), rest)
     assert config.resolve(config.to_dict(made)) == made  # as it is stored
@@ -65,7 +65,7 @@ def test_what_is_left_out_is_the_checkpoints_own(place, tmp_path):
 def test_a_mixture_brings_its_experts_and_its_gate(tmp_path):
     made = config.resolve(recipe(written(tmp_path / "mixture", **EXPERTS)))
     assert brought(made, EXPERTS) == EXPERTS and made.stages["sft"].mixture_of_experts
-    assert [config.model_of(made, name).n_experts for name in made.stages] == [4, 4]
+    assert [config.model_config(made, name).n_experts for name in made.stages] == [4, 4]
     assert config.resolve(config.to_dict(made)) == made
 
 
@@ -135,8 +135,8 @@ def test_a_stage_says_that_another_rotary_base_is_meant(tmp_path):
     home = written(tmp_path / "dense")
     assert "stages.sft.rope_theta" in message(recipe(home, rope_theta=1e4))
     made = config.resolve(recipe(home, dict(rope_theta=8e6), rope_theta=1e4))
-    assert config.model_of(made, "sft").rope_theta == 8e6
-    assert config.model_of(config.resolve(recipe(home, dict(rope_theta=8e6))), "dpo").rope_theta == 5e5
+    assert config.model_config(made, "sft").rope_theta == 8e6
+    assert config.model_config(config.resolve(recipe(home, dict(rope_theta=8e6))), "dpo").rope_theta == 5e5
 
 
 MIXTURES = {

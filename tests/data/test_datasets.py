@@ -15,7 +15,7 @@ from tanuki_jax.errors import UserError
 
 @pytest.fixture(autouse=True)
 def told_anew():
-    paths.tell.cache_clear()
+    paths.warn.cache_clear()
 
 
 def texts(patterns):
@@ -119,7 +119,7 @@ def test_a_file_is_read_once_whatever_names_it(tmp_path, capsys, monkeypatch):
     os.link("a.jsonl", "hard.jsonl")
     Path("linked").symlink_to("deep")
     for patterns in ("a.jsonl,./a.jsonl", "*.jsonl,a.jsonl", f"a.jsonl,{tmp_path}/[ab].jsonl,hard.jsonl", "a.jsonl,a.jsonl"):
-        paths.tell.cache_clear()
+        paths.warn.cache_clear()
         assert texts(patterns) == ["a.jsonl"]
         assert capsys.readouterr().err.count("\n") == 1
     assert texts("deep/*.jsonl,linked/c.jsonl") == ["c.jsonl"]

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tanuki_jax.data.packing import Held, PackedDialogues, PackedPairs, Windows, best_fit
+from tanuki_jax.data.packing import HeldOutRows, PackedDialogues, PackedPairs, Windows, best_fit
 from tanuki_jax.data.store import Store, StoreWriter
 from tanuki_jax.errors import UserError
 
@@ -104,7 +104,7 @@ def test_with_reset_segments_positions_and_loss_follow_the_documents_of_all_shar
     owner = [d for d, document in enumerate(documents) for _ in document]
     windows = Windows(Store(*prefixes), seq_len, True, VOCAB, held_out)
     rows = [windows[i] for i in range(len(windows))]
-    rows += [held[i] for held in [Held(windows)] if rows for i in range(len(held))]
+    rows += [held[i] for held in [HeldOutRows(windows)] if rows for i in range(len(held))]
     for i, row in enumerate(rows):
         place = i * seq_len
         for s in range(seq_len):
@@ -125,7 +125,7 @@ def test_without_reset_a_row_is_one_segment_all_of_which_counts(new_store):
 @given(st.integers(0, 300), SEQ_LEN, st.integers(0, 100), st.booleans())
 def test_held_out_rows_lie_at_the_end_and_share_no_token_with_the_others(new_store, size, seq_len, held_out, reset):
     windows = Windows(new_store([list(range(size))]), seq_len, reset, VOCAB, held_out)  # every token is its own place
-    held = Held(windows)
+    held = HeldOutRows(windows)
     trained = [t for i in range(len(windows)) for t in windows[i]["tokens"].tolist()]
     assert len(windows) == max(0, (size - held_out - 1) // seq_len) and trained == list(range(len(windows) * seq_len))
     if not trained:

@@ -118,7 +118,7 @@ def test_a_store_of_floats_is_refused_by_the_name_of_its_file(tmp_path, code):
 @example(documents=[[[1], [2]], []])  # as many sequences as documents
 @example(documents=[[[1]], [[2], [3]], [], [[4]], [[5]], [[6]]])
 def test_documents_of_several_sequences_and_of_none_are_whole(tmp_path_factory, monkeypatch, checked, documents):
-    monkeypatch.setattr(store_module, "CHECKED", checked)
+    monkeypatch.setattr(store_module, "CHECK_ROWS", checked)
     prefix = write_by_the_format(tmp_path_factory.mktemp("store") / "x", documents, 8)
     check(Store(prefix), [flat(document) for document in documents])
 

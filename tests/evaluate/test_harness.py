@@ -38,7 +38,7 @@ def theirs(tmp_path_factory):
     output = base / "exported-for-the-harness"
     assert main(["export", f"--checkpoint={tiny_recipe.trained(base) / 'stages/sft'}", f"--output={output}"]) == 0
     return HFLM(
-        str(output), device="cpu", dtype="float32", trust_remote_code=True, max_length=checkpoint.longest_row(meta(base))
+        str(output), device="cpu", dtype="float32", trust_remote_code=True, max_length=checkpoint.max_seq_len(meta(base))
     )
 
 

@@ -1,6 +1,6 @@
 import pytest
 
-from tanuki_jax.evaluate.suggested import offered_questions
+from tanuki_jax.evaluate.suggested import suggested_questions
 
 
 def row(family, lang, question, right=True, turns=1):
@@ -35,7 +35,7 @@ def ask(good, rows=ROWS, families=FAMILIES, batch_size=16):
         assert all(said == {"role": "assistant", "content": f"to {first}"} for first, _, said in told)
         return [f"to {second}" if (first, second) in good else "?" for first, second, _ in told]
 
-    found = offered_questions(rows, families, lambda row, answer: answer == row["answer"], answers, batch_size)
+    found = suggested_questions(rows, families, lambda row, answer: answer == row["answer"], answers, batch_size)
     assert asked in ([], [batch_size // 2 * 2])
     return found
 

@@ -112,7 +112,7 @@ def test_what_is_done_ahead_comes_in_order_and_no_more_than_asked_for():
         time.sleep(0.001 * (number % 3))
         return number
 
-    for found in files.ahead((functools.partial(call, number) for number in range(30)), 2, 2):
+    for found in files.prefetch((functools.partial(call, number) for number in range(30)), 2, 2):
         assert found == used and max(begun) <= used + 2
         used += 1
     assert used == 30
@@ -120,7 +120,7 @@ def test_what_is_done_ahead_comes_in_order_and_no_more_than_asked_for():
 
 def test_what_is_not_wanted_any_more_is_not_begun():
     begun = []
-    results = files.ahead((functools.partial(begun.append, number) for number in range(9)), 2, 1)
+    results = files.prefetch((functools.partial(begun.append, number) for number in range(9)), 2, 1)
     next(results)
     results.close()
     assert len(begun) <= 3
@@ -130,7 +130,7 @@ def test_an_error_among_what_is_done_ahead_comes_in_its_turn_and_leaves_no_threa
     def fails():
         raise ValueError("the second")
 
-    results = files.ahead([lambda: 1, fails, lambda: 3], 1, 1)
+    results = files.prefetch([lambda: 1, fails, lambda: 3], 1, 1)
     assert next(results) == 1
     with pytest.raises(ValueError, match="the second"):
         next(results)
@@ -149,13 +149,13 @@ def test_a_disk_that_fails_is_an_error(tmp_path, monkeypatch, call, size):
         return real(*arguments)
 
     monkeypatch.setattr(files.os, call, fails)
-    with pytest.raises(OSError, match="Input/output"), files.direct(tmp_path / "file", size) as append:
+    with pytest.raises(OSError, match="Input/output"), files.direct_writer(tmp_path / "file", size) as append:
         append(memoryview(bytes(size)))
     assert not [thread for thread in threading.enumerate() if "ThreadPool" in thread.name]
 
 
 def test_an_error_of_who_appends_comes_through(tmp_path):
-    with pytest.raises(ValueError, match="read"), files.direct(tmp_path / "file", 3) as append:
+    with pytest.raises(ValueError, match="read"), files.direct_writer(tmp_path / "file", 3) as append:
         append(memoryview(b"abc"))
         raise ValueError("read")
 
@@ -166,7 +166,7 @@ def test_what_is_read_soon_is_all_of_the_files_small_ones_first_up_to_a_limit(tm
     monkeypatch.setattr(
         files.os, "posix_fadvise", lambda number, at, size, _: asked.append((os.fstat(number).st_size, at, size))
     )
-    monkeypatch.setattr(files, "SOON", 3 * files.ADVICE)
+    monkeypatch.setattr(files, "READAHEAD_BYTES", 3 * files.ADVICE)
     sizes = dict(large=files.ADVICE + 5, small=7, larger=5 * files.ADVICE)
     for name, size in sizes.items():
         with (tmp_path / name).open("wb") as f:
@@ -196,7 +196,7 @@ def test_room_on_the_disk_is_taken_or_refused_at_once(tmp_path):
 def test_what_goes_past_the_page_cache_is_what_was_appended(tmp_path_factory, sizes):
     path = tmp_path_factory.mktemp("direct") / "file"
     pieces = [os.urandom(size) for size in sizes]
-    with files.direct(path, sum(sizes)) as append:
+    with files.direct_writer(path, sum(sizes)) as append:
         for piece in pieces:
             append(memoryview(piece))
     assert path.read_bytes() == b"".join(pieces)
@@ -223,7 +223,7 @@ def test_a_file_system_that_knows_no_direct_writes_takes_others(tmp_path, monkey
     monkeypatch.setattr(files.os, "open", opened)
     monkeypatch.setattr(files.os, "pwrite", written)
     content = os.urandom(2 * files.PIECE + 20_001)
-    with files.direct(tmp_path / "file", len(content)) as append:
+    with files.direct_writer(tmp_path / "file", len(content)) as append:
         append(memoryview(content))
     assert (tmp_path / "file").read_bytes() == content
 
@@ -233,5 +233,5 @@ def test_a_disk_without_room_says_so_past_the_page_cache_too(tmp_path, monkeypat
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(files.os, "pwrite", full)
-    with pytest.raises(OSError, match="No space left"), files.direct(tmp_path / "file", 3) as append:
+    with pytest.raises(OSError, match="No space left"), files.direct_writer(tmp_path / "file", 3) as append:
         append(memoryview(b"abc"))

@@ -60,7 +60,7 @@ def fast(monkeypatch):
 def lie(path, **changes):
     """A lock that nobody of this process holds."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(asdict(replace(lock._me(), **changes))))
+    path.write_text(json.dumps(asdict(replace(lock._this_holder(), **changes))))
     return path
 
 

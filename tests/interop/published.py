@@ -149,7 +149,7 @@ def random(cfg, seed=0):
 def stage(home, name, tokenizer=None):
     """What a stage of the tiny recipe leaves, but for its numbers: parameters split over devices, its meta, its tokenizer."""
     recipe = config.load([tiny_recipe.CONFIG])
-    cfg = config.model_of(recipe, name)
+    cfg = config.model_config(recipe, name)
     meta = {"stage": name, "recipe": config.to_dict(recipe), "data_fingerprint": "0"}
     named = random(cfg)
     save(home, cfg, named, meta, mesh(2, 4), step=4)
@@ -179,7 +179,7 @@ def export(home, output):
 
 def stored(home):
     """A checkpoint's model and all of its arrays."""
-    opened = checkpoint.open_stored(home)
+    opened = checkpoint.open_lazy(home)
     return opened.cfg, {name: array.read() for name, array in opened.tree.items()}
 
 

@@ -226,7 +226,7 @@ def test_a_few_matrices_are_in_memory_at_a_time(tmp_path, monkeypatch):
     cfg, _, mine, _ = made("tanuki")
     home, read, sizes, most = save(tmp_path / "ours", cfg, mine), [], [], []
 
-    def counting(path, opening=checkpoint.open_stored, **how):
+    def counting(path, opening=checkpoint.open_lazy, **how):
         def counted(array):
             def reading(*at):
                 result = array.read(*at)
@@ -240,7 +240,7 @@ def test_a_few_matrices_are_in_memory_at_a_time(tmp_path, monkeypatch):
         found = opening(path, **how)
         return dataclasses.replace(found, tree={name: counted(array) for name, array in found.tree.items()})
 
-    monkeypatch.setattr(checkpoint, "open_stored", counting)
+    monkeypatch.setattr(checkpoint, "open_lazy", counting)
     export(home, tmp_path / "back")
     assert len(read) == 3 + cfg.n_layers * (7 + 3 * cfg.n_experts)
     assert max(sizes) <= mine["embed/table"].nbytes < mine["layers/moe/up"][0].nbytes  # expert by expert

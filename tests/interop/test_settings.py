@@ -149,9 +149,9 @@ def test_the_longest_row_is_never_below_the_imported(tmp_path):
     }
     for imported, longest in ((8192, 8192), (80, 96), (None, 96)):
         meta = {"stage": "dpo", "recipe": recipe, "longest": imported}
-        assert checkpoint.longest_row(meta) == longest
-        assert checkpoint.handed_down(meta) == {"longest": longest}
-    assert checkpoint.longest_row({}) == 2048
+        assert checkpoint.max_seq_len(meta) == longest
+        assert checkpoint.inherited_meta(meta) == {"longest": longest}
+    assert checkpoint.max_seq_len({}) == 2048
 
 
 # --- Mistral --------------------------------------------------------------------------------------------------------

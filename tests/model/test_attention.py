@@ -31,7 +31,7 @@ CASES = [
 def test_a_mesh_changes_no_output_and_no_gradient(impl, S, H, mesh, balanced):
     sizes = config.Mesh(**MESHES[mesh])
     mesh = parallel.make_mesh(sizes, jax.devices()[: sizes.fsdp * sizes.context * sizes.tensor])
-    order = parallel.balanced_order(S, sizes.context) if balanced else np.arange(S)
+    order = parallel.zigzag_order(S, sizes.context) if balanced else np.arange(S)
     rng = np.random.default_rng(0)
     q, k, v, c = (jnp.float32(rng.normal(size=(2, S, heads, H))) for heads in (4, 2, 2, 4))
     cut = S // 3

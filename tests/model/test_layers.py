@@ -20,7 +20,7 @@ def test_a_pair_turns_by_its_position_times_its_frequency():
     frequencies = 1e4 ** (-np.arange(8) / 8)
     turn = np.exp(1j * np.asarray(positions)[:, :, None, None] * frequencies)
     expected = (np.asarray(x[..., :8]) + 1j * np.asarray(x[..., 8:])) * turn
-    found = layers.rotate(x, positions, 1e4, scale=0.5)
+    found = layers.apply_rope(x, positions, 1e4, scale=0.5)
     np.testing.assert_allclose(found, 0.5 * np.concatenate([expected.real, expected.imag], -1), atol=2e-4)
 
 
@@ -34,13 +34,15 @@ def plain(x, positions, theta, scale):
 def test_its_gradient_is_that_of_the_plain_formula():
     x, positions = inputs()
     weights = jax.random.normal(jax.random.key(1), x.shape)
-    found, expected = (jax.grad(lambda x, f=f: (f(x, positions, 1e4, 0.3) * weights).sum())(x) for f in (layers.rotate, plain))
+    found, expected = (
+        jax.grad(lambda x, f=f: (f(x, positions, 1e4, 0.3) * weights).sum())(x) for f in (layers.apply_rope, plain)
+    )
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_product_that_tpus_make_is_the_same_bit_for_bit(dtype, monkeypatch):
     x, positions = inputs(dtype)
-    halves = layers.rotate(x, positions, 1e4)
+    halves = layers.apply_rope(x, positions, 1e4)
     monkeypatch.setattr(ops, "on_tpu", lambda: True)
-    np.testing.assert_array_equal(halves, layers.rotate(x, positions, 1e4))
+    np.testing.assert_array_equal(halves, layers.apply_rope(x, positions, 1e4))

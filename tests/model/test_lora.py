@@ -255,7 +255,7 @@ def test_flops_are_four_per_frozen_weight_plus_attention():
 def test_a_frozen_base_is_cast_once_and_computes_the_same():
     cfg = dataclasses.replace(MODELS["mixture"], dtype="bfloat16")
     base, trained, scales = adapted("mixture")
-    below = jax.jit(lora.frozen, static_argnums=0)(cfg, base)
+    below = jax.jit(lora.frozen_params, static_argnums=0)(cfg, base)
     exact = {"layers/moe/router", "layers/norm_attn", "layers/norm_mlp", "norm_final"}
     assert {path for path, w in flat(below).items() if w.dtype == np.float32} == exact
     assert_equal({p: w for p, w in flat(below).items() if p in exact}, {p: w for p, w in flat(base).items() if p in exact})
@@ -274,7 +274,7 @@ def test_a_frozen_base_is_cast_once_and_computes_the_same():
 def test_float32_adapters_learn_over_a_bfloat16_base():
     base, trained, scales = adapted("dense")
     low, high = dataclasses.replace(MODELS["dense"], dtype="bfloat16"), MODELS["dense"]
-    found, exact = (grads_of(cfg)(trained, {**lora.frozen(cfg, base), **scales}, batch_of(cfg)) for cfg in (low, high))
+    found, exact = (grads_of(cfg)(trained, {**lora.frozen_params(cfg, base), **scales}, batch_of(cfg)) for cfg in (low, high))
     assert {w.dtype for w in jax.tree.leaves(found)} == {jnp.dtype("float32")}
     for path, wanted in flat(exact).items():
         cosine = (flat(found)[path] * wanted).sum() / np.linalg.norm(flat(found)[path]) / np.linalg.norm(wanted)

@@ -14,7 +14,7 @@ from tanuki_jax.data import loader
 from tanuki_jax.model import layers
 from tanuki_jax.model.layers import project
 from tanuki_jax.train import losses
-from tanuki_jax.train.optimizer import learning_rate, make_optimizer
+from tanuki_jax.train.optimizer import make_optimizer, make_schedule
 from tanuki_jax.train.step import gradients, init_state, make_train_step
 from tests.model.test_lora import MODELS, adapted, assert_close, batch_of, everything
 from tests.tiny import apply, packed_batch, small
@@ -70,7 +70,7 @@ def test_what_dropout_leaves_is_made_before_the_products_that_read_it():
 @pytest.mark.parametrize("rate", [0.0, 0.05, 0.999])
 @pytest.mark.parametrize("width", [1, 7])
 def test_what_is_kept_has_the_shape_asked_for_and_its_share(width, rate):
-    kept = np.asarray(layers.kept(jax.random.key(0), jnp.float32(rate), (1000, 50, width)))
+    kept = np.asarray(layers.dropout_mask(jax.random.key(0), jnp.float32(rate), (1000, 50, width)))
     assert kept.shape == (1000, 50, width) and kept.dtype == bool
     assert abs(kept.mean() - (1 - rate)) <= 5 * (rate * (1 - rate) / kept.size) ** 0.5 + 2**-17
 
@@ -113,7 +113,7 @@ def test_small_adapters_are_on_average_as_if_nothing_were_dropped():
 
 
 def test_every_layer_and_every_matrix_has_a_draw_of_its_own(monkeypatch):
-    drawn, draw = [], layers.kept
+    drawn, draw = [], layers.dropout_mask
 
     def noted(kept):
         drawn.append(np.asarray(kept))
@@ -123,7 +123,7 @@ def test_every_layer_and_every_matrix_has_a_draw_of_its_own(monkeypatch):
         kept = draw(*arguments)
         return jax.pure_callback(noted, jax.ShapeDtypeStruct(kept.shape, kept.dtype), kept)
 
-    monkeypatch.setattr(layers, "kept", watched)
+    monkeypatch.setattr(layers, "dropout_mask", watched)
     batch = batch_of(DENSE)
     jax.block_until_ready(
         jax.jit(lambda p: model.apply(DENSE, p, batch, model.Dropout(0.5, jax.random.key(0))))(everything("dense"))
@@ -172,7 +172,7 @@ def test_steps_and_microbatches_draw_anew():
     made = losses.make_loss("pretrain", DENSE, config.Loss(), dropout=0.3)
     options = config.Optimizer(learning_rate=0.0, weight_decay=0.0)
     optimizer = make_optimizer(options)
-    step = make_train_step(made, optimizer, learning_rate(options, 9), microbatches=2, draws=True)
+    step = make_train_step(made, optimizer, make_schedule(options, 9), microbatches=2, draws=True)
     fresh = lambda: jax.tree.map(jnp.copy, init_state(trained, optimizer, jax.random.key(5), frozen={**base, **scales}))  # noqa: E731
     one = batch_of(DENSE, 1)
     twice = {name: jnp.concatenate([rows, rows]) for name, rows in one.items()}

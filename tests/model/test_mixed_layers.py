@@ -52,8 +52,8 @@ def tied(tree):
 @pytest.mark.parametrize("name", MODELS)
 def test_neighbours_of_one_kind_are_one_run(name):
     mixtures, runs = KINDS[name]
-    assert list(config.mixture_layers(MODELS[name])) == mixtures
-    assert transformer.runs(MODELS[name]) == runs
+    assert list(config.moe_layers(MODELS[name])) == mixtures
+    assert transformer.layer_groups(MODELS[name]) == runs
 
 
 @pytest.mark.parametrize(("first", "every"), [(f, e) for f in range(6) for e in range(1, 6)])
@@ -65,12 +65,12 @@ def test_of_the_layers_after_the_first_every_nth_is_a_mixture(first, every):
             if counted == every:
                 mixtures.append(layer)
                 counted = 0
-    assert list(config.mixture_layers(cfg)) == mixtures
-    runs = transformer.runs(cfg)
+    assert list(config.moe_layers(cfg)) == mixtures
+    runs = transformer.layer_groups(cfg)
     assert [i for mixture, a, b in runs if mixture for i in range(a, b)] == mixtures
     assert [i for _, a, b in runs for i in range(a, b)] == list(range(6))
     assert all(one[0] != other[0] for one, other in zip(runs, runs[1:], strict=False))
-    assert config.mixture_layers(dataclasses.replace(cfg, n_experts=0)) == ()
+    assert config.moe_layers(dataclasses.replace(cfg, n_experts=0)) == ()
 
 
 # --- the tree -------------------------------------------------------------------------------------------------------
@@ -154,14 +154,14 @@ def test_layers_by_run_and_by_kind_are_the_same_layers(n_layers):
             "moe": {"up": np.array(mixtures) * 100, "router": np.array(mixtures) * 1000},
         },
     }
-    by_run = transformer._by_run(cfg, by_kind)
+    by_run = transformer.split_groups(cfg, by_kind)
     assert len(by_run) == n_layers + 1
     for layer in range(n_layers):
         run = by_run[f"run_{layer}"]
         assert run["norm_attn"].tolist() == [layer]
         assert run["moe" if layer % 2 else "mlp"]["up"].tolist() == [layer * (100 if layer % 2 else 10)]
     for tree in (by_run, jax.tree.map(lambda leaf: leaf, by_run)):
-        back = transformer._by_kind(tree, lambda *leaves: np.concatenate(leaves))
+        back = transformer.merge_groups(tree, lambda *leaves: np.concatenate(leaves))
         jax.tree.map(np.testing.assert_array_equal, back, by_kind)
 
 
@@ -301,7 +301,7 @@ def test_eight_devices_compute_what_one_does(sizes, name):
     batch = packed_batch(np.random.default_rng(0), cfg, rows=8)
     with jax.set_mesh(mesh):
         on_mesh = loader.on_devices(batch, mesh, 8)
-        compute = jax.jit(lambda p, b: jax.value_and_grad(lambda p: loss(cfg, p, parallel.balanced(b)))(p))
+        compute = jax.jit(lambda p, b: jax.value_and_grad(lambda p: loss(cfg, p, parallel.zigzag(b)))(p))
         value, found = compute(params, on_mesh)
     whole = {n: jnp.asarray(v) for n, v in batch.items()}
     expected_value, expected = jax.jit(lambda p: jax.value_and_grad(lambda p: loss(cfg, p, whole))(p))(params_of(name))

@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from tanuki_jax import config, ops, parallel
-from tanuki_jax.ops import device, expert_kernels, mosaic
+from tanuki_jax.ops import device, expert_kernels, mosaic_gpu
 
 CASES = {
     "even": lambda rng, T, k, E: np.stack([rng.permutation(E)[:k] for _ in range(T)]),
@@ -63,7 +63,7 @@ def test_equals_computing_every_expert(impl, case, sizes):
 def careless(x, w, sizes):
     """As the kernels for Hopper: whole tiles alone, and anything at all in rows past the last group."""
     inside = (jnp.arange(len(x)) < sizes.sum())[:, None]
-    sizes = jnp.where((sizes % mosaic.ROWS == 0).all(), sizes, -1)
+    sizes = jnp.where((sizes % mosaic_gpu.ROWS == 0).all(), sizes, -1)
     return jnp.where(inside, jax.lax.ragged_dot(jnp.where(inside, x, 0), w, sizes), jnp.nan)
 
 
@@ -81,7 +81,7 @@ careless.defvjp(lambda *arguments: (careless(*arguments), arguments), careless_b
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("sizes", [SMALL, FEW])
 def test_rows_that_kernels_for_hopper_leave_unwritten_are_not_used(case, sizes, monkeypatch):
-    monkeypatch.setattr(mosaic, "grouped_matmul", careless)
+    monkeypatch.setattr(mosaic_gpu, "grouped_matmul", careless)
     found, kept = value_and_gradients(functools.partial(ops.expert_ffn, impl="mosaic"), *problem(case, *sizes))
     assert kept.all()
     close(found, reference(case, *sizes))
@@ -89,11 +89,11 @@ def test_rows_that_kernels_for_hopper_leave_unwritten_are_not_used(case, sizes, 
 
 def test_on_a_gpu_the_kernels_are_chosen_where_they_fit(monkeypatch):
     def fits(D, dtype):
-        return mosaic.fits(jax.ShapeDtypeStruct((8, D, 128), jnp.dtype(dtype)))
+        return mosaic_gpu.fits(jax.ShapeDtypeStruct((8, D, 128), jnp.dtype(dtype)))
 
-    monkeypatch.setattr(mosaic, "gpu_capability", lambda: (9, 0))
+    monkeypatch.setattr(mosaic_gpu, "gpu_capability", lambda: (9, 0))
     assert fits(256, "bfloat16") and not fits(256, "float32") and not fits(192, "bfloat16")
-    monkeypatch.setattr(mosaic, "gpu_capability", lambda: (8, 0))
+    monkeypatch.setattr(mosaic_gpu, "gpu_capability", lambda: (8, 0))
     assert not fits(256, "bfloat16")
 
 
@@ -133,7 +133,7 @@ def test_the_parts_of_a_tile_that_the_cost_leaves_out_are_not_computed():
     used = np.zeros(R, bool)
     for start, size in zip(np.asarray(starts), sizes, strict=True):
         used[start : start + size] = True
-    computed = np.repeat(used.reshape(-1, expert_kernels.PART).any(axis=1), expert_kernels.PART)
+    computed = np.repeat(used.reshape(-1, expert_kernels.HALF_TILE).any(axis=1), expert_kernels.HALF_TILE)
     matrices = [jnp.float32(rng.normal(size=s) * s[1] ** -0.5) for s in ((E, D, F), (E, D, F), (E, F, D))]
     x, dy = (jnp.float32(np.where(used[:, None], rng.normal(size=(R, D)), 0)) for _ in range(2))
     weight = jnp.float32(used)

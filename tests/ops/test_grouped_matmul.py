@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tanuki_jax import ops
-from tanuki_jax.ops import mosaic
+from tanuki_jax.ops import mosaic_gpu
 
 SIZES = {"groups": (70, 0, 33, 1), "nothing": (0, 0, 0, 0), "one group": (0, 104, 0, 0), "all rows": (50, 50, 50, 50)}
 
@@ -42,7 +42,7 @@ def test_an_unknown_impl_is_an_error():
         ops.grouped_matmul(jnp.ones((4, 3)), jnp.ones((2, 3, 5)), jnp.array([2, 2]), impl="dense")
 
 
-ROWS = mosaic.ROWS
+ROWS = mosaic_gpu.ROWS
 TILES = {
     "groups": (4, 0, 2, 1),
     "nothing": (0, 0, 0, 0),

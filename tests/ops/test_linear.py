@@ -35,7 +35,7 @@ def test_keeps_the_dtype_of_the_activations():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_gradient_of_a_table_adds_up_however_often_a_row_is_used(dtype):
     index = jnp.array([[2] * 4000 + [0]], jnp.int32)  # in bfloat16 256 + 1 = 256
-    rows, back = jax.vjp(lambda w: ops.rows(w.astype(dtype), index), jnp.arange(8, dtype=jnp.float32).reshape(4, 2))
+    rows, back = jax.vjp(lambda w: ops.embedding_lookup(w.astype(dtype), index), jnp.arange(8, dtype=jnp.float32).reshape(4, 2))
     assert rows.dtype == dtype
     np.testing.assert_array_equal(rows[0, -2:], [[4, 5], [0, 1]])
     [gradient] = back(jnp.ones_like(rows))

@@ -82,7 +82,7 @@ def test_constraints_split_the_batch_over_all_devices_and_do_nothing_without_a_m
         split = jax.jit(lambda x: parallel.constrain(x, "BSD"))(x)
         assert split.sharding.is_equivalent_to(jax.NamedSharding(mesh, PartitionSpec(("data", "fsdp"))), 3)
         odd = jax.jit(lambda x: parallel.constrain(x, "BSD"))(x[:3])  # a few rows while decoding
-        whole = jax.jit(lambda w: parallel.gathered(w, "VDH", whole=True))(split)
+        whole = jax.jit(lambda w: parallel.unshard(w, "VDH", whole=True))(split)
     np.testing.assert_array_equal(split, x)
     np.testing.assert_array_equal(odd, x[:3])
     assert whole.sharding.is_fully_replicated

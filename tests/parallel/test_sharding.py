@@ -89,21 +89,21 @@ def test_a_parameter_is_gathered_to_be_used_and_its_gradient_is_scattered(sizes,
     stored, used = (NamedSharding(where, parallel.spec(axes, column, where, shape)) for column in ("stored", "used"))
     w = jax.device_put(jnp.arange(float(np.prod(shape))).reshape(shape), stored)
     with jax.set_mesh(where):
-        gathered = jax.jit(lambda w: parallel.gathered(w, axes))(w)
-        whole = jax.jit(lambda w: parallel.gathered(w, axes, whole=True))(w)
-        gradient = jax.jit(jax.grad(lambda w: (parallel.gathered(w, axes) ** 2).sum()))(w)
+        gathered = jax.jit(lambda w: parallel.unshard(w, axes))(w)
+        whole = jax.jit(lambda w: parallel.unshard(w, axes, whole=True))(w)
+        gradient = jax.jit(jax.grad(lambda w: (parallel.unshard(w, axes) ** 2).sum()))(w)
     assert gathered.sharding.is_equivalent_to(used, len(shape))
     assert whole.sharding.is_fully_replicated
     assert gradient.sharding.is_equivalent_to(stored, len(shape))
     np.testing.assert_array_equal(gathered, w)
     np.testing.assert_array_equal(whole, w)
     np.testing.assert_allclose(gradient, 2 * w)
-    assert parallel.gathered(w, axes) is w  # without a mesh
+    assert parallel.unshard(w, axes) is w  # without a mesh
 
 
 @pytest.mark.parametrize(("length", "parts"), [(8, 1), (8, 2), (24, 3), (64, 4), (2048, 16)])
 def test_the_balanced_order_gives_every_device_the_same_causal_work(length, parts):
-    order = parallel.balanced_order(length, parts)
+    order = parallel.zigzag_order(length, parts)
     np.testing.assert_array_equal(np.sort(order), np.arange(length))
     work = (order + 1).reshape(parts, -1).sum(axis=1)  # keys that the queries of a device see
     assert (work == work[0]).all()
@@ -111,12 +111,12 @@ def test_the_balanced_order_gives_every_device_the_same_causal_work(length, part
 
 def test_a_balanced_batch_holds_the_same_tokens_in_that_order():
     batch = {"tokens": jnp.arange(64).reshape(4, 16), "pair_segments": jnp.ones((4, 2, 2), jnp.int32)}
-    assert parallel.balanced(batch) is batch  # without a mesh
+    assert parallel.zigzag(batch) is batch  # without a mesh
     with jax.set_mesh(mesh(fsdp=2, context=2, tensor=2)):
-        moved = jax.jit(parallel.balanced)(batch)
+        moved = jax.jit(parallel.zigzag)(batch)
         few = {"tokens": batch["tokens"][:3]}  # rows that do not divide are not split, so attention needs their order
-        assert parallel.balanced(few) is few
-    order = parallel.balanced_order(16, 2)
+        assert parallel.zigzag(few) is few
+    order = parallel.zigzag_order(16, 2)
     np.testing.assert_array_equal(moved["balanced"], order)
     np.testing.assert_array_equal(moved["tokens"], batch["tokens"][:, order])
     np.testing.assert_array_equal(moved["pair_segments"], batch["pair_segments"])
@@ -124,10 +124,10 @@ def test_a_balanced_batch_holds_the_same_tokens_in_that_order():
 
 
 def test_sizes_and_rows_of_the_mesh_in_context():
-    assert parallel.size("data", "fsdp") == 1 and not parallel.splits_batch(8)
+    assert parallel.axis_size("data", "fsdp") == 1 and not parallel.batch_is_sharded(8)
     with jax.set_mesh(mesh(**EXPERTS)):
-        assert parallel.size("fsdp", "tensor") == 4 and parallel.size("context") == 1
-        assert parallel.splits_batch(8) and not parallel.splits_batch(6)
+        assert parallel.axis_size("fsdp", "tensor") == 4 and parallel.axis_size("context") == 1
+        assert parallel.batch_is_sharded(8) and not parallel.batch_is_sharded(6)
         assert parallel.activation_spec("BSF") == PartitionSpec(BOTH, None, "tensor")
 
 
@@ -166,7 +166,7 @@ def test_rows_of_a_table_and_their_gradient_are_those_of_one_device(sizes):
     weight = jax.random.normal(jax.random.key(2), (8, 4, 8))
 
     def loss(table, index):
-        rows = parallel.rows_of(table, index)
+        rows = parallel.embedding_lookup(table, index)
         return (rows * weight).sum(), rows
 
     (_, expected), expected_gradient = jax.value_and_grad(loss, has_aux=True)(table, index)

@@ -57,10 +57,10 @@ def test_the_least_flops_of_a_layer_against_the_parameters(experts):
 
 def test_instructions_that_the_compiler_cannot_price_count_nothing():
     short, long = {"seconds": 0.5 - 4, "flops": 40.0}, {"seconds": 0.7 - 7, "flops": 60.0}  # 3 more in 2 layers
-    layer, rest = estimate.split(*(estimate.priced(cost, peak=100.0) for cost in (short, long)))
+    layer, rest = estimate.split_layers(*(estimate.with_cost(cost, peak=100.0) for cost in (short, long)))
     assert (round(layer["seconds"], 6), round(rest["seconds"], 6)) == (0.1, 0.3)
-    assert estimate.priced({"seconds": 1.2 - 2, "flops": 110.0}, peak=100.0)["seconds"] == pytest.approx(1.2)
-    layer, rest = estimate.split({"seconds": 1.5, "flops": 7.0}, {"seconds": 2.1, "flops": 11.0})
+    assert estimate.with_cost({"seconds": 1.2 - 2, "flops": 110.0}, peak=100.0)["seconds"] == pytest.approx(1.2)
+    layer, rest = estimate.split_layers({"seconds": 1.5, "flops": 7.0}, {"seconds": 2.1, "flops": 11.0})
     assert layer == pytest.approx({"seconds": 0.3, "flops": 2.0}) and rest == pytest.approx({"seconds": 0.9, "flops": 3.0})
 
 

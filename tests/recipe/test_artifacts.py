@@ -54,7 +54,7 @@ def test_a_source_without_files_that_no_stage_reads_is_not_asked_for(tmp_path):
 
 
 def test_a_file_of_two_sources_is_told(tmp_path, capsys):
-    paths.tell.cache_clear()
+    paths.warn.cache_clear()
     c = two_languages(tmp_path, ja=1)
     c.data.en, c.stages.pretrain.mixture = c.data.ja, dict(ja=(1.0,), en=(1.0,))
     artifacts.prepare(config.resolve(c), tmp_path / "run", {"ja", "en"})

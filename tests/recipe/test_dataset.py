@@ -14,8 +14,8 @@ from tanuki_jax.data.inspect import inspect
 from tanuki_jax.data.prepare import open_store, prepare
 from tanuki_jax.errors import UserError
 from tanuki_jax.recipe import dataset
-from tanuki_jax.recipe.artifacts import Inputs
-from tanuki_jax.recipe.dataset import make_dataset, used_before
+from tanuki_jax.recipe.artifacts import Artifacts
+from tanuki_jax.recipe.dataset import make_dataset, tokens_consumed_before
 from tests import tiny_recipe
 
 TEXT = dict(ja=(0.75,), en=(0.25,))
@@ -43,7 +43,7 @@ def new_inputs(tokenizer, tmp_path_factory):
         for name, rows in sources.items():
             (home / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
             prepare(str(home / f"{name}.jsonl"), tokenizer, home / name)
-        return Inputs(tokenizer, {name: home / name for name in sources})
+        return Artifacts(tokenizer, {name: home / name for name in sources})
 
     return make
 
@@ -93,9 +93,11 @@ def texts(data):
 def test_a_stage_goes_on_where_its_ancestors_stopped_past_an_upcycle():
     made = config.resolve(tiny_recipe.get_config())
     each = 4 * 8 // 2 * 64  # steps, rows a step, the half of them, tokens a row
-    assert used_before(made, "pretrain") == {}
-    assert used_before(made, "upcycle") == used_before(made, "continued") == {"ja": each, "synthetic": each}
-    assert used_before(made, "sft") == used_before(made, "dpo") == {"ja": 2 * each, "synthetic": 2 * each}
+    assert tokens_consumed_before(made, "pretrain") == {}
+    assert (
+        tokens_consumed_before(made, "upcycle") == tokens_consumed_before(made, "continued") == {"ja": each, "synthetic": each}
+    )
+    assert tokens_consumed_before(made, "sft") == tokens_consumed_before(made, "dpo") == {"ja": 2 * each, "synthetic": 2 * each}
 
 
 def test_what_ancestors_used_is_what_their_rows_say(inputs, tmp_path):
@@ -110,7 +112,7 @@ def test_what_ancestors_used_is_what_their_rows_say(inputs, tmp_path):
     )
     expected = collections.Counter()
     for name in made.stages:
-        assert used_before(made, name) == expected
+        assert tokens_consumed_before(made, name) == expected
         if made.stages[name].kind == "pretrain":
             data = opened(made, name, inputs, tmp_path)
             before = data.counters(0)
@@ -121,7 +123,7 @@ def test_what_ancestors_used_is_what_their_rows_say(inputs, tmp_path):
 
 def test_a_branch_knows_nothing_of_its_sister():
     made = config.resolve(_branched())
-    assert used_before(made, "left") == used_before(made, "right") == {"ja": 5 * 4 * 32}
+    assert tokens_consumed_before(made, "left") == tokens_consumed_before(made, "right") == {"ja": 5 * 4 * 32}
 
 
 def _branched():
@@ -395,7 +397,7 @@ def test_no_source_loses_rows_to_runs_whatever_the_lengths_of_rows():
         lengths = sorted({int(n) for n in rng.choice([512, 1000, 1024, 2048, 3000, 4096, 8192, 500], rng.integers(1, 4))})
         made, size = chain(lengths), int(rng.integers(1, 3000))
         for n in lengths:
-            run = dataset._run(made, "ja", n, size)
+            run = dataset._shuffle_block(made, "ja", n, size)
             assert size % run <= size / 100  # these end each epoch unshuffled; none is left out (test_loader.py)
 
 
@@ -406,7 +408,7 @@ def test_two_hundred_sets_of_lengths_lose_nothing():
         lengths = sorted(set(rng.integers(2, 9000, rng.integers(1, 5)).tolist()))
         made, size = chain(lengths), int(10 ** rng.uniform(0, 6))
         for n in lengths:
-            assert size % dataset._run(made, "ja", n, size) <= size / 100
+            assert size % dataset._shuffle_block(made, "ja", n, size) <= size / 100
 
 
 def test_an_order_of_another_version_is_another_fingerprint(inputs, tmp_path, monkeypatch):
@@ -465,5 +467,5 @@ def test_a_source_that_cannot_serve_is_an_error_that_says_why(inputs, tmp_path, 
 
 def test_a_source_without_weight_is_not_opened(inputs, tmp_path):
     made = recipe(dict(a=dict(mixture=dict(ja=(1.0,), en=(0.0,)))))
-    alone = Inputs(inputs.tokenizer, {"ja": inputs.stores["ja"]})
+    alone = Artifacts(inputs.tokenizer, {"ja": inputs.stores["ja"]})
     assert opened(made, "a", alone, tmp_path).names == ("ja",)

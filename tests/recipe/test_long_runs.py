@@ -105,10 +105,10 @@ def test_a_hang_in_the_first_step_of_a_resumed_run_names_that_step(tmp_path, mon
 
 def test_an_emergency_save_may_take_longer_than_a_step(tmp_path, monkeypatch):
     """hang_seconds is of a step: the wait for the last save has the limit of a save."""
-    exits, seal = [], checksums.seal
+    exits, seal = [], checksums.write_checksums
     monkeypatch.setattr(watchdog.os, "_exit", exits.append)
     monkeypatch.setattr(watchdog, "TICK", 0.05)
-    monkeypatch.setattr(checksums, "seal", lambda *args: (time.sleep(1.5), seal(*args)))
+    monkeypatch.setattr(checksums, "write_checksums", lambda *args: (time.sleep(1.5), seal(*args)))
 
     def told(first):
         for n in range(first, 1000):
@@ -152,7 +152,7 @@ def test_a_wandb_that_cannot_be_reached_does_not_end_the_run(tmp_path, monkeypat
     monkeypatch.setitem(sys.modules, "wandb", fake)
     c = tiny_recipe.get_config()
     c.wandb_project = "p"
-    with trackers.observers(config.resolve(c), tmp_path) as tell:
+    with trackers.open_trackers(config.resolve(c), tmp_path) as tell:
         tell("pretrain", {"step": 1, "loss": 2.0})
 
 
@@ -194,7 +194,7 @@ def test_moments_and_meta_are_verified_when_they_are_read(tmp_path):
     path = tmp_path / "state/checkpoints/2" / name
     path.write_bytes(path.read_bytes() + b"!")
     with pytest.raises(UserError, match="damaged"):
-        initial_state.carried_moments(tmp_path / "state", STATE)
+        initial_state.parent_moments(tmp_path / "state", STATE)
 
 
 @pytest.mark.parametrize(
@@ -226,9 +226,9 @@ def test_every_batch_of_the_reference_shows_that_the_process_gets_on(monkeypatch
     monkeypatch.setattr(stage.loader, "stack", lambda rows: np.zeros(2))
     monkeypatch.setattr(stage.loader, "on_devices", lambda batch, mesh, size: batch)
     monkeypatch.setattr(stage.jax, "jit", lambda f: f)
-    before = watchdog._place.passed
+    before = watchdog._phase.passed
     stage._source_logprobs(small(), {}, Rows(range(8)), 2, None)
-    assert watchdog._place.passed >= before + 4
+    assert watchdog._phase.passed >= before + 4
 
 
 def test_sigusr1_before_the_first_step_does_not_kill_the_run(tmp_path, monkeypatch):

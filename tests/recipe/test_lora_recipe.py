@@ -90,8 +90,7 @@ def plainly(workdir, base, *flags):
     """Rows of a stage from a whole model, of which nothing is said but its rank."""
     known = [f"--config.tokenizer.path={base}/tokenizer", f"--config.stages.one.init_from={base}"]
     assert (
-        main(["run", f"{tiny_lora.CONFIG}:one", f"--workdir={workdir}", *known, "--config.stages.one.lora.rank=4", *flags])
-        == 0
+        main(["run", f"{tiny_lora.CONFIG}:one", f"--workdir={workdir}", *known, "--config.stages.one.lora.rank=4", *flags]) == 0
     )
     return rows_of(workdir, "one")
 

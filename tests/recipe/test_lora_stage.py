@@ -144,7 +144,7 @@ def test_whoever_loads_it_gets_the_merged_weights(home, tmp_path, capsys):
     for path, wanted in expected.items():
         assert np.abs(found[path] - wanted).max() <= 1e-6 * np.abs(wanted).max(), path
     assert_equal({p: w for p, w in found.items() if p not in RANKS}, {p: w for p, w in expected.items() if p not in RANKS})
-    opened = checkpoint.open_stored(home / "stages" / "sft")
+    opened = checkpoint.open_lazy(home / "stages" / "sft")
     for path, stored in opened.tree.items():
         np.testing.assert_allclose(stored.read(), found[path], rtol=1e-6, atol=1e-7, err_msg=path)
         assert stored.read().dtype == found[path].dtype and stored.shape == found[path].shape

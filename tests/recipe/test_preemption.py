@@ -181,7 +181,7 @@ def test_two_processes_go_back_together(tmp_path):
 # --- what it cost ------------------------------------------------------------------------------------------------------------
 
 
-@given(st.lists(st.tuples(st.sampled_from(goodput.KINDS[:-1]), st.floats(0.1, 50)), min_size=1, max_size=30))
+@given(st.lists(st.tuples(st.sampled_from(goodput.PHASES[:-1]), st.floats(0.1, 50)), min_size=1, max_size=30))
 @settings(deadline=None)
 def test_times_add_up_to_all_seconds(parts):
     with pytest.MonkeyPatch.context() as patch:

@@ -197,7 +197,7 @@ def test_what_the_schema_calls_resumable_may_differ_and_nothing_else():
             place = place[group]
             if dataclasses.is_dataclass(above):
                 inside = above.__dataclass_fields__[group]
-                free, above = free or inside.metadata["resumable"], config.kinds(above)[group]
+                free, above = free or inside.metadata["resumable"], config.key_types(above)[group]
             else:
                 above = above.__args__[1]
         dictionary = isinstance(place[last], dict)

@@ -9,7 +9,7 @@ import pytest
 
 from tanuki_jax import checkpoint, config, parallel
 from tanuki_jax.cli.main import main
-from tanuki_jax.data.packing import Held, Windows
+from tanuki_jax.data.packing import HeldOutRows, Windows
 from tanuki_jax.data.prepare import open_store
 from tanuki_jax.data.store import Store, StoreWriter
 from tanuki_jax.data.tokenizer import byte_of
@@ -30,7 +30,7 @@ def held(tokenizer, tmp_path_factory):
         for text in texts:
             writer.add([*tokenizer.encode(text), tokenizer.eos])
         writer.close()
-        return Held(Windows(Store(writer.prefix), seq_len, reset, 512, tokens))
+        return HeldOutRows(Windows(Store(writer.prefix), seq_len, reset, 512, tokens))
 
     return make
 
@@ -188,7 +188,7 @@ def test_what_is_logged_is_the_loss_of_the_checkpoint(workdir, tokenizer):
     loaded = checkpoint.load(workdir / "stages" / "second")
     for source in ("ja", "en"):
         [store] = (workdir / "data").glob(f"store-{source}-*")
-        held_out = Held(Windows(open_store(store)[1], 32, True, 768, 100))
+        held_out = HeldOutRows(Windows(open_store(store)[1], 32, True, 768, 100))
         total, count = slow_nll(loaded.cfg, loaded.params, all_rows(held_out))
         assert len(held_out) == 3
         assert metrics(workdir, "second")[-1][f"validation/{source}/loss"] == pytest.approx(total / count, rel=1e-3)

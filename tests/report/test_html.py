@@ -73,7 +73,7 @@ def test_a_recipe_may_have_the_name_of_what_stands_for_the_font(page):
     "places", [[0.5], [0.1, 0.5, 0.9], [0.5] * 5, [0.0] * 9 + [1.0], [0.2, 0.99, 1.0, 1.0], [i / 300 for i in range(20)]]
 )
 def test_names_are_moved_apart_and_stay_in_the_picture(places):
-    moved = html.spread(places, 0.05)
+    moved = html.spread_labels(places, 0.05)
     assert all(b - a >= 0.05 - 1e-9 for a, b in zip(moved, moved[1:], strict=False)) and max(moved) <= 1 and min(moved) >= 0
     if all(b - a >= 0.05 for a, b in zip(places, places[1:], strict=False)):
         assert moved == places

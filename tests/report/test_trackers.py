@@ -38,7 +38,7 @@ def asked(port, path="/metrics"):
 
 
 def test_lists_and_groups_become_one_number_each():
-    assert trackers.flat(ROW) == {
+    assert trackers.flatten(ROW) == {
         "step": 3,
         "loss": 2.5,
         "times/step": 1.5,
@@ -50,7 +50,7 @@ def test_lists_and_groups_become_one_number_each():
 
 
 def test_prometheus_hears_the_last_row_while_the_run_goes_on(tmp_path, port):
-    with trackers.observers(recipe(prometheus_port=port), tmp_path) as tell:
+    with trackers.open_trackers(recipe(prometheus_port=port), tmp_path) as tell:
         asked(port)
         tell("pretrain", ROW)
         tell("sft", {**ROW, "loss": 1.25})
@@ -75,7 +75,7 @@ def test_a_port_that_is_taken_is_an_error(tmp_path, port):
         s.listen()
         with (
             pytest.raises(UserError, match=f"prometheus_port {port} cannot be opened"),
-            trackers.observers(recipe(prometheus_port=port), tmp_path),
+            trackers.open_trackers(recipe(prometheus_port=port), tmp_path),
         ):
             pass
 
@@ -108,7 +108,7 @@ class Wandb(types.ModuleType):
 def test_wandb_gets_the_rows_and_goes_on_under_the_same_id(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", fake := Wandb())
     for _ in range(2):
-        with trackers.observers(recipe(wandb_project="狸"), tmp_path) as tell:
+        with trackers.open_trackers(recipe(wandb_project="狸"), tmp_path) as tell:
             tell("sft", ROW)
     first, second = fake.started
     assert first == second and first["resume"] == "allow" and first["project"] == "狸"
@@ -118,7 +118,7 @@ def test_wandb_gets_the_rows_and_goes_on_under_the_same_id(tmp_path, monkeypatch
 
 def test_a_network_that_fails_is_told_once_and_the_run_goes_on(tmp_path, monkeypatch, capfd):
     monkeypatch.setitem(sys.modules, "wandb", Wandb(fails=True))
-    with trackers.observers(recipe(wandb_project="p"), tmp_path) as tell:
+    with trackers.open_trackers(recipe(wandb_project="p"), tmp_path) as tell:
         tell("sft", ROW)
         tell("sft", ROW)
     assert capfd.readouterr().err.count("no network") == 1
@@ -126,7 +126,7 @@ def test_a_network_that_fails_is_told_once_and_the_run_goes_on(tmp_path, monkeyp
 
 def test_the_package_that_is_missing_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UserError, match="tanuki-jax.wandb."), trackers.observers(recipe(wandb_project="p"), tmp_path):
+    with pytest.raises(UserError, match="tanuki-jax.wandb."), trackers.open_trackers(recipe(wandb_project="p"), tmp_path):
         pass
 
 

@@ -53,7 +53,7 @@ def test_the_coefficient_is_the_moving_average_of_what_the_overflow_asks_for(xi,
     coefficient, expected = jnp.full(4, 0.01), [0.01] * 4
     for _ in range(50):
         overflow = rng.random(4) * np.array([0.0, 0.05, 0.5, 1.0])
-        coefficient = balance.adapted(coefficient, jnp.float32(overflow), xi, largest)
+        coefficient = balance.adapt_coefficients(coefficient, jnp.float32(overflow), xi, largest)
         expected = [0.99 * c + 0.01 * min(xi * o, largest) for c, o in zip(expected, overflow, strict=True)]
     np.testing.assert_allclose(coefficient, expected, rtol=1e-5)
     assert coefficient.max() <= largest
@@ -62,7 +62,7 @@ def test_the_coefficient_is_the_moving_average_of_what_the_overflow_asks_for(xi,
 @pytest.mark.parametrize("rate", [1e-3, 0.5])
 def test_the_bias_goes_against_the_load_and_keeps_its_mean(rate):
     bias, load = np.float32(np.random.default_rng(1).normal(size=(5, 7))), loads()
-    found = balance.moved_bias(jnp.asarray(bias), jnp.asarray(load), rate)
+    found = balance.update_bias(jnp.asarray(bias), jnp.asarray(load), rate)
     np.testing.assert_allclose(found, numpy_bias(bias, load, rate), atol=1e-6)
     np.testing.assert_allclose(found.mean(axis=1), bias.mean(axis=1), atol=1e-6)
     np.testing.assert_array_equal(found[1], bias[1])  # an even load moves nothing
@@ -71,11 +71,11 @@ def test_the_bias_goes_against_the_load_and_keeps_its_mean(rate):
 
 def test_it_begins_at_the_largest_coefficient_in_each_mixture_and_only_where_it_adapts():
     cfg, on = small(n_layers=5, n_experts=4, first_dense=1, moe_every=2), config.Loss(router_aux_adaptive=0.2)
-    found = balance.initial(cfg, dataclasses.replace(on, router_aux_loss=0.03))
+    found = balance.init_balance(cfg, dataclasses.replace(on, router_aux_loss=0.03))
     assert list(found) == ["coefficient"] and found["coefficient"].dtype == jnp.float32
     np.testing.assert_array_equal(found["coefficient"], np.float32([0.03, 0.03]))
-    assert balance.initial(cfg, config.Loss()) == {}
-    assert balance.initial(small(), on) == {} and balance.make_rebalance(small(), on) is None
+    assert balance.init_balance(cfg, config.Loss()) == {}
+    assert balance.init_balance(small(), on) == {} and balance.make_rebalance(small(), on) is None
 
 
 @pytest.mark.parametrize("capacity", [0.0, 1.0])

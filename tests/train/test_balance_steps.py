@@ -11,7 +11,7 @@ from tanuki_jax import checkpoint, config, model, parallel
 from tanuki_jax.data import loader
 from tanuki_jax.recipe import placement
 from tanuki_jax.train import balance, losses
-from tanuki_jax.train.optimizer import learning_rate, make_optimizer
+from tanuki_jax.train.optimizer import make_optimizer, make_schedule
 from tanuki_jax.train.step import gradients, init_state, make_train_step
 from tests import plain
 from tests.tiny import as_arrays, assert_close, init, packed_batch, small
@@ -68,14 +68,14 @@ def program(cfg, options, optimizer_options=RATE, microbatches=1):
         step = make_train_step(
             losses.make_loss("pretrain", cfg, options),
             optimizer,
-            learning_rate(optimizer_options, 1000),
+            make_schedule(optimizer_options, 1000),
             optimizer_options.clip_norm,
             microbatches,
             rebalance=balance.make_rebalance(cfg, options),
         )
 
         def start(params):
-            return init_state(params, optimizer, jax.random.key(0), balance.initial(cfg, options))
+            return init_state(params, optimizer, jax.random.key(0), balance.init_balance(cfg, options))
 
         PROGRAMS[name] = step, start
     return PROGRAMS[name]
@@ -179,12 +179,12 @@ def test_eight_devices_adapt_as_one_does():
     optimizer = make_optimizer(RATE)
     abstract, shardings = placement.state_shardings(cfg, optimizer, mesh, ADAPTIVE)
     with jax.set_mesh(mesh):
-        make = jax.jit(lambda p: init_state(p, optimizer, jax.random.key(0), balance.initial(cfg, ADAPTIVE)))
+        make = jax.jit(lambda p: init_state(p, optimizer, jax.random.key(0), balance.init_balance(cfg, ADAPTIVE)))
         together = jax.device_put(make(params), shardings)
         together_step = make_train_step(
             losses.make_loss("pretrain", cfg, ADAPTIVE),
             optimizer,
-            learning_rate(RATE, 1000),
+            make_schedule(RATE, 1000),
             1.0,
             1,
             shardings,
@@ -309,10 +309,10 @@ def test_a_step_that_is_not_finite_moves_neither_bias_nor_coefficient(where, poi
         return total, weight, metrics | {"loss": (metrics["loss"][0] * bad, weight)}
 
     optimizer = make_optimizer(RATE)
-    step = make_train_step(loss, optimizer, learning_rate(RATE, 9), 1.0, rebalance=balance.make_rebalance(cfg, ADAPTIVE))
+    step = make_train_step(loss, optimizer, make_schedule(RATE, 9), 1.0, rebalance=balance.make_rebalance(cfg, ADAPTIVE))
     params = steered()
     params["layers"]["moe"]["bias"] = jnp.zeros((2, 4))
-    state = init_state(params, optimizer, jax.random.key(0), balance.initial(cfg, ADAPTIVE))
+    state = init_state(params, optimizer, jax.random.key(0), balance.init_balance(cfg, ADAPTIVE))
     state, _ = step(state, EVEN)
     before = jax.tree.map(np.asarray, (state.params, state.opt_state, state.balance))
     bad = {**SKEWED, "tokens": SKEWED["tokens"].at[0, 0].set(4)}

@@ -18,8 +18,9 @@ from tanuki_jax.checkpoint import Checkpoints
 from tanuki_jax.multihost import watchdog
 from tanuki_jax.train import loop
 from tanuki_jax.train.guard import Events, Guard, read_events
+from tanuki_jax.train.loop import run_loop
 from tanuki_jax.train.optimizer import make_optimizer
-from tanuki_jax.train.rollback import Detours
+from tanuki_jax.train.rollback import SkippedBatches
 from tanuki_jax.train.step import init_state, make_train_step
 from tests.checkpoint.test_checksums import STATE, state_of
 
@@ -101,7 +102,7 @@ detours = st.lists(st.tuples(st.integers(0, 60), st.integers(1, 9), st.sampled_f
 
 def left_out(entries):
     """The detours after going back again and again, and the batches that each leaves out, by its own event."""
-    found, gone = Detours(None), set()
+    found, gone = SkippedBatches(None), set()
     for first, count, rate in entries:
         gone |= {found.batch(step) for step in range(first, first + count)}
         found = found.plus(max(0, first - 3), first, count, rate)
@@ -121,7 +122,7 @@ def test_detours_come_back_from_their_file(tmp_path_factory, entries):
     directory = tmp_path_factory.mktemp("detours")
     found = dataclasses.replace(left_out(entries)[0], path=directory / "detours.json")
     found.write()
-    assert Detours.read(directory) == found
+    assert SkippedBatches.read(directory) == found
     assert [found.rate(s) for s in range(80)] == [math.prod(e[3] for e in found.entries if s >= e[0]) for s in range(80)]
 
 
@@ -174,7 +175,7 @@ def watched(directory, losses, options=None, steps=60, **more):
 
     settings = dict(save_every=10, log_every=1, guard=options or config.Guard()) | more
     job = loop.Job("toy", directory, config.Stage(**settings), steps, 10, 1.0, {"model": {}})
-    return loop.run(job, STATE, lambda: state_of(0.0), step, batches), seen
+    return run_loop(job, STATE, lambda: state_of(0.0), step, batches), seen
 
 
 def test_two_spikes_soon_after_one_another_leave_out_just_their_batches(tmp_path):
@@ -225,7 +226,7 @@ def test_poisoned_batches_are_told_and_the_run_converges(tmp_path, poison):
             yield jnp.asarray(rows)
 
     job = loop.Job("toy", tmp_path, config.Stage(save_every=100, log_every=1), 300, 8, 1.0, {"model": {}})
-    state = loop.run(job, abstract, fresh, train_step, batches)
+    state = run_loop(job, abstract, fresh, train_step, batches)
     told = [(event["event"], event["step"]) for event in read_events(tmp_path)]
     assert [step for event, step in told if event == "not_finite"] == [6, 71, 72, 73]
     np.testing.assert_allclose(state.params["w"], np.arange(1.0, 5.0), atol=0.1)

@@ -15,6 +15,7 @@ from tanuki_jax import config
 from tanuki_jax.errors import Preempted, UserError
 from tanuki_jax.train import goodput, loop
 from tanuki_jax.train.guard import Guard
+from tanuki_jax.train.loop import run_loop
 from tanuki_jax.train.step import State
 
 
@@ -41,7 +42,7 @@ def train_step(state, batch):
 
 
 def run(this, batches=lambda first: iter(range(first, 1000)), step=train_step, probes=()):
-    return loop.run(this, ABSTRACT, fresh_state, step, lambda first, number: batches(first), probes=probes)
+    return run_loop(this, ABSTRACT, fresh_state, step, lambda first, number: batches(first), probes=probes)
 
 
 def rows(directory):
@@ -99,7 +100,7 @@ def test_metrics_after_the_checkpoint_are_written_anew_when_the_run_goes_on(tmp_
         run(job(tmp_path), dies)
     run(job(tmp_path))
     assert logged(tmp_path) == list(range(1, 10))
-    assert loop.summary(job(tmp_path))["tokens"] == 90
+    assert loop.summarize(job(tmp_path))["tokens"] == 90
 
 
 def test_the_final_loss_is_the_last_one_and_no_mean(tmp_path):
@@ -107,7 +108,7 @@ def test_the_final_loss_is_the_last_one_and_no_mean(tmp_path):
         row = {"step": step, "loss": loss, "seconds": 1.0, "goodput": 1.0, "times": {}}
         with (tmp_path / "metrics.jsonl").open("a", encoding="utf-8") as f:
             f.write(json.dumps(row) + "\n")
-    assert loop.summary(job(tmp_path))["final_loss"] == 1.2346  # of the last step that was finite
+    assert loop.summarize(job(tmp_path))["final_loss"] == 1.2346  # of the last step that was finite
 
 
 def test_counters_of_a_step_are_logged_with_it(tmp_path):
@@ -183,7 +184,7 @@ def watched(this, losses):
         seen.append(next(n for n, value in losses.items() if value == batch or value != value and batch != batch))
         return train_step(state, batch)
 
-    return loop.run(this, ABSTRACT, fresh_state, step, batches), seen
+    return run_loop(this, ABSTRACT, fresh_state, step, batches), seen
 
 
 def test_a_step_that_is_not_finite_is_left_out_and_told(tmp_path):
@@ -244,7 +245,7 @@ def test_the_rate_falls_each_time_from_where_the_run_went_back_to(tmp_path):
 
     losses = noisy(1, {n: 20.0 + n for n in range(41, 46)})
     this = job(tmp_path, steps=60, save_every=10, guard=config.Guard(rollback_rate=0.5))
-    loop.run(this, ABSTRACT, fresh_state, step, lambda first, number: (losses[number(s)] for s in range(first, 1000)))
+    run_loop(this, ABSTRACT, fresh_state, step, lambda first, number: (losses[number(s)] for s in range(first, 1000)))
     assert [rates[n] for n in (39, 40, 59)] == [1.0, 0.5, 0.5]
 
 

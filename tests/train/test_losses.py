@@ -99,8 +99,8 @@ def test_golden_vector(name, beta):
 
 
 def test_every_loss_has_its_golden_value_and_its_name_in_the_schema():
-    assert {name for name, _ in GOLDEN} == set(preference.LOSSES)
-    assert {*preference.LOSSES, preference.SFT} == set(config.PREFERENCES)
+    assert {name for name, _ in GOLDEN} == set(preference.PREFERENCE_LOSSES)
+    assert {*preference.PREFERENCE_LOSSES, preference.SFT} == set(config.PREFERENCES)
 
 
 def test_losses_are_summed_by_their_weights_and_sft_is_the_mean_of_the_chosen_tokens():
@@ -113,7 +113,7 @@ def test_cdpo_without_smoothing_is_the_dpo_loss():
     np.testing.assert_array_equal(of_golden_pairs({"cdpo": 1.0}, 0.1, 0.0), of_golden_pairs({"sigmoid": 1.0}, 0.1))
 
 
-@pytest.mark.parametrize("name", preference.LOSSES)
+@pytest.mark.parametrize("name", preference.PREFERENCE_LOSSES)
 def test_no_pair_gives_a_finite_loss_and_gradient(name):
     """Empty places of a packed row are zeros in every input, and are masked out afterwards."""
     nothing = jnp.zeros((1, 1, 2))

@@ -9,7 +9,7 @@ import pytest
 from tanuki_jax import config
 from tanuki_jax.errors import UserError
 from tanuki_jax.train import lr_range
-from tanuki_jax.train.optimizer import learning_rate
+from tanuki_jax.train.optimizer import make_schedule
 from tests import tiny_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -28,25 +28,25 @@ def valley(x, bottom=-2.0):
 
 @pytest.mark.parametrize("noise", [0.0, 0.05])
 def test_the_lowest_and_the_steepest_are_found(noise):
-    found = lr_range.result(rows(valley, noise=noise))
+    found = lr_range.suggest(rows(valley, noise=noise))
     assert found["lowest_at"] == pytest.approx(1.3e-2, rel=0.7) and found["suggested"] == pytest.approx(found["lowest_at"] / 10)
     assert found["steepest_at"] == pytest.approx(1e-3, rel=0.8 if noise else 0.7) and found["steepest_at"] < found["lowest_at"]
 
 
 def test_steps_without_a_loss_are_left_out_and_too_few_say_nothing():
     good = rows(valley)
-    assert lr_range.result([*good, {"learning_rate": 2.0, "loss": None}]) == lr_range.result(good)
-    assert lr_range.result([]) == {} and lr_range.result(good[:2]) == {}
-    assert lr_range.result(rows(lambda x: x + 9)) == {}  # it only rises
+    assert lr_range.suggest([*good, {"learning_rate": 2.0, "loss": None}]) == lr_range.suggest(good)
+    assert lr_range.suggest([]) == {} and lr_range.suggest(good[:2]) == {}
+    assert lr_range.suggest(rows(lambda x: x + 9)) == {}  # it only rises
 
 
 def test_the_smoothed_loss_of_a_constant_is_that_constant():
-    _, losses = lr_range.smoothed(rows(lambda x: 3.0))
+    _, losses = lr_range.smooth(rows(lambda x: 3.0))
     np.testing.assert_allclose(losses, 3.0)
 
 
 def test_the_schedule_rises_by_the_same_factor_from_floor_to_peak():
-    rate = learning_rate(config.Optimizer(schedule="range", learning_rate=1.0, learning_rate_floor=1e-4), 50)
+    rate = make_schedule(config.Optimizer(schedule="range", learning_rate=1.0, learning_rate_floor=1e-4), 50)
     values = np.array([float(rate(step)) for step in range(50)])
     np.testing.assert_allclose(values[[0, -1]], [1e-4, 1.0], rtol=1e-5)
     np.testing.assert_allclose(values[1:] / values[:-1], 10 ** (4 / 49), rtol=1e-4)

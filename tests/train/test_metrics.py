@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import pytest
 
 from tanuki_jax.train import metrics
-from tanuki_jax.train.metrics import MetricsWriter, mfu, plain, read_metrics
+from tanuki_jax.train.metrics import MetricsWriter, mfu, read_metrics, to_plain
 
 
 def rows(*steps):
@@ -34,7 +34,7 @@ def test_no_metrics_yet(tmp_path):
 
 
 def test_arrays_become_lists_and_scalars_floats():
-    found = plain({"loss": jnp.float32(2.5), "moe/load": jnp.array([[0.25, 0.75]])})
+    found = to_plain({"loss": jnp.float32(2.5), "moe/load": jnp.array([[0.25, 0.75]])})
     assert found == {"loss": 2.5, "moe/load": [[0.25, 0.75]]} and json.dumps(found)
 
 

@@ -10,13 +10,13 @@ from tanuki_jax import config
 from tanuki_jax.config import validate
 from tanuki_jax.errors import UserError
 from tanuki_jax.train import losses
-from tanuki_jax.train.optimizer import decays, learning_rate, make_optimizer
+from tanuki_jax.train.optimizer import make_optimizer, make_schedule, weight_decay_mask
 from tanuki_jax.train.step import init_state, make_train_step, make_update
 from tests.tiny import init, packed_batch, small
 
 
 def rates(total, **options):
-    rate = learning_rate(config.Optimizer(**options), total)
+    rate = make_schedule(config.Optimizer(**options), total)
     return np.array([float(rate(jnp.int32(s))) for s in range(total)])
 
 
@@ -46,7 +46,7 @@ def test_wsd_is_flat_then_linear():
 
 
 def test_norms_do_not_decay():
-    marked = decays(init(small(n_experts=4), jax.random.key(0)))
+    marked = weight_decay_mask(init(small(n_experts=4), jax.random.key(0)))
     assert not marked["norm_final"] and not marked["layers"]["norm_attn"] and not marked["layers"]["norm_mlp"]
     assert marked["head"] and marked["embed"]["table"] and marked["layers"]["moe"]["router"]
 
@@ -106,7 +106,7 @@ def test_parameters_in_bfloat16_move_as_far_as_in_float32_at_any_rate(rate):
     """Norms are float32, whatever they are given in."""
     options = config.Optimizer(learning_rate=rate, schedule="constant")
     optimizer, w = make_optimizer(options), 0.02 * jax.random.normal(jax.random.key(1), (2000,))
-    update, moved = jax.jit(make_update(optimizer, learning_rate(options, 50), 1.0)), {}
+    update, moved = jax.jit(make_update(optimizer, make_schedule(options, 50), 1.0)), {}
     for dtype in ("bfloat16", "float32"):
         state = init_state({"w": w.astype(dtype), "norm_x": jnp.ones(4, dtype)}, optimizer, jax.random.key(0))
         first = jax.tree.map(np.float32, state.params)
@@ -126,7 +126,7 @@ def test_draws_follow_seed_step_and_path_alone():
     """A step made again is the same, another step, key or parameter has other draws."""
     options = config.Optimizer(learning_rate=1e-4, schedule="constant", weight_decay=0.0)
     optimizer = make_optimizer(options)
-    update = jax.jit(make_update(optimizer, learning_rate(options, 50)))
+    update = jax.jit(make_update(optimizer, make_schedule(options, 50)))
 
     def after(seed=0, step=0):
         ones = {name: jnp.ones(300, jnp.bfloat16) for name in "ab"}
@@ -145,13 +145,13 @@ def test_steps_equal_optax_adamw():
     cfg = small()
     options = config.Optimizer(learning_rate=1e-2, learning_rate_floor=1e-3, warmup_steps=3, weight_decay=0.1, clip_norm=0.5)
     loss = losses.next_token(cfg, config.Loss())
-    optimizer, rate = make_optimizer(options), learning_rate(options, 10)
+    optimizer, rate = make_optimizer(options), make_schedule(options, 10)
     step = make_train_step(loss, optimizer, rate, options.clip_norm)
     # The step donates its state, so each side starts from its own copy.
     state = init_state(init(cfg, jax.random.key(0)), optimizer, jax.random.key(0))
     params = init(cfg, jax.random.key(0))
     theirs = optax.chain(
-        optax.clip_by_global_norm(0.5), optax.adamw(rate, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, mask=decays)
+        optax.clip_by_global_norm(0.5), optax.adamw(rate, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, mask=weight_decay_mask)
     )
     slots = theirs.init(params)
 

@@ -11,7 +11,7 @@ import pytest
 from tanuki_jax import checkpoint, config, parallel
 from tanuki_jax.data import loader
 from tanuki_jax.train import losses
-from tanuki_jax.train.optimizer import learning_rate, make_optimizer
+from tanuki_jax.train.optimizer import make_optimizer, make_schedule
 from tanuki_jax.train.step import gradients, init_state, make_train_step
 from tests.tiny import init, packed_batch, problem, small
 
@@ -95,7 +95,7 @@ def test_a_step_that_is_not_finite_keeps_the_parameters():
         poison = jnp.where(batch["tokens"].sum() > 0, 1.0, jnp.nan)
         return total * poison, weight, metrics
 
-    step = make_train_step(loss, optimizer, learning_rate(config.Optimizer(), 10), 1.0)
+    step = make_train_step(loss, optimizer, make_schedule(config.Optimizer(), 10), 1.0)
     state = init_state(init(cfg, jax.random.key(0)), optimizer, jax.random.key(0))
     good = {n: jnp.asarray(v) for n, v in packed_batch(np.random.default_rng(0), cfg).items()}
     state, metrics = step(state, good)

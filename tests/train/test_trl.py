@@ -13,7 +13,7 @@ from tanuki_jax.data import chat, packing
 from tanuki_jax.data.conversation import read_fields
 from tanuki_jax.data.tokenizer import Tokenizer
 from tanuki_jax.train import losses
-from tanuki_jax.train.optimizer import learning_rate, make_optimizer
+from tanuki_jax.train.optimizer import make_optimizer, make_schedule
 from tanuki_jax.train.step import init_state, make_train_step
 from tests.interop.llama import flat, nested
 from tests.tiny import small
@@ -117,7 +117,7 @@ def program(kind, microbatches):
     )
     loss = any_preference if kind == "any" else losses.make_loss(kind, CFG, config.Loss(beta=0.1))
     optimizer = make_optimizer(adam)
-    step = make_train_step(loss, optimizer, learning_rate(adam, STEPS), make_trl.CLIP, microbatches)
+    step = make_train_step(loss, optimizer, make_schedule(adam, STEPS), make_trl.CLIP, microbatches)
     return jax.jit(lambda: init_state(params(), optimizer, jax.random.key(0))), step
 
 

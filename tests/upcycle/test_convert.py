@@ -80,7 +80,7 @@ def test_the_key_is_the_only_randomness():
 @functools.cache
 def upcycled_on(strategy, several=False, **sizes):
     """As a stage does it: compiled, from parameters that are split over the mesh to such parameters."""
-    cfg = upcycle.mixture_of(DENSE, n_experts=E, router_bias=True, expert_d_ff=24 if strategy == "groups" else 0)
+    cfg = upcycle.moe_config(DENSE, n_experts=E, router_bias=True, expert_d_ff=24 if strategy == "groups" else 0)
     mesh = parallel.make_mesh(config.Mesh(**{"fsdp": 1, **sizes}), jax.devices()[: math.prod(sizes.values())])
     options = config.Upcycle(strategy, **STRATEGIES[strategy])
     convert = jax.jit(
@@ -121,7 +121,7 @@ def test_a_mesh_changes_no_bit_of_what_several_models_make():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_8b_becomes_the_8x8b(dtype):
     dense = config.Model(param_dtype=dtype)
-    cfg = upcycle.mixture_of(dense, n_experts=8)
+    cfg = upcycle.moe_config(dense, n_experts=8)
     made = jax.eval_shape(lambda p: upcycle.upcycle(p, cfg, config.Upcycle(), jax.random.key(0)), model.parameter_shapes(dense))
     assert jax.tree.map(lambda s: (s.shape, s.dtype), made) == jax.tree.map(
         lambda s: (s.shape, s.dtype), model.parameter_shapes(cfg)
@@ -131,7 +131,7 @@ def test_the_8b_becomes_the_8x8b(dtype):
 
 def test_a_mixture_cannot_be_upcycled_again():
     with pytest.raises(UserError, match="mixture already"):
-        upcycle.mixture_of(mixture(), n_experts=8)
+        upcycle.moe_config(mixture(), n_experts=8)
     with pytest.raises(UserError, match="mixture already"):
         upcycle.upcycle(upcycled(), mixture(), config.Upcycle(), jax.random.key(0))
 
@@ -139,7 +139,7 @@ def test_a_mixture_cannot_be_upcycled_again():
 @pytest.mark.parametrize(("n_experts", "top_k"), [(4, 5), (4, 0), (0, 1)])
 def test_top_k_lies_between_one_and_the_experts(n_experts, top_k):
     with pytest.raises(UserError, match=f"top_k {top_k} must lie between 1 and n_experts {n_experts}"):
-        upcycle.mixture_of(DENSE, n_experts=n_experts, top_k=top_k)
+        upcycle.moe_config(DENSE, n_experts=n_experts, top_k=top_k)
 
 
 # --- each strategy against numpy, one layer and one expert at a time, on sizes that divide by nothing -------------------
@@ -232,8 +232,8 @@ def test_a_share_that_is_a_whole_number_of_dimensions_in_decimals_is_that_number
 
 def test_every_dimension_is_as_likely_to_be_redrawn_and_no_two_go_together():
     weights = {name: w[0] for name, w in drawn()["layers"]["mlp"].items()}
-    cfg, options, key = upcycle.mixture_of(ODD, n_experts=2), config.Upcycle("drop", drop_ratio=0.5), jax.random.key(0)
-    known = upcycle.about(weights, options)
+    cfg, options, key = upcycle.moe_config(ODD, n_experts=2), config.Upcycle("drop", drop_ratio=0.5), jax.random.key(0)
+    known = upcycle.strategy_stats(weights, options)
     experts = jax.jit(jax.vmap(lambda n: upcycle.expert(weights, known, n, 0, cfg, options, key)["gate"]))(jnp.arange(600))
     masks = (np.asarray(experts) != np.asarray(weights["gate"])).any(axis=1)
     share = 7 / 15
@@ -274,7 +274,7 @@ def test_what_is_redrawn_has_the_mean_and_deviation_of_what_it_replaces(ratio):
 @pytest.mark.parametrize(("parts", "top_k"), [(2, 2), (2, 4), (3, 3), (3, 6)])
 def test_groups_compute_what_the_dense_model_does_and_are_chosen_whole(parts, top_k, normalized):
     shape = dict(n_experts=6, top_k=top_k, normalized_gate=normalized, expert_d_ff=48 // parts)
-    cfg = upcycle.mixture_of(DENSE, **shape)
+    cfg = upcycle.moe_config(DENSE, **shape)
     assert upcycle.granularity(cfg) == parts
     made = upcycled("groups", cfg=cfg, router_std=0.7)
     assert jax.tree.map(jnp.shape, made) == jax.tree.map(lambda s: s.shape, model.parameter_shapes(cfg))
@@ -339,7 +339,7 @@ def test_the_published_scaling_of_all_three_matrices_is_not_exact_for_swiglu_and
 
     np.testing.assert_allclose(mixture(third, 1, third, squared), squared(x, gate, up, down), rtol=1e-9, atol=1e-9)
 
-    cfg = upcycle.mixture_of(small(d_model=D, d_ff=F), n_experts=2 * parts, top_k=parts, expert_d_ff=F // parts)
+    cfg = upcycle.moe_config(small(d_model=D, d_ff=F), n_experts=2 * parts, top_k=parts, expert_d_ff=F // parts)
     dense = {"gate": jnp.float32(gate), "up": jnp.float32(up), "down": jnp.float32(down)}
     for group in range(2):
         experts = [
@@ -358,7 +358,7 @@ def test_the_published_scaling_of_all_three_matrices_is_not_exact_for_swiglu_and
     [*((8, top_k, normalized) for top_k in (1, 2, 8) for normalized in (True, False)), (1, 1, False)],
 )
 def test_any_number_of_copies_computes_what_the_dense_model_does(n_experts, top_k, normalized):
-    cfg = upcycle.mixture_of(
+    cfg = upcycle.moe_config(
         DENSE, n_experts=n_experts, top_k=top_k, normalized_gate=normalized, gate_scale=2.5, router_bias=True
     )
     made = upcycled("copy", 0, cfg, router_std=1.0, router_init="uniform")
@@ -368,7 +368,7 @@ def test_any_number_of_copies_computes_what_the_dense_model_does(n_experts, top_
 
 # --- the router ---------------------------------------------------------------------------------------------------------
 
-WIDE = upcycle.mixture_of(small(d_model=101), n_experts=33)
+WIDE = upcycle.moe_config(small(d_model=101), n_experts=33)
 
 
 def routers(init, std=0.3, cfg=WIDE, seed=0, layers=4):
@@ -395,7 +395,7 @@ def test_a_fresh_router_has_the_distribution_asked_for(init, std):
 
 @pytest.mark.parametrize("init", config.CHOICES["router_init"])
 def test_neighbours_of_a_group_share_their_column_and_no_others(init):
-    cfg = upcycle.mixture_of(small(d_model=11, d_ff=12), n_experts=12, expert_d_ff=4)
+    cfg = upcycle.moe_config(small(d_model=11, d_ff=12), n_experts=12, expert_d_ff=4)
     found = routers(init, cfg=cfg, layers=3).reshape(3, 11, 4, 3)
     np.testing.assert_array_equal(found, np.broadcast_to(found[..., :1], found.shape))
     columns = found[..., 0].transpose(0, 2, 1).reshape(12, 11)

@@ -68,7 +68,7 @@ def expected_of(case):
     """Parameters of the dense models in the dtype of the output, and of the mixture, made on trees."""
     dtype = case.dtype or case.sources[0].dtype
     trees = [in_dtype(nested(flat(CFG, drawn(CFG, source.seed, source.dtype))), dtype) for source in case.sources]
-    cfg = dataclasses.replace(upcycle.mixture_of(CFG, **shape(**case.shape)), param_dtype=dtype)
+    cfg = dataclasses.replace(upcycle.moe_config(CFG, **shape(**case.shape)), param_dtype=dtype)
     options = config.Upcycle(**case.strategy)
     return cfg, trees, upcycle.upcycle(trees[0], cfg, options, jax.random.key(case.seed), trees[1:])
 
@@ -207,7 +207,7 @@ def test_the_tokenizer_goes_along(tokenizer, tmp_path):
 
 
 def test_a_stage_of_a_recipe_starts_from_the_output(tokenizer, tmp_path):
-    cfg = config.model_of(config.load([tiny_recipe.CONFIG]), "pretrain")
+    cfg = config.model_config(config.load([tiny_recipe.CONFIG]), "pretrain")
     home = write(tmp_path / "llama", cfg, drawn(cfg))
     output = tmp_path / "mixture"
     assert main(["upcycle", f"--checkpoint={home}", f"--output={output}", f"--n_experts={E}", "--strategy=copy"]) == 0

@@ -195,7 +195,7 @@ def test_a_disk_that_is_full_at_the_tokenizer_is_one_message_too(tokenizer, tmp_
 def test_a_full_disk_under_a_dry_run_is_one_message(ours, tmp_path):
     job = stream.plan([ours], shape(), COPY, 0)
     with pytest.raises(UserError, match="full"), files_of_at_most(1_000_000):
-        stream.predicted(job, tmp_path / "mixture")
+        stream.format_prediction(job, tmp_path / "mixture")
     assert not list(tmp_path.iterdir())
 
 

@@ -44,7 +44,7 @@ MIXTURES = {  # (first_dense, moe_every): the layers that become mixtures, count
 def test_the_layers_asked_for_become_mixtures_and_the_others_keep_every_bit(first, every, strategy):
     dense, chosen = drawn(SEVEN), MIXTURES[first, every]
     shape = dict(first_dense=first, moe_every=every, expert_d_ff=3 if strategy == "groups" else 0)
-    cfg = upcycle.mixture_of(SEVEN, n_experts=3, **shape)
+    cfg = upcycle.moe_config(SEVEN, n_experts=3, **shape)
     left = [layer for layer in range(7) if layer not in chosen]
     assert upcycle.dense_layers(cfg) == left
     made = convert(dense, cfg, config.Upcycle(strategy), jax.random.key(0))
@@ -80,7 +80,7 @@ def test_what_is_drawn_belongs_to_a_layer_and_an_expert_whatever_others_there_ar
 def test_copies_in_some_layers_compute_what_the_dense_model_does(first, every):
     shape = dict(n_experts=3, first_dense=first, moe_every=every)
     dense = small(n_layers=3)
-    cfg, params = upcycle.mixture_of(dense, **shape), init(dense, jax.random.key(5))
+    cfg, params = upcycle.moe_config(dense, **shape), init(dense, jax.random.key(5))
     made = convert(params, cfg, config.Upcycle("copy", router_std=1.0), jax.random.key(0))
     np.testing.assert_allclose(logits(cfg, made), logits(dense, params), rtol=0, atol=1e-5)
 
@@ -214,7 +214,7 @@ def test_an_option_that_cannot_be_is_named(options, words):
 )
 def test_a_mixture_that_cannot_be_is_named(shape, words):
     strategy = "groups" if "expert_d_ff" in shape else "copy"
-    refused(lambda: upcycle.check(upcycle.mixture_of(ODD, **shape), config.Upcycle(strategy)), *words)
+    refused(lambda: upcycle.check(upcycle.moe_config(ODD, **shape), config.Upcycle(strategy)), *words)
 
 
 def test_models_of_other_shapes_are_one_message():
@@ -240,7 +240,7 @@ def test_a_mixture_is_refused_as_any_of_the_models_where_only_some_layers_are_on
 )
 def test_moments_of_what_survives_are_carried_to_the_last_bit_and_the_rest_starts_from_zero(first, every, moments):
     optimizer = make_optimizer(config.Optimizer(moment_dtype=moments))
-    cfg = upcycle.mixture_of(SEVEN, n_experts=3, first_dense=first, moe_every=every, router_bias=True)
+    cfg = upcycle.moe_config(SEVEN, n_experts=3, first_dense=first, moe_every=every, router_bias=True)
     rng = np.random.default_rng(0)
     zeros = optimizer.init(drawn(SEVEN))
     dense = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape) if a.ndim else 17, a.dtype), zeros)

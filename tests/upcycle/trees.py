@@ -14,7 +14,7 @@ FFN = ("gate", "up", "down")
 
 
 def mixture(top_k=2, normalized=True, n_experts=E):
-    return upcycle.mixture_of(DENSE, n_experts=n_experts, top_k=top_k, normalized_gate=normalized)
+    return upcycle.moe_config(DENSE, n_experts=n_experts, top_k=top_k, normalized_gate=normalized)
 
 
 def upcycled(strategy="copy", seed=0, cfg=None, **options):
@@ -47,7 +47,7 @@ convert = jax.jit(upcycle.upcycle, static_argnums=(1, 2))
 
 
 def made_of(dense, strategy, n_experts=5, seed=0, others=(), shape=None, source=ODD, **options):
-    cfg = upcycle.mixture_of(source, n_experts=n_experts, **shape or {})
+    cfg = upcycle.moe_config(source, n_experts=n_experts, **shape or {})
     return convert(dense, cfg, config.Upcycle(strategy, **options), jax.random.key(seed), tuple(others))
 
 

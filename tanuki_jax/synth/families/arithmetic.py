@@ -75,7 +75,7 @@ def _descending(numbers: Content, lang: str) -> str:
     return in_language(lang, f"{row}です。", f"{row}.")
 
 
-def _changed(answer: Answer) -> Callable[[Random, Content, str], str]:
+def _change_one(answer: Answer) -> Callable[[Random, Content, str], str]:
     """The answer to a list in which one number, or as many as it takes, is another."""
 
     def wrong(rng: Random, numbers: Content, lang: str) -> str:
@@ -118,7 +118,7 @@ def _list_family(
         start = in_language(lang, *lead).format(*_slots(numbers, lang))
         return f"{start}{in_language(lang, '', ' ')}{answer(numbers, lang)}"
 
-    return Family(name, draw, {JA: ja, EN: en}, _slots, answer, wrong or _changed(answer), say, _key, weight)
+    return Family(name, draw, {JA: ja, EN: en}, _slots, answer, wrong or _change_one(answer), say, _key, weight)
 
 
 LISTS = (

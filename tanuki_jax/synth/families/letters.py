@@ -14,7 +14,7 @@ def _draw(rng: Random) -> Content:
     return tuple(rng.choice(alphabet) for _ in range(rng.randint(2, 4)))
 
 
-def _spelt(letters: Content, lang: str) -> str:
+def _spell(letters: Content, lang: str) -> str:
     return f"「{'・'.join(letters)}」"
 
 
@@ -24,11 +24,11 @@ def _count(letters: Content, lang: str) -> str:
 
 
 def _reverse(letters: Content, lang: str) -> str:
-    spelt = _spelt(letters[::-1], lang)
+    spelt = _spell(letters[::-1], lang)
     return in_language(lang, f"{spelt}です。", f"It is {spelt}.")
 
 
-def _misspelt(answer: Callable[[Content, str], str]) -> Callable[[Random, Content, str], str]:
+def _misspell(answer: Callable[[Content, str], str]) -> Callable[[Random, Content, str], str]:
     """The answer to a string in which one letter is another."""
 
     def wrong(rng: Random, letters: Content, lang: str) -> str:
@@ -41,12 +41,12 @@ def _misspelt(answer: Callable[[Content, str], str]) -> Callable[[Random, Conten
 
 
 def _count_say(letters: Content, lang: str) -> str:
-    spelt = _spelt(letters, lang)
+    spelt = _spell(letters, lang)
     return in_language(lang, f"{spelt}を数えます。", f"We count {spelt}. ") + _count(letters, lang)
 
 
 def _reverse_say(letters: Content, lang: str) -> str:
-    spelt, back = _spelt(letters, lang), _spelt(letters[::-1], lang)
+    spelt, back = _spell(letters, lang), _spell(letters[::-1], lang)
     return in_language(lang, f"{spelt}を逆から書くと{back}です。", f"{spelt} backwards is {back}.")
 
 
@@ -61,9 +61,9 @@ COUNTING = Family(
         JA: ("{}は何文字ですか。", "{}の文字数を数えてください。", "{}の文字を数えるといくつですか。", "{}はいくつの文字でできていますか。", "文字数を答えてください。{}", "{}の長さは何文字ですか。"),
         EN: ("How many letters are in {}?", "Count the letters of {}.", "How long is {}?", "Tell me how many letters {} has.", "Count: {}", "What is the number of letters in {}?"),
     },
-    lambda letters, lang: (_spelt(letters, lang),),
+    lambda letters, lang: (_spell(letters, lang),),
     _count,
-    _misspelt(_count),
+    _misspell(_count),
     _count_say,
     _key,
     weight=2.0,
@@ -76,9 +76,9 @@ REVERSING = Family(
         JA: ("{}を逆から書いてください。", "{}を後ろから読むとどうなりますか。", "{}を反対向きに書いてください。", "{}を逆さにしてください。", "逆順にしてください。{}", "{}を右から読んでください。"),
         EN: ("Write {} backwards.", "Reverse {}.", "What is {} read from the end?", "Spell {} in reverse.", "Turn around: {}", "What do you get when you reverse {}?"),
     },
-    lambda letters, lang: (_spelt(letters, lang),),
+    lambda letters, lang: (_spell(letters, lang),),
     _reverse,
-    _misspelt(_reverse),
+    _misspell(_reverse),
     _reverse_say,
     _key,
     weight=2.0,

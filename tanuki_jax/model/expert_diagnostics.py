@@ -24,7 +24,7 @@ def expert_similarity(moe: Any) -> jax.Array:
     return (cosine_LEE.sum(axis=(1, 2)) - E) / max(E * (E - 1), 1)
 
 
-def expert_health(params: Any) -> dict[str, jax.Array]:
+def expert_diagnostics(params: Any) -> dict[str, jax.Array]:
     """`moe/similarity` and `moe/router_norm` (root of the sum of squares), a value for each layer; float32."""
     moe = params["layers"]["moe"]
     return {

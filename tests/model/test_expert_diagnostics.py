@@ -55,7 +55,7 @@ def test_opposite_experts_have_minus_one():
 
 
 def test_copies_have_one_independent_experts_about_none_and_noise_lies_between():
-    cfg = upcycle.mixture_of(DENSE, n_experts=4)
+    cfg = upcycle.moe_config(DENSE, n_experts=4)
 
     def made(strategy, **options):
         return upcycle.upcycle(PARAMS, cfg, config.Upcycle(strategy, **options), jax.random.key(0))["layers"]["moe"]
@@ -75,7 +75,7 @@ def test_the_norm_of_the_routers_against_numpy_and_only_mixtures_have_one():
     cfg = small(n_layers=4, n_experts=4, first_dense=1)
     params = init(cfg, jax.random.key(0))
     params["layers"]["moe"]["router"] = jax.random.normal(jax.random.key(1), (3, 32, 4)) * jnp.array([1, 3, 9])[:, None, None]
-    found = jax.jit(model.expert_health)(params)
+    found = jax.jit(model.expert_diagnostics)(params)
     assert set(found) == {"moe/similarity", "moe/router_norm"}
     norms = [np.sqrt(sum(float(x) ** 2 for x in np.asarray(layer).ravel())) for layer in params["layers"]["moe"]["router"]]
     np.testing.assert_allclose(found["moe/router_norm"], norms, rtol=1e-5)

@@ -11,7 +11,7 @@ ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
 
 @functools.partial(jax.jit, static_argnames="shape")
-def normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def random_normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Numbers of N(0, 1), float32, the same on any mesh; the last axis and all others together are below 2^32.
 
     Not those of `jax.random.normal`, whose hash XLA compiles for CPUs as a loop of rounds, each of which goes through memory.
@@ -23,7 +23,7 @@ def normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames="shape")
 def normal_pairs(key: jax.Array, shape: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
-    """The even and the odd columns of `normal(key, shape)`, as many of both, up to rounding; for half the work."""
+    """The even and the odd columns of `random_normal(key, shape)`, as many of both, up to rounding; for half the work."""
     return _pair(key, *_places(shape[0], shape[1] // 2))
 
 
