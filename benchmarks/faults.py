@@ -55,7 +55,8 @@ def get_config() -> Any:
 
     c = config.recipe(name="faults", seed=0, tensorboard=False)
     c.model.update(dict(vocab_size=768, n_layers=2, d_model=16, d_ff=24, n_heads=2, n_kv_heads=1, head_dim=8, init_std=0.05))
-    c.model.update(dict(n_experts=4, dtype="float32"))
+    c.model.n_experts = 4
+    c.compute.dtype = "float32"
     c.data = dict(ja="rules:documents_ja", synthetic="rules:synthetic_en")
     c.rules.update(dict(documents=150))
     c.tokenizer.update(dict(vocab_size=720, character_coverage=1.0, sources=("ja", "synthetic")))
@@ -64,13 +65,13 @@ def get_config() -> Any:
     c.stages[STAGE] = config.stage(
         "pretrain",
         mixture=dict(ja=(0.5,), synthetic=(0.5,)),
-        mixture_of_experts=True,
+        moe=True,
         seq_len=64,
         batch_size=8,
         steps=STEPS,
         save_every=SAVE_EVERY,
         log_every=1,
-        keep=3,
+        keep_latest=3,
         optimizer=dict(learning_rate=1e-4),
     )
     return c
@@ -122,7 +123,7 @@ class Run:
 
     def attempts(self) -> set[float]:
         """The starts whose steps are logged, by the seconds that restoring had taken until then."""
-        return {row["times"]["restore"] for row in rows(self.home)}
+        return {row["seconds_by_phase"]["restore"] for row in rows(self.home)}
 
     def signal(self, number: int, chosen: list[subprocess.Popen[bytes]]) -> None:
         """To some of the processes."""
@@ -270,7 +271,7 @@ def chaos(workdir: Path, disk: Path, kinds: list[str], steps: int, rng: random.R
             layout += kind == "layout"
             run = Run(disk / "run", steps, LAYOUTS[layout % 3], workdir / f"start-{starts}")
         running = wait(run, run.step() + 1) if kind == "stop" else wait(run, before)
-        new = [row["step"] for row in rows(run.home) if row["times"]["restore"] not in before]
+        new = [row["step"] for row in rows(run.home) if row["seconds_by_phase"]["restore"] not in before]
         lost = 0 if kind == "stop" or not new else done - (new[0] - 1)
         seconds = time.monotonic() - began
         one = dict(kind=kind, step=done, ended=ended, hung=hung, codes=codes, lost=lost)

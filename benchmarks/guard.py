@@ -43,7 +43,7 @@ def get_config() -> Any:
     c.model.update(dict(vocab_size=768, n_layers=2, d_model=64, d_ff=176, n_heads=2, n_kv_heads=2, head_dim=32, init_std=0.04))
     c.data = dict(ja="rules:documents_ja", en="rules:documents_en")
     c.rules.update(dict(documents=4000))
-    c.tokenizer.update(dict(vocab_size=768, character_coverage=1.0, level="none"))
+    c.tokenizer.update(dict(vocab_size=768, character_coverage=1.0, boundary="none"))
     c.validation.update(dict(tokens=8000, every=10_000))
     c.stages[STAGE] = config.stage(
         "pretrain",

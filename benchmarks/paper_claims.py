@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 DENSE_TOKENS, FURTHER, FINALE, SFT, DPO_STEPS = 2_500_000, 1_200_000, 300_000, 500_000, 80
 # So small that the dense model has little left to learn when it is upcycled, as the original had.
-MODEL = dict(n_layers=2, d_model=48, d_ff=144, n_heads=2, n_kv_heads=2, head_dim=24, remat="none")
+MODEL = dict(n_layers=2, d_model=48, d_ff=144, n_heads=2, n_kv_heads=2, head_dim=24)
 GENERAL = dict(ja=(0.35,), en=(0.25,), synthetic_ja=(0.24,), synthetic_en=(0.16,))
 SYNTHETIC = dict(synthetic_ja=(0.6,), synthetic_en=(0.4,))
 FIXED = 0.02  # coefficient of the balancing loss
@@ -50,7 +50,7 @@ def get_config(argument="main.0"):
     c.model.normalized_gate = part != "plain"
     if part != "finale":
         c.scoring.update(dict(prompts=0, pairs=0))
-    shape = config.from_dict(config.Model, c.model)
+    shape = config.read_model({"model": c.model.to_dict()})
     row = dict(seq_len=128, batch_size=16, save_every=10_000, log_every=20)
 
     def train(init_from, tokens, mixture=GENERAL, peak=1.5e-3, loss=None, kind="pretrain", **options):
@@ -65,13 +65,13 @@ def get_config(argument="main.0"):
         flops = [model.flops_per_token(m, row["seq_len"]) for m in (shape, dataclasses.replace(shape, n_experts=0))]
         c.stages.pretrain = train("", DENSE_TOKENS, peak=2e-3)
         c.stages.dense = train("pretrain", round(FURTHER * flops[0] / flops[1]))
-        c.stages.scratch = train("", FURTHER, peak=2e-3, mixture_of_experts=True)
+        c.stages.scratch = train("", FURTHER, peak=2e-3, moe=True)
         for name, options in STRATEGIES.items():
             c.stages[f"{name}_up"] = config.stage("upcycle", init_from="pretrain", upcycle=options)
             c.stages[name] = train(f"{name}_up", FURTHER)
         c.stages.adaptive = train("noise_up", FURTHER, loss=dict(router_aux_adaptive=0.2))
     elif part == "finale":
-        moe = dict(mixture_of_experts=True)
+        moe = dict(moe=True)
         c.stages.general = train("set by --config.stages", FINALE, peak=7e-4, **moe)
         c.stages.synthetic = train("set by --config.stages", FINALE, SYNTHETIC, peak=7e-4, **moe)
         c.stages.sft = train("synthetic", SFT, dict(dialogues=(1.0,)), 1e-3, kind="sft")
@@ -188,11 +188,16 @@ def effects(found: list[dict]) -> list[tuple[str, str, float, float, str]]:
         return [seed[a][key] - seed[b][key] for seed in found]
 
     rows = [
-        ("a: synthetic finale over general finale, exact answers", "points", score("synthetic", "general", "exact"), False),
+        (
+            "a: synthetic finale over general finale, exact answers",
+            "points",
+            score("synthetic", "general", "exact_match"),
+            False,
+        ),
         ("b: upcycled over dense continued, held-out loss", "nats", loss("noise", "dense"), True),
         ("b: upcycled over mixture from scratch, held-out loss", "nats", loss("noise", "scratch"), True),
-        ("c: SFT over the finale, exact answers", "points", score("sft", "synthetic", "exact"), False),
-        ("c: DPO over SFT, exact answers", "points", score("dpo", "sft", "exact"), False),
+        ("c: SFT over the finale, exact answers", "points", score("sft", "synthetic", "exact_match"), False),
+        ("c: DPO over SFT, exact answers", "points", score("dpo", "sft", "exact_match"), False),
         ("c: DPO over SFT, right answer preferred", "points", score("dpo", "sft", "pair_accuracy"), False),
         ("d: noise over copy, held-out loss", "nats", loss("noise", "copy"), True),
         ("d: drop 0.5 over copy, held-out loss", "nats", loss("drop", "copy"), True),
@@ -251,7 +256,7 @@ def written(options: argparse.Namespace, found: list[dict], seconds: float) -> s
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     lines += ["", "| after | exact answers, % | right answer preferred, % |", "|---|---|---|"]
     for name in ("general", "synthetic", "sft", "dpo"):
-        cells = [interval([100 * seed[name]["scores"][key] for seed in found]) for key in ("exact", "pair_accuracy")]
+        cells = [interval([100 * seed[name]["scores"][key] for seed in found]) for key in ("exact_match", "pair_accuracy")]
         lines.append(f"| {name} | " + " | ".join(f"{mean:.1f} ± {half:.1f}" for mean, half in cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -281,7 +286,7 @@ def picture(found: list[dict], path: Path) -> None:
     left.set_ylabel("損失 (held-out loss)")
     left.legend(frameon=False, fontsize=8)
     names = ("general", "synthetic", "sft", "dpo")
-    shown = [interval([100 * seed[name]["scores"]["exact"] for seed in found]) for name in names]
+    shown = [interval([100 * seed[name]["scores"]["exact_match"] for seed in found]) for name in names]
     right.bar(range(4), [m for m, _ in shown], yerr=[h for _, h in shown], color=["#999999", "#97bbf5", "#3ca951", "#efb118"])
     right.set_xticks(range(4), ["一般\n(general)", "合成のみ\n(synthetic)", "SFT", "DPO"])
     right.set_ylabel("正答率 (exact answers), %")

@@ -33,7 +33,7 @@ def get_config() -> Any:
     )
     c.data = dict(ja="rules:documents_ja")
     c.rules.update(dict(documents=2000))
-    c.tokenizer.update(dict(vocab_size=1200, character_coverage=1.0, level="none"))
+    c.tokenizer.update(dict(vocab_size=1200, character_coverage=1.0, boundary="none"))
     c.stages[STAGE] = config.stage(
         "pretrain", mixture=dict(ja=(1.0,)), seq_len=256, batch_size=4, steps=40, save_every=20, log_every=1
     )

@@ -1,9 +1,9 @@
-"""The tokenizer at each boundary level, beside others: time, memory, compression, losslessness, bits per byte of a small model.
+"""The tokenizer at each boundary, beside others: time, memory, compression, losslessness, bits per byte of a small model.
 
 python benchmarks/tokenizer.py --corpus='corpus/*.jsonl.gz' --language_field=meta.lang --held_out='森|Sherlock' \\
-    --modern='questions.jsonl' --modern_field=turns --against=original.model --workdir=runs/tokenizer [--steps=200]
+    --modern='questions.jsonl' --modern_field=turns --compare=original.model --workdir=runs/tokenizer [--steps=200]
 
-Documents whose `meta` matches --held_out are tested on and not trained on.  Each level trains a tokenizer and, with --steps,
+Documents whose `meta` matches --held_out are tested on and not trained on.  Each boundary trains a tokenizer and, with --steps,
 a small model on its tokens for equal compute (the same model, steps and tokens a step), scored on the held-out text.
 """
 
@@ -31,14 +31,16 @@ CHUNK = 400  # characters of a scored text
 
 
 def main() -> None:
-    """Splits the corpus, runs each level in a process of its own, prints the tables."""
+    """Splits the corpus, runs each boundary in a process of its own, prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", required=True)
     parser.add_argument("--language_field", default="meta.lang")
     parser.add_argument("--held_out", required=True, help="regular expression on a document's `meta`")
     parser.add_argument("--modern", default="", help="comma-separated .jsonl files of modern text, tested on only")
-    parser.add_argument("--against", default="", help="tokenizers to compare with")
-    parser.add_argument("--shares", default="", help="shares of the vocabulary, as for tanuki tokenizer train")
+    parser.add_argument("--compare", default="", help="tokenizers to compare with")
+    parser.add_argument(
+        "--language_weights", default="", help="language_weights of the vocabulary, as for tanuki tokenizer train"
+    )
     parser.add_argument("--vocab_size", type=int, default=65_000)
     parser.add_argument("--levels", default=",".join(LEVELS))
     parser.add_argument("--steps", type=int, default=0, help="steps of the small model; 0 = no model")
@@ -47,17 +49,17 @@ def main() -> None:
     tests = split(options)
     print(f"# Tokenizers, {time.strftime('%Y-%m-%d')}\n\n{platform.machine()}, {os.cpu_count()} cores\n\n    {command()}\n")
     levels = options.levels.split(",")
-    print("| level | training, s | memory, GiB | pieces |\n|---|---|---|---|")
-    for level in levels:
-        seconds, memory, line = train(options, level)
-        print(f"| {level} | {seconds:.0f} | {memory:.2f} | {line} |", flush=True)
+    print("| boundary | training, s | memory, GiB | pieces |\n|---|---|---|---|")
+    for boundary in levels:
+        seconds, memory, line = train(options, boundary)
+        print(f"| {boundary} | {seconds:.0f} | {memory:.2f} | {line} |", flush=True)
     found = report(options, levels, tests)
     print("\n" + found["table"] + "\n")
     if options.steps:
-        print("| level | " + " | ".join(f"{name}, bits per byte" for name in tests) + " | tokens seen | text seen, MB |")
+        print("| boundary | " + " | ".join(f"{name}, bits per byte" for name in tests) + " | tokens seen | text seen, MB |")
         print("|---|" + "---|" * (len(tests) + 2))
-        for level in levels:
-            print(small_model(options, level, tests), flush=True)
+        for boundary in levels:
+            print(small_model(options, boundary, tests), flush=True)
 
 
 def command() -> str:
@@ -97,13 +99,18 @@ def tanuki(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "tanuki_jax.cli", *arguments]
 
 
-def train(options: argparse.Namespace, level: str) -> tuple[float, float, str]:
+def train(options: argparse.Namespace, boundary: str) -> tuple[float, float, str]:
     """Seconds, peak memory of the process and its children together (at most) in GiB, and what was said."""
-    output = options.workdir / level
+    output = options.workdir / boundary
     shutil.rmtree(output, ignore_errors=True)
-    flags = [f"--input={options.workdir}/train-*.jsonl", "--language_field=lang", f"--output={output}", f"--level={level}"]
-    shares = [f"--shares={options.shares}"] if options.shares else []
-    seconds, most, said = watched(tanuki("tokenizer", "train", *flags, f"--vocab_size={options.vocab_size}", *shares))
+    flags = [
+        f"--input={options.workdir}/train-*.jsonl",
+        "--language_field=lang",
+        f"--output={output}",
+        f"--boundary={boundary}",
+    ]
+    language_weights = [f"--language_weights={options.language_weights}"] if options.language_weights else []
+    seconds, most, said = watched(tanuki("tokenizer", "train", *flags, f"--vocab_size={options.vocab_size}", *language_weights))
     return seconds, most, said.strip().splitlines()[-1].partition(": ")[2]
 
 
@@ -112,7 +119,7 @@ def report(options: argparse.Namespace, levels: list[str], tests: dict[str, Path
     from tanuki_jax.data import sources
     from tokenization import report as reports
 
-    paths = [*(options.workdir / level for level in levels), *map(Path, filter(None, options.against.split(",")))]
+    paths = [*(options.workdir / boundary for boundary in levels), *map(Path, filter(None, options.compare.split(",")))]
     domains = {name: (row.fields["text"] for row in sources.read_rows(str(path))) for name, path in tests.items()}
     found = reports.report([reports.open_encoder(path) for path in paths], domains)
     reports.picture(found, options.workdir / "tokenizers.svg")
@@ -120,28 +127,28 @@ def report(options: argparse.Namespace, levels: list[str], tests: dict[str, Path
     return {"table": reports.table(found)}
 
 
-def small_model(options: argparse.Namespace, level: str, tests: dict[str, Path]) -> str:
-    """Trains the small model on this level's tokens and scores the held-out text; one row of the table."""
+def small_model(options: argparse.Namespace, boundary: str, tests: dict[str, Path]) -> str:
+    """Trains the small model on this boundary's tokens and scores the held-out text; one row of the table."""
     from tanuki_jax import checkpoint
     from tanuki_jax.data import sources
     from tanuki_jax.data.tokenizer import Tokenizer
     from tanuki_jax.evaluate.score import score_rows
 
-    home = options.workdir / f"model-{level}"
+    home = options.workdir / f"model-{boundary}"
     shutil.rmtree(home, ignore_errors=True)
     data = [f"--config.data.{lang}={options.workdir}/train-{lang}.jsonl" for lang in ("ja", "en")]
     shape = [f"--config.model.{key}={value}" for key, value in MODEL.items()]
     subprocess.run(
         tanuki("run", "--config=configs/local_text.py", f"--workdir={home}", *data, *shape)
         + [f"--config.model.vocab_size={-(-options.vocab_size // 128) * 128}"]
-        + [f"--config.tokenizer.path={options.workdir / level}", f"--config.stages.pretrain.steps={options.steps}"]
+        + [f"--config.tokenizer.path={options.workdir / boundary}", f"--config.stages.pretrain.steps={options.steps}"]
         + [f"--config.stages.pretrain.save_every={options.steps}"],
         check=True,
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
     )
     loaded = checkpoint.load(home / "stages" / "pretrain")
-    tokenizer = Tokenizer(options.workdir / level)
+    tokenizer = Tokenizer(options.workdir / boundary)
     cells = []
     for path in tests.values():
         text = "".join(row.fields["text"] + "\n" for row in sources.read_rows(str(path)))[:SCORED]
@@ -155,7 +162,7 @@ def small_model(options: argparse.Namespace, level: str, tests: dict[str, Path])
         name = path.name.split("-")[1]
         size = sum(len(row.fields["text"].encode()) for row in sources.read_rows(f"{options.workdir}/train-{name}.jsonl"))
         seen += last[f"data/{name}/tokens"] * size / manifest["tokens"]
-    return f"| {level} | " + " | ".join(cells) + f" | {last['tokens']:,} | {seen / 1e6:.2f} |"
+    return f"| {boundary} | " + " | ".join(cells) + f" | {last['tokens']:,} | {seen / 1e6:.2f} |"
 
 
 if __name__ == "__main__":

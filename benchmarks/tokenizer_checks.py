@@ -1,6 +1,6 @@
 """Trains the recipe's tokenizer on a corpus and checks what it promises: time, memory, losslessness, boundaries, agreement.
 
-python benchmarks/tokenizer_checks.py --input='corpus/*.jsonl.gz' --language_field=meta.lang --shares=ja=0.6,en=0.4 \\
+python benchmarks/tokenizer_checks.py --input='corpus/*.jsonl.gz' --language_field=meta.lang --language_weights=ja=0.6,en=0.4 \\
     --modern=question_full.jsonl,reference_answer.jsonl --transformers=/path/to/python --workdir=runs/tokenizer_checks
 """
 
@@ -35,9 +35,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", required=True)
     parser.add_argument("--language_field", default="meta.lang")
-    parser.add_argument("--shares", default="")
+    parser.add_argument("--language_weights", default="")
     parser.add_argument("--vocab_size", type=int, default=65_000)
-    parser.add_argument("--level", choices=("morpheme", "predicate", "bunsetsu"), default="bunsetsu")
+    parser.add_argument("--boundary", choices=("morpheme", "predicate", "bunsetsu"), default="bunsetsu")
     parser.add_argument("--modern", default="", help="comma-separated .jsonl files of turns, checked too")
     parser.add_argument("--examples", type=int, default=100_000, help="strings that hypothesis makes")
     parser.add_argument("--transformers", default="", help="python of an environment with transformers; empty = none")
@@ -48,9 +48,9 @@ def main() -> None:
     print(f"    python benchmarks/tokenizer_checks.py {shown}\n", flush=True)
     home = options.workdir / "tokenizer"
     shutil.rmtree(home, ignore_errors=True)
-    flags = [f"--input={options.input}", f"--language_field={options.language_field}", f"--level={options.level}"]
+    flags = [f"--input={options.input}", f"--language_field={options.language_field}", f"--boundary={options.boundary}"]
     flags += [f"--vocab_size={options.vocab_size}", f"--output={home}"] + (
-        [f"--shares={options.shares}"] * bool(options.shares)
+        [f"--language_weights={options.language_weights}"] * bool(options.language_weights)
     )
     seconds, memory, said = watched(tanuki("tokenizer", "train", *flags))
     print(f"training: {seconds:.0f} s, {memory:.2f} GiB of all processes; {said.strip().partition(': ')[2]}", flush=True)
@@ -132,14 +132,16 @@ def check_pieces(home: Path, options: argparse.Namespace) -> bool:
 
     tokenizer = Tokenizer(home)
     pieces = {p for p in map(tokenizer.piece, range(tokenizer.vocab_size)) if is_japanese(p) and len(p.strip()) > 1}
-    counts, _ = count_units((("", text) for text in corpus(options)), options.level, "ipadic")
+    counts, _ = count_units((("", text) for text in corpus(options)), options.boundary, "ipadic")
     longest = max(map(len, pieces))
     outside = set(pieces)
     for unit in counts[""]:
         for start in range(len(unit)):
             outside.difference_update(unit[start : start + n] for n in range(2, min(longest, len(unit) - start) + 1))
-    alone = {level: Segmenter(level) for level in dict.fromkeys((options.level, "morpheme"))}
-    cut = [f"{sum(len(s.units(p.strip())) > 1 for p in pieces) / len(pieces):.1%} as {level}" for level, s in alone.items()]
+    alone = {boundary: Segmenter(boundary) for boundary in dict.fromkeys((options.boundary, "morpheme"))}
+    cut = [
+        f"{sum(len(s.units(p.strip())) > 1 for p in pieces) / len(pieces):.1%} as {boundary}" for boundary, s in alone.items()
+    ]
     print(f"Japanese pieces of several characters: {len(pieces):,}; outside every unit: {len(outside)} {sorted(outside)[:5]}")
     print(f"cut when seen alone: {', '.join(cut)}", flush=True)
     return not outside

@@ -87,7 +87,8 @@ def tanuki_jax(size: Preset, mixture: bool, steps: int, profile: bool = False) -
 
     sizes = {k: v for k, v in asdict(size).items() if k not in ("rows", "seq_len", "moment_dtype")}
     experts = dict(n_experts=EXPERTS, top_k=TOP_K, normalized_gate=False) if mixture else dict(n_experts=0)
-    cfg = config.Model(**sizes, **experts, head_dim=size.d_model // size.n_heads)
+    compute = config.Compute(**{key: sizes.pop(key) for key in ("dtype", "remat") if key in sizes})
+    cfg = config.ModelConfig(**sizes, **experts, head_dim=size.d_model // size.n_heads, compute=compute)
     batch = random_batch(cfg.vocab_size, size.rows, size.seq_len)
     tokens = batch["tokens"]
     optimizer = config.Optimizer(learning_rate=1e-4, clip_norm=1.0, moment_dtype=size.moment_dtype)

@@ -47,8 +47,8 @@ def ours(python: Path, model: str, topology: str, rows: int, remat: str, cache: 
         f"--stage={stage}",
         f"{key}.seq_len={SEQ_LEN}",
         f"{key}.batch_size={rows * chips}",
-        f"{key}.microbatches=1",
-        f"--config.model.remat={remat}",
+        f"{key}.gradient_accumulation_steps=1",
+        f"--config.compute.remat={remat}",
         "--json",
     ]
     path = cache / f"ours-{hashlib.sha256(json.dumps([peer.LIBTPU, *flags, _code()]).encode()).hexdigest()[:16]}.json"

@@ -3,7 +3,8 @@
 tanuki run --config=configs/lr_range.py --workdir=runs/lr_range
 
 About a minute on a laptop.  It ends with a line like `learning rate: lowest loss at 0.02, steepest fall at 0.004, try 0.002`.
-For another model do the same in a file of its own: a short stage with `schedule="range"` and a guard that only looks on.
+For another model do the same in a file of its own: a short stage with `schedule="lr_range_test"`, and a guard that
+only looks on.
 """
 
 from pathlib import Path
@@ -21,9 +22,9 @@ def get_config():
     pretrain = c.stages.pretrain.to_dict()
     c.stages = {}
     steps = 400
-    pretrain |= dict(tokens=0, steps=steps, log_every=1, save_every=steps, mixture_starts=(0,))
+    pretrain |= dict(tokens=0, steps=steps, log_every=1, save_every=steps, phase_start_tokens=(0,))
     pretrain["mixture"] = {name: weights[:1] for name, weights in pretrain["mixture"].items()}
-    pretrain["optimizer"] = dict(schedule="range", learning_rate=1.0, learning_rate_floor=1e-5)
-    pretrain["guard"] = dict(spike=0.0, skip_limit=steps)  # that it diverges at last is the point
+    pretrain["optimizer"] = dict(schedule="lr_range_test", learning_rate=1.0, learning_rate_floor=1e-5)
+    pretrain["guard"] = dict(spike_sigma=0.0, skip_limit=steps)  # that it diverges at last is the point
     c.stages.lr_range = config.stage(**pretrain)
     return c

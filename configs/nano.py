@@ -20,9 +20,9 @@ def get_config():
             init_std=0.04,
             n_experts=8,
             top_k=2,
-            remat="full",
         )
     )
+    c.compute.remat = "full"
     c.mesh.update(dict(data=1, fsdp=-1))
     c.data = dict(
         ja="rules:documents_ja",
@@ -37,7 +37,7 @@ def get_config():
         dict(
             vocab_size=1280,
             character_coverage=1.0,
-            level="morpheme",  # the paper's rule; so small a vocabulary has no room for longer units
+            boundary="morpheme",  # the paper's rule; so small a vocabulary has no room for longer units
             sources=("ja", "en", "synthetic_ja", "synthetic_en", "dialogues"),
             max_bytes=2_000_000,
         )
@@ -53,7 +53,7 @@ def get_config():
     c.stages.pretrain = config.stage(
         "pretrain",
         mixture=dict(ja=(0.35, 0.2), en=(0.25, 0.15), synthetic_ja=(0.24, 0.39), synthetic_en=(0.16, 0.26)),
-        mixture_starts=(0, 700_000),
+        phase_start_tokens=(0, 700_000),
         tokens=1_500_000,
         optimizer=adam(2e-3),
         **row,
@@ -63,7 +63,7 @@ def get_config():
         "pretrain",
         init_from="upcycle",
         mixture=dict(ja=(0.2, 0.0), en=(0.15, 0.0), synthetic_ja=(0.39, 0.6), synthetic_en=(0.26, 0.4)),
-        mixture_starts=(0, 500_000),
+        phase_start_tokens=(0, 500_000),
         tokens=1_000_000,
         optimizer=adam(1.5e-3),
         **row,

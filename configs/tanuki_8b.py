@@ -17,7 +17,7 @@ Where the sources disagree, or say nothing:
 - Runs 5-7 are one cosine over 300,000 iterations, left at about 126,000 with the rate near 1.0e-4; an attempt with 3e-4 in
   between spiked, was rolled back, and is left out.
 - The team lost Adam's moments at nearly every change of data (`--finetune`), and so do these stages, but for runs 6 and 7,
-  which change nothing.  Set carry="all" to do better.
+  which change nothing.  Set restore="all" to do better.
 - FP8 (hybrid) was used; these stages compute in bfloat16.
 - SFT and DPO (paper, table 2) counted examples: 640 and 512 in a batch.  Here rows are packed, so a batch has fewer rows, about
   as many examples: 160 rows of 2048 tokens if an example has 500, 256 rows of two pairs.
@@ -29,8 +29,8 @@ from tanuki_jax import config
 
 B = 1_000_000_000
 # Microbatches: with remat="full" every stage fits 128 v5p and 256 v6e chips; see docs/scaling.md.
-SHORT = dict(seq_len=2048, batch_size=3072, microbatches=2, rope_theta=1e4)
-LONG = dict(seq_len=8192, batch_size=1536, microbatches=2, rope_theta=5e5)
+SHORT = dict(seq_len=2048, batch_size=3072, gradient_accumulation_steps=2, rope_theta=1e4)
+LONG = dict(seq_len=8192, batch_size=1536, gradient_accumulation_steps=2, rope_theta=5e5)
 TEXT = ("branch_ja", "branch_en", "llm_jp", "fineweb_edu", "rewritten", "instruct_en", "instruct_ja", "code_maths", "wizardlm")
 
 
@@ -83,7 +83,8 @@ def get_config(root="data"):
 def base(root, name, text, conversations):
     """The model, the tokenizer and where the corpora lie; shared with tanuki_8x8b.py."""
     c = config.recipe(name=name, seed=1234)  # Megatron-LM's default seed
-    c.model.update(dict(remat="full", n_experts=0))  # every other key of the 8B is the schema's default
+    c.model.n_experts = 0
+    c.compute.remat = "full"  # every other key of the 8B is the schema's default
     c.tokenizer.update(dict(path=f"{root}/tokenizer"))
     c.data = {source: f"{root}/{source}/*.jsonl.gz" for source in (*text, *conversations)}
     return c
@@ -110,7 +111,7 @@ def dense_before_split(c):
     for name, tokens, mixture, options, rows in stages:
         carry = "all" if name in ("run_06", "run_07") else "params"
         c.stages[name] = config.stage(
-            "pretrain", init_from=last, carry=carry, tokens=tokens, mixture=mixture, **rows, **options
+            "pretrain", init_from=last, restore=carry, tokens=tokens, mixture=mixture, **rows, **options
         )
         last = name
     return last

@@ -29,8 +29,8 @@ from tanuki_jax import config
 
 DENSE = runpy.run_path(str(Path(__file__).with_name("tanuki_8b.py")))
 B = 1_000_000_000
-SHORT = dict(seq_len=2048, batch_size=3072, microbatches=2, rope_theta=1e4)
-PACKED = dict(seq_len=4096, batch_size=3072, microbatches=4, rope_theta=5e5)
+SHORT = dict(seq_len=2048, batch_size=3072, gradient_accumulation_steps=2, rope_theta=1e4)
+PACKED = dict(seq_len=4096, batch_size=3072, gradient_accumulation_steps=4, rope_theta=5e5)
 TEXT = (
     *("branch_ja", "branch_en", "llm_jp", "fineweb_edu", "twitter", "pmc", "rewritten"),
     *("open_web_math", "starcoder", "cosmopedia", "instruct_en", "instruct_ja", "wizardlm"),

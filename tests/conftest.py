@@ -64,5 +64,5 @@ def tokenizer(tmp_path_factory):
     from tokenization.train import train
 
     directory = tmp_path_factory.mktemp("tokenizer")
-    train([("", text) for text in TEXTS], directory, vocab_size=512, character_coverage=1.0, level="morpheme")
+    train([("", text) for text in TEXTS], directory, vocab_size=512, character_coverage=1.0, boundary="morpheme")
     return Tokenizer(directory)

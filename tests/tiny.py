@@ -1,5 +1,7 @@
 """Models and batches small enough for any test."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,10 +14,14 @@ apply = jax.jit(model.apply, static_argnums=0)
 
 def small(**overrides):
     """A model small enough for any test; float32."""
-    values = dict(
-        vocab_size=96, n_layers=2, d_model=32, d_ff=48, n_heads=4, n_kv_heads=2, head_dim=8, init_std=0.1, dtype="float32"
-    )
-    return config.Model(**{**values, **overrides})
+    shape = dict(vocab_size=96, n_layers=2, d_model=32, d_ff=48, n_heads=4, n_kv_heads=2, head_dim=8, init_std=0.1)
+    return with_options(config.ModelConfig(**shape), **{"dtype": "float32", **overrides})
+
+
+def with_options(cfg, **options):
+    """A model with other keys of its architecture, or of how it is computed."""
+    compute = {name: options.pop(name) for name in vars(cfg.compute) if name in options}
+    return dataclasses.replace(cfg, compute=dataclasses.replace(cfg.compute, **compute), **options)
 
 
 def packed_batch(rng, cfg, rows=8, length=24):

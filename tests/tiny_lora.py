@@ -17,7 +17,7 @@ def get_config(argument="dense"):
     c.rules.update(dict(dialogues=120, pairs=30))
     c.tokenizer.update(dict(vocab_size=600, character_coverage=1.0, sources=("talk",)))
     c.scoring.prompts = 0
-    row = dict(seq_len=64, batch_size=8, steps=4, save_every=2, keep=2, log_every=1, optimizer=dict(learning_rate=1e-2))
+    row = dict(seq_len=64, batch_size=8, steps=4, save_every=2, keep_latest=2, log_every=1, optimizer=dict(learning_rate=1e-2))
     talk, pairs = dict(talk=(1.0,)), dict(pairs=(1.0,))
     if argument == "one":
         c.stages.one = config.stage("sft", init_from="?", mixture=talk, **row)
@@ -28,9 +28,9 @@ def get_config(argument="dense"):
     both = dict(talk=(1.0,), rare=(0.06,))
     c.stages.sft = config.stage("sft", init_from="base", mixture=both, lora=dict(LORA, dropout=0.2), **row)
     c.stages.dpo = config.stage(
-        "dpo", init_from="sft", carry="adapter", mixture=pairs, lora=LORA, **{**row, "steps": 2, "seq_len": 256}
+        "dpo", init_from="sft", restore="adapter", mixture=pairs, lora=LORA, **{**row, "steps": 2, "seq_len": 256}
     )
-    c.stages.still = config.stage("sft", init_from="sft", carry="all", mixture=talk, lora=LORA, **still)
+    c.stages.still = config.stage("sft", init_from="sft", restore="all", mixture=talk, lora=LORA, **still)
     c.stages.whole = config.stage("sft", init_from="sft", mixture=talk, **still)
     return c
 

@@ -92,20 +92,20 @@ def _load_model(path: Path) -> Any:
 
 
 def report(
-    encoders: Iterable[Encoder], domains: Mapping[str, Iterable[str]], level: str = "bunsetsu", dictionary: str = "ipadic"
+    encoders: Iterable[Encoder], domains: Mapping[str, Iterable[str]], boundary: str = "bunsetsu", dictionary: str = "ipadic"
 ) -> dict[str, Any]:
     """{"domains": {domain: {tokenizer: figures}}, "vocabulary": {tokenizer: figures}}; texts are measured line by line.
 
     Of a domain: characters_per_token and bytes_per_token (higher is better); fertility: tokens per MeCab morpheme;
     byte_fallback: share of tokens that spell a byte; round_trip: share of lines that come back exactly; crossing: share of
-    tokens that go over a boundary of the level's units; special: special tokens that text gave; agreement: share of lines to
+    tokens that go over a boundary of the boundary's units; special: special tokens that text gave; agreement: share of lines to
     which tokenizer.json and the SentencePiece model beside it give the same ids, with its `disagreements`.
     Of a vocabulary: pieces; japanese: pieces with kana or kanji; split_alone: share of the Japanese pieces of several
     characters that MeCab cuts when it sees them alone; used: ids that the texts used; injected: special tokens that their
     own spelling gave.
     """
     encoders, morphemes = _unique_names(encoders), Segmenter("morpheme", dictionary)
-    segmenter = Segmenter(level, dictionary)
+    segmenter = Segmenter(boundary, dictionary)
     used: dict[str, set[int]] = {encoder.name: set() for encoder in encoders}
     found: dict[str, Any] = {}
     for domain, texts in domains.items():
@@ -130,7 +130,7 @@ def report(
             for encoder in encoders
         }
     return {
-        "level": level,
+        "boundary": boundary,
         "domains": found,
         "vocabulary": {encoder.name: _vocabulary(encoder, used[encoder.name], morphemes) for encoder in encoders},
     }
@@ -245,7 +245,7 @@ def table(found: dict[str, Any]) -> str:
     for name, row in found["vocabulary"].items():
         counts = [f"{row[key]:,}" for key in ("pieces", "japanese", "used", "injected")]
         lines.append(line(f"  {name}", (*counts[:2], f"{row['split_alone']:.1%}", *counts[2:])))
-    lines.append(f"crossing: tokens over a boundary of {found['level']} units; split alone: by MeCab, of Japanese pieces")
+    lines.append(f"crossing: tokens over a boundary of {found['boundary']} units; split alone: by MeCab, of Japanese pieces")
     return "\n".join(lines)
 
 
@@ -260,7 +260,7 @@ def _cell(column: str, value: Any) -> str:
 def picture(found: dict[str, Any], path: Path) -> None:
     """Draws compression by domain and tokenizer; the suffix of `path` says the format (.svg, .png, .pdf)."""
     if path.suffix not in (".svg", ".png", ".pdf"):
-        raise UserError(f"--picture: {path} must end with .svg, .png or .pdf")
+        raise UserError(f"--plot: {path} must end with .svg, .png or .pdf")
     import matplotlib
 
     matplotlib.use("svg" if path.suffix == ".svg" else "agg")

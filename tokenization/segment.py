@@ -1,6 +1,6 @@
 """Cuts text into the units that no piece may cross, and counts them: in parallel, in bounded memory.
 
-The level says what a unit is: one MeCab morpheme (the paper's rule), a predicate with its auxiliaries, or a bunsetsu (a
+The boundary says what a unit is: one MeCab morpheme (the paper's rule), a predicate with its auxiliaries, or a bunsetsu (a
 content word with what leans on it).  White space before a unit belongs to it, and always begins a new one.
 """
 
@@ -28,14 +28,14 @@ MOST_UNITS = 8_000_000  # distinct units of a language kept in memory (about 1 G
 class Segmenter:
     """MeCab with the IPADIC dictionary, or with UniDic (pip install unidic-lite)."""
 
-    def __init__(self, level: str = "bunsetsu", dictionary: str = "ipadic") -> None:
+    def __init__(self, boundary: str = "bunsetsu", dictionary: str = "ipadic") -> None:
         import MeCab
 
-        if level not in LEVELS[:3]:
-            raise ValueError(f"level {level!r} has no units; it must be one of {', '.join(LEVELS[:3])}")
+        if boundary not in LEVELS[:3]:
+            raise ValueError(f"boundary {boundary!r} has no units; it must be one of {', '.join(LEVELS[:3])}")
         leans: dict[str, Callable[[str, str], bool]]
         leans = {"morpheme": _never, "predicate": _in_predicate, "bunsetsu": _in_bunsetsu}
-        self._leans = leans[level]
+        self._leans = leans[boundary]
         self._tagger = MeCab.Tagger(f"{_dictionary(dictionary)} {NODE}")
 
     def units(self, line: str) -> list[str]:
@@ -111,7 +111,7 @@ Counts = dict[str, collections.Counter[str]]  # language -> unit -> how often
 
 
 def count_units(
-    texts: Iterable[tuple[str, str]], level: str = "bunsetsu", dictionary: str = "ipadic", workers: int = 0
+    texts: Iterable[tuple[str, str]], boundary: str = "bunsetsu", dictionary: str = "ipadic", workers: int = 0
 ) -> tuple[Counts, int]:
     """How often each unit occurs in (language, text) pairs, and how many occurrences of rare units were forgotten.
 
@@ -120,7 +120,7 @@ def count_units(
     """
     counts: Counts = {}
     forgotten = 0
-    for language, found in _count_batch(_batches(texts), level, dictionary, workers or os.cpu_count() or 1):
+    for language, found in _count_batch(_batches(texts), boundary, dictionary, workers or os.cpu_count() or 1):
         total = counts.setdefault(language, collections.Counter())
         total.update(found)
         rare = 1
@@ -132,19 +132,19 @@ def count_units(
 
 
 def _count_batch(
-    batches: Iterator[tuple[str, list[str]]], level: str, dictionary: str, workers: int
+    batches: Iterator[tuple[str, list[str]]], boundary: str, dictionary: str, workers: int
 ) -> Iterator[tuple[str, collections.Counter[str]]]:
     """The counts of each batch, in order; the first batches are counted here, since small input is not worth a process."""
     head = list(itertools.islice(batches, 2))
     if len(head) < 2 or workers < 2:
         for language, texts in (*head, *batches):
-            yield language, _count(texts, level, dictionary)
+            yield language, _count(texts, boundary, dictionary)
         return
     pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), lock.end_with_parent)
     with pool:
         waiting: collections.deque = collections.deque()
         for language, texts in (*head, *batches):
-            waiting.append((language, pool.submit(_count, texts, level, dictionary)))
+            waiting.append((language, pool.submit(_count, texts, boundary, dictionary)))
             if len(waiting) > workers:
                 language, future = waiting.popleft()
                 yield language, future.result()
@@ -152,8 +152,8 @@ def _count_batch(
             yield language, future.result()
 
 
-def _count(texts: list[str], level: str, dictionary: str) -> collections.Counter[str]:
-    segmenter = _segmenter(level, dictionary)
+def _count(texts: list[str], boundary: str, dictionary: str) -> collections.Counter[str]:
+    segmenter = _segmenter(boundary, dictionary)
     counts: collections.Counter[str] = collections.Counter()
     for text in texts:
         for line in lines(text):
@@ -162,8 +162,8 @@ def _count(texts: list[str], level: str, dictionary: str) -> collections.Counter
 
 
 @functools.cache
-def _segmenter(level: str, dictionary: str) -> Segmenter:
-    return Segmenter(level, dictionary)
+def _segmenter(boundary: str, dictionary: str) -> Segmenter:
+    return Segmenter(boundary, dictionary)
 
 
 def lines(text: str) -> list[str]:

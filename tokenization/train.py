@@ -50,9 +50,9 @@ class Trained(NamedTuple):
     by_language: dict[str, int]  # pieces that are likelier in a language's units than in the others'
 
     def __str__(self) -> str:
-        shares = ", ".join(f"{n:,} {language or 'of no named language'}" for language, n in self.by_language.items())
+        language_weights = ", ".join(f"{n:,} {language or 'of no named language'}" for language, n in self.by_language.items())
         lost = f"; {self.forgotten:,} units too rare for memory were left out" if self.forgotten else ""
-        return f"{self.pieces:,} pieces ({shares}) from {self.units:,} units ({self.distinct_units:,} distinct){lost}"
+        return f"{self.pieces:,} pieces ({language_weights}) from {self.units:,} units ({self.distinct_units:,} distinct){lost}"
 
 
 def train(
@@ -60,9 +60,9 @@ def train(
     output: Path,
     vocab_size: int,
     character_coverage: float = 0.9995,
-    level: str = "bunsetsu",
+    boundary: str = "bunsetsu",
     dictionary: str = "ipadic",
-    shares: Mapping[str, float] | None = None,
+    language_weights: Mapping[str, float] | None = None,
 ) -> Trained:
     """Writes tokenizer.json (canonical), tokenizer.model, tokenizer_config.json and special_tokens_map.json to `output`.
 
@@ -71,18 +71,18 @@ def train(
 
     Args:
       texts: (language, text) pairs; the language is any name, or empty.
-      level: what no piece may cross: a MeCab morpheme (the paper's rule), a predicate, a bunsetsu, or none (white space).
-      shares: language -> its share of the vocabulary; each language is then trained alone, and the model is their mixture
-        by tokens.  Without, the shares are what comes of training on everything.
+      boundary: what no piece may cross: a MeCab morpheme (the paper's rule), a predicate, a bunsetsu, or none (white space).
+      language_weights: language -> its share of the vocabulary; each is then trained alone, and the model is their mixture
+        by tokens.  Without, the language_weights are what comes of training on everything.
     """
-    if level not in LEVELS:
-        raise UserError(f"tokenizer: level {level!r} is none of {', '.join(LEVELS)}")
-    check_options(vocab_size, character_coverage, shares)
+    if boundary not in LEVELS:
+        raise UserError(f"tokenizer: boundary {boundary!r} is none of {', '.join(LEVELS)}")
+    check_options(vocab_size, character_coverage, language_weights)
     with files.disk_errors(output.resolve().parent, "tokenizer"):
-        return _train(texts, output, vocab_size, character_coverage, level, dictionary, shares)
+        return _train(texts, output, vocab_size, character_coverage, boundary, dictionary, language_weights)
 
 
-def check_options(vocab_size: int, character_coverage: float, shares: Mapping[str, float] | None) -> None:
+def check_options(vocab_size: int, character_coverage: float, language_weights: Mapping[str, float] | None) -> None:
     """An error about numbers with which no tokenizer can be trained."""
     least = len((UNK, BOS, EOS, PAD, *CONTROLS)) + 256 + 1 + len(SPELLING)  # bytes, the newline
     if not least < vocab_size <= 1 << 24:
@@ -92,8 +92,8 @@ def check_options(vocab_size: int, character_coverage: float, shares: Mapping[st
         )
     if not 0 < character_coverage <= 1:
         raise UserError(f"tokenizer: character_coverage {character_coverage} must be above 0 and at most 1 (0.9995)")
-    if shares and not all(0 < share < math.inf for share in shares.values()):
-        raise UserError(f"tokenizer: every share of the vocabulary must be a number above 0: {dict(shares)}")
+    if language_weights and not all(0 < share < math.inf for share in language_weights.values()):
+        raise UserError(f"tokenizer: every share of the vocabulary must be a number above 0: {dict(language_weights)}")
 
 
 def _train(
@@ -101,24 +101,24 @@ def _train(
     output: Path,
     vocab_size: int,
     character_coverage: float,
-    level: str,
+    boundary: str,
     dictionary: str,
-    shares: Mapping[str, float] | None,
+    language_weights: Mapping[str, float] | None,
 ) -> Trained:
-    if level == "none":
+    if boundary == "none":
         counts, forgotten = _count_lines(texts), 0
     else:
-        counts, forgotten = count_units(texts, level, dictionary)
+        counts, forgotten = count_units(texts, boundary, dictionary)
     if not any(counts.values()):
         raise UserError("tokenizer: the corpus is empty; --input must match files with text")
     output.mkdir(parents=True, exist_ok=True)
-    if shares:
-        model = _mixture(counts, shares, vocab_size, character_coverage, level)
+    if language_weights:
+        model = _mixture(counts, language_weights, vocab_size, character_coverage, boundary)
     else:
         together: collections.Counter[str] = collections.Counter()
         for found in counts.values():
             together.update(found)
-        model = _fit(together, vocab_size, character_coverage, level)
+        model = _fit(together, vocab_size, character_coverage, boundary)
     (output / "tokenizer.model").write_bytes(model.SerializeToString())
     pieces = export(output / "tokenizer.model", output)
     units = sum(found.total() for found in counts.values())
@@ -126,7 +126,7 @@ def _train(
     return Trained(pieces, units, distinct, forgotten, _by_language(model, counts))
 
 
-def _fit(counts: collections.Counter[str], vocab_size: int, character_coverage: float, level: str) -> Any:
+def _fit(counts: collections.Counter[str], vocab_size: int, character_coverage: float, boundary: str) -> Any:
     """A SentencePiece model (protobuf) of counted units."""
     import sentencepiece
 
@@ -142,7 +142,7 @@ def _fit(counts: collections.Counter[str], vocab_size: int, character_coverage: 
             # for want of an alternative; seen once alone, each keeps a small probability.
             f.writelines(f"{character}\t1\n" for character in sorted({*"".join(counts), *required} - {"\t"}))
         options: dict[str, Any] = {}
-        if level != "none":  # lines seldom repeat, and SentencePiece's own seeds are right for them
+        if boundary != "none":  # lines seldom repeat, and SentencePiece's own seeds are right for them
             with seeds.open("w", encoding="utf-8") as f:
                 f.writelines(f"{piece}\t{n}\n" for piece, n in seed_pieces(counts + marks))
             options["seed_sentencepieces_file"] = str(seeds)
@@ -217,7 +217,7 @@ def seed_pieces(counts: Mapping[str, int]) -> list[tuple[str, int]]:
 
 
 def _count_lines(texts: Iterable[tuple[str, str]]) -> dict[str, collections.Counter[str]]:
-    """Lines as units, for the level none; all distinct lines are in memory, as SentencePiece needs them."""
+    """Lines as units, for the boundary none; all distinct lines are in memory, as SentencePiece needs them."""
     counts: dict[str, collections.Counter[str]] = {}
     for language, text in texts:
         counts.setdefault(language, collections.Counter()).update(line.replace("\t", " ") for line in lines(text) if line)
@@ -229,24 +229,27 @@ def _count_lines(texts: Iterable[tuple[str, str]]) -> dict[str, collections.Coun
 
 def _mixture(
     counts: Mapping[str, collections.Counter[str]],
-    shares: Mapping[str, float],
+    language_weights: Mapping[str, float],
     vocab_size: int,
     character_coverage: float,
-    level: str,
+    boundary: str,
 ) -> Any:
     """One model of languages trained apart: p(piece) = sum over languages of (its share of tokens) x p(piece | language).
 
     Each language has exactly its share of the pieces of several characters, as long as it has that many; a piece of several
     languages counts for the one in which it is commonest.  Single characters are common to all.
     """
-    if set(shares) != set(counts):
-        raise UserError(f"tokenizer: shares are given for {', '.join(shares)}, the text is in {', '.join(map(repr, counts))}")
-    whole = sum(shares.values())
+    if set(language_weights) != set(counts):
+        raise UserError(
+            f"tokenizer: language_weights are given for {', '.join(language_weights)}, the text is in "
+            f"{', '.join(map(repr, counts))}"
+        )
+    whole = sum(language_weights.values())
     models = {}
     for language, found in counts.items():
         common = 300 + len(MODERN if vocab_size >= ROOM else SPELLING) + len(set("".join(found)))  # special, bytes, characters
-        size = min(vocab_size, common + math.ceil(SURPLUS * vocab_size * shares[language] / whole))
-        models[language] = _fit(found, size, character_coverage, level)
+        size = min(vocab_size, common + math.ceil(SURPLUS * vocab_size * language_weights[language] / whole))
+        models[language] = _fit(found, size, character_coverage, boundary)
     tokens = {language: _tokens(models[language], found) for language, found in counts.items()}
     probability: dict[str, dict[str, float]] = {}  # piece -> language -> its part of the mixture
     for language, model in models.items():
@@ -261,8 +264,8 @@ def _mixture(
     special = [piece for piece in result.pieces if piece.type != piece.NORMAL]
     kept = {piece for piece in ranked if len(piece) == 1}
     room = max(0, vocab_size - len(special) - len(kept))
-    edges = [round(room * total / whole) for total in itertools.accumulate(shares.values(), initial=0.0)]
-    for language, first, last in zip(shares, edges, edges[1:], strict=False):
+    edges = [round(room * total / whole) for total in itertools.accumulate(language_weights.values(), initial=0.0)]
+    for language, first, last in zip(language_weights, edges, edges[1:], strict=False):
         mine = [piece for piece in ranked if owner[piece] == language and len(piece) > 1]
         kept.update(mine[: last - first])
     del result.pieces[:]

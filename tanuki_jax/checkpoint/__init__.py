@@ -65,7 +65,11 @@ __all__ = [
     "single_device",
 ]
 
-LATER = {"EVERY": "manager", "Checkpoints": "manager", "save_streamed": "streaming"}  # whose import takes a tenth of a second
+LATER = {
+    "KEEP_ALL": "manager",
+    "Checkpoints": "manager",
+    "save_streaming": "streaming",
+}  # whose import takes a tenth of a second
 
 
 def __getattr__(name: str) -> Any:

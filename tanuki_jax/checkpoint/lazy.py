@@ -37,7 +37,7 @@ class LazyCheckpoint:
     an error where they differ: to be asked before anyone sees what was made of the checkpoint.
     """
 
-    cfg: config.Model
+    cfg: config.ModelConfig
     tree: dict[str, LazyArray]
     meta: dict[str, Any]
     stage_directory: Path
@@ -65,7 +65,7 @@ def open_lazy(path: str | Path, param_dtype: str = "") -> LazyCheckpoint:
     reading = checksums.ChecksumVerifier(stage_directory / "checkpoints" / str(step))
     verified = functools.cache(lambda: check_sums(stage_directory, step, "params", reading.right))
     meta = read_meta(stage_directory, step)
-    cfg = config.from_dict(config.Model, meta["model"])
+    cfg = config.read_model(meta)
     cfg = dataclasses.replace(cfg, param_dtype=param_dtype or cfg.param_dtype)
     if "adapter" in meta:
         base, losses = open_lazy(base_of(stage_directory, meta), cfg.param_dtype), list[np.ndarray]()

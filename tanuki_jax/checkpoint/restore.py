@@ -20,17 +20,14 @@ from tanuki_jax.errors import UserError
 
 REMOVED, POLL = 2.0, 0.1  # seconds that a step, which lacks a file, may be on its way out; and between two looks
 # Keys of a model that do not change its tree of parameters.
-EXECUTION_KEYS = (
-    *("dtype", "remat", "unroll", "logits_chunk", "attention", "experts", "capacity_factor"),
-    *("rope_theta", "init_std", "param_dtype"),
-)
+TREELESS_KEYS = ("capacity_factor", "rope_theta", "init_std", "param_dtype")
 
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
     """Parameters from a directory, and what belongs to them."""
 
-    cfg: config.Model
+    cfg: config.ModelConfig
     params: Any
     meta: dict[str, Any]
     stage_directory: Path
@@ -56,9 +53,9 @@ def load(path: str | Path, mesh: jax.sharding.Mesh | None = None, param_dtype: s
         shardings = (parameter_shardings(cfg, mesh), replicated(mesh)) if mesh else None
         params, losses = jax.jit(model.lora.merge_and_loss, out_shardings=shardings)(everything)
         if (told := model.lora.describe_merge_loss(multihost.to_host(losses), cfg.param_dtype)) and jax.process_index() == 0:
-            print(f"{path}: {told}; model.param_dtype='float32' keeps it, and so does carry='adapter'", file=sys.stderr)
+            print(f"{path}: {told}; model.param_dtype='float32' keeps it, and so does restore='adapter'", file=sys.stderr)
         return Loaded(cfg, params, without_adapter(meta), stage_directory)
-    cfg = config.from_dict(config.Model, meta["model"])
+    cfg = config.read_model(meta)
     shapes = model.parameter_shapes(cfg)
     shardings = parameter_shardings(cfg, mesh) if mesh else None
     return _cast(Loaded(cfg, _restore(stage_directory, step, shapes, shardings), meta, stage_directory), param_dtype, mesh)
@@ -76,7 +73,7 @@ def _cast(loaded: Loaded, param_dtype: str, mesh: jax.sharding.Mesh | None) -> L
     return dataclasses.replace(loaded, cfg=cfg, params=convert(loaded.params))
 
 
-def load_for(path: str | Path, cfg: config.Model, mesh: jax.sharding.Mesh) -> Loaded:
+def load_for(path: str | Path, cfg: config.ModelConfig, mesh: jax.sharding.Mesh) -> Loaded:
     """A checkpoint for the model `cfg`, in its dtype; an error where it is of another architecture."""
     loaded = load(path, mesh, cfg.param_dtype)
     check_architecture(str(path), loaded.meta["model"], cfg)
@@ -122,7 +119,7 @@ def check_there(home: Path) -> None:
     if not home.is_dir():
         raise UserError(
             f"checkpoint: {home} was removed while it was read, as a run that goes on removes its older steps; "
-            "give the command again for the newest one, or keep more (stages.NAME.keep, keep_every)"
+            "give the command again for the newest one, or keep more (stages.NAME.keep_latest, keep_every)"
         )
 
 
@@ -141,7 +138,7 @@ def read_meta(stage_directory: Path, step: int) -> dict[str, Any]:
         _is_damaged(home, wrong)
     try:
         meta: dict[str, Any] = files.read_json(home / "meta" / "metadata")  # a manager of Orbax takes ten times as long
-        config.from_dict(config.Model, meta["model"])
+        config.read_model(meta)
     except KeyError as error:
         raise UserError(f"checkpoint: {stage_directory} step {step} cannot be read: {error} is missing in its meta") from error
     except (ValueError, TypeError, OSError, UserError) as error:
@@ -189,7 +186,7 @@ def save_params(stage_directory: Path, params: Any, meta: dict[str, Any]) -> Non
 class Adapters:
     """Adapters from a directory, and the checkpoint that they lie on."""
 
-    cfg: config.Model
+    cfg: config.ModelConfig
     ranks: dict[str, int]
     params: Any  # {"lora": ...}
     scales: Any  # {"lora_scale": ...}
@@ -237,7 +234,7 @@ def load_adapters(path: str | Path, mesh: jax.sharding.Mesh | None = None) -> Ad
     meta = read_meta(stage_directory, step)
     if "adapter" not in meta:
         raise UserError(f"checkpoint: {path} holds a whole model, and no adapters")
-    cfg, told = config.from_dict(config.Model, meta["model"]), meta["adapter"]
+    cfg, told = config.read_model(meta), meta["adapter"]
     shapes = model.lora.adapter_shapes(cfg, told["ranks"])
     axes, _ = model.lora.adapter_axes(cfg, told["ranks"])
     params = _restore(stage_directory, step, shapes, parallel.tree_shardings(mesh, axes, shapes) if mesh else None)
@@ -247,7 +244,7 @@ def load_adapters(path: str | Path, mesh: jax.sharding.Mesh | None = None) -> Ad
 # --- where parameters go --------------------------------------------------------------------------------------------
 
 
-def parameter_shardings(cfg: config.Model, mesh: jax.sharding.Mesh) -> Any:
+def parameter_shardings(cfg: config.ModelConfig, mesh: jax.sharding.Mesh) -> Any:
     """How a model's parameters are split over a mesh."""
     return parallel.tree_shardings(mesh, model.logical_axes(cfg), model.parameter_shapes(cfg))
 
@@ -263,15 +260,15 @@ def single_device(shapes: Any) -> Any:
     return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes)
 
 
-def check_architecture(where: str, saved: dict[str, Any], cfg: config.Model) -> None:
+def check_architecture(where: str, saved: dict[str, Any], cfg: config.ModelConfig) -> None:
     """An error that names what differs between a checkpoint's model and the one asked for."""
     wanted = config.to_dict(cfg)
-    saved = config.to_dict(config.from_dict(config.Model, saved))  # keys added since have their defaults
+    saved = config.to_dict(config.read_model({"model": saved}))  # keys added since have their defaults
     unused = () if cfg.n_experts else config.MOE_KEYS
     differing = [
         f"{name} {saved[name]} (here {value})"
         for name, value in wanted.items()
-        if name not in (*EXECUTION_KEYS, *unused) and saved[name] != value
+        if name not in (*TREELESS_KEYS, *unused) and saved[name] != value
     ]
     if differing:
         raise UserError(

@@ -63,7 +63,7 @@ class _StreamHandler(ocp.type_handlers.NumpyHandler):
         self.sums = dict(files.prefetch((functools.partial(written, *one) for one in paths), PREFETCH, PREFETCH))
 
 
-def save_streaming(stage_directory: Path, cfg: config.Model, blocks: Iterator[Block], meta: dict[str, Any]) -> None:
+def save_streaming(stage_directory: Path, cfg: config.ModelConfig, blocks: Iterator[Block], meta: dict[str, Any]) -> None:
     """Writes a model's parameters as step 0 of a stage from blocks (name, leading indices, array), none of which is kept.
 
     Experts come one by one (two leading indices), other layers whole (one), the rest at once (none).
@@ -103,5 +103,5 @@ def save_streaming(stage_directory: Path, cfg: config.Model, blocks: Iterator[Bl
         files.sync(directory)
 
 
-def _with_leaves(cfg: config.Model) -> Iterator[tuple[tuple[str, str, tuple[int, ...]], Any]]:
+def _with_leaves(cfg: config.ModelConfig) -> Iterator[tuple[tuple[str, str, tuple[int, ...]], Any]]:
     yield from zip(model.named_parameters(cfg), jax.tree.leaves(model.parameter_shapes(cfg)), strict=True)

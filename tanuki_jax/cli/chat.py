@@ -22,7 +22,7 @@ EXIT_HINT = 1.0  # seconds within which a second Ctrl-C leaves
 
 
 def chat(
-    cfg: config.Model,
+    cfg: config.ModelConfig,
     params: Any,
     tokenizer: Tokenizer,
     sampling: model.Sampling,

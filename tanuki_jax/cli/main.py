@@ -210,7 +210,11 @@ def _upcycle(options: argparse.Namespace) -> None:
     from tanuki_jax.upcycle import stream
 
     shape = {name: getattr(options, name) for name in ("n_experts", "top_k", "expert_d_ff", "first_dense", "moe_every")}
-    shape |= {"normalized_gate": not options.plain_gate, "gate_scale": options.gate_scale, "router_bias": options.router_bias}
+    shape |= {
+        "normalized_gate": not options.no_normalized_gate,
+        "gate_scale": options.gate_scale,
+        "router_bias": options.router_bias,
+    }
     settings = {n: getattr(options, n) for n in ("strategy", "noise_std", "drop_ratio", "router_init", "router_std")}
     job = stream.plan(options.checkpoint.split(","), shape, settings, options.seed, options.param_dtype)
     if options.dry_run:
@@ -265,7 +269,11 @@ def _tokenizer_train(options: argparse.Namespace) -> None:
     from tokenization.train import train
     from tokenization.vocab_size import check_vocab_size
 
-    how = {"level": options.level, "dictionary": options.dictionary, "shares": _shares(options.shares)}
+    how = {
+        "boundary": options.boundary,
+        "dictionary": options.dictionary,
+        "language_weights": _shares(options.language_weights),
+    }
     with files.atomic_path(_new_output(options.output)) as temporary:
 
         def texts() -> Iterator[tuple[str, str]]:
@@ -279,16 +287,16 @@ def _tokenizer_train(options: argparse.Namespace) -> None:
 
 
 def _shares(text: str) -> dict[str, float]:
-    allowed, found = range_of(Tokenizer, "shares"), {}
+    allowed, found = range_of(Tokenizer, "language_weights"), {}
     for part in filter(None, text.split(",")):
         name, _, share = part.partition("=")
         try:
             value = float(share)
         except ValueError as error:
-            raise UserError(f"--shares: {text!r} must be like ja=0.65,en=0.35") from error
+            raise UserError(f"--language_weights: {text!r} must be like ja=0.65,en=0.35") from error
         if name in found or value not in allowed:
             told = "it is there twice" if name in found else f"it must be {allowed.describe()}"
-            raise UserError(f"--shares: {part!r} of {text!r}: {told}")
+            raise UserError(f"--language_weights: {part!r} of {text!r}: {told}")
         found[name] = value
     return found
 
@@ -297,14 +305,14 @@ def _tokenizer_report(options: argparse.Namespace) -> None:
     from tanuki_jax.data import prepare, sources
     from tokenization import report
 
-    paths = [options.tokenizer, *map(Path, filter(None, options.against.split(",")))]
+    paths = [options.tokenizer, *map(Path, filter(None, options.compare.split(",")))]
     domains = {
         pattern: (prepare.text_of(row) for row in sources.read_rows(pattern, _fields(options)))
         for pattern in sources.split_patterns(options.input)
     }
-    found = report.report([report.open_encoder(path) for path in paths], domains, options.level)
-    if options.picture:
-        report.picture(found, options.picture)
+    found = report.report([report.open_encoder(path) for path in paths], domains, options.boundary)
+    if options.plot:
+        report.picture(found, options.plot)
     _print(options, found, report.table(found))
 
 
@@ -313,7 +321,7 @@ def _data_prepare(options: argparse.Namespace) -> None:
     from tanuki_jax.data.tokenizer import Tokenizer
 
     tokenizer, output = Tokenizer(options.tokenizer), _new_output(options.output)
-    how = prepare.Options(_fields(options), options.skip_bad, options.shard_characters)
+    how = prepare.Options(_fields(options), options.skip_invalid, options.shard_characters)
     manifest: prepare.Manifest | None
     if options.executor == "local":
         manifest = prepare.prepare(options.input, tokenizer, output, how, options.workers)

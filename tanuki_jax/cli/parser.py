@@ -53,7 +53,9 @@ def make_parser() -> Parser:
     )
     made.add_argument("--topology", required=True, help="v5p-256, v6e-256, v5e-256, 2xv5p-256 for two slices, ...")
     made.add_argument("--stage", default="", help="one stage; without it every stage of the recipe")
-    made.add_argument("--search", action="store_true", help="try microbatches x remat x mesh, and rank what fits")
+    made.add_argument(
+        "--search", action="store_true", help="try gradient_accumulation_steps x remat x mesh, and rank what fits"
+    )
     made.add_argument(
         "--explain_sharding", action="store_true", help="how every parameter and activation is split; no compilation"
     )
@@ -97,29 +99,32 @@ def make_parser() -> Parser:
     _key(made, Tokenizer, "vocab_size", "pieces")
     _key(made, Tokenizer, "character_coverage", "share of characters with a piece of their own")
     made.add_argument(
-        "--level",
-        choices=CHOICES["level"],
-        default=Tokenizer.level,
+        "--boundary",
+        choices=CHOICES["boundary"],
+        default=Tokenizer.boundary,
         help="what no piece may cross (default %(default)s; the paper: morpheme)",
     )
     made.add_argument(
         "--dictionary", choices=CHOICES["dictionary"], default=Tokenizer.dictionary, help="of MeCab (default %(default)s)"
     )
-    made.add_argument("--shares", default="", help="share of the vocabulary of each language: ja=0.65,en=0.35")
+    made.add_argument("--language_weights", default="", help="share of the vocabulary of each language: ja=0.65,en=0.35")
     made = verb(tokenizer, "report", "tokenizer_report", "compression, round trip, boundaries and vocabulary use of tokenizers")
     _add(made, "tokenizer", "input", "fields", "json")
-    made.add_argument("--against", default="", help="other tokenizers, comma-separated: directories, tokenizer.json, .model")
+    made.add_argument("--compare", default="", help="other tokenizers, comma-separated: directories, tokenizer.json, .model")
     made.add_argument(
-        "--level", choices=("morpheme", "predicate", "bunsetsu"), default="bunsetsu", help="units whose boundaries are watched"
+        "--boundary",
+        choices=("morpheme", "predicate", "bunsetsu"),
+        default="bunsetsu",
+        help="units whose boundaries are watched",
     )
-    made.add_argument("--picture", type=path, help="draw compression and byte fallback there (.svg, .png)")
+    made.add_argument("--plot", type=path, help="draw compression and byte fallback there (.svg, .png)")
 
     data = verbs.add_parser("data", help="make a token store, or look into one").add_subparsers(
         dest="what", required=True, metavar="prepare|inspect"
     )
     made = verb(data, "prepare", "data_prepare", "from text, dialogues, pairs or tokens to a token store; resumable")
     _add(made, "input", "tokenizer", "output", "fields")
-    made.add_argument("--skip_bad", action="store_true", help="leave out bad rows, and count and list them")
+    made.add_argument("--skip_invalid", action="store_true", help="leave out bad rows, and count and list them")
     made.add_argument(
         "--workers", type=number(int, Range(0, 10_000)), default=0, help="processes; 0 = as many as are of use (default)"
     )
@@ -226,7 +231,7 @@ def _upcycle(made: argparse.ArgumentParser) -> None:
     _key(made, Model, "expert_d_ff", "groups: inner width of an expert, a divisor of the dense one; 0 = the same")
     _key(made, Model, "first_dense", "layers at the beginning that stay dense")
     _key(made, Model, "moe_every", "of the other layers every n-th becomes a mixture")
-    made.add_argument("--plain_gate", action="store_true", help="Mixtral's gate instead of Tanuki's normalised one")
+    made.add_argument("--no_normalized_gate", action="store_true", help="Mixtral's gate instead of Tanuki's normalised one")
     _key(made, Model, "gate_scale", "lambda of the normalised gate")
     made.add_argument("--router_bias", action="store_true", help="with a bias of each expert for loss-free balancing, at 0")
     made.add_argument("--param_dtype", choices=CHOICES["param_dtype"], help="of the output; the checkpoint's without it")

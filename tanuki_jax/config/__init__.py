@@ -8,11 +8,13 @@ from tanuki_jax.config.schema import (
     CHOICES,
     MOE_KEYS,
     PREFERENCES,
+    Compute,
     Guard,
     Lora,
     Loss,
     Mesh,
     Model,
+    ModelConfig,
     Optimizer,
     Recipe,
     Rules,
@@ -31,7 +33,17 @@ from tanuki_jax.config.schema import (
 from tanuki_jax.config.validate import check_moe, check_upcycle, lora_ranks, unreached_schedule
 
 if TYPE_CHECKING:
-    from tanuki_jax.config.build import defaults, from_dict, load, non_default, recipe, resolve, stage, to_dict
+    from tanuki_jax.config.build import (
+        defaults,
+        from_dict,
+        load,
+        non_default,
+        read_model,
+        recipe,
+        resolve,
+        stage,
+        to_dict,
+    )
 
 __all__ = [
     "CHOICES",
@@ -41,6 +53,8 @@ __all__ = [
     "MOE_KEYS",
     "Mesh",
     "Model",
+    "ModelConfig",
+    "Compute",
     "Optimizer",
     "PREFERENCES",
     "Range",
@@ -63,6 +77,7 @@ __all__ = [
     "model_config",
     "moe_layers",
     "non_default",
+    "read_model",
     "recipe",
     "resolve",
     "stage",
@@ -72,7 +87,7 @@ __all__ = [
 ]
 
 # Of build.py, which imports ml_collections.
-LAZY = ("changed", "defaults", "from_dict", "load", "recipe", "resolve", "stage", "to_dict")
+LAZY = ("non_default", "defaults", "from_dict", "load", "read_model", "recipe", "resolve", "stage", "to_dict")
 
 
 def __getattr__(name: str) -> Any:

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from tanuki_jax.config import config_file, init_from
 from tanuki_jax.config.ranges import Range
-from tanuki_jax.config.schema import CHOICES, Model, Recipe, Source, Stage, key_types
+from tanuki_jax.config.schema import CHOICES, Compute, Model, ModelConfig, Recipe, Source, Stage, key_types
 from tanuki_jax.config.validate import check_names, check_recipe
 from tanuki_jax.errors import UserError
 
@@ -115,8 +115,25 @@ def from_dict(schema: type, values: Mapping[str, Any]) -> Any:
     return _typed(schema, values, "")
 
 
+# Keys of Compute that stood in the model of earlier checkpoints, by their names there.
+MOVED = {
+    **{"dtype": "dtype", "attention": "attention_impl", "experts": "expert_impl"},
+    **{"remat": "remat", "unroll": "scan_unroll", "logits_chunk": "logits_chunk"},
+}
+
+
+def read_model(meta: Mapping[str, Any]) -> ModelConfig:
+    """The model of a checkpoint's meta, computed as in the recipe that trained it."""
+    architecture = from_dict(Model, {name: value for name, value in meta["model"].items() if name not in MOVED})
+    moved = {MOVED[name]: value for name, value in meta["model"].items() if name in MOVED}
+    compute = from_dict(Compute, {**moved, **meta.get("recipe", {}).get("compute", {})})
+    return ModelConfig(**vars(architecture), compute=compute)
+
+
 def to_dict(value: Any) -> Any:
     """Nested plain dicts, lists and scalars of a schema instance; JSON-serialisable."""
+    if isinstance(value, ModelConfig):
+        value = value.architecture  # which is all that a checkpoint records of it
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):

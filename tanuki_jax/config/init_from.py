@@ -83,7 +83,7 @@ def _with_model(
     this = recipe.stages[name]
     mixture = brought.get("n_experts", 0) > 0
     if mixture and this.kind != "upcycle" and "n_experts" in left_out:
-        stages = recipe.stages | {name: dataclasses.replace(this, mixture_of_experts=True)}
+        stages = recipe.stages | {name: dataclasses.replace(this, moe=True)}
         recipe = dataclasses.replace(recipe, stages=stages)
     keys = [*SHAPE, *(("n_experts", *MOE_KEYS) if mixture else ())]
     theirs = {key: brought[key] for key in keys if key in brought}  # keys added since have their defaults
@@ -106,7 +106,7 @@ def _difference(name: str, theirs: dict[str, Any], ours: dict[str, Any], left_ou
     """What differs, with both values, and the fix."""
     told = ", ".join(f"{key} {value} (here {ours[key]})" for key, value in theirs.items())
     if bool(theirs.get("n_experts")) != bool(ours["n_experts"]) and "n_experts" in theirs:
-        fix = f"stages.{name}.mixture_of_experts says whether a directory holds a mixture"
+        fix = f"stages.{name}.moe says whether a directory holds a mixture"
     elif set(theirs) <= set(left_out):
         fix = "an earlier stage starts from a checkpoint that has the other, and a recipe has one model"
     else:

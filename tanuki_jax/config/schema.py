@@ -39,7 +39,7 @@ def range_of(schema: Any, name: str) -> Range:
 
 @dataclass(frozen=True)
 class Model:
-    """Shape of the transformer and how it is computed.  Letters as in every docstring: V D L N K H F E."""
+    """Architecture of the transformer, which every checkpoint records.  Letters as in every docstring: V D L N K H F E."""
 
     vocab_size: int = key(65_024, "V: rows of the embedding; the tokenizer's pieces padded to a multiple of 128", SIZE)
     n_layers: int = key(32, "L", Range(1, 10_000))
@@ -71,14 +71,20 @@ class Model:
     )
     router_bias: bool = key(False, "a bias of each expert that only counts in choosing the top-k (loss-free balancing)")
     param_dtype: str = key("float32", "dtype of the stored matrices (docs/scaling.md); norms and biases are float32")
-    dtype: str = key("auto", "dtype of matrix products: float32, bfloat16, or auto (bfloat16 except on CPU)")
     capacity_factor: float = key(
         0.0,
         "room of an expert relative to an even load, tokens beyond it are dropped; 0 = dropless",
         Range(0, 1000, zero="dropless"),
     )
-    attention: str = key("auto", "auto (by platform), splash (TPU), cudnn (GPU), xla or reference", resumable=True)
-    experts: str = key(
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How the model is computed: precision, kernels and memory.  None of it is part of a checkpoint's architecture."""
+
+    dtype: str = key("auto", "dtype of matrix products: float32, bfloat16, or auto (bfloat16 except on CPU)")
+    attention_impl: str = key("auto", "auto (by platform), splash (TPU), cudnn (GPU), xla or reference", resumable=True)
+    expert_impl: str = key(
         "auto",
         "auto (by platform), pallas or megablox (TPU), mosaic (Hopper GPUs), ragged, blocked, padded or reference",
         resumable=True,
@@ -88,8 +94,20 @@ class Model:
         "kept for the backward pass: none = everything, dots = matrix products, attention, ffn, full = nothing, offload",
         resumable=True,
     )
-    unroll: int = key(1, "blocks that one pass of the compiled loop over layers holds", Range(1, 10_000), resumable=True)
+    scan_unroll: int = key(1, "blocks that one pass of the compiled loop over layers holds", Range(1, 10_000), resumable=True)
     logits_chunk: int = key(512, "most positions of a row whose float32 logits exist at one time", COUNT, resumable=True)
+
+
+@dataclass(frozen=True)
+class ModelConfig(Model):
+    """The model of a stage: its architecture, and how it is computed."""
+
+    compute: Compute = dataclasses.field(default_factory=Compute)
+
+    @property
+    def architecture(self) -> Model:
+        """What a checkpoint records of it."""
+        return Model(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Model)})
 
 
 @dataclass(frozen=True)
@@ -112,9 +130,9 @@ class Tokenizer:
     vocab_size: int = key(65_000, "pieces, special tokens and the 256 bytes included", Range(1, 2**24))
     sources: tuple[str, ...] = key((), "names in `data` to train on; empty = all")
     character_coverage: float = key(0.9995, "share of characters that get a piece; the rest is spelt in bytes", Range(0.98, 1))
-    level: str = key("bunsetsu", "what no piece may cross: a MeCab morpheme (the paper), predicate, bunsetsu, or none")
+    boundary: str = key("bunsetsu", "what no piece may cross: a MeCab morpheme (the paper), predicate, bunsetsu, or none")
     dictionary: str = key("ipadic", "MeCab's dictionary: ipadic, or unidic (pip install unidic-lite)")
-    shares: dict[str, float] = key(
+    language_weights: dict[str, float] = key(
         dict, "language of a source -> its share of the vocabulary; empty = as the text has it", Range(0, 1e6, open="low")
     )
     max_bytes: int = key(
@@ -129,8 +147,8 @@ class Source:
     files: str = key("", "comma-separated globs of files (docs/data.md has the formats), a Megatron-LM .bin, or rules:NAME")
     text: str = key("text", "field that holds a document's text; meta.body for a nested one")
     row_format: str = key("auto", "how rows that can be read in several ways are read; docs/data.md has the formats")
-    language: str = key("", "language tag, for the tokenizer's shares")
-    skip_bad: bool = key(False, "leave out bad rows, count and list them, instead of stopping at the first")
+    language: str = key("", "language tag, for the tokenizer's language_weights")
+    skip_invalid: bool = key(False, "leave out bad rows, count and list them, instead of stopping at the first")
 
 
 @dataclass(frozen=True)
@@ -140,7 +158,7 @@ class Validation:
     tokens: int = key(
         0, "tokens of each source that are held out, in whole rows; 0 = no validation", Range(0, 10**15, zero="no validation")
     )
-    every: int = key(500, "steps between two scorings; the last step is always scored", COUNT)
+    every_steps: int = key(500, "steps between two scorings; the last step is always scored", COUNT)
 
 
 @dataclass(frozen=True)
@@ -216,15 +234,15 @@ class Guard:
     skip_limit: int = key(
         10, "steps in a row with a loss or gradient that is not finite, each left out, that end the run", AMOUNT
     )
-    spike: float = key(
+    spike_sigma: float = key(
         10.0,
         "robust deviations above the median of 200 steps at which loss or gradient norm is a spike; 0 = off",
         Range(0, 1e9, zero="off"),
     )
     spike_steps: int = key(5, "spikes in a row at which the run goes back to the checkpoint before them; 0 = never", NEVER)
     rollbacks: int = key(3, "times that a stage goes back; then it ends", AMOUNT)
-    rollback_rate: float = key(1.0, "factor of the learning rate after each time", Range(0, 1, open="low"))
-    hang_seconds: float = key(
+    rollback_lr_scale: float = key(1.0, "factor of the learning rate after each time", Range(0, 1, open="low"))
+    step_timeout_seconds: float = key(
         1800.0,
         "a step that takes longer ends the process, for its launcher to restart; 0 = it is only told",
         Range(0, 1e8, zero="it is only told"),
@@ -270,16 +288,18 @@ class Stage:
 
     kind: str = key("pretrain", "pretrain, upcycle, sft or dpo")
     init_from: str = key("", "an earlier stage, a checkpoint directory, or empty: random weights")
-    carry: str = key("params", "taken from init_from: params (adapters merged), adapter (trained on), all (Adam's moments too)")
-    mixture_of_experts: bool = key(
+    restore: str = key(
+        "params", "taken from init_from: params (adapters merged), adapter (trained on), all (Adam's moments too)"
+    )
+    moe: bool = key(
         False,
         "a stage from random weights or a directory: whether it is a mixture; as the directory is, where n_experts is left out",
     )
     mixture: dict[str, tuple[float, ...]] = key(dict, "name in `data` -> its weight in each phase of the stage", Range(0, 1e9))
-    mixture_starts: tuple[int, ...] = key((0,), "tokens after which each phase of the mixture begins", TOKENS)
+    phase_start_tokens: tuple[int, ...] = key((0,), "tokens after which each phase of the mixture begins", TOKENS)
     seq_len: int = key(2048, "S: tokens of a row", Range(1, 2**27))
     batch_size: int = key(256, "B: rows of a global batch", Range(1, 10**7))
-    microbatches: int = key(
+    gradient_accumulation_steps: int = key(
         1, "parts of the batch that are computed one after another (gradient accumulation)", Range(1, 10**7), resumable=True
     )
     steps: int = key(0, "budget in optimizer steps; set exactly one of steps, tokens, epochs", AMOUNT)
@@ -293,7 +313,7 @@ class Stage:
     upcycle: Upcycle = key(Upcycle, "kind upcycle only")
     guard: Guard = key(Guard, "what is done about steps that go wrong", resumable=True)
     save_every: int = key(500, "steps between checkpoints; the last step is always saved", COUNT, resumable=True)
-    keep: int = key(
+    keep_latest: int = key(
         2, "newest checkpoints kept; with two a damaged one costs no more than the steps since the other", COUNT, resumable=True
     )
     keep_every: int = key(0, "checkpoints of every so many steps are kept for ever; 0 = none", NONE, resumable=True)
@@ -313,7 +333,8 @@ class Recipe:
 
     name: str = key("", "title of the report")
     seed: int = key(0, "root of every random choice", SEED)
-    model: Model = key(Model, "shape of the transformer")
+    model: Model = key(Model, "architecture of the transformer")
+    compute: Compute = key(Compute, "precision, kernels and memory")
     mesh: Mesh = key(Mesh, "devices", resumable=True)
     tokenizer: Tokenizer = key(Tokenizer, "text to ids")
     data: dict[str, Source] = key(dict, "source name -> source")
@@ -336,17 +357,17 @@ CHOICES = {
         *("question_answer", "turns", "tokens"),
     ),
     "kind": ("pretrain", "upcycle", "sft", "dpo"),
-    "carry": ("params", "adapter", "all"),
-    "schedule": ("cosine", "wsd", "constant", "range"),
+    "restore": ("params", "adapter", "all"),
+    "schedule": ("cosine", "wsd", "constant", "lr_range_test"),
     "strategy": ("copy", "noise", "drop", "groups"),
     "router_init": ("normal", "uniform"),
-    "level": ("morpheme", "predicate", "bunsetsu", "none"),
+    "boundary": ("morpheme", "predicate", "bunsetsu", "none"),
     "dictionary": ("ipadic", "unidic"),
     "dtype": ("auto", "float32", "bfloat16"),
     "param_dtype": ("float32", "bfloat16"),
     "remat": ("none", "dots", "attention", "ffn", "full", "offload"),
-    "attention": ("auto", "splash", "cudnn", "xla", "reference"),
-    "experts": ("auto", "pallas", "megablox", "mosaic", "ragged", "blocked", "padded", "reference"),
+    "attention_impl": ("auto", "splash", "cudnn", "xla", "reference"),
+    "expert_impl": ("auto", "pallas", "megablox", "mosaic", "ragged", "blocked", "padded", "reference"),
     "moment_dtype": ("float32", "bfloat16"),
 }
 # Names in Loss.preference (train/preference.py).
@@ -367,16 +388,17 @@ MOE_KEYS = ("expert_d_ff", "first_dense", "moe_every", "top_k", "normalized_gate
 def is_moe(recipe: Recipe, name: str) -> bool:
     """Whether stage `name` ends as a mixture of experts."""
     this = recipe.stages[name]
-    if this.kind == "upcycle" or this.mixture_of_experts:
+    if this.kind == "upcycle" or this.moe:
         return True
     return this.init_from in recipe.stages and is_moe(recipe, this.init_from)
 
 
-def model_config(recipe: Recipe, name: str) -> Model:
+def model_config(recipe: Recipe, name: str) -> ModelConfig:
     """The model that stage `name` ends with: dense or mixture, with the stage's RoPE base."""
-    experts = recipe.model.n_experts if is_moe(recipe, name) else 0
-    theta = recipe.stages[name].rope_theta or recipe.model.rope_theta
-    return dataclasses.replace(recipe.model, n_experts=experts, rope_theta=theta)
+    architecture = {f.name: getattr(recipe.model, f.name) for f in dataclasses.fields(Model)}
+    architecture["n_experts"] = recipe.model.n_experts if is_moe(recipe, name) else 0
+    architecture["rope_theta"] = recipe.stages[name].rope_theta or recipe.model.rope_theta
+    return ModelConfig(**architecture, compute=recipe.compute)
 
 
 def moe_layers(model: Model) -> tuple[int, ...]:

@@ -151,11 +151,11 @@ def _exists(path: str) -> bool:
 
 
 def _check_shares(recipe: Recipe) -> None:
-    shares = recipe.tokenizer.shares
+    language_weights = recipe.tokenizer.language_weights
     languages = {recipe.data[name].language for name in recipe.tokenizer.sources or recipe.data if name in recipe.data}
-    if shares and set(shares) != languages:
+    if language_weights and set(language_weights) != languages:
         raise UserError(
-            f"config: tokenizer.shares {shares} must give a share above 0 to each language of its sources "
+            f"config: tokenizer.language_weights {language_weights} must give a share above 0 to each language of its sources "
             f"({', '.join(map(repr, sorted(languages)))}; set data.NAME.language)"
         )
 
@@ -168,8 +168,8 @@ def _check_stage(recipe: Recipe, name: str, this: Stage) -> None:
     if this.kind == "upcycle":
         _check_upcycling(recipe, where, this)
         return
-    if this.mixture_of_experts and parent:
-        raise UserError(f"{where}.mixture_of_experts follows from stage {this.init_from!r} that it starts from; leave it out")
+    if this.moe and parent:
+        raise UserError(f"{where}.moe follows from stage {this.init_from!r} that it starts from; leave it out")
     if this.kind in ("sft", "dpo") and not this.init_from:
         raise UserError(f"{where}.init_from is empty; a {this.kind} stage must start from a trained model")
     _check_amounts(where, this, recipe.validation.tokens)
@@ -198,8 +198,11 @@ def _check_amounts(where: str, this: Stage, held_out: int) -> None:
         raise UserError(
             f"{where}: set exactly one of steps, tokens and epochs (now {this.steps}, {this.tokens}, {this.epochs})"
         )
-    if this.batch_size % this.microbatches:
-        raise UserError(f"{where}.batch_size {this.batch_size} is not a multiple of microbatches {this.microbatches}")
+    if this.batch_size % this.gradient_accumulation_steps:
+        raise UserError(
+            f"{where}.batch_size {this.batch_size} is not a multiple of gradient_accumulation_steps "
+            f"{this.gradient_accumulation_steps}"
+        )
     if this.epochs and this.kind == "pretrain":
         raise UserError(f"{where}.epochs is for sft and dpo; give a pretraining stage tokens or steps")
     if this.kind == "pretrain" and 0 < held_out < this.seq_len:
@@ -229,10 +232,10 @@ def _check_schedule(where: str, rates: Optimizer) -> None:
     peak, floor = rates.learning_rate, rates.learning_rate_floor
     if floor > peak:
         raise UserError(f"{where}.learning_rate_floor {floor:g} is above learning_rate {peak:g}; the floor is where it ends")
-    if rates.schedule == "range" and not 0 < floor < peak:
+    if rates.schedule == "lr_range_test" and not 0 < floor < peak:
         raise UserError(
-            f"{where}: schedule range rises from learning_rate_floor {floor:g} to learning_rate {peak:g}; the floor must be "
-            "above 0 and below"
+            f"{where}: schedule lr_range_test rises from learning_rate_floor {floor:g} to learning_rate {peak:g}; the floor must "
+            "be above 0 and below"
         )
     if peak * rates.weight_decay >= 1:
         raise UserError(
@@ -268,19 +271,19 @@ def _check_retention(recipe: Recipe, where: str, this: Stage) -> None:
             "be kept"
         )
     if this.keep_best and (
-        not recipe.validation.tokens or this.kind != "pretrain" or this.save_every % recipe.validation.every
+        not recipe.validation.tokens or this.kind != "pretrain" or this.save_every % recipe.validation.every_steps
     ):
         raise UserError(
             f"{where}.keep_best needs a validation loss at every save: a pretraining stage, validation.tokens above 0, and a "
-            f"save_every {this.save_every} that is a multiple of validation.every {recipe.validation.every}"
+            f"save_every {this.save_every} that is a multiple of validation.every_steps {recipe.validation.every_steps}"
         )
 
 
 def _check_lora(recipe: Recipe, name: str, this: Stage) -> None:
     where, options = f"config: stages.{name}", this.lora
     if not options.rank:
-        if this.carry == "adapter":
-            raise UserError(f"{where}.carry is adapter, but lora.rank is 0; set the rank of the adapter in init_from")
+        if this.restore == "adapter":
+            raise UserError(f"{where}.restore is adapter, but lora.rank is 0; set the rank of the adapter in init_from")
         return
     if not this.init_from:
         raise UserError(f"{where}.lora: adapters need a model in init_from")
@@ -320,24 +323,26 @@ def lora_ranks(options: Lora, matrices: Sequence[str], where: str = "") -> dict[
 def _check_data_mixture(recipe: Recipe, where: str, this: Stage) -> None:
     if not this.mixture:
         raise UserError(f"{where}.mixture is empty; give each source a weight, for example {{'ja': (1.0,)}}")
-    starts = this.mixture_starts
+    starts = this.phase_start_tokens
     if not starts or starts[0] != 0 or list(starts) != sorted(set(starts)):
-        raise UserError(f"{where}.mixture_starts {starts} must begin with 0 and rise")
+        raise UserError(f"{where}.phase_start_tokens {starts} must begin with 0 and rise")
     for source, weights in this.mixture.items():
         if source not in recipe.data:
             raise UserError(f"{where}.mixture names {source!r}, which is not in data ({', '.join(recipe.data)})")
         if len(weights) != len(starts):
-            raise UserError(f"{where}.mixture.{source} has {len(weights)} weights for {len(starts)} phases (mixture_starts)")
+            raise UserError(
+                f"{where}.mixture.{source} has {len(weights)} weights for {len(starts)} phases (phase_start_tokens)"
+            )
     for phase, total in enumerate(map(sum, zip(*this.mixture.values(), strict=True))):
         if total <= 0:
             raise UserError(f"{where}.mixture: the weights of phase {phase} sum to 0; give at least one source a weight")
     if this.kind in ("sft", "dpo") and len(starts) > 1:
-        raise UserError(f"{where}.mixture_starts: only a pretraining mixture may change inside a stage")
+        raise UserError(f"{where}.phase_start_tokens: only a pretraining mixture may change inside a stage")
     total = stage_steps(this) * this.batch_size * this.seq_len
     if total and starts[-1] >= total:
         raise UserError(
-            f"{where}.mixture_starts {starts}: the last phase begins after {starts[-1]:,} tokens, but the stage has {total:,} "
-            "tokens, so it never comes; let it begin earlier, or give the stage more tokens or steps"
+            f"{where}.phase_start_tokens {starts}: the last phase begins after {starts[-1]:,} tokens, but the stage has "
+            f"{total:,} tokens, so it never comes; let it begin earlier, or give the stage more tokens or steps"
         )
 
 

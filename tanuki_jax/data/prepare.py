@@ -32,7 +32,7 @@ class Options:
     """What may differ between two preparations of the same files."""
 
     fields: sources.Fields = sources.PLAIN
-    skip_bad: bool = False  # leave out bad rows, count and list them, instead of stopping at the first
+    skip_invalid: bool = False  # leave out bad rows, count and list them, instead of stopping at the first
     shard_characters: int = 100_000_000  # text of a shard, about; what is lost when the work is killed
     part_bytes: int = 1_000_000_000  # input that a worker takes at one time, where files can be cut
 
@@ -102,7 +102,7 @@ def _prepare(patterns: str, tokenizer: Tokenizer, output: Path, options: Options
         else:
             _write_in_processes(made, number, progress)
     except UserError:
-        if not finished_shards(made.work.directory):  # else the finished ones serve a run with skip_bad
+        if not finished_shards(made.work.directory):  # else the finished ones serve a run with skip_invalid
             shutil.rmtree(made.work.directory)
         raise
     return finish(made, tokenizer)
@@ -114,7 +114,7 @@ def plan(patterns: str, tokenizer: Tokenizer, output: Path, options: Options = D
         raise UserError(f"--shard_characters: {options.shard_characters} must be at least 1")
     kind = _kind(patterns, options)
     directory = output.parent / f".{output.name}.partial"
-    work = Work(directory, tokenizer.directory, kind, options.fields, options.skip_bad, options.shard_characters)
+    work = Work(directory, tokenizer.directory, kind, options.fields, options.skip_invalid, options.shard_characters)
     identity = files.fingerprint(
         sources.identity(patterns),
         tokenizer.fingerprint,
@@ -126,7 +126,7 @@ def plan(patterns: str, tokenizer: Tokenizer, output: Path, options: Options = D
     if directory.is_dir() and (damage := damaged_shard(directory)):
         print(f"data: {damage} is damaged; {output} is begun anew", file=sys.stderr)
         shutil.rmtree(directory)
-    if not options.skip_bad and any(shard.rejected for shard in finished_shards(directory)):
+    if not options.skip_invalid and any(shard.rejected for shard in finished_shards(directory)):
         shutil.rmtree(directory)  # bad rows were left out there, and must be told of here
     if not directory.is_dir():
         try:
@@ -195,15 +195,15 @@ def _manifest(work: Work, shards: Sequence[Shard], tokenizer: Tokenizer) -> Mani
 def _kind(patterns: str, options: Options) -> str:
     """The kind of the first good row; where there is none, of the first that has one."""
     known = ""
-    for row in sources.read_rows(patterns, options.fields, sources.skip_silently if options.skip_bad else None):
+    for row in sources.read_rows(patterns, options.fields, sources.skip_silently if options.skip_invalid else None):
         try:
             kind = sources.kind_of(row)
             known = known or kind
             answered = kind != "dialogue" or any(message["role"] == "assistant" for message in row.fields["messages"])
-            if kind == "tokens" or not options.skip_bad or (text_of(row) and answered):
+            if kind == "tokens" or not options.skip_invalid or (text_of(row) and answered):
                 return kind
         except UserError:
-            if not options.skip_bad:
+            if not options.skip_invalid:
                 raise
     if known:
         return known

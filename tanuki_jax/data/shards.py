@@ -34,7 +34,7 @@ class Work:
     tokenizer: Path
     kind: str
     fields: sources.Fields
-    skip_bad: bool
+    skip_invalid: bool
     shard_characters: int
 
 
@@ -119,7 +119,7 @@ class _Chunk:
 
 def _chunks(work: Work, part: sources.Part, skip: int) -> Iterator[_Chunk]:
     chunk = _Chunk()
-    told = (lambda where, reason: chunk.reject(where, reason)) if work.skip_bad else None
+    told = (lambda where, reason: chunk.reject(where, reason)) if work.skip_invalid else None
     for row in sources.read_part(part, work.fields, told, skip):
         chunk.records += 1
         if row is not None:
@@ -141,7 +141,7 @@ def _chunks(work: Work, part: sources.Part, skip: int) -> Iterator[_Chunk]:
 def _refuse(work: Work, chunk: _Chunk, row: sources.Row, error: UserError) -> None:
     """A bad row: an error, or a row that is counted and left out."""
     reason = str(error).removeprefix("data: ").removeprefix(row.where).lstrip(" :")
-    if not work.skip_bad:
+    if not work.skip_invalid:
         raise UserError(f"data: {row.where}: {reason}") from error
     chunk.reject(row.where, reason)
 
@@ -159,7 +159,8 @@ def _checked(row: sources.Row, kind: str) -> int:
         size = len(chat.text_of(row.fields))
     if not size:
         raise UserError(
-            f"data: {row.where} is an empty document (or white space only); remove it, or leave such rows out with --skip_bad"
+            f"data: {row.where} is an empty document (or white space only); remove it, or leave such rows out with "
+            "--skip_invalid"
         )
     return size
 

@@ -23,7 +23,7 @@ CACHE_BYTES = 1 << 16  # tokens scored together, at most
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _sums(cfg: config.Model, params: Any, tokens_BS: jax.Array, weights_BS: jax.Array) -> jax.Array:
+def _sums(cfg: config.ModelConfig, params: Any, tokens_BS: jax.Array, weights_BS: jax.Array) -> jax.Array:
     """Sums of log-probabilities, and how many tokens are not the likeliest, [2, B]."""
     B, S = tokens_BS.shape
     batch = {
@@ -37,14 +37,14 @@ def _sums(cfg: config.Model, params: Any, tokens_BS: jax.Array, weights_BS: jax.
 
 
 def sequence_logprobs(
-    cfg: config.Model, params: Any, sequences: Sequence[Sequence[int]], masks: Sequence[Sequence[int]]
+    cfg: config.ModelConfig, params: Any, sequences: Sequence[Sequence[int]], masks: Sequence[Sequence[int]]
 ) -> list[float]:
     """Sum of the natural log-probabilities of the tokens of each sequence where its mask is 1."""
     return [logprob for logprob, _ in sequence_scores(cfg, params, sequences, masks)]
 
 
 def sequence_scores(
-    cfg: config.Model, params: Any, sequences: Sequence[Sequence[int]], masks: Sequence[Sequence[int]]
+    cfg: config.ModelConfig, params: Any, sequences: Sequence[Sequence[int]], masks: Sequence[Sequence[int]]
 ) -> list[tuple[float, bool]]:
     """The same sum, and whether each of these tokens is the likeliest at its place.
 
@@ -74,7 +74,9 @@ def sequence_scores(
     return result
 
 
-def score_rows(cfg: config.Model, params: Any, tokenizer: Tokenizer, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def score_rows(
+    cfg: config.ModelConfig, params: Any, tokenizer: Tokenizer, rows: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
     """`logprob` and `tokens` of each row: over all tokens of `text` after the first, or over the `completion` of `prompt`.
 
     The text's own tokens alone are used; nothing is put before them.  A completion is encoded together with its prompt,
@@ -105,7 +107,7 @@ def score_rows(cfg: config.Model, params: Any, tokenizer: Tokenizer, rows: Seque
 
 
 def answers(
-    cfg: config.Model,
+    cfg: config.ModelConfig,
     params: Any,
     tokenizer: Tokenizer,
     conversations: Sequence[Sequence[dict[str, str]]],
@@ -134,13 +136,13 @@ def exact_answers(
         families[row["family"]].append(correct(row, answer))
     everything = [right for group in families.values() for right in group]
     return {
-        "exact": round(float(np.mean(everything)), 4),
+        "exact_match": round(float(np.mean(everything)), 4),
         "prompts": len(everything),
         "families": {name: round(float(np.mean(group)), 4) for name, group in sorted(families.items())},
     }
 
 
-def pair_margins(cfg: config.Model, params: Any, tokenizer: Tokenizer, pairs: Sequence[dict[str, Any]]) -> np.ndarray:
+def pair_margins(cfg: config.ModelConfig, params: Any, tokenizer: Tokenizer, pairs: Sequence[dict[str, Any]]) -> np.ndarray:
     """Log-probability of the chosen answer minus that of the rejected one, for each pair, float64."""
     encoded = [side for pair in pairs for side in chat.encode_pair(tokenizer, pair)]
     logprobs = sequence_logprobs(cfg, params, [ids for ids, _ in encoded], [mask for _, mask in encoded])

@@ -63,7 +63,7 @@ class Tensor(NamedTuple):
 
 def export_huggingface(path: Path, output: Path, vocab_size: int = 0, param_dtype: str = "") -> str:
     """Writes the checkpoint at `path` as a Hugging Face directory, in its dtype or in `param_dtype`, and says what it is."""
-    saved = config.from_dict(config.Model, checkpoint.read_meta(*checkpoint.locate(path))["model"]).param_dtype
+    saved = config.read_model(checkpoint.read_meta(*checkpoint.locate(path))).param_dtype
     opened, exact = resize(checkpoint.open_lazy(path, param_dtype=param_dtype), vocab_size, "export")
     kind = kind_published(opened, kind_of(opened.cfg))
     tensors = list(_tensors(opened, kind))
@@ -101,7 +101,7 @@ def _norm_dtype(opened: LazyCheckpoint) -> str:
     return dtype if all((array == array.astype(dtype)).all() for array in norms) else "float32"
 
 
-def kind_of(cfg: config.Model) -> str:
+def kind_of(cfg: config.ModelConfig) -> str:
     """llama, mixtral or tanuki; an error where no such class computes what the model does."""
     if cfg.qk_norm:
         raise UserError("export: model.qk_norm norms queries and keys; neither Llama, Mixtral nor Tanuki's class does")

@@ -190,7 +190,7 @@ def published_shape(name: Name, sizes: dict[str, int]) -> tuple[int, ...]:
     return math.prod(outer), math.prod(inner)
 
 
-def sizes_of(cfg: config.Model) -> dict[str, int]:
+def sizes_of(cfg: config.ModelConfig) -> dict[str, int]:
     """Length of every axis letter of a published matrix."""
     return {
         "V": cfg.vocab_size,
@@ -259,7 +259,7 @@ def _check_kind(path: Path, settings: dict[str, Any]) -> None:
         )
 
 
-def _model(path: Path, settings: dict[str, Any], dtype: str) -> config.Model:
+def _model(path: Path, settings: dict[str, Any], dtype: str) -> config.ModelConfig:
     """The model of a config.json, or an error that names the key whose value cannot be."""
     kind = settings["model_type"]
     rope = settings.get("rope_parameters") or {}
@@ -277,7 +277,7 @@ def _model(path: Path, settings: dict[str, Any], dtype: str) -> config.Model:
         return float(value)
 
     D, N, mixture = number("hidden_size"), number("num_attention_heads"), kind not in DENSE
-    cfg = config.Model(
+    cfg = config.ModelConfig(
         vocab_size=number("vocab_size"),
         n_layers=number("num_hidden_layers"),
         d_model=D,

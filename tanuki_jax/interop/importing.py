@@ -47,7 +47,7 @@ def import_huggingface(path: Path, output: Path, vocab_size: int = 0, param_dtyp
 
     with lock.output(output), files.disk_errors(output), files.atomic_path(output) as temporary:
         meta = {**opened.meta, "stage": "import", "model": config.to_dict(cfg), "data_fingerprint": "", "id": uuid.uuid4().hex}
-        checkpoint.save_streamed(temporary, cfg, blocks(), meta)
+        checkpoint.save_streaming(temporary, cfg, blocks(), meta)
         copy_tokenizer(path, temporary / "tokenizer")
     for note in notes:
         print(f"import: {note}", file=sys.stderr)
@@ -92,7 +92,7 @@ def tokenizer_notes(path: Path) -> list[str]:
     ]
 
 
-def _lines(output: Path, cfg: config.Model, longest: int) -> str:
+def _lines(output: Path, cfg: config.ModelConfig, longest: int) -> str:
     """The lines of a config that a stage from this checkpoint needs."""
     shape = ", ".join(f"{name} {getattr(cfg, name)}" for name in SHOWN)
     home = files.absolute(output)

@@ -206,7 +206,7 @@ def import_adapters(path: Path, base: Path, output: Path) -> str:
     meta = checkpoint.read_meta(home, step)
     if "adapter" in meta:
         raise UserError(f"import: {base} holds adapters itself; give the checkpoint that they lie on, or export and import it")
-    cfg, settings = config.from_dict(config.Model, meta["model"]), _read_settings(Path(path))
+    cfg, settings = config.read_model(meta), _read_settings(Path(path))
     try:
         with safetensors.safe_open(str(path / WEIGHTS), framework="numpy") as opened:
             told = (opened.metadata() or {}).get("base_fingerprint")
@@ -244,7 +244,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
 
 
 def _ours(
-    path: Path, cfg: config.Model, settings: dict[str, Any], tensors: dict[str, np.ndarray]
+    path: Path, cfg: config.ModelConfig, settings: dict[str, Any], tensors: dict[str, np.ndarray]
 ) -> tuple[dict[str, int], Any, dict[str, list[float]]]:
     """Ranks, parameters and scales in our layout; an error about any tensor that has no place in the model."""
     single = {name.theirs.removesuffix(".weight"): path for path, name in LAYER.items() if not path.startswith("norm")}
@@ -299,7 +299,9 @@ def _ours(
     return ranks, {"lora": model.lora.to_tree(flat)}, scales
 
 
-def _apart(cfg: config.Model, a: np.ndarray, b: np.ndarray, stem: str) -> list[tuple[str, int, tuple[np.ndarray, np.ndarray]]]:
+def _apart(
+    cfg: config.ModelConfig, a: np.ndarray, b: np.ndarray, stem: str
+) -> list[tuple[str, int, tuple[np.ndarray, np.ndarray]]]:
     """The adapters that a fused one holds: part, expert, and A [in, R], B [R, out] of each."""
     E, rank, F = cfg.n_experts, a.shape[1] // cfg.n_experts, cfg.expert_d_ff or cfg.d_ff
     a_EiR = a.reshape(-1, E, rank).transpose(1, 0, 2)

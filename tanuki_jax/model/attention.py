@@ -21,7 +21,7 @@ Batch = dict[str, jax.Array]
 class Attention(nn.Module):
     """Grouped-query attention; with a cache, the new keys and values are written to the slots of their positions."""
 
-    cfg: config.Model
+    cfg: config.ModelConfig
 
     @nn.compact
     def __call__(self, x_BSD: jax.Array, batch: Batch, cache: Cache) -> tuple[jax.Array, Cache]:
@@ -35,7 +35,7 @@ class Attention(nn.Module):
         q_BSNH = apply_rope(q_BSNH, positions_BS, cfg.rope_theta, scale=cfg.head_dim**-0.5)
         k_BSKH = apply_rope(k_BSKH, positions_BS, cfg.rope_theta)
         if cache is None:
-            y_BSNH = attend(q_BSNH, k_BSKH, v_BSKH, batch["segment_ids"], cfg.attention, "balanced" in batch)
+            y_BSNH = attend(q_BSNH, k_BSKH, v_BSKH, batch["segment_ids"], cfg.compute.attention_impl, "balanced" in batch)
         else:
             rows_B1 = jnp.arange(q_BSNH.shape[0])[:, None]
             cache = {

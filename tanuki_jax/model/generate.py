@@ -29,7 +29,7 @@ class Sampling:
 
 
 def generate(
-    cfg: config.Model, params: Params, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int = 0
+    cfg: config.ModelConfig, params: Params, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int = 0
 ) -> list[list[int]]:
     """Continues each prompt; returns the new token ids without the stop token.
 
@@ -51,7 +51,7 @@ def generate(
     return [[int(t) for t in row[: next((i for i, t in enumerate(row) if int(t) in stop), len(row))]] for row in out]
 
 
-def check_prompts(cfg: config.Model, prompts: Sequence[Sequence[int]]) -> None:
+def check_prompts(cfg: config.ModelConfig, prompts: Sequence[Sequence[int]]) -> None:
     """A UserError where a prompt is empty, or of another vocabulary."""
     if not all(len(p) for p in prompts):
         raise UserError("generate: a prompt is empty; give at least one token")
@@ -74,7 +74,7 @@ def row_numbers(prompts: Sequence[Sequence[int]]) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _generate(
-    cfg: config.Model,
+    cfg: config.ModelConfig,
     sampling: Sampling,
     params: Params,
     tokens_BP: jax.Array,

@@ -13,7 +13,7 @@ from tanuki_jax import config, ops, parallel
 
 
 def parameter(
-    module: nn.Module, cfg: config.Model, name: str, axes: str, kind: str = "inner", expert: bool = False
+    module: nn.Module, cfg: config.ModelConfig, name: str, axes: str, kind: str = "inner", expert: bool = False
 ) -> jax.Array:
     """A parameter whose shape follows from its axis letters, "DNH" say, in its `parameter_dtype`.
 
@@ -45,18 +45,18 @@ def is_vector(name: str) -> bool:
     return name.rpartition("/")[2].startswith(("norm", "bias"))
 
 
-def parameter_dtype(cfg: config.Model, name: str) -> str:
+def parameter_dtype(cfg: config.ModelConfig, name: str) -> str:
     """The dtype in which a parameter is stored: float32 for norms and biases, else `param_dtype`."""
     return "float32" if is_vector(name) else cfg.param_dtype
 
 
-def unsharded_param(module: nn.Module, cfg: config.Model, name: str, axes: str, kind: str = "inner") -> jax.Array:
+def unsharded_param(module: nn.Module, cfg: config.ModelConfig, name: str, axes: str, kind: str = "inner") -> jax.Array:
     """A parameter in the compute dtype, gathered from the devices that store its parts."""
     return parallel.unshard(parameter(module, cfg, name, axes, kind).astype(compute_dtype(cfg)), axes)
 
 
 def project(
-    module: nn.Module, cfg: config.Model, x: jax.Array, name: str, axes: str, kind: str = "inner", inner: int = 1
+    module: nn.Module, cfg: config.ModelConfig, x: jax.Array, name: str, axes: str, kind: str = "inner", inner: int = 1
 ) -> jax.Array:
     """x [..., *inner] times a parameter [*inner, *outer], and times its adapter where it has one (model/lora.py)."""
     y = ops.linear(x, unsharded_param(module, cfg, name, axes, kind), inner)
@@ -83,7 +83,7 @@ def dropout_mask(key: jax.Array, rate: jax.Array, shape: tuple[int, ...]) -> jax
 
 
 def param_with_lora(
-    module: nn.Module, cfg: config.Model, name: str, axes: str, kind: str = "inner", expert: bool = False
+    module: nn.Module, cfg: config.ModelConfig, name: str, axes: str, kind: str = "inner", expert: bool = False
 ) -> jax.Array:
     """A parameter, its adapter added where it has one: for products that are no plain ones."""
     w = parameter(module, cfg, name, axes, kind, expert)
@@ -94,11 +94,11 @@ def param_with_lora(
     return parallel.constrain_as_stored(w + adapter["scale"] * product, axes)
 
 
-def compute_dtype(cfg: config.Model) -> jnp.dtype:
+def compute_dtype(cfg: config.ModelConfig) -> jnp.dtype:
     """The dtype of matrix products; `auto` is bfloat16 on accelerators and float32 on CPU."""
-    if cfg.dtype == "auto":
+    if cfg.compute.dtype == "auto":
         return jnp.dtype("float32" if ops.platform() == "cpu" else "bfloat16")
-    return jnp.dtype(cfg.dtype)
+    return jnp.dtype(cfg.compute.dtype)
 
 
 def rms_norm(x: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:

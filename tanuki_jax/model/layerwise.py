@@ -13,12 +13,12 @@ from tanuki_jax.model.layers import compute_dtype, rms_norm
 from tanuki_jax.model.moe import route
 
 
-def embed(cfg: config.Model, table_VD: Any, tokens_BS: Any) -> jax.Array:
+def embed(cfg: config.ModelConfig, table_VD: Any, tokens_BS: Any) -> jax.Array:
     """The residual stream before the first layer, [B, S, D]; of a table of NumPy's only these rows are taken."""
     return jnp.asarray(table_VD[tokens_BS], compute_dtype(cfg))
 
 
-def attend(cfg: config.Model, layer: Any, x_BSD: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+def attend(cfg: config.ModelConfig, layer: Any, x_BSD: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """The stream after a layer's attention, and what the FFN or the mixture sees of it; `layer` has attn and both norms."""
     normed_BSD = rms_norm(x_BSD, layer["norm_attn"], cfg.norm_eps)
     y_BSD, _ = cast(Any, Attention(cfg).apply({"params": layer["attn"]}, normed_BSD, batch, None))
@@ -47,7 +47,7 @@ def _product(x_BSD: jax.Array, w_DF: Any) -> jax.Array:
     return jnp.einsum("pBSD,DF->pBSF", jnp.stack(parts), w_DF, preferred_element_type=jnp.float32).sum(axis=0)
 
 
-def gates(cfg: config.Model, router_DE: jax.Array, h_BSD: jax.Array) -> jax.Array:
+def gates(cfg: config.ModelConfig, router_DE: jax.Array, h_BSD: jax.Array) -> jax.Array:
     """Gate weight of every expert for every token, [B, S, E], 0 where it is not chosen; float32."""
     logits_BSE = jnp.einsum(
         "BSD,DE->BSE", h_BSD.astype(jnp.float32), router_DE.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
@@ -56,6 +56,6 @@ def gates(cfg: config.Model, router_DE: jax.Array, h_BSD: jax.Array) -> jax.Arra
     return (jax.nn.one_hot(experts_BSk, cfg.n_experts) * weights_BSk[..., None]).sum(axis=2)
 
 
-def logits(cfg: config.Model, norm_final_D: jax.Array, head_DV: jax.Array, x_BSD: jax.Array) -> jax.Array:
+def logits(cfg: config.ModelConfig, norm_final_D: jax.Array, head_DV: jax.Array, x_BSD: jax.Array) -> jax.Array:
     """Logits [B, S, V], float32."""
     return (rms_norm(x_BSD, norm_final_D, cfg.norm_eps) @ head_DV.astype(x_BSD.dtype)).astype(jnp.float32)

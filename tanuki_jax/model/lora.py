@@ -53,14 +53,14 @@ class Target(NamedTuple):
     b: tuple[str, tuple[int, ...]]
 
 
-def ranks(cfg: config.Model, options: config.Lora) -> dict[str, int]:
+def ranks(cfg: config.ModelConfig, options: config.Lora) -> dict[str, int]:
     """Path and rank of the adapters that a stage's options ask for; of several patterns the one that fits the fewest counts."""
     names = [path.removeprefix("layers/") for path, _, _ in named_parameters(cfg)]
     found = config.lora_ranks(options, [name for name in names if name in SPLITS])
     return {f"layers/{name}": rank for name, rank in found.items()}
 
 
-def targets(cfg: config.Model, ranks: Mapping[str, int]) -> Iterator[Target]:
+def targets(cfg: config.ModelConfig, ranks: Mapping[str, int]) -> Iterator[Target]:
     """The adapters of these ranks, in the order of the parameters."""
     for path, axes, shape in named_parameters(cfg):
         if path in ranks:
@@ -71,7 +71,7 @@ def targets(cfg: config.Model, ranks: Mapping[str, int]) -> Iterator[Target]:
             yield Target(path, ranks[path], a, b)
 
 
-def init_adapters(cfg: config.Model, options: config.Lora, key: jax.Array) -> tuple[Params, Params]:
+def init_adapters(cfg: config.ModelConfig, options: config.Lora, key: jax.Array) -> tuple[Params, Params]:
     """Fresh adapters and their scales, which are frozen; float32.  A is uniform within 1 / sqrt(inputs), B 0, as in PEFT."""
     trained = {}
     for number, one in enumerate(targets(cfg, ranks(cfg, options))):
@@ -83,7 +83,7 @@ def init_adapters(cfg: config.Model, options: config.Lora, key: jax.Array) -> tu
     return {"lora": to_tree(trained)}, scale_tree(scales(cfg, options))
 
 
-def scales(cfg: config.Model, options: config.Lora) -> dict[str, list[float]]:
+def scales(cfg: config.ModelConfig, options: config.Lora) -> dict[str, list[float]]:
     """By what each layer's adapter of each path is multiplied."""
     return {
         one.path: [options.alpha / (one.rank**0.5 if options.rslora else one.rank)] * one.a[1][0]
@@ -96,20 +96,20 @@ def scale_tree(scales: Mapping[str, list[float]]) -> Params:
     return {"lora_scale": to_tree({path: jnp.array(values, jnp.float32) for path, values in scales.items()})}
 
 
-def adapter_axes(cfg: config.Model, ranks: Mapping[str, int]) -> tuple[Params, Params]:
+def adapter_axes(cfg: config.ModelConfig, ranks: Mapping[str, int]) -> tuple[Params, Params]:
     """The trees of axis letters of adapters and of their scales."""
     found = list(targets(cfg, ranks))
     letters = {one.path: {"a": tuple(one.a[0]), "b": tuple(one.b[0])} for one in found}
     return {"lora": to_tree(letters)}, {"lora_scale": to_tree({one.path: ("L",) for one in found})}
 
 
-def adapter_shapes(cfg: config.Model, ranks: Mapping[str, int]) -> Params:
+def adapter_shapes(cfg: config.ModelConfig, ranks: Mapping[str, int]) -> Params:
     """The tree of ShapeDtypeStructs of adapters."""
     shape = lambda side: jax.ShapeDtypeStruct(side[1], jnp.float32)  # noqa: E731
     return {"lora": to_tree({one.path: {"a": shape(one.a), "b": shape(one.b)} for one in targets(cfg, ranks)})}
 
 
-def frozen_params(cfg: config.Model, params: Params) -> Params:
+def frozen_params(cfg: config.ModelConfig, params: Params) -> Params:
     """A base as it lies below adapters: what is cast to the compute dtype whenever it is used, is cast once."""
 
     def cast(path: Any, w: jax.Array) -> jax.Array:

@@ -84,7 +84,7 @@ def router_stats(
 class MoE(nn.Module):
     """Router and experts in place of the dense SwiGLU block."""
 
-    cfg: config.Model
+    cfg: config.ModelConfig
 
     @nn.compact
     def __call__(self, x_BSD: jax.Array, valid_BS: jax.Array) -> tuple[jax.Array, RouterStats]:
@@ -101,7 +101,7 @@ class MoE(nn.Module):
         return y_BSD, router_stats(logits_BSE, *gate, kept_BSk, valid_BS)
 
 
-def _experts(cfg: config.Model, *arguments: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _experts(cfg: config.ModelConfig, *arguments: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Each device dispatches its own tokens, to experts that come to it whole or, over `expert`, to where the experts are.
 
     Weights are gathered over the axes that only their storage is split over, and their gradients scattered back; with F
@@ -116,7 +116,7 @@ def _experts(cfg: config.Model, *arguments: jax.Array) -> tuple[jax.Array, jax.A
         valid_BS: jax.Array,
         *matrices: jax.Array,
         axis: str = "",
-        impl: str = cfg.experts,
+        impl: str = cfg.compute.expert_impl,
     ) -> tuple[jax.Array, jax.Array]:
         flat = (a.reshape(-1, a.shape[-1]) for a in (x_BSD, weights_BSk, experts_BSk))
         y_TD, kept_Tk = ops.expert_ffn(
@@ -126,7 +126,7 @@ def _experts(cfg: config.Model, *arguments: jax.Array) -> tuple[jax.Array, jax.A
 
     if not parallel.batch_is_sharded(arguments[0].shape[0]):
         # Rows that do not divide over the mesh (a few prompts): XLA can split the padded products itself, but no kernel.
-        return ffn(*arguments, impl="padded" if parallel.axis_size(*parallel.MESH_AXES) > 1 else cfg.experts)
+        return ffn(*arguments, impl="padded" if parallel.axis_size(*parallel.MESH_AXES) > 1 else cfg.compute.expert_impl)
     mesh = jax.sharding.get_abstract_mesh()
     stored, used = (
         [parallel.spec(axes, column, mesh, w.shape) for (_, axes, _), w in zip(MATRICES, arguments[4:], strict=True)]

@@ -17,7 +17,7 @@ from tanuki_jax.model.transformer import Cache, Params, decode, empty_cache
 CHUNK = 64  # tokens of a prompt that are read together
 
 
-def stream(cfg: config.Model, params: Params, prompt: Sequence[int], sampling: Sampling, seed: int = 0) -> Iterator[int]:
+def stream(cfg: config.ModelConfig, params: Params, prompt: Sequence[int], sampling: Sampling, seed: int = 0) -> Iterator[int]:
     """Yields the new token ids of a prompt, without the stop token.
 
     Two programs are compiled for each size of cache, a power of two; neither depends on the lengths of prompt and answer.
@@ -41,14 +41,16 @@ def stream(cfg: config.Model, params: Params, prompt: Sequence[int], sampling: S
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _read(cfg: config.Model, params: Params, cache: Cache, tokens_1S: jax.Array, start: jax.Array) -> tuple[jax.Array, Cache]:
+def _read(
+    cfg: config.ModelConfig, params: Params, cache: Cache, tokens_1S: jax.Array, start: jax.Array
+) -> tuple[jax.Array, Cache]:
     """Hidden states [1, S, D] of the tokens at `start` and after it, and the cache with them in it."""
     return decode(cfg, params, cache, tokens_1S, start + jnp.arange(tokens_1S.shape[1])[None])
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3, 4))
 def _step(
-    cfg: config.Model,
+    cfg: config.ModelConfig,
     sampling: Sampling,
     params: Params,
     cache: Cache,

@@ -70,7 +70,7 @@ class Outputs(NamedTuple):
 class MLP(nn.Module):
     """SwiGLU (Shazeer 2020), no bias."""
 
-    cfg: config.Model
+    cfg: config.ModelConfig
 
     @nn.compact
     def __call__(self, x_BSD: jax.Array) -> jax.Array:
@@ -81,7 +81,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Attention, then the dense or the mixture FFN, each on the normed stream and added to it."""
 
-    cfg: config.Model
+    cfg: config.ModelConfig
     mixture: bool
 
     @nn.compact
@@ -103,7 +103,7 @@ class Block(nn.Module):
 class Embedding(nn.Module):
     """The table of token vectors."""
 
-    cfg: config.Model
+    cfg: config.ModelConfig
 
     @nn.compact
     def __call__(self) -> jax.Array:
@@ -113,7 +113,7 @@ class Embedding(nn.Module):
 class Transformer(nn.Module):
     """Embedding, scanned blocks, final norm; the head is a parameter that losses and decoding apply themselves."""
 
-    cfg: config.Model
+    cfg: config.ModelConfig
 
     @nn.compact
     def __call__(self, batch: Batch, cache: Cache = None) -> tuple[jax.Array, Cache, RouterStats | None]:
@@ -123,7 +123,11 @@ class Transformer(nn.Module):
         norm_final_D = parameter(self, cfg, "norm_final", "D", "scale")
         x_BSD = parallel.embedding_lookup(table_VD.astype(compute_dtype(cfg)), batch["tokens"])
         # Inside a loop XLA can't merge what is computed twice; several blocks in one pass of it can be.
-        block = Block if cfg.remat == "none" else nn.remat(Block, policy=REMAT[cfg.remat], prevent_cse=cfg.unroll > 1)
+        block = (
+            Block
+            if cfg.compute.remat == "none"
+            else nn.remat(Block, policy=REMAT[cfg.compute.remat], prevent_cse=cfg.compute.scan_unroll > 1)
+        )
         parts = layer_groups(cfg)
         caches, stats = [], []
         for number, (mixture, first, end) in enumerate(parts):
@@ -133,7 +137,7 @@ class Transformer(nn.Module):
                 split_rngs={"params": True, "dropout": True},
                 in_axes=(nn.broadcast, 0),
                 length=end - first,
-                unroll=min(cfg.unroll, end - first),
+                unroll=min(cfg.compute.scan_unroll, end - first),
                 metadata_params={nn.PARTITION_NAME: "L"},
             )
             name = "layers" if len(parts) == 1 else f"run_{number}"
@@ -147,7 +151,7 @@ class Transformer(nn.Module):
 # --- layers of two kinds --------------------------------------------------------------------------------------------
 
 
-def layer_groups(cfg: config.Model) -> list[tuple[bool, int, int]]:
+def layer_groups(cfg: config.ModelConfig) -> list[tuple[bool, int, int]]:
     """Neighbouring layers of one kind, which one loop computes: whether they are mixtures, the first, one past the last."""
     chosen = set(config.moe_layers(cfg))
     cuts = [i for i in range(1, cfg.n_layers) if (i in chosen) != (i - 1 in chosen)]
@@ -159,7 +163,7 @@ def _concatenate(parts: list[Any]) -> Any:
     return parts[0] if len(parts) == 1 else jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
 
 
-def split_groups(cfg: config.Model, params: Params) -> Params:
+def split_groups(cfg: config.ModelConfig, params: Params) -> Params:
     """The parameters as the module holds them: one stack of layers for each run."""
     parts = layer_groups(cfg)
     if len(parts) == 1:
@@ -192,23 +196,23 @@ def merge_groups(tree: Params, join: Callable[..., Any]) -> Params:
 # --- the contract ---------------------------------------------------------------------------------------------------
 
 
-def _boxed_init(cfg: config.Model, key: jax.Array) -> Any:
+def _boxed_init(cfg: config.ModelConfig, key: jax.Array) -> Any:
     nothing = jnp.zeros((1, 1), jnp.int32)
     return Transformer(cfg).init(key, {"tokens": nothing, "segment_ids": nothing, "positions": nothing})["params"]
 
 
-def init(cfg: config.Model, key: jax.Array) -> Params:
+def init(cfg: config.ModelConfig, key: jax.Array) -> Params:
     """Random parameters: N(0, init_std), residual outputs divided by sqrt(2L), norms 1; in `param_dtype`."""
     return merge_groups(nn.unbox(_boxed_init(cfg, key)), lambda *leaves: jnp.concatenate(leaves))
 
 
 @functools.lru_cache(maxsize=32)
-def _boxed_shapes(cfg: config.Model) -> Any:
+def _boxed_shapes(cfg: config.ModelConfig) -> Any:
     return jax.eval_shape(lambda: _boxed_init(cfg, jax.random.key(0)))
 
 
 @functools.lru_cache(maxsize=32)
-def parameter_shapes(cfg: config.Model) -> Params:
+def parameter_shapes(cfg: config.ModelConfig) -> Params:
     """The tree of `jax.ShapeDtypeStruct`s of the parameters; nothing is allocated."""
 
     def stacked(*runs: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -219,13 +223,13 @@ def parameter_shapes(cfg: config.Model) -> Params:
 
 
 @functools.lru_cache(maxsize=32)
-def logical_axes(cfg: config.Model) -> Any:
+def logical_axes(cfg: config.ModelConfig) -> Any:
     """The tree of axis letters of the parameters, ("L", "D", "N", "H") say."""
     names = jax.tree.map(lambda b: b.names, _boxed_shapes(cfg), is_leaf=lambda b: isinstance(b, nn.Partitioned))
     return merge_groups(names, lambda *leaves: leaves[0])
 
 
-def named_parameters(cfg: config.Model) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+def named_parameters(cfg: config.ModelConfig) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     """Name, axis letters and shape of every parameter: ("layers/attn/q", "LDNH", (32, 4096, 32, 128)) say."""
     shapes = jax.tree_util.tree_flatten_with_path(parameter_shapes(cfg))[0]
     letters = jax.tree.leaves(logical_axes(cfg), is_leaf=lambda a: isinstance(a, tuple))
@@ -233,7 +237,7 @@ def named_parameters(cfg: config.Model) -> Iterator[tuple[str, str, tuple[int, .
         yield "/".join(str(k.key) for k in path), "".join(axes), shape.shape
 
 
-def apply(cfg: config.Model, params: Params, batch: Batch, dropout: Dropout | None = None) -> Outputs:
+def apply(cfg: config.ModelConfig, params: Params, batch: Batch, dropout: Dropout | None = None) -> Outputs:
     """The forward pass.
 
     Args:
@@ -246,7 +250,7 @@ def apply(cfg: config.Model, params: Params, batch: Batch, dropout: Dropout | No
     return Outputs(hidden_BSD, stats)
 
 
-def _variables(cfg: config.Model, params: Params, rate: float = 0.0) -> dict[str, Params]:
+def _variables(cfg: config.ModelConfig, params: Params, rate: float = 0.0) -> dict[str, Params]:
     """Parameters and adapters as the modules look for them; an adapter brings its scale and the rate of its dropout."""
     base = {name: part for name, part in params.items() if name not in ("lora", "lora_scale")}
     if "lora" not in params:
@@ -260,34 +264,34 @@ def _variables(cfg: config.Model, params: Params, rate: float = 0.0) -> dict[str
 
 
 def token_scores(
-    cfg: config.Model, params: Params, outputs: Outputs, targets_BS: jax.Array, entropy: bool = False
+    cfg: config.ModelConfig, params: Params, outputs: Outputs, targets_BS: jax.Array, entropy: bool = False
 ) -> ops.TokenScores:
     """Log-probabilities of the targets, [B, S] each; see `ops.token_logprobs`."""
     # Backwards, the barrier has the head's gradient made before those of the blocks, which need the room of the logits.
     hidden_BSD, head_DV = jax.lax.optimization_barrier((outputs.hidden, params["head"].astype(compute_dtype(cfg))))
     head_DV, parts = parallel.unshard(head_DV, "DV"), parallel.axis_size("context")
-    return ops.token_logprobs(hidden_BSD, head_DV, targets_BS, parts=parts, chunk=cfg.logits_chunk, entropy=entropy)
+    return ops.token_logprobs(hidden_BSD, head_DV, targets_BS, parts=parts, chunk=cfg.compute.logits_chunk, entropy=entropy)
 
 
-def mean_logits(cfg: config.Model, params: Params, outputs: Outputs) -> jax.Array:
+def mean_logits(cfg: config.ModelConfig, params: Params, outputs: Outputs) -> jax.Array:
     """The mean over the vocabulary of each position's logits, [B, S] float32: the product with the mean of the head."""
     mean_D = params["head"].astype(jnp.float32).mean(axis=1)
     return jnp.einsum("BSD,D->BS", outputs.hidden.astype(jnp.float32), mean_D, precision="highest")
 
 
-def dropless(cfg: config.Model) -> config.Model:
+def dropless(cfg: config.ModelConfig) -> config.ModelConfig:
     """The model without limits of its experts' room, which are for train steps: no text's result depends on those beside it."""
     return dataclasses.replace(cfg, capacity_factor=0.0)
 
 
-def empty_cache(cfg: config.Model, batch_size: int, length: int) -> Cache:
+def empty_cache(cfg: config.ModelConfig, batch_size: int, length: int) -> Cache:
     """Keys and values [L, B, M, K, H] of M = `length` positions, in the compute dtype."""
     shape = (cfg.n_layers, batch_size, length, cfg.n_kv_heads, cfg.head_dim)
     return {"k": jnp.zeros(shape, compute_dtype(cfg)), "v": jnp.zeros(shape, compute_dtype(cfg))}
 
 
 def decode(
-    cfg: config.Model, params: Params, cache: Cache, tokens_BS: jax.Array, positions_BS: jax.Array
+    cfg: config.ModelConfig, params: Params, cache: Cache, tokens_BS: jax.Array, positions_BS: jax.Array
 ) -> tuple[jax.Array, Cache]:
     """Hidden states of new tokens after those in the cache, and the cache with them in it.
 
@@ -300,14 +304,14 @@ def decode(
     return hidden_BSD, cache
 
 
-def count_parameters(cfg: config.Model) -> tuple[int, int]:
+def count_parameters(cfg: config.ModelConfig) -> tuple[int, int]:
     """Parameters in all, and those active for one token (top_k of the experts)."""
     total = sum(math.prod(s.shape) for s in jax.tree.leaves(parameter_shapes(cfg)))
     idle = len(config.moe_layers(cfg)) * (cfg.n_experts - cfg.top_k) * 3 * cfg.d_model * (cfg.expert_d_ff or cfg.d_ff)
     return total, total - idle
 
 
-def flops_per_token(cfg: config.Model, seq_len: int, frozen: bool = False) -> float:
+def flops_per_token(cfg: config.ModelConfig, seq_len: int, frozen: bool = False) -> float:
     """Model FLOPs of one training token: 6 x active parameters without the embedding, plus causal attention (halved).
 
     4 x where the parameters are frozen below adapters: they have no gradients of their own.

@@ -50,12 +50,13 @@ def _arrange_devices(devices: Sequence[jax.Device], slices: int, shape: list[int
     return mesh_utils.create_hybrid_device_mesh(shape, between, devices, allow_split_physical_axes=True)
 
 
-def per_device_rows(mesh: Mesh, batch_size: int, microbatches: int = 1) -> int:
+def per_device_rows(mesh: Mesh, batch_size: int, gradient_accumulation_steps: int = 1) -> int:
     """Rows of a microbatch on one device; a batch that does not divide is an error."""
     shards = math.prod(mesh.shape[a] for a in BATCH_AXES)
-    if batch_size % (shards * microbatches):
+    if batch_size % (shards * gradient_accumulation_steps):
         raise UserError(
-            f"config: batch_size {batch_size} is not a multiple of {shards} groups of devices x {microbatches} microbatches; "
-            f"use a multiple of {shards * microbatches}"
+            f"config: batch_size {batch_size} is not a multiple of {shards} groups of devices x "
+            f"gradient_accumulation_steps {gradient_accumulation_steps}; "
+            f"use a multiple of {shards * gradient_accumulation_steps}"
         )
-    return batch_size // (shards * microbatches)
+    return batch_size // (shards * gradient_accumulation_steps)

@@ -145,7 +145,7 @@ def embedding_lookup(w_VD: jax.Array, index_BS: jax.Array) -> jax.Array:
         return ops.embedding_lookup(unshard_local(w_VD, stored, PartitionSpec(None, None)), index_BS)
 
     # The barrier keeps the compiler from gathering first and casting after, and its gradient's, from adding up the parts of
-    # several microbatches before they are summed over the devices.
+    # several gradient_accumulation_steps before they are summed over the devices.
     w_VD = jax.lax.optimization_barrier(w_VD)
     return jax.shard_map(local, in_specs=(stored, tokens), out_specs=tokens, check_vma=False)(w_VD, index_BS)
 

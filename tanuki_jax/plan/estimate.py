@@ -49,8 +49,8 @@ def plan_stage(recipe: Recipe, name: str, topology: Topology, costs: bool = True
         "topology": topology.name,
         "chips": topology.chips,
         "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
-        "remat": cfg.remat,
-        "microbatches": this.microbatches,
+        "remat": cfg.compute.remat,
+        "gradient_accumulation_steps": this.gradient_accumulation_steps,
         "params_total": total,
         "params_active": active,
         "tokens_per_step": tokens,
@@ -90,7 +90,7 @@ def _cannot(what: str, error: Exception) -> UserError:
 
 def _costs(recipe: Recipe, name: str, topology: Topology, mesh: Any) -> dict[str, Any]:
     this, cfg = recipe.stages[name], config.model_config(recipe, name)
-    rows, microbatches = this.batch_size // this.microbatches, this.microbatches
+    rows, gradient_accumulation_steps = this.batch_size // this.gradient_accumulation_steps, this.gradient_accumulation_steps
     if cfg.n_experts and (cfg.first_dense or cfg.moe_every > SHORT):
         raise UserError(
             "plan: costs are told from models of 2 and 4 layers, so layers must be alike or alternate; plan with "
@@ -101,21 +101,24 @@ def _costs(recipe: Recipe, name: str, topology: Topology, mesh: Any) -> dict[str
     )
     if short.needed or long.needed:
         raise UserError(
-            "plan: the unrolled models of 2 and 4 layers do not fit, so costs cannot be told; use more microbatches"
+            "plan: the unrolled models of 2 and 4 layers do not fit, so costs cannot be told; use more "
+            "gradient_accumulation_steps"
         )
     seconds = short.seconds + long.seconds
     peak = PEAK_FLOPS[topology.generation.device_kind]
     layer, rest = split_layers(with_cost(short.cost, peak), with_cost(long.cost, peak))
     step = {key: rest[key] + cfg.n_layers * layer[key] for key in layer}
-    if microbatches > 1:  # the optimizer's part comes once
+    if gradient_accumulation_steps > 1:  # the optimizer's part comes once
         update = program.compile_update(recipe, name, mesh)
         seconds += update.seconds
         once = with_cost(update.cost, peak)
-        step = {key: microbatches * step[key] - (microbatches - 1) * once[key] for key in step}
+        step = {key: gradient_accumulation_steps * step[key] - (gradient_accumulation_steps - 1) * once[key] for key in step}
     moved_short, moved_long = (program.collectives(c.text) for c in (short, long))
     kinds = sorted({*moved_short, *moved_long})
     per_layer = {k: (moved_long.get(k, 0) - moved_short.get(k, 0)) / (LONG - SHORT) for k in kinds}
-    moved = {k: round(microbatches * (moved_short.get(k, 0) + (cfg.n_layers - SHORT) * per_layer[k])) for k in kinds}
+    moved = {
+        k: round(gradient_accumulation_steps * (moved_short.get(k, 0) + (cfg.n_layers - SHORT) * per_layer[k])) for k in kinds
+    }
     tokens = this.batch_size * this.seq_len
     model_flops = model.flops_per_token(cfg, this.seq_len, frozen=this.lora.rank > 0) * tokens
     attention = 6 * cfg.n_layers * cfg.n_heads * cfg.head_dim * this.seq_len * tokens
@@ -156,7 +159,7 @@ def with_cost(cost: dict[str, float], peak: float) -> dict[str, float]:
     return cost | {"seconds": cost["seconds"] + max(0, math.ceil(cost["flops"] / peak - cost["seconds"]))}
 
 
-def least_flops(cfg: config.Model, tokens: float) -> float:
+def least_flops(cfg: config.ModelConfig, tokens: float) -> float:
     """FLOPs that a layer's matrix products need for these tokens, what `remat` computes again included; attention is not."""
     projections = cfg.d_model * cfg.head_dim * (2 * cfg.n_heads + 2 * cfg.n_kv_heads)
     share = len(config.moe_layers(cfg)) / cfg.n_layers
@@ -170,7 +173,7 @@ def least_flops(cfg: config.Model, tokens: float) -> float:
         "attention": o + ffn * 2 / 3,
         "offload": ffn * 2 / 3,
         "full": qkv + o + ffn * 2 / 3,
-    }[cfg.remat]
+    }[cfg.compute.remat]
     return 2 * tokens * (3 * (projections + ffn) + again)
 
 
@@ -178,9 +181,9 @@ def advice(plan: dict[str, Any]) -> str:
     """What to change where a plan does not fit."""
     needed, limit = plan["hbm_bytes_per_chip"]["total"] / GIB, plan["hbm_limit"] / GIB
     stage_key, factor = f"--config.stages.{plan['stage']}", max(2, math.ceil(needed / limit))
-    hints = [f"{stage_key}.microbatches={plan['microbatches'] * factor}"]
+    hints = [f"{stage_key}.gradient_accumulation_steps={plan['gradient_accumulation_steps'] * factor}"]
     if plan["remat"] != "full":
-        hints.insert(0, "--config.model.remat=full")
+        hints.insert(0, "--config.compute.remat=full")
     hints += ["--config.mesh.tensor=2 or --config.mesh.context=2", "a larger slice"]
     return (
         f"plan: stage {plan['stage']} needs {needed:.1f} GiB of {limit:.1f} GiB on each chip of {plan['topology']}; "

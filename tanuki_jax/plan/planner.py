@@ -49,7 +49,14 @@ def _sum_stages(topology: Topology, stages: list[dict[str, Any]]) -> dict[str, A
 def _program(recipe: Recipe, name: str) -> str:
     """What two stages must share to be one program but for constants."""
     this = recipe.stages[name]
-    shape = (this.kind, this.seq_len, this.batch_size, this.microbatches, this.reset_attention, this.optimizer.moment_dtype)
+    shape = (
+        this.kind,
+        this.seq_len,
+        this.batch_size,
+        this.gradient_accumulation_steps,
+        this.reset_attention,
+        this.optimizer.moment_dtype,
+    )
     return repr((shape, this.lora, config.is_moe(recipe, name), bool(this.optimizer.clip_norm)))
 
 
@@ -76,7 +83,7 @@ KEEP = 3  # plans whose costs are looked at
 
 
 def search(recipe: Recipe, only: str, topology: Topology) -> dict[str, Any]:
-    """Tries meshes x microbatches x remat; what keeps most and still fits is ranked by its estimated speed.
+    """Tries meshes x gradient_accumulation_steps x remat; what keeps most and still fits is ranked by its estimated speed.
 
     On each mesh and number of rows a policy is tried from the one that keeps most until one fits; costs, which take two more
     compilations, are told for the most promising.
@@ -85,9 +92,9 @@ def search(recipe: Recipe, only: str, topology: Topology) -> dict[str, Any]:
         raise UserError("plan: --search works on one stage; name it with --stage")
     fitting: list[tuple[Recipe, dict[str, Any]]] = []
     tried: list[dict[str, Any]] = []
-    for sizes, microbatches in _candidates(recipe, only, topology):
+    for sizes, gradient_accumulation_steps in _candidates(recipe, only, topology):
         for remat in REMAT:
-            changed = _with_settings(recipe, only, sizes, microbatches, remat)
+            changed = _with_settings(recipe, only, sizes, gradient_accumulation_steps, remat)
             try:
                 found = plan_stage(changed, only, topology, costs=False)
             except UserError as error:  # sizes that do not divide
@@ -103,7 +110,7 @@ def search(recipe: Recipe, only: str, topology: Topology) -> dict[str, Any]:
             f"plan: batch_size {recipe.stages[only].batch_size} of stage {only} divides over no mesh of {topology.name} that "
             f"was tried; take a smaller slice, or a multiple of {topology.chips}"
         )
-    fitting.sort(key=lambda item: (REMAT.index(item[1]["remat"]), item[1]["microbatches"]))
+    fitting.sort(key=lambda item: (REMAT.index(item[1]["remat"]), item[1]["gradient_accumulation_steps"]))
     best = [plan_stage(changed, only, topology) for changed, _ in fitting[:KEEP]]
     best = [found | hbm_used(recipe, only, found) for found in best]
     best.sort(key=lambda found: found["step_seconds_estimate"])
@@ -112,7 +119,7 @@ def search(recipe: Recipe, only: str, topology: Topology) -> dict[str, Any]:
 
 
 def _candidates(recipe: Recipe, name: str, topology: Topology) -> Iterator[tuple[config.Mesh, int]]:
-    """Meshes from the plainest on, each with the fewest microbatches first."""
+    """Meshes from the plainest on, each with the fewest gradient_accumulation_steps first."""
     this, cfg = recipe.stages[name], config.model_config(recipe, name)
     for tensor, context in ((1, 1), (1, 2), (1, 8), (2, 1)):
         if topology.chips_per_slice % (tensor * context):
@@ -121,15 +128,17 @@ def _candidates(recipe: Recipe, name: str, topology: Topology) -> Iterator[tuple
         rows = this.batch_size // groups
         if this.batch_size % groups or cfg.n_kv_heads % tensor:
             continue
-        for microbatches in sorted({m for m in (1, 2, 4, 8) if rows % m == 0}):
-            yield config.Mesh(slices=topology.slices, context=context, tensor=tensor), microbatches
+        for gradient_accumulation_steps in sorted({m for m in (1, 2, 4, 8) if rows % m == 0}):
+            yield config.Mesh(slices=topology.slices, context=context, tensor=tensor), gradient_accumulation_steps
 
 
-def _with_settings(recipe: Recipe, name: str, sizes: config.Mesh, microbatches: int, remat: str) -> Recipe:
-    stages = recipe.stages | {name: dataclasses.replace(recipe.stages[name], microbatches=microbatches)}
-    return dataclasses.replace(recipe, mesh=sizes, stages=stages, model=dataclasses.replace(recipe.model, remat=remat))
+def _with_settings(recipe: Recipe, name: str, sizes: config.Mesh, gradient_accumulation_steps: int, remat: str) -> Recipe:
+    stages = recipe.stages | {
+        name: dataclasses.replace(recipe.stages[name], gradient_accumulation_steps=gradient_accumulation_steps)
+    }
+    return dataclasses.replace(recipe, mesh=sizes, stages=stages, compute=dataclasses.replace(recipe.compute, remat=remat))
 
 
 def _label(found: dict[str, Any]) -> str:
     mesh = " x ".join(f"{axis} {size}" for axis, size in found["mesh"].items())
-    return f"{mesh}, {found['microbatches']} microbatches, remat {found['remat']}"
+    return f"{mesh}, {found['gradient_accumulation_steps']} gradient_accumulation_steps, remat {found['remat']}"

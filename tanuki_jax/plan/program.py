@@ -58,7 +58,7 @@ def compile_step(recipe: Recipe, name: str, mesh: jax.sharding.Mesh) -> Compiled
 
 
 def compile_update(recipe: Recipe, name: str, mesh: jax.sharding.Mesh) -> Compiled:
-    """Compiles what a step does once, however many microbatches it has: norm, clipping and the optimizer."""
+    """Compiles what a step does once, however many gradient_accumulation_steps it has: norm, clipping and the optimizer."""
     update, state, gradients = stage.update(recipe, name, mesh)
     return _compile(update, mesh, state, *gradients)
 
@@ -86,9 +86,10 @@ def _compile(function: Any, mesh: jax.sharding.Mesh, *arguments: Any) -> Compile
 def with_layers(recipe: Recipe, name: str, layers: int, rows: int) -> Recipe:
     """The recipe with so few layers, unrolled, one microbatch of `rows`, and logits in one piece: no loop is left in it."""
     this = recipe.stages[name]
-    short = dataclasses.replace(recipe.model, n_layers=layers, unroll=layers, logits_chunk=this.seq_len)
-    stages = recipe.stages | {name: dataclasses.replace(this, batch_size=rows, microbatches=1)}
-    return dataclasses.replace(recipe, model=short, stages=stages)
+    short = dataclasses.replace(recipe.model, n_layers=layers)
+    compute = dataclasses.replace(recipe.compute, scan_unroll=layers, logits_chunk=this.seq_len)
+    stages = recipe.stages | {name: dataclasses.replace(this, batch_size=rows, gradient_accumulation_steps=1)}
+    return dataclasses.replace(recipe, model=short, compute=compute, stages=stages)
 
 
 # --- reading a compiled module --------------------------------------------------------------------------------------

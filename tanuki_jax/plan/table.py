@@ -25,7 +25,7 @@ def _row(plan: dict[str, Any]) -> str:
     memory = plan["hbm_bytes_per_chip"]
     mesh = " ".join(f"{axis}={size}" for axis, size in plan["mesh"].items())
     text = (
-        f"{plan['stage']:16s} {plan['kind']:9s} {mesh:26s} {plan['microbatches']:>5d} {plan['remat']:9s} "
+        f"{plan['stage']:16s} {plan['kind']:9s} {mesh:26s} {plan['gradient_accumulation_steps']:>5d} {plan['remat']:9s} "
         f"{memory['total'] / GIB:>6.1f}/{plan['hbm_limit'] / GIB:<7.1f} {'yes' if plan['fits'] else 'NO':4s} "
     )
     if "step_seconds_estimate" not in plan:

@@ -54,7 +54,7 @@ def _prepare(recipe: Recipe, where: Path, names: set[str]) -> Artifacts:
             stores[name] = Path(patterns)
             continue
         source = recipe.data[name]
-        options = [source.text, source.skip_bad, *([source.row_format] if source.row_format != "auto" else [])]
+        options = [source.text, source.skip_invalid, *([source.row_format] if source.row_format != "auto" else [])]
         stores[name] = where / f"store-{name}-{files.fingerprint(identity, tokenizer.fingerprint, options)}"
         if stores[name].is_dir():
             _remove_damaged(stores[name], open_store)
@@ -62,7 +62,7 @@ def _prepare(recipe: Recipe, where: Path, names: set[str]) -> Artifacts:
             print(f"data {name}: chat templates were followed otherwise when it was made; it is made anew", file=sys.stderr)
             shutil.rmtree(stores[name])
         if not stores[name].is_dir():
-            how = Options(_fields(source), source.skip_bad)
+            how = Options(_fields(source), source.skip_invalid)
             made = prepare_store(patterns, tokenizer, stores[name], how)
             print(f"data {name}: {made}", file=sys.stderr, flush=True)
         elif read_manifest(stores[name]).tokenizer != tokenizer.fingerprint:
@@ -146,9 +146,9 @@ def _tokenizer(recipe: Recipe, located: dict[str, tuple[str, str]], where: Path)
                 temporary,
                 options.vocab_size,
                 options.character_coverage,
-                options.level,
+                options.boundary,
                 options.dictionary,
-                options.shares,
+                options.language_weights,
             )
         print(f"tokenizer: {trained}", file=sys.stderr, flush=True)
     return output
@@ -157,11 +157,11 @@ def _tokenizer(recipe: Recipe, located: dict[str, tuple[str, str]], where: Path)
 def _texts(source: config.Source, patterns: str, max_bytes: int) -> Iterator[tuple[str, str]]:
     """(language, text) of each row."""
     read = 0
-    for row in sources.read_rows(patterns, _fields(source), sources.skip_silently if source.skip_bad else None):
+    for row in sources.read_rows(patterns, _fields(source), sources.skip_silently if source.skip_invalid else None):
         try:
             text = text_of(row)
         except UserError:
-            if not source.skip_bad:
+            if not source.skip_invalid:
                 raise
             continue
         read += len(text.encode("utf-8", "surrogatepass"))

@@ -91,9 +91,9 @@ def make_dataset(recipe: Recipe, name: str, inputs: Artifacts, cache: Path) -> S
     # In pretraining a weight is a share of tokens; dialogues and pairs are weighted by how many there are.
     scale = [1.0] * len(names) if this.kind == "pretrain" else [float(size) for size in sizes]
     weights = [
-        [this.mixture[n][phase] * s for n, s in zip(names, scale, strict=True)] for phase in range(len(this.mixture_starts))
+        [this.mixture[n][phase] * s for n, s in zip(names, scale, strict=True)] for phase in range(len(this.phase_start_tokens))
     ]
-    starts = [tokens // this.seq_len for tokens in this.mixture_starts]
+    starts = [tokens // this.seq_len for tokens in this.phase_start_tokens]
     if this.kind == "pretrain":
         before = tokens_consumed_before(recipe, name)
         first = [-(-before.get(n, 0) // this.seq_len) for n in names]
@@ -168,8 +168,8 @@ def tokens_consumed_before(recipe: Recipe, name: str) -> dict[str, int]:
         stage = recipe.stages[parent]
         if stage.kind == "pretrain":
             names = sources_of(stage)
-            weights = [[stage.mixture[n][phase] for n in names] for phase in range(len(stage.mixture_starts))]
-            starts = [tokens // stage.seq_len for tokens in stage.mixture_starts]
+            weights = [[stage.mixture[n][phase] for n in names] for phase in range(len(stage.phase_start_tokens))]
+            starts = [tokens // stage.seq_len for tokens in stage.phase_start_tokens]
             rows = _budget_steps(recipe, parent) * stage.batch_size
             for n, count in zip(names, StagedMixture(weights, starts, rows).used(rows).tolist(), strict=True):
                 first = -(-used.get(n, 0) // stage.seq_len)

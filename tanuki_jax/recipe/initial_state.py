@@ -50,12 +50,12 @@ def base_checkpoint(recipe: Recipe, name: str, workdir: Path) -> Path:
     """What a stage's adapters lie on: the parent, or what the parent's adapters lie on where they are trained on."""
     parent = init_checkpoint(recipe, name, workdir)
     assert parent is not None
-    return parent if recipe.stages[name].carry == "params" else _parent_adapters(recipe, name, workdir).base
+    return parent if recipe.stages[name].restore == "params" else _parent_adapters(recipe, name, workdir).base
 
 
 def adapter_scales(recipe: Recipe, name: str, workdir: Path) -> dict[str, list[float]]:
     """By what a stage's adapters are multiplied: as its options say, or as it was where they are trained on."""
-    if recipe.stages[name].carry != "params":
+    if recipe.stages[name].restore != "params":
         scales: dict[str, list[float]] = _parent_adapters(recipe, name, workdir).meta["adapter"]["scales"]
         return scales
     return model.lora.scales(config.model_config(recipe, name), recipe.stages[name].lora)
@@ -83,7 +83,7 @@ def trained_params(recipe: Recipe, name: str, workdir: Path, mesh: jax.sharding.
     this, cfg = recipe.stages[name], config.model_config(recipe, name)
     parent = init_checkpoint(recipe, name, workdir)
     key = derive_key(recipe.seed, name, "init")
-    if this.lora.rank and this.carry != "params":
+    if this.lora.rank and this.restore != "params":
         return _parent_adapters(recipe, name, workdir, mesh).params
     if this.lora.rank:
         initialize: Any = jax.jit(
@@ -106,7 +106,7 @@ def _parent_adapters(recipe: Recipe, name: str, workdir: Path, mesh: jax.shardin
     if found.ranks != wanted:
         raise UserError(
             f"stage {name}: the adapters in {parent} have ranks {found.ranks}, lora.rank and lora.targets ask for {wanted}; "
-            "make them equal, or set carry='params' to merge the old ones and begin new ones"
+            "make them equal, or set restore='params' to merge the old ones and begin new ones"
         )
     return found
 
@@ -114,13 +114,13 @@ def _parent_adapters(recipe: Recipe, name: str, workdir: Path, mesh: jax.shardin
 def parent_moments(parent: Path | None, abstract: State) -> Any:
     """The optimizer's state of the parent stage."""
     if parent is None:
-        raise UserError("config: carry='all' needs a stage or checkpoint in init_from")
+        raise UserError("config: restore='all' needs a stage or checkpoint in init_from")
     stage_directory, step = checkpoint.locate(parent)
     checkpoint.check_sums(stage_directory, step, "optimizer")
-    checkpoints = checkpoint.Checkpoints(stage_directory, keep=checkpoint.EVERY)
+    checkpoints = checkpoint.Checkpoints(stage_directory, keep=checkpoint.KEEP_ALL)
     try:
         return checkpoints.restore(step, dataclasses.replace(abstract, balance={})).opt_state
     except (ValueError, KeyError, FileNotFoundError) as error:
-        raise UserError(f"checkpoint: {parent} has no optimizer state of this model; set carry='params'") from error
+        raise UserError(f"checkpoint: {parent} has no optimizer state of this model; set restore='params'") from error
     finally:
         checkpoints.close()

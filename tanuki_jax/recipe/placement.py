@@ -25,7 +25,11 @@ def make_mesh(recipe: Recipe, name: str, devices: Sequence[jax.Device] | None = 
     """
     this, sizes = recipe.stages[name], recipe.mesh
     mesh = parallel.make_mesh(sizes, devices)
-    rows, others, fsdp = this.batch_size // this.microbatches, mesh.shape["data"] * mesh.shape["expert"], mesh.shape["fsdp"]
+    rows, others, fsdp = (
+        this.batch_size // this.gradient_accumulation_steps,
+        mesh.shape["data"] * mesh.shape["expert"],
+        mesh.shape["fsdp"],
+    )
     if this.kind == "upcycle" or sizes.fsdp != -1 or sizes.context != 1 or rows % others or not rows % (others * fsdp):
         return mesh
     groups = math.gcd(rows // others, fsdp)
@@ -37,7 +41,7 @@ def make_mesh(recipe: Recipe, name: str, devices: Sequence[jax.Device] | None = 
 def check_mesh(recipe: Recipe, name: str, mesh: jax.sharding.Mesh) -> None:
     """An error that names the key to change where a stage's sizes do not divide over the mesh."""
     this, cfg = recipe.stages[name], config.model_config(recipe, name)
-    parallel.per_device_rows(mesh, this.batch_size, this.microbatches)
+    parallel.per_device_rows(mesh, this.batch_size, this.gradient_accumulation_steps)
     tensor, expert, context = (mesh.shape[axis] for axis in ("tensor", "expert", "context"))
     sizes = {"n_kv_heads": cfg.n_kv_heads, "d_ff": cfg.d_ff, "vocab_size": cfg.vocab_size}
     for key, size in sizes.items():
@@ -45,7 +49,7 @@ def check_mesh(recipe: Recipe, name: str, mesh: jax.sharding.Mesh) -> None:
             raise UserError(f"config: mesh.tensor {tensor} does not divide model.{key} {size}; use a divisor of it")
     if cfg.n_experts % expert:
         raise UserError(f"config: mesh.expert {expert} does not divide model.n_experts {cfg.n_experts}; use a divisor of it")
-    unit = 2 * context * ops.query_shards(cfg.attention, mesh.devices.flat[0].platform)
+    unit = 2 * context * ops.query_shards(cfg.compute.attention_impl, mesh.devices.flat[0].platform)
     if context > 1 and this.seq_len % unit:
         left = "" if recipe.mesh.context == context else f", the devices that batch_size {this.batch_size} leaves to each row"
         raise UserError(
@@ -54,7 +58,7 @@ def check_mesh(recipe: Recipe, name: str, mesh: jax.sharding.Mesh) -> None:
         )
 
 
-def trained_shardings(cfg: config.Model, lora: config.Lora, mesh: jax.sharding.Mesh) -> Any:
+def trained_shardings(cfg: config.ModelConfig, lora: config.Lora, mesh: jax.sharding.Mesh) -> Any:
     """How the parameters that a stage trains are split: all, or the adapters."""
     if not lora.rank:
         return checkpoint.parameter_shardings(cfg, mesh)
@@ -62,7 +66,7 @@ def trained_shardings(cfg: config.Model, lora: config.Lora, mesh: jax.sharding.M
     return parallel.tree_shardings(mesh, model.lora.adapter_axes(cfg, ranks)[0], model.lora.adapter_shapes(cfg, ranks))
 
 
-def frozen_shardings(cfg: config.Model, lora: config.Lora, mesh: jax.sharding.Mesh) -> Any:
+def frozen_shardings(cfg: config.ModelConfig, lora: config.Lora, mesh: jax.sharding.Mesh) -> Any:
     """How those are split that it does not train."""
     if not lora.rank:
         return {}
@@ -71,7 +75,7 @@ def frozen_shardings(cfg: config.Model, lora: config.Lora, mesh: jax.sharding.Me
 
 
 def state_shardings(
-    cfg: config.Model,
+    cfg: config.ModelConfig,
     optimizer: optax.GradientTransformation,
     mesh: jax.sharding.Mesh,
     loss: config.Loss | None = None,
@@ -105,7 +109,7 @@ def state_shardings(
     return checkpoint.sharded_like(shapes, shardings), shardings
 
 
-def describe_adapters(cfg: config.Model, lora: config.Lora) -> str:
+def describe_adapters(cfg: config.ModelConfig, lora: config.Lora) -> str:
     """A line on what a stage trains of a model that is frozen."""
     found = list(model.lora.targets(cfg, model.lora.ranks(cfg, lora)))
     count = sum(math.prod(shape) for one in found for _, shape in (one.a, one.b))
@@ -113,7 +117,7 @@ def describe_adapters(cfg: config.Model, lora: config.Lora) -> str:
     return f"adapters of rank {named}; {count:,} parameters trained, the others frozen"
 
 
-def describe(cfg: config.Model, mesh: jax.sharding.Mesh) -> str:
+def describe(cfg: config.ModelConfig, mesh: jax.sharding.Mesh) -> str:
     """A table of the parameters: name, axes, shape, which axis is split over what, number."""
     lines = []
     for name, axes, shape in model.named_parameters(cfg):

@@ -99,9 +99,9 @@ def check_disk_space(recipe: Recipe, names: list[str], workdir: Path) -> int:
                 f"preflight: a checkpoint of stage {name} has {_gb(one)}, and {workdir} {_gb(free)} free; make room, or use "
                 "another --workdir"
             )
-        if free < (wanted := max(1, this.keep + 1 - there) * one):
+        if free < (wanted := max(1, this.keep_latest + 1 - there) * one):
             _log(
-                f"the checkpoints of stage {name} will need {_gb(wanted)} (keep={this.keep}, and the one that is being "
+                f"the checkpoints of stage {name} will need {_gb(wanted)} (keep={this.keep_latest}, and the one that is being "
                 f"written); {workdir} has {_gb(free)} free"
             )
     return free

@@ -52,7 +52,7 @@ def program(recipe: Recipe, name: str, steps: int, mesh: jax.sharding.Mesh) -> t
         optimizer,
         make_schedule(this.optimizer, steps),
         this.optimizer.clip_norm,
-        this.microbatches,
+        this.gradient_accumulation_steps,
         shardings,
         balance.make_rebalance(cfg, this.loss),
         parallel.compiler_options(mesh),
@@ -127,11 +127,11 @@ def run_stage(
         tensorboard=recipe.tensorboard,
         counters=data.counters,
         observe=functools.partial(tell, name),
-        changes=tuple(start // (this.seq_len * this.batch_size) for start in this.mixture_starts[1:]),
+        changes=tuple(start // (this.seq_len * this.batch_size) for start in this.phase_start_tokens[1:]),
     )
-    rows, probes = this.batch_size // this.microbatches, []
+    rows, probes = this.batch_size // this.gradient_accumulation_steps, []
     if data.held_out:
-        probes.append((recipe.validation.every, make_validation(cfg, data.held_out, inputs.tokenizer, mesh, rows)))
+        probes.append((recipe.validation.every_steps, make_validation(cfg, data.held_out, inputs.tokenizer, mesh, rows)))
     if cfg.n_experts and not frozen:
         probes.append((this.log_every, jax.jit(model.expert_diagnostics, out_shardings=checkpoint.replicated(mesh))))
 
@@ -142,7 +142,7 @@ def run_stage(
             out_shardings=dataclasses.replace(shardings, frozen={}),
         )
         state = dataclasses.replace(make(params), frozen=frozen)
-        if this.carry == "all":
+        if this.restore == "all":
             moments = parent_moments(init_checkpoint(recipe, name, workdir), abstract)
             state = dataclasses.replace(state, opt_state=moments)
         return state
@@ -167,12 +167,12 @@ def run_stage(
             probes,
         )
     entry = {"name": name, "kind": this.kind, **loop.summarize(job)}
-    if this.optimizer.schedule == "range":
+    if this.optimizer.schedule == "lr_range_test":
         entry["learning_rate_range"] = lr_range.suggest(read_metrics(home))
     return entry
 
 
-def _check_capacity(name: str, cfg: config.Model, saved: dict[str, Any], now: dict[str, Any]) -> None:
+def _check_capacity(name: str, cfg: config.ModelConfig, saved: dict[str, Any], now: dict[str, Any]) -> None:
     """With a capacity, an error where the tokens among which experts share their room are others than before.
 
     They are those of one microbatch on one device.
@@ -182,7 +182,10 @@ def _check_capacity(name: str, cfg: config.Model, saved: dict[str, Any], now: di
 
     def parts(meta: dict[str, Any]) -> dict[str, int]:
         axes = {f"mesh.{axis}": size for axis, size in meta.get("mesh", {}).items() if axis != "tensor"}
-        return {f"stages.{name}.microbatches": meta["recipe"]["stages"][name]["microbatches"], **axes}
+        return {
+            f"stages.{name}.gradient_accumulation_steps": meta["recipe"]["stages"][name]["gradient_accumulation_steps"],
+            **axes,
+        }
 
     before, here = parts(saved), parts(now)
     differing = [f"{key} was {before[key]}, is {here.get(key, 1)}" for key in before if before[key] != here.get(key, 1)]
@@ -217,7 +220,7 @@ def _upcycle(recipe: Recipe, name: str, workdir: Path, mesh: jax.sharding.Mesh) 
             out_shardings=checkpoint.parameter_shardings(cfg, mesh),
         )
         params = convert(loaded, derive_key(recipe.seed, name, "upcycle"))
-        state = _upcycled_state(recipe, name, parent, params, mesh) if this.carry == "all" else None
+        state = _upcycled_state(recipe, name, parent, params, mesh) if this.restore == "all" else None
     meta = {"stage": name, "model": config.to_dict(cfg), "recipe": config.to_dict(recipe), "data_fingerprint": ""}
     meta |= inherited_meta(recipe, name, workdir)
     if state:
@@ -234,7 +237,7 @@ def _upcycle(recipe: Recipe, name: str, workdir: Path, mesh: jax.sharding.Mesh) 
         "seconds": round(time.monotonic() - began, 1),
         "tokens_per_second": None,
         "goodput": None,
-        "times": {},
+        "seconds_by_phase": {},
         "final_loss": None,
     }
 
@@ -292,7 +295,7 @@ def _is_reference(path: Path, pairs: int) -> bool:
 
 
 def _source_logprobs(
-    cfg: config.Model, params: Any, rows: packing.PackedPairs, batch_size: int, mesh: jax.sharding.Mesh
+    cfg: config.ModelConfig, params: Any, rows: packing.PackedPairs, batch_size: int, mesh: jax.sharding.Mesh
 ) -> np.ndarray:
     """Log-probabilities [pairs, 2] of one source; the rows are walked in order, the last batch filled up with repetitions."""
     compute = jax.jit(lambda p, batch: losses.pair_scores(model.dropless(cfg), p, batch)[0].logprobs)

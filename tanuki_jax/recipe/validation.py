@@ -16,7 +16,7 @@ from tanuki_jax.train import losses
 
 
 def make_validation(
-    cfg: config.Model, held_out: Mapping[str, HeldOutRows], tokenizer: Tokenizer, mesh: jax.sharding.Mesh, batch_size: int
+    cfg: config.ModelConfig, held_out: Mapping[str, HeldOutRows], tokenizer: Tokenizer, mesh: jax.sharding.Mesh, batch_size: int
 ) -> Callable[[Any], dict[str, float]]:
     """params -> `validation/SOURCE/loss` (nats a token) and `validation/SOURCE/bits_per_byte` of every source.
 

@@ -172,7 +172,7 @@ def _score_picture(scored: list[dict[str, Any]]) -> Markup:
     """Scores after each stage, in the manner of the paper's figure 1."""
     figure, axes = plt.subplots(figsize=(max(WIDTH, 0.45 * len(scored)), 2.8))
     names = [experts.short(entry["name"]) for entry in scored]
-    lines = {"exact": ("正答率 (exact answers)", "#24863a"), "pair_accuracy": ("選好の一致 (pair accuracy)", "#9a6b00")}
+    lines = {"exact_match": ("正答率 (exact answers)", "#24863a"), "pair_accuracy": ("選好の一致 (pair accuracy)", "#9a6b00")}
     found = {key: [100 * entry["scores"].get(key, np.nan) for entry in scored] for key in lines}
     for key, (label, colour) in lines.items():
         if np.isfinite(found[key]).any():

@@ -19,7 +19,7 @@ EMA_DECAY = 0.99  # beta of Skywork-MoE
 VIRTUAL_CAPACITY = 1.25  # room of an expert relative to an even load, beyond which a dropless router's load is overflow
 
 
-def init_balance(cfg: config.Model, options: config.Loss) -> Balance:
+def init_balance(cfg: config.ModelConfig, options: config.Loss) -> Balance:
     """The balance before the first step: an adaptive coefficient begins at its largest, the load being worst then."""
     layers = len(config.moe_layers(cfg))
     if not (layers and options.router_aux_adaptive):
@@ -52,7 +52,7 @@ def update_bias(bias_LE: jax.Array, load_LE: jax.Array, rate: float) -> jax.Arra
 
 
 def make_rebalance(
-    cfg: config.Model, options: config.Loss
+    cfg: config.ModelConfig, options: config.Loss
 ) -> Callable[[Any, Balance, Metrics], tuple[Any, Balance, Metrics]] | None:
     """`rebalance(params, balance, metrics)`, after a step's update of the parameters; None for a dense model.
 

@@ -13,18 +13,18 @@ from tanuki_jax import multihost
 
 PATIENCE, LONG = 300.0, 20.0  # a step takes long: so many seconds, and so many times the median
 # `step` is what is left: the time that trains.  `lost` was spent on steps that a later run, or going back, made anew.
-PHASES = ("compile", "input", "step", "score", "save", "restore", "lost")
+PHASES = ("compile", "input", "step", "score", "save", "restore", "replayed")
 
 
 class Clock:
     """Seconds by kind, the recent rate, and the wait for input; it also tells parallel/watch.py where the run is.
 
-    hang_seconds: a step that takes longer ends the process; 0 = never.
-    seconds: of all kinds but `lost`, as `times` (KINDS but `step`) of earlier runs has them.
+    step_timeout_seconds: a step that takes longer ends the process; 0 = never.
+    seconds: of all kinds but `lost`, as `seconds_by_phase` (KINDS but `step`) of earlier runs has them.
     """
 
-    def __init__(self, tokens_per_step: int, hang_seconds: float = 0.0) -> None:
-        self._tokens_per_step, self._hang_seconds, self.step = tokens_per_step, hang_seconds, 0
+    def __init__(self, tokens_per_step: int, step_timeout_seconds: float = 0.0) -> None:
+        self._tokens_per_step, self._hang_seconds, self.step = tokens_per_step, step_timeout_seconds, 0
         self.seconds = 0.0
         self._times = dict.fromkeys(PHASES, 0.0)
         self._took = 0.0  # by what was timed last
@@ -38,11 +38,11 @@ class Clock:
 
         What was timed last, the restoring of its state, comes on top.
         """
-        self.step, before = step, row.get("times", {})
+        self.step, before = step, row.get("seconds_by_phase", {})
         self.seconds = row.get("seconds", 0.0) + self._took
         self._times = {kind: before.get(kind, 0.0) for kind in PHASES}
         self._times["restore"] += self._took
-        self._times["lost"] = lost
+        self._times["replayed"] = lost
         self._last, self._recent = time.monotonic(), []
 
     @contextmanager
@@ -98,10 +98,10 @@ class Clock:
 
     def times(self) -> dict[str, float]:
         """Seconds by kind."""
-        others = sum(value for kind, value in self._times.items() if kind not in ("step", "lost"))
+        others = sum(value for kind, value in self._times.items() if kind not in ("step", "replayed"))
         return {kind: round(value, 3) for kind, value in {**self._times, "step": max(0.0, self.seconds - others)}.items()}
 
     def goodput(self) -> float:
         """The share of all time, lost time included, that trained."""
         times = self.times()
-        return round(times["step"] / max(1e-9, self.seconds + times["lost"]), 4)
+        return round(times["step"] / max(1e-9, self.seconds + times["replayed"]), 4)

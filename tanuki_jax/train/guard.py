@@ -85,7 +85,7 @@ class Guard:
             self.bad += 1
             return "not_finite"
         self.bad = 0
-        if self.options.spike and len(self._losses) >= MIN_HISTORY and self._stands_out(loss, norm):
+        if self.options.spike_sigma and len(self._losses) >= MIN_HISTORY and self._stands_out(loss, norm):
             self.first_high = self.first_high if self.high else step
             self.high += 1
             return "spike"
@@ -94,7 +94,7 @@ class Guard:
         return "good"
 
     def _stands_out(self, loss: float, norm: float) -> bool:
-        limit = self.options.spike
+        limit = self.options.spike_sigma
         middle = statistics.median(self._losses)
         if loss > middle + limit * max(_deviation(self._losses, middle), LOSS_FLOOR * abs(middle)):
             return True

@@ -74,9 +74,9 @@ def run_loop(
       NotFinite: more steps in a row than the guard allows were not finite.
     """
     options = job.options
-    checkpoints = Checkpoints(job.directory, options.keep)
+    checkpoints = Checkpoints(job.directory, options.keep_latest)
     events = Events(job.directory, jax.process_index() == 0)
-    clock = Clock(job.tokens_per_step, options.guard.hang_seconds)
+    clock = Clock(job.tokens_per_step, options.guard.step_timeout_seconds)
     profile = Profile(job.directory, options.profile_start, options.profile_steps)
     whole = _Context(job, checkpoints, events, clock, profile)
 
@@ -130,7 +130,7 @@ def _roll_back(run: _Context, guard: Guard, detours: SkippedBatches, step: int) 
         )
     good = run.checkpoints.go_back(guard.first_high - 1)
     count = step - guard.first_high + 1
-    new = detours.plus(good, guard.first_high - 1, count, job.options.guard.rollback_rate)
+    new = detours.plus(good, guard.first_high - 1, count, job.options.guard.rollback_lr_scale)
     multihost.on_process_zero(new.write, "detours")
     batches = [detours.batch(guard.first_high - 1), detours.batch(step - 1)]
     run.events.add("rollback", step, to=good, batches_left_out=batches, learning_rate_times=new.rate(good))
@@ -238,7 +238,7 @@ class _Attempt:
                 "input_wait": round(waited, 6),
                 "goodput": clock.goodput(),
                 "seconds": round(clock.seconds, 3),
-                "times": clock.times(),
+                "seconds_by_phase": clock.times(),
             }
             first = {"step": number, "tokens": number * job.tokens_per_step}
             seen = job.counters(self.detours.batch(number - 1) + 1)
@@ -296,6 +296,6 @@ def summarize(job: Job) -> dict[str, Any]:
         "seconds": round(seconds, 1),
         "tokens_per_second": round(tokens / seconds, 1) if seconds else None,
         "goodput": rows[-1]["goodput"] if rows else None,
-        "times": rows[-1]["times"] if rows else {},
+        "seconds_by_phase": rows[-1]["seconds_by_phase"] if rows else {},
         "final_loss": round(losses[-1], 4) if losses else None,
     }

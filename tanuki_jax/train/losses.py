@@ -21,7 +21,9 @@ Metrics = dict[str, tuple[jax.Array, jax.Array]]
 LossFn = Callable[..., tuple[jax.Array, jax.Array, Metrics]]
 
 
-def make_loss(kind: str, cfg: config.Model, options: config.Loss, sources: Sequence[str] = (), dropout: float = 0.0) -> LossFn:
+def make_loss(
+    kind: str, cfg: config.ModelConfig, options: config.Loss, sources: Sequence[str] = (), dropout: float = 0.0
+) -> LossFn:
     """The loss of a stage kind: next-token prediction for pretrain and sft, preference for dpo.
 
     Args:
@@ -49,7 +51,7 @@ def _by_source(
     return found
 
 
-def next_token(cfg: config.Model, options: config.Loss, sources: Sequence[str] = (), entropy: bool = False) -> LossFn:
+def next_token(cfg: config.ModelConfig, options: config.Loss, sources: Sequence[str] = (), entropy: bool = False) -> LossFn:
     """Cross entropy of the labelled tokens, plus z_loss * (log Z)^2 and the router's losses.
 
     Pretraining and SFT differ only in the batch's `loss_weights`.  z-loss: PaLM section 5; Tanuki used 1e-4.
@@ -89,7 +91,7 @@ class PairScores(NamedTuple):
 
 
 def pair_scores(
-    cfg: config.Model, params: Any, batch: Batch, dropout: model.Dropout | None = None
+    cfg: config.ModelConfig, params: Any, batch: Batch, dropout: model.Dropout | None = None
 ) -> tuple[PairScores, model.Outputs]:
     """Scores of the answers of a batch of pairs.
 
@@ -112,7 +114,7 @@ def pair_scores(
     return PairScores(*(of_answers(value_BS * weights_BS) for value_BS in values)), outputs
 
 
-def preference(cfg: config.Model, options: config.Loss, sources: Sequence[str] = ()) -> LossFn:
+def preference(cfg: config.ModelConfig, options: config.Loss, sources: Sequence[str] = ()) -> LossFn:
     """Direct preference optimisation: the weighted sum of losses that `options.preference` names (train/preference.py).
 
     The batch carries `ref_logprobs` [B, P, 2] of the reference model.  Metrics have TRL's names; weight counts pairs.
@@ -155,7 +157,7 @@ def preference(cfg: config.Model, options: config.Loss, sources: Sequence[str] =
 
 
 def _router_loss(
-    cfg: config.Model, outputs: model.Outputs, options: config.Loss, weights_B: jax.Array, balance: Balance | None
+    cfg: config.ModelConfig, outputs: model.Outputs, options: config.Loss, weights_B: jax.Array, balance: Balance | None
 ) -> tuple[jax.Array, Metrics]:
     """The router's losses, summed over layers; each row counts as much as its labelled tokens (or pairs) do."""
     if outputs.router is None:

@@ -86,7 +86,7 @@ def make_schedule(options: config.Optimizer, total_steps: int) -> Callable[[jax.
             length = options.decay_steps or max(total_steps // 10, 1)
             done = jnp.clip((step - (total_steps - length)) / length, 0, 1)
             value = peak - (peak - floor) * done
-        elif options.schedule == "range":
+        elif options.schedule == "lr_range_test":
             value = floor * (peak / floor) ** (step / max(total_steps - 1, 1))
         else:
             value = jnp.full_like(step, peak)

@@ -61,7 +61,7 @@ def gradients(
     loss_fn: LossFn,
     params: Any,
     batch: Batch,
-    microbatches: int = 1,
+    gradient_accumulation_steps: int = 1,
     balance: Balance | None = None,
     frozen: Any = None,
     key: jax.Array | None = None,
@@ -81,10 +81,10 @@ def gradients(
         return total, (weight, metrics)
 
     grad_fn = jax.grad(scaled, has_aux=True)
-    if microbatches == 1:
+    if gradient_accumulation_steps == 1:
         grads, (weight, metrics) = grad_fn(params, batch, 0)
     else:
-        parts = jax.tree.map(lambda a: a.reshape(-1, microbatches, *a.shape[1:]).swapaxes(0, 1), batch)
+        parts = jax.tree.map(lambda a: a.reshape(-1, gradient_accumulation_steps, *a.shape[1:]).swapaxes(0, 1), batch)
         zero = jax.tree.map(
             lambda s: jnp.zeros(s.shape, jnp.float32),
             jax.eval_shape(grad_fn, params, jax.tree.map(lambda a: a[0], parts), 0),
@@ -93,7 +93,7 @@ def gradients(
         def add(total: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
             return jax.tree.map(lambda t, g: t + g.astype(jnp.float32), total, grad_fn(params, *part)), None
 
-        (grads, (weight, metrics)), _ = jax.lax.scan(add, zero, (parts, jnp.arange(microbatches)))
+        (grads, (weight, metrics)), _ = jax.lax.scan(add, zero, (parts, jnp.arange(gradient_accumulation_steps)))
     inverse = 1.0 / jnp.maximum(weight, 1.0)
     grads = jax.tree.map(lambda g: g.astype(jnp.float32) * inverse, grads)
     means = {name: total / jnp.maximum(count, 1.0) for name, (total, count) in metrics.items()}
@@ -146,7 +146,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     learning_rate: Callable[[jax.Array], jax.Array],
     clip_norm: float = 0.0,
-    microbatches: int = 1,
+    gradient_accumulation_steps: int = 1,
     state_shardings: Any = None,
     rebalance: Any = None,
     compiler_options: dict[str, Any] | None = None,
@@ -161,6 +161,8 @@ def make_train_step(
 
     def train_step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
         key = jax.random.fold_in(state.key, state.step) if draws else None
-        return update(state, *gradients(loss_fn, state.params, batch, microbatches, state.balance, state.frozen, key))
+        return update(
+            state, *gradients(loss_fn, state.params, batch, gradient_accumulation_steps, state.balance, state.frozen, key)
+        )
 
     return jax.jit(train_step, donate_argnums=0, out_shardings=(state_shardings, None), compiler_options=compiler_options)

@@ -39,7 +39,7 @@ Weights = dict[str, jax.Array]  # of one FFN: gate, up [D, F], down [F, D]
 MOE_KEYS = ("n_experts", *config.MOE_KEYS)
 
 
-def upcycle(params: Any, cfg: config.Model, options: config.Upcycle, key: jax.Array, others: Sequence[Any] = ()) -> Any:
+def upcycle(params: Any, cfg: config.ModelConfig, options: config.Upcycle, key: jax.Array, others: Sequence[Any] = ()) -> Any:
     """The mixture's parameters; attention, norms, embedding and head stay as they are.
 
     Args:
@@ -84,7 +84,7 @@ def upcycle(params: Any, cfg: config.Model, options: config.Upcycle, key: jax.Ar
 
 
 def expert(
-    weights: Weights, known: Any, number: int, layer: Any, cfg: config.Model, options: config.Upcycle, key: jax.Array
+    weights: Weights, known: Any, number: int, layer: Any, cfg: config.ModelConfig, options: config.Upcycle, key: jax.Array
 ) -> Weights:
     """Weights of one expert of one layer from a dense FFN; random draws belong to the layer's and the expert's number.
 
@@ -118,7 +118,7 @@ def _sums(w: jax.Array, mean: Any, power: int, axis: int) -> jax.Array:
     return ((w.astype(jnp.float32) - mean) ** power).sum(axis)
 
 
-def router(layer: Any, cfg: config.Model, options: config.Upcycle, key: jax.Array, dtype: Any) -> jax.Array:
+def router(layer: Any, cfg: config.ModelConfig, options: config.Upcycle, key: jax.Array, dtype: Any) -> jax.Array:
     """The router [D, E] of one layer: N(0, router_std) or uniform around 0 with that deviation; one draw for each group."""
     parts = granularity(cfg)
     key = jax.random.fold_in(jax.random.fold_in(key, 0), layer)
@@ -137,7 +137,7 @@ def _copy(weights: Weights, *_: Any) -> Weights:
     return weights
 
 
-def _noise(weights: Weights, _: None, number: int, cfg: config.Model, options: config.Upcycle, key: jax.Array) -> Weights:
+def _noise(weights: Weights, _: None, number: int, cfg: config.ModelConfig, options: config.Upcycle, key: jax.Array) -> Weights:
     def noisy(w: jax.Array, key: jax.Array) -> jax.Array:
         noise = packed_bf16.normals(key, w)
         return packed_bf16.unpack(
@@ -147,7 +147,9 @@ def _noise(weights: Weights, _: None, number: int, cfg: config.Model, options: c
     return {name: noisy(weights[name], k) for name, k in zip(FFN, jax.random.split(key, 3), strict=True)}
 
 
-def _drop(weights: Weights, known: Any, number: int, cfg: config.Model, options: config.Upcycle, key: jax.Array) -> Weights:
+def _drop(
+    weights: Weights, known: Any, number: int, cfg: config.ModelConfig, options: config.Upcycle, key: jax.Array
+) -> Weights:
     F = cfg.d_ff
     count = math.floor(options.drop_ratio * F + 1e-6)  # 0.29 of 100 is 29
     if not count:
@@ -167,7 +169,9 @@ def _drop(weights: Weights, known: Any, number: int, cfg: config.Model, options:
     return {name: partly_new(name, k) for name, k in zip(FFN, keys, strict=True)}
 
 
-def _groups(weights: Weights, _: None, number: int, cfg: config.Model, options: config.Upcycle, key: jax.Array) -> Weights:
+def _groups(
+    weights: Weights, _: None, number: int, cfg: config.ModelConfig, options: config.Upcycle, key: jax.Array
+) -> Weights:
     parts = granularity(cfg)
     width = cfg.d_ff // parts
     start = number % parts * width
@@ -187,7 +191,7 @@ STRATEGIES: dict[str, Callable[..., Weights]] = {"copy": _copy, "noise": _noise,
 # --- shapes and checks --------------------------------------------------------------------------------------------------------
 
 
-def moe_config(cfg: config.Model, **shape: Any) -> config.Model:
+def moe_config(cfg: config.ModelConfig, **shape: Any) -> config.ModelConfig:
     """The mixture's config for a dense one; `shape` has keys of SHAPE."""
     if cfg.n_experts:
         raise UserError("upcycle: the checkpoint is a mixture already; give a dense one")
@@ -198,18 +202,18 @@ def moe_config(cfg: config.Model, **shape: Any) -> config.Model:
     return made
 
 
-def check(cfg: config.Model, options: config.Upcycle) -> None:
+def check(cfg: config.ModelConfig, options: config.Upcycle) -> None:
     """An error that names the setting which cannot be."""
     config.check_moe(cfg, "upcycle: ", trained=False)
     config.check_upcycle(cfg, options, "upcycle: ")
 
 
-def granularity(cfg: config.Model) -> int:
+def granularity(cfg: config.ModelConfig) -> int:
     """G: into how many parts the dense FFN is split."""
     return cfg.d_ff // cfg.expert_d_ff if cfg.expert_d_ff else 1
 
 
-def dense_layers(cfg: config.Model) -> list[int]:
+def dense_layers(cfg: config.ModelConfig) -> list[int]:
     """The layers that stay dense."""
     return sorted(set(range(cfg.n_layers)) - set(config.moe_layers(cfg)))
 
@@ -223,7 +227,7 @@ def mean(*weights: Any) -> jax.Array:
 # --- the optimizer's state ----------------------------------------------------------------------------------------------------
 
 
-def carry_moments(fresh: Any, dense: Any, cfg: config.Model) -> Any:
+def carry_moments(fresh: Any, dense: Any, cfg: config.ModelConfig) -> Any:
     """The mixture's optimizer state with what survives of the dense model's: all but the experts and the router.
 
     Adam's count is carried too: moments that start from 0 then grow without bias correction, which is a warm-up of their own.

@@ -33,9 +33,13 @@ class IdentityCheck:
     It works in a thread of its own, a few calls behind: an error comes with a later call, at the latest with `result`.
     """
 
-    def __init__(self, dense: config.Model, mixture: config.Model, key: jax.Array) -> None:
-        self._key, self._mixture = key, dataclasses.replace(mixture, dtype="float32")
-        plain = dataclasses.replace(dense, dtype="float32", attention="reference", param_dtype=mixture.param_dtype)
+    def __init__(self, dense: config.ModelConfig, mixture: config.ModelConfig, key: jax.Array) -> None:
+        self._key, self._mixture = (
+            key,
+            dataclasses.replace(mixture, compute=dataclasses.replace(mixture.compute, dtype="float32")),
+        )
+        compute = dataclasses.replace(dense.compute, dtype="float32", attention_impl="reference")
+        plain = dataclasses.replace(dense, compute=compute, param_dtype=mixture.param_dtype)
         self._dense = plain
         self._entered = jax.jit(functools.partial(_layer_forward, plain, self._mixture))
         self._ffn = jax.jit(model.layerwise.ffn)
@@ -107,7 +111,7 @@ class IdentityCheck:
 
 
 def _layer_forward(
-    dense: config.Model, mixture: config.Model, layer: Any, weights: Any, router_DE: Any, x_2SD: jax.Array
+    dense: config.ModelConfig, mixture: config.ModelConfig, layer: Any, weights: Any, router_DE: Any, x_2SD: jax.Array
 ) -> Any:
     """One layer of both, the dense model first, but for the experts of the mixture.
 

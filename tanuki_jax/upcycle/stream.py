@@ -67,7 +67,7 @@ class Job(NamedTuple):
     """What is to be made of what."""
 
     sources: tuple[LazyCheckpoint, ...]
-    cfg: config.Model
+    cfg: config.ModelConfig
     options: config.Upcycle
     seed: int
 
@@ -164,11 +164,11 @@ def write(job: Job, output: Path, meta: dict[str, Any]) -> Identity:
         contextlib.closing(IdentityCheck(job.sources[0].cfg, job.cfg, key)) as probe,
         contextlib.closing(_blocks(*job[:3], key, probe)) as blocks,
     ):
-        checkpoint.save_streamed(output, job.cfg, _shown(blocks, progress), meta)
+        checkpoint.save_streaming(output, job.cfg, _shown(blocks, progress), meta)
         return probe.result()
 
 
-def _bytes(cfg: config.Model) -> int:
+def _bytes(cfg: config.ModelConfig) -> int:
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(model.parameter_shapes(cfg)))
 
 
@@ -181,7 +181,7 @@ def _shown(blocks: Iterator[checkpoint.Block], progress: Progress) -> Iterator[c
 
 
 def _blocks(
-    sources: Sequence[LazyCheckpoint], cfg: config.Model, options: config.Upcycle, key: jax.Array, probe: IdentityCheck
+    sources: Sequence[LazyCheckpoint], cfg: config.ModelConfig, options: config.Upcycle, key: jax.Array, probe: IdentityCheck
 ) -> Generator[checkpoint.Block]:
     """All of the mixture in blocks, in the order in which a token meets them."""
     dtype = np.dtype(cfg.param_dtype)
@@ -247,7 +247,7 @@ def _blocks(
     yield "head", (), head
 
 
-def _maker(cfg: config.Model, options: config.Upcycle, key: jax.Array) -> Callable[..., Iterator[Callable[[], Arrays]]]:
+def _maker(cfg: config.ModelConfig, options: config.Upcycle, key: jax.Array) -> Callable[..., Iterator[Callable[[], Arrays]]]:
     """A function of a layer's dense FFNs and its number, whose results make its experts one by one: `upcycle.expert`, compiled.
 
     Where normal numbers are drawn for bfloat16, in matrices of even width, it takes them in pairs.

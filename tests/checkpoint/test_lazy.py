@@ -35,7 +35,7 @@ def blocks_of(cfg, params):
 
 def streamed(home, cfg):
     params = params_of(cfg)
-    checkpoint.save_streamed(home, cfg, blocks_of(cfg, params), {"model": config.to_dict(cfg)})
+    checkpoint.save_streaming(home, cfg, blocks_of(cfg, params), {"model": config.to_dict(cfg)})
     return params
 
 
@@ -184,7 +184,7 @@ def test_blocks_may_come_in_any_order(tmp_path):
     params = params_of(cfg)
     blocks = list(blocks_of(cfg, params))
     np.random.default_rng(0).shuffle(blocks)
-    checkpoint.save_streamed(tmp_path, cfg, iter(blocks), {"model": config.to_dict(cfg)})
+    checkpoint.save_streaming(tmp_path, cfg, iter(blocks), {"model": config.to_dict(cfg)})
     assert_reads(checkpoint.open_lazy(tmp_path), params)
 
 
@@ -201,7 +201,7 @@ def test_only_a_few_blocks_are_on_their_way_to_the_disk(tmp_path):
             yield name, index, array
 
     assert checkpoint.streaming.PREFETCH <= 3  # an expert
-    checkpoint.save_streamed(tmp_path, DENSE, blocks(), {"model": config.to_dict(DENSE)})
+    checkpoint.save_streaming(tmp_path, DENSE, blocks(), {"model": config.to_dict(DENSE)})
     assert len(sizes) == 3 + 9 * DENSE.n_layers
 
 
@@ -213,7 +213,7 @@ def test_an_error_among_the_blocks_is_raised_as_it_is(tmp_path):
         raise UserError("the tenth block")
 
     with pytest.raises(UserError, match="^the tenth block$"):
-        checkpoint.save_streamed(tmp_path, DENSE, blocks(), {"model": config.to_dict(DENSE)})
+        checkpoint.save_streaming(tmp_path, DENSE, blocks(), {"model": config.to_dict(DENSE)})
     with pytest.raises(UserError, match="has no checkpoints/<step>"):
         checkpoint.locate(tmp_path)
 

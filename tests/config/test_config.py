@@ -196,7 +196,7 @@ INVALID = {
     },
     **{
         f"{name} of zero": ({f"stages__pretrain__{name}": 0}, [f"stages.pretrain.{name} is 0", "at least 1"])
-        for name in ("seq_len", "batch_size", "microbatches", "save_every", "keep", "log_every")
+        for name in ("seq_len", "batch_size", "gradient_accumulation_steps", "save_every", "keep", "log_every")
     },
     "heads": (dict(model__n_heads=6, model__n_kv_heads=4), ["n_heads 6", "multiple of model.n_kv_heads 4"]),
     "odd head": (dict(model__head_dim=7), ["head_dim 7", "even"]),
@@ -209,7 +209,7 @@ INVALID = {
     "no experts": (dict(model__n_experts=0), ["stages.upcycle", "mixture of experts", "model.n_experts is 0"]),
     "upcycling nothing": (dict(stages__upcycle__init_from=""), ["stages.upcycle.init_from", "dense"]),
     "upcycling a mixture": (dict(stages__pretrain__mixture_of_experts=True), ["stages.upcycle.init_from", "dense"]),
-    "mixture from a parent": (dict(stages__sft__mixture_of_experts=True), ["stages.sft.mixture_of_experts", "'upcycle'"]),
+    "mixture from a parent": (dict(stages__sft__mixture_of_experts=True), ["stages.sft.moe", "'upcycle'"]),
     "sft of nothing": (dict(stages__sft__init_from=""), ["stages.sft.init_from is empty", "trained model"]),
     "dpo of nothing": (dict(stages__dpo__init_from=""), ["stages.dpo.init_from is empty", "trained model"]),
     "no budget": (dict(stages__pretrain__steps=0), ["stages.pretrain", "exactly one of steps, tokens and epochs", "0, 0"]),
@@ -218,20 +218,23 @@ INVALID = {
     "negative tokens": (dict(stages__pretrain__steps=0, stages__pretrain__tokens=-9), ["stages.pretrain.tokens", "-9"]),
     "negative epochs": (dict(stages__sft__epochs=-1.0), ["stages.sft.epochs", "-1.0"]),
     "decoding nothing together": (dict(scoring__batch_size=0), ["scoring.batch_size", "0"]),
-    "microbatches": (dict(stages__pretrain__microbatches=3), ["batch_size 256", "multiple of microbatches 3"]),
+    "gradient_accumulation_steps": (
+        dict(stages__pretrain__microbatches=3),
+        ["batch_size 256", "multiple of gradient_accumulation_steps 3"],
+    ),
     "epochs of text": (dict(stages__pretrain__steps=0, stages__pretrain__epochs=1.0), ["stages.pretrain.epochs", "tokens or"]),
     "no mixture": (dict(stages__pretrain__mixture={}), ["stages.pretrain.mixture is empty", "weight"]),
-    "late first phase": (dict(stages__pretrain__mixture_starts=(5,)), ["mixture_starts (5,)", "begin with 0"]),
-    "no phase": (dict(stages__pretrain__mixture_starts=()), ["mixture_starts ()", "begin with 0"]),
-    "falling phases": (dict(stages__pretrain__mixture_starts=(0, 9, 5)), ["mixture_starts (0, 9, 5)", "rise"]),
-    "twice the same phase": (dict(stages__pretrain__mixture_starts=(0, 5, 5)), ["mixture_starts (0, 5, 5)", "rise"]),
+    "late first phase": (dict(stages__pretrain__mixture_starts=(5,)), ["phase_start_tokens (5,)", "begin with 0"]),
+    "no phase": (dict(stages__pretrain__mixture_starts=()), ["phase_start_tokens ()", "begin with 0"]),
+    "falling phases": (dict(stages__pretrain__mixture_starts=(0, 9, 5)), ["phase_start_tokens (0, 9, 5)", "rise"]),
+    "twice the same phase": (dict(stages__pretrain__mixture_starts=(0, 5, 5)), ["phase_start_tokens (0, 5, 5)", "rise"]),
     "unknown source": (dict(stages__pretrain__mixture={"fr": (1.0,)}), ["stages.pretrain.mixture", "'fr'", "en, ja"]),
     "weights and phases": (dict(stages__pretrain__mixture__ja=(1.0, 2.0)), ["mixture.ja", "2 weights for 1 phases"]),
     "negative weight": (dict(stages__pretrain__mixture__ja=(-1.0,)), ["mixture.ja", "at least 0", "-1.0"]),
     "no weight": (dict(stages__pretrain__mixture={"ja": (0.0,), "en": (0.0,)}), ["phase 0", "sum to 0"]),
     "changing dialogues": (
         dict(stages__sft__mixture_starts=(0, 5), stages__sft__mixture={"talks": (1.0, 1.0)}),
-        ["stages.sft.mixture_starts", "only a pretraining mixture"],
+        ["stages.sft.phase_start_tokens", "only a pretraining mixture"],
     ),
     # the schedule of learning rates
     "a floor above the peak": (
@@ -259,7 +262,7 @@ INVALID = {
         dict(
             stages__pretrain__mixture_starts=(0, 3 * 256 * 2048), stages__pretrain__mixture=dict(ja=(1.0, 0.0), en=(0.0, 1.0))
         ),
-        ["stages.pretrain.mixture_starts (0, 1572864)", "1,572,864 tokens", "never comes"],
+        ["stages.pretrain.phase_start_tokens (0, 1572864)", "1,572,864 tokens", "never comes"],
     ),
     "a phase after the tokens": (
         dict(
@@ -268,7 +271,7 @@ INVALID = {
             stages__pretrain__mixture_starts=(0, 2**20),
             stages__pretrain__mixture=dict(ja=(1.0, 0.0), en=(0.0, 1.0)),
         ),
-        ["stages.pretrain.mixture_starts", "1,048,576 tokens", "never comes"],
+        ["stages.pretrain.phase_start_tokens", "1,048,576 tokens", "never comes"],
     ),
     "less than a row held out": (dict(validation__tokens=2047), ["validation.tokens is 2047", "stages.pretrain.seq_len 2048"]),
     "less than a step": (
@@ -371,7 +374,7 @@ def test_the_edge_of_what_is_valid_is_valid(case):
 def test_a_router_that_adapters_leave_alone_need_not_learn(targets, learns):
     """What is published with one choice, and is given here as a directory, can be fine-tuned so."""
     values = with_changes(model__top_k=1)
-    sft = {**values["stages"]["sft"], "init_from": ".", "mixture_of_experts": True, "lora": {"rank": 2, "targets": targets}}
+    sft = {**values["stages"]["sft"], "init_from": ".", "moe": True, "lora": {"rank": 2, "targets": targets}}
     made = config.from_dict(config.Recipe, {**values, "stages": {"sft": sft}})
     if not learns:
         return validate.check_recipe(made)

@@ -19,7 +19,7 @@ def written(home, tokenizer='{"model": 1}', **shape):
     """What of a checkpoint is looked at: the meta of its newest step, and its tokenizer."""
     (home / "checkpoints/3/meta").mkdir(parents=True)
     (home / "checkpoints/2/meta").mkdir(parents=True)
-    meta = {"model": config.to_dict(config.Model(**{**DENSE, **shape}))}
+    meta = {"model": config.to_dict(config.ModelConfig(**{**DENSE, **shape}))}
     (home / "checkpoints/3/meta/metadata").write_text(json.dumps(meta))
     if tokenizer:
         (home / "tokenizer").mkdir()
@@ -57,14 +57,14 @@ def test_what_is_left_out_is_the_checkpoints_own(place, tmp_path):
     assert brought(made, DENSE) == DENSE
     assert made.tokenizer.path == str(home / "tokenizer")
     assert [config.model_config(made, name).rope_theta for name in made.stages] == [5e5, 5e5]
-    rest = set(config.to_dict(config.Model())) - set(DENSE)
+    rest = set(config.to_dict(config.ModelConfig())) - set(DENSE)
     assert brought(made, rest) == brought(config.Recipe(), rest)
     assert config.resolve(config.to_dict(made)) == made  # as it is stored
 
 
 def test_a_mixture_brings_its_experts_and_its_gate(tmp_path):
     made = config.resolve(recipe(written(tmp_path / "mixture", **EXPERTS)))
-    assert brought(made, EXPERTS) == EXPERTS and made.stages["sft"].mixture_of_experts
+    assert brought(made, EXPERTS) == EXPERTS and made.stages["sft"].moe
     assert [config.model_config(made, name).n_experts for name in made.stages] == [4, 4]
     assert config.resolve(config.to_dict(made)) == made
 
@@ -80,7 +80,7 @@ def test_a_recipe_without_a_directory_has_the_defaults():
     c = config.recipe(data=dict(talk="talk.jsonl"))
     c.stages.one = config.stage("pretrain", **ROW)
     made = config.resolve(c)
-    assert made.model == config.Model() and made.tokenizer == config.Tokenizer()
+    assert made.model == config.ModelConfig() and made.tokenizer == config.Tokenizer()
 
 
 def test_what_is_set_is_known_in_copies_too(tmp_path):
@@ -113,8 +113,8 @@ def test_a_flag_sets_a_key_and_leaves_the_others_out(tmp_path):
         "from tanuki_jax import config\n\ndef get_config():\n    c = config.recipe(data=dict(talk='talk.jsonl'))\n"
         f"    c.stages.one = config.stage('sft', init_from={str(home)!r}, mixture=dict(talk=(1.0,)), steps=1)\n    return c\n"
     )
-    made = config.load([f"--config={file}", "--config.model.d_ff=64", "--config.model.remat=full"])
-    assert brought(made, DENSE) == DENSE and made.model.remat == "full"
+    made = config.load([f"--config={file}", "--config.model.d_ff=64", "--config.compute.remat=full"])
+    assert brought(made, DENSE) == DENSE and made.compute.remat == "full"
     with pytest.raises(UserError, match=r"d_ff 64 \(here 65\).*model.d_ff"):
         config.load([f"--config={file}", "--config.model.d_ff=65"])
 
@@ -140,10 +140,10 @@ def test_a_stage_says_that_another_rotary_base_is_meant(tmp_path):
 
 
 MIXTURES = {
-    "other experts": (EXPERTS, dict(n_experts=8), dict(mixture_of_experts=True), ["n_experts 4 (here 8)", "model.n_experts"]),
+    "other experts": (EXPERTS, dict(n_experts=8), dict(moe=True), ["n_experts 4 (here 8)", "model.n_experts"]),
     "another gate": (EXPERTS, dict(top_k=2), {}, ["top_k 3 (here 2)", "model.top_k"]),
-    "not said to be one": (EXPERTS, dict(n_experts=4), {}, ["n_experts 4 (here 0)", "mixture_of_experts"]),
-    "none": ({}, dict(n_experts=4), dict(mixture_of_experts=True), ["n_experts 0 (here 4)", "mixture_of_experts"]),
+    "not said to be one": (EXPERTS, dict(n_experts=4), {}, ["n_experts 4 (here 0)", "moe"]),
+    "none": ({}, dict(n_experts=4), dict(moe=True), ["n_experts 0 (here 4)", "moe"]),
 }
 
 

@@ -20,7 +20,7 @@ ODD = (-1, 0, math.nan, math.inf, -math.inf, 1e30, -1e30, 10**30, 10**5000, 1, 0
 HELD = {
     "tokenizer.shares": lambda x: {"": x},
     "stages.NAME.mixture": lambda x: {"ja": (x,)},
-    "stages.NAME.mixture_starts": lambda x: (x,),
+    "stages.NAME.phase_start_tokens": lambda x: (x,),
     "stages.NAME.loss.preference": lambda x: {"sigmoid": x},
     "stages.NAME.lora.targets": lambda x: {"attn/q": x},
 }

@@ -10,7 +10,7 @@ import pytest
 from tanuki_jax.data import cluster, prepare, shards
 from tanuki_jax.errors import UserError
 
-OPTIONS = prepare.Options(skip_bad=True, shard_characters=20, part_bytes=150)
+OPTIONS = prepare.Options(skip_invalid=True, shard_characters=20, part_bytes=150)
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ PAIRS = [
     {"prompt": p, "chosen": "良い", "rejected": [assistant("悪い")]} for p in ("q", [user("r"), assistant("s"), user("t")])
 ]
 KINDS = {"text": TEXTS, "dialogue": DIALOGUES, "pair": PAIRS}
-SKIP = prepare.Options(skip_bad=True)
+SKIP = prepare.Options(skip_invalid=True)
 
 
 def lines_of(rows):
@@ -213,7 +213,7 @@ BAD = {
     "kinds mixed": ([GOOD, DIALOGUES[0]], ":2.*one source per kind"),
     "no known field": ([GOOD, {"title": "a"}], ":2.*neither text"),
     "no JSON": ([GOOD, "moon"], ":2 is not JSON"),
-    "an empty document": ([GOOD, {"text": ""}], ":2.*empty document.*--skip_bad"),
+    "an empty document": ([GOOD, {"text": ""}], ":2.*empty document.*--skip_invalid"),
     "white space only": ([GOOD, {"text": "\u3000\n \n"}], ":2.*empty document"),
     "an empty document first": ([{"text": ""}, GOOD], ":1.*empty document"),
     "no assistant turn": ([DIALOGUES[0], {"messages": [user("a")]}], ":2.*without an assistant turn"),
@@ -269,7 +269,7 @@ def test_bad_rows_anywhere_change_nothing_of_the_good_ones(made, tmp_path, monke
     mixed = [row for i, good in enumerate(rows) for row in [good, *[bad[i % len(bad)]] * (i % 3)]]
     clean, tokens, mask = made(rows, prepare.Options(shard_characters=1))
     expected = documents(tokens), mask and documents(mask)
-    manifest, tokens, mask = made(mixed, prepare.Options(shard_characters=1, skip_bad=True))
+    manifest, tokens, mask = made(mixed, prepare.Options(shard_characters=1, skip_invalid=True))
     assert (documents(tokens), mask and documents(mask)) == expected
     assert manifest.rejected == len(mixed) - len(rows) and manifest.rows == clean.rows
     assert manifest.characters == clean.characters
@@ -302,7 +302,7 @@ def test_a_damaged_file_is_an_error_that_leaves_nothing_or_one_bad_row(tokenizer
     assert sorted(p.name for p in tmp_path.iterdir() if p.name not in (".store.partial", "store")) == ["a.jsonl", name]
     if part_bytes > 100:  # else the first file's shard is finished, and kept
         assert not (tmp_path / ".store.partial").exists()
-    manifest = prepare.prepare(*run, prepare.Options(part_bytes=part_bytes, skip_bad=True), workers=1)
+    manifest = prepare.prepare(*run, prepare.Options(part_bytes=part_bytes, skip_invalid=True), workers=1)
     assert (manifest.rows, manifest.rejected) == (3, 1)
     assert name in (tmp_path / "store" / "rejected.jsonl").read_text()
 

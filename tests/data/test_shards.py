@@ -79,8 +79,8 @@ def corpus(folder, kind="text", bad=False):
     return f"{folder}/*"
 
 
-def options(skip_bad=False, shard_characters=1, part_bytes=200):
-    return prepare.Options(skip_bad=skip_bad, shard_characters=shard_characters, part_bytes=part_bytes)
+def options(skip_invalid=False, shard_characters=1, part_bytes=200):
+    return prepare.Options(skip_invalid=skip_invalid, shard_characters=shard_characters, part_bytes=part_bytes)
 
 
 def contents(folder):
@@ -118,7 +118,7 @@ def test_shards_are_about_as_large_as_asked_and_together_the_same_tokens(tokeniz
 
 @pytest.mark.parametrize(("kind", "bad"), [("text", True), ("pair", False)])
 def test_killed_at_any_step_and_run_again_the_store_has_the_same_bytes(tokenizer, tmp_path, kill, kind, bad):
-    text, how, folder = corpus(tmp_path / "in", kind, bad), options(skip_bad=bad, part_bytes=300), tmp_path / "out"
+    text, how, folder = corpus(tmp_path / "in", kind, bad), options(skip_invalid=bad, part_bytes=300), tmp_path / "out"
     prepare.prepare(text, tokenizer, tmp_path / "whole", how, workers=1)
     expected = contents(tmp_path / "whole")
     assert len(expected) > 10

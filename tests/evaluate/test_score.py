@@ -100,7 +100,7 @@ def test_no_conversations_have_no_answers(tokenizer):
 def test_exact_answers_are_shares_overall_and_per_family():
     rows = [{"family": "a", "answer": "1"}, {"family": "b", "answer": "2"}, {"family": "a", "answer": "3"}]
     found = score.exact_answers(rows, ["1", "0", "0"], lambda row, answer: row["answer"] == answer)
-    assert found == {"exact": 0.3333, "prompts": 3, "families": {"a": 0.5, "b": 0.0}}
+    assert found == {"exact_match": 0.3333, "prompts": 3, "families": {"a": 0.5, "b": 0.0}}
     with pytest.raises(ValueError):
         score.exact_answers(rows, ["1"], lambda row, answer: True)
 

@@ -89,7 +89,7 @@ def test_of_two_that_prepare_one_store_one_does_so_as_if_alone(place, tokenizer)
 
 
 def test_of_two_that_train_one_tokenizer_one_does_so_as_if_alone(place):
-    flags = ["tokenizer", "train", f"--input={write_rows(place / 'a.jsonl', 3000)}", "--vocab_size=400", "--level=none"]
+    flags = ["tokenizer", "train", f"--input={write_rows(place / 'a.jsonl', 3000)}", "--vocab_size=400", "--boundary=none"]
     one_of(tanuki(*flags, "--output=tok", cwd=place), tanuki(*flags, f"--output={place}/../link/tok"))
     assert main([*flags, f"--output={place / 'alone'}"]) == 0
     assert contents(place / "tok") == contents(place / "alone") and not hidden(place)
@@ -293,7 +293,7 @@ def test_opening_a_stage_leaves_the_save_that_another_run_writes(tmp_path):
     saved(tmp_path, 6).close()
     unfinished.mkdir()
     before = tree(tmp_path)
-    for keep in (2, checkpoint.EVERY):
+    for keep in (2, checkpoint.KEEP_ALL):
         opened = Checkpoints(tmp_path, keep=keep)
         assert opened.latest() == 6 and opened.resume(STATE, lambda meta: None, lambda *told: None)
         opened.close()

@@ -19,7 +19,7 @@ from tests.model.make_parity import published
 HERE = Path(__file__).parent / "parity"
 CFG = dense(vocab_size=64, n_layers=2, d_model=16, d_ff=20, n_heads=4, n_kv_heads=2, head_dim=8)
 E = 4
-FLAGS = ("--plain_gate", f"--n_experts={E}", "--top_k=2", "--router_std=0.5", "--seed=3")
+FLAGS = ("--no_normalized_gate", f"--n_experts={E}", "--top_k=2", "--router_std=0.5", "--seed=3")
 CASES = {"copy": ("--strategy=copy",), "noise": ("--strategy=noise", "--noise_std=0.05")}
 ROWS, LENGTH = 2, 16
 FFN = ("gate", "up", "down")

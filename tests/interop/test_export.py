@@ -28,7 +28,7 @@ from tests.interop.published import (
     stage,
     stored,
 )
-from tests.tiny import apply
+from tests.tiny import apply, with_options
 
 REAL = ("llama", "mixtral", "tanuki")  # directories that transformers wrote
 STAGES = tiny_recipe.STAGES
@@ -78,7 +78,7 @@ def in_float32(home):
     """Model and parameters of a published directory, computed in float32."""
     cfg, named = opened(home)
     params = jax.tree.map(lambda w: jnp.asarray(w, jnp.float32), nested(named))
-    return dataclasses.replace(cfg, param_dtype="float32", dtype="float32"), params
+    return with_options(cfg, param_dtype="float32", dtype="float32"), params
 
 
 def logits(cfg, params):
@@ -211,7 +211,7 @@ def test_experts_of_another_width_than_the_dense_ffn_are_exported(tmp_path):
 def test_upcycled_checkpoints_are_exported(tmp_path):
     cfg, _, mine, _ = made("llama", "bfloat16", n_layers=1)
     home, mixture = save(tmp_path / "dense", cfg, mine), tmp_path / "mixture"
-    flags = ["--strategy=groups", "--n_experts=4", "--top_k=2", "--expert_d_ff=20", "--plain_gate"]
+    flags = ["--strategy=groups", "--n_experts=4", "--top_k=2", "--expert_d_ff=20", "--no_normalized_gate"]
     assert main(["upcycle", f"--checkpoint={home}", f"--output={mixture}", *flags]) == 0
     found, arrays = stored(mixture)
     back = export(mixture, tmp_path / "back")
@@ -259,7 +259,7 @@ def card(home, tmp_path):
 def test_the_card_says_how_the_model_was_trained_and_what_it_scored(tmp_path):
     home = tmp_path / "stages/dpo"
     cfg, _ = stage(home, "dpo")
-    scores = {"exact": 0.25, "prompts": 30, "pair_accuracy": 0.75, "families": {"sum": 0.5}, "seconds": 12.5}
+    scores = {"exact_match": 0.25, "prompts": 30, "pair_accuracy": 0.75, "families": {"sum": 0.5}, "seconds": 12.5}
     (home / "done.json").write_text(json.dumps({"entry": {"name": "dpo", "scores": scores}}))
     text = card(home, tmp_path)
     front, _, body = text.removeprefix("---\n").partition("\n---\n")

@@ -213,7 +213,7 @@ def test_the_recipe_that_said_nothing_of_it_has_its_shape(imported, trained):
     assert recipe["model"]["rope_theta"] == shape["rope_parameters"]["rope_theta"] == 1e5
     assert recipe["model"]["vocab_size"] == shape["vocab_size"] and recipe["model"]["n_layers"] == shape["num_hidden_layers"]
     assert recipe["tokenizer"]["path"] == str(imported / "tokenizer")
-    assert config.from_dict(config.Model, recipe["model"]).norm_eps == shape["rms_norm_eps"]
+    assert config.read_model(recipe).norm_eps == shape["rms_norm_eps"]
 
 
 def test_the_harness_gives_what_hf_gives_with_and_without_its_template(published, imported):

@@ -12,9 +12,10 @@ from tanuki_jax import config
 
 HERE = Path(__file__).parent / "parity"
 SHAPE = dict(vocab_size=96, n_layers=2, d_model=32, d_ff=48, n_heads=4, n_kv_heads=2, head_dim=16, norm_eps=1e-3)
+FLOAT32 = config.Compute(dtype="float32")
 CASES = {
-    "llama": config.Model(**SHAPE, rope_theta=50.0, dtype="float32"),
-    "mixtral": config.Model(**SHAPE, rope_theta=5e5, dtype="float32", n_experts=4, top_k=2, normalized_gate=False),
+    "llama": config.ModelConfig(**SHAPE, rope_theta=50.0, compute=FLOAT32),
+    "mixtral": config.ModelConfig(**SHAPE, rope_theta=5e5, compute=FLOAT32, n_experts=4, top_k=2, normalized_gate=False),
 }
 ROWS, LENGTH = 3, 40
 

@@ -1,6 +1,5 @@
 """Adapters against their definition: W + scale * A B, matrix by matrix."""
 
-import dataclasses
 import functools
 import math
 
@@ -16,7 +15,7 @@ from tanuki_jax.model import lora
 from tanuki_jax.train import losses
 from tanuki_jax.train.step import gradients
 from tests import plain
-from tests.tiny import apply, init, packed_batch, small
+from tests.tiny import apply, init, packed_batch, small, with_options
 
 # Inputs and outputs of all matrices differ, so that none can be taken for another.
 SHAPE = dict(n_heads=6, n_kv_heads=2, head_dim=4, d_ff=40)
@@ -253,7 +252,7 @@ def test_flops_are_four_per_frozen_weight_plus_attention():
 
 
 def test_a_frozen_base_is_cast_once_and_computes_the_same():
-    cfg = dataclasses.replace(MODELS["mixture"], dtype="bfloat16")
+    cfg = with_options(MODELS["mixture"], dtype="bfloat16")
     base, trained, scales = adapted("mixture")
     below = jax.jit(lora.frozen_params, static_argnums=0)(cfg, base)
     exact = {"layers/moe/router", "layers/norm_attn", "layers/norm_mlp", "norm_final"}
@@ -273,7 +272,7 @@ def test_a_frozen_base_is_cast_once_and_computes_the_same():
 
 def test_float32_adapters_learn_over_a_bfloat16_base():
     base, trained, scales = adapted("dense")
-    low, high = dataclasses.replace(MODELS["dense"], dtype="bfloat16"), MODELS["dense"]
+    low, high = with_options(MODELS["dense"], dtype="bfloat16"), MODELS["dense"]
     found, exact = (grads_of(cfg)(trained, {**lora.frozen_params(cfg, base), **scales}, batch_of(cfg)) for cfg in (low, high))
     assert {w.dtype for w in jax.tree.leaves(found)} == {jnp.dtype("float32")}
     for path, wanted in flat(exact).items():
@@ -334,9 +333,9 @@ MESHES = [
 
 
 @functools.cache
-def step_of(name, microbatches):
+def step_of(name, gradient_accumulation_steps):
     loss = losses.make_loss("pretrain", MODELS[name], config.Loss(router_z_loss=1e-2))
-    return jax.jit(lambda t, f, batch: gradients(loss, t, batch, microbatches, None, f))
+    return jax.jit(lambda t, f, batch: gradients(loss, t, batch, gradient_accumulation_steps, None, f))
 
 
 @functools.cache
@@ -345,8 +344,8 @@ def on_one_device(name):
     return jax.device_get(step_of(name, 1)(trained, {**base, **scales}, batch_of(MODELS[name], 8)))
 
 
-@pytest.mark.parametrize(("name", "sizes", "microbatches"), MESHES)
-def test_loss_and_gradients_are_those_of_one_device(name, sizes, microbatches):
+@pytest.mark.parametrize(("name", "sizes", "gradient_accumulation_steps"), MESHES)
+def test_loss_and_gradients_are_those_of_one_device(name, sizes, gradient_accumulation_steps):
     cfg, mesh = MODELS[name], parallel.make_mesh(config.Mesh(**{"fsdp": 1, **sizes}))
     base, trained, scales = adapted(name)
     axes, shapes = lora.adapter_axes(cfg, RANKS[name])[0], lora.adapter_shapes(cfg, RANKS[name])
@@ -355,7 +354,7 @@ def test_loss_and_gradients_are_those_of_one_device(name, sizes, microbatches):
     frozen |= jax.device_put(scales, checkpoint.replicated(mesh))
     with jax.set_mesh(mesh):
         batch = loader.on_devices(packed_batch(np.random.default_rng(0), cfg, 8), mesh, 8)
-        grads, metrics = step_of(name, microbatches)(trained, frozen, batch)
+        grads, metrics = step_of(name, gradient_accumulation_steps)(trained, frozen, batch)
     expected, wanted = on_one_device(name)
     assert jax.tree.structure(grads) == jax.tree.structure(trained)  # what is frozen has none
     assert_close(grads, expected, 2e-5)

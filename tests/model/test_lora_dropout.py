@@ -1,6 +1,5 @@
 """Dropout of the inputs of adapters: what is drawn, when, and that nothing else changes."""
 
-import dataclasses
 import functools
 
 import flax.linen as nn
@@ -17,7 +16,7 @@ from tanuki_jax.train import losses
 from tanuki_jax.train.optimizer import make_optimizer, make_schedule
 from tanuki_jax.train.step import gradients, init_state, make_train_step
 from tests.model.test_lora import MODELS, adapted, assert_close, batch_of, everything
-from tests.tiny import apply, packed_batch, small
+from tests.tiny import apply, packed_batch, small, with_options
 
 CFG, DENSE = small(), MODELS["dense"]
 
@@ -138,7 +137,7 @@ def test_every_layer_and_every_matrix_has_a_draw_of_its_own(monkeypatch):
 
 @functools.cache
 def grads_of(**changes):
-    cfg = dataclasses.replace(DENSE, **changes)
+    cfg = with_options(DENSE, **changes)
     made = losses.make_loss("pretrain", cfg, config.Loss(), dropout=0.3)
     return jax.jit(lambda t, f, batch, key: gradients(made, t, batch, 1, None, f, key))
 
@@ -146,7 +145,7 @@ def grads_of(**changes):
 def test_what_is_computed_again_is_drawn_alike():
     base, trained, scales = adapted("dense")
     arguments = trained, {**base, **scales}, batch_of(DENSE), jax.random.key(3)
-    (expected, wanted), (found, metrics) = (grads(*arguments) for grads in (grads_of(remat="full"), grads_of(unroll=2)))
+    (expected, wanted), (found, metrics) = (grads(*arguments) for grads in (grads_of(remat="full"), grads_of(scan_unroll=2)))
     assert_close(found, expected)
     np.testing.assert_allclose(metrics["loss"], wanted["loss"], rtol=1e-6)
 
@@ -172,7 +171,7 @@ def test_steps_and_microbatches_draw_anew():
     made = losses.make_loss("pretrain", DENSE, config.Loss(), dropout=0.3)
     options = config.Optimizer(learning_rate=0.0, weight_decay=0.0)
     optimizer = make_optimizer(options)
-    step = make_train_step(made, optimizer, make_schedule(options, 9), microbatches=2, draws=True)
+    step = make_train_step(made, optimizer, make_schedule(options, 9), gradient_accumulation_steps=2, draws=True)
     fresh = lambda: jax.tree.map(jnp.copy, init_state(trained, optimizer, jax.random.key(5), frozen={**base, **scales}))  # noqa: E731
     one = batch_of(DENSE, 1)
     twice = {name: jnp.concatenate([rows, rows]) for name, rows in one.items()}

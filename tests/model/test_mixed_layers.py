@@ -13,7 +13,7 @@ from tanuki_jax import checkpoint, config, model, parallel
 from tanuki_jax.data import loader
 from tanuki_jax.model import transformer
 from tests import plain
-from tests.tiny import apply, assert_close, init, packed_batch, small
+from tests.tiny import apply, assert_close, init, packed_batch, small, with_options
 
 MODELS = {
     "dense first": small(n_layers=3, n_experts=4, first_dense=1),
@@ -258,11 +258,11 @@ def test_gradients_are_those_of_the_loop_and_have_the_parameters_tree(name):
 
 @pytest.mark.parametrize(
     "options",
-    [dict(remat="full"), dict(remat="attention", unroll=2), dict(unroll=9)],
+    [dict(remat="full"), dict(remat="attention", scan_unroll=2), dict(scan_unroll=9)],
     ids=lambda options: " ".join(map(str, options.values())),
 )
 def test_what_is_kept_for_the_backward_pass_and_the_unrolling_change_no_gradient(options):
-    cfg = dataclasses.replace(MODELS["in the middle"], **options)
+    cfg = with_options(MODELS["in the middle"], **options)
     assert_close(gradient(cfg, params_of("in the middle"), batch_of(cfg)), gradient_of("in the middle"), 1e-5)
 
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tanuki_jax import config
 from tanuki_jax.model.moe import GATE_BINS, MoE, route, router_stats
+from tests.tiny import small
 
 
 def numpy_gate(logits, top_k, normalized, scale=1.0, bias=0.0):
@@ -56,7 +56,7 @@ def test_lambda_and_bias_against_a_numpy_loop(normalized, with_bias, scale):
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_with_a_capacity_padding_takes_no_room_and_is_not_counted(top_k, before):
     """What 24 real tokens get, drop and count does not depend on the length to which their rows are padded."""
-    cfg = config.Model(d_model=8, d_ff=8, n_experts=4, top_k=top_k, capacity_factor=0.9, dtype="float32", init_std=0.5)
+    cfg = small(d_model=8, d_ff=8, n_experts=4, top_k=top_k, capacity_factor=0.9, init_std=0.5)
     rows, real, module = 3, 8, MoE(cfg)
     x = jax.random.normal(jax.random.key(0), (rows, real, 8))
     params, found = module.init(jax.random.key(1), x, jnp.ones((rows, real), bool)), {}

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from tanuki_jax import config, model, parallel
-from tests.tiny import apply, as_arrays, init, packed_batch, small
+from tests.tiny import apply, as_arrays, init, packed_batch, small, with_options
 
 MODELS = {"dense": small(), "mixture": small(n_experts=4)}
 
 
 def test_parameter_counts_of_the_paper():
-    dense, mixture = config.Model(), config.Model(n_experts=8)
+    dense, mixture = config.ModelConfig(), config.ModelConfig(n_experts=8)
     assert model.count_parameters(dense) == (7_512_264_704, 7_512_264_704)
     assert model.count_parameters(mixture) == (46_973_325_312, 13_150_457_856)
 
@@ -112,7 +112,11 @@ def gradient(name, **options):
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(
     "options",
-    [*(dict(remat=remat) for remat in config.CHOICES["remat"][1:]), dict(unroll=2), dict(unroll=2, remat="attention")],
+    [
+        *(dict(remat=remat) for remat in config.CHOICES["remat"][1:]),
+        dict(scan_unroll=2),
+        dict(scan_unroll=2, remat="attention"),
+    ],
     ids=lambda options: " ".join(map(str, options.values())),
 )
 def test_what_is_kept_for_the_backward_pass_changes_no_gradient(name, options):
@@ -126,7 +130,7 @@ def test_the_model_computes_attention_as_it_is_told(impl):
     params = init(cfg, jax.random.key(0))
     batch = as_arrays(packed_batch(np.random.default_rng(0), cfg, rows=2))
     valid = batch["segment_ids"] > 0
-    found, expected = (apply(c, params, batch).hidden[valid] for c in (dataclasses.replace(cfg, attention=impl), cfg))
+    found, expected = (apply(c, params, batch).hidden[valid] for c in (with_options(cfg, attention_impl=impl), cfg))
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -134,7 +138,7 @@ def test_the_model_computes_attention_as_it_is_told(impl):
 def test_the_model_computes_experts_as_it_is_told(impl):
     params = init(MODELS["mixture"], jax.random.key(0))
     batch = as_arrays(packed_batch(np.random.default_rng(0), MODELS["mixture"], rows=2))
-    found, expected = (apply(c, params, batch).hidden for c in (small(n_experts=4, experts=impl), MODELS["mixture"]))
+    found, expected = (apply(c, params, batch).hidden for c in (small(n_experts=4, expert_impl=impl), MODELS["mixture"]))
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -161,7 +165,7 @@ def test_bfloat16_compute_keeps_float32_parameters():
 def test_a_word_used_often_learns_as_much_in_bfloat16_as_all_words_of_its_vector_together(devices):
     """The gradients of a token's uses are summed in float32; a bfloat16 sum of equals stops growing at some 256 of them."""
     B, S = 8, 512
-    cfg = small(vocab_size=B * S, n_layers=1, dtype="bfloat16", attention="reference")
+    cfg = small(vocab_size=B * S, n_layers=1, dtype="bfloat16", attention_impl="reference")
     params = init(cfg, jax.random.key(0))
     params["embed"]["table"] = jnp.broadcast_to(params["embed"]["table"][0], (B * S, cfg.d_model))
     wanted_D = 1.0 + jax.random.uniform(jax.random.key(1), (cfg.d_model,))  # each use pulls about the same way

@@ -80,10 +80,8 @@ def hopper(monkeypatch):
 @pytest.mark.parametrize(("remat", "forwards"), [("dots", 4), ("attention", 4), ("full", 9)])
 def test_a_remat_policy_that_keeps_attention_keeps_what_cudnn_needs(hopper, remat, forwards):
     """Forward once for each of four ways to tell it the segments, or again (the mask's a third time) where it keeps nothing."""
-    cfg = config.Model(
-        d_model=64, n_layers=2, d_ff=64, n_heads=4, n_kv_heads=2, head_dim=16, n_experts=0, dtype="bfloat16", attention="cudnn",
-        remat=remat,
-    )  # fmt: skip
+    compute = config.Compute(dtype="bfloat16", attention_impl="cudnn", remat=remat)
+    cfg = config.ModelConfig(d_model=64, n_layers=2, d_ff=64, n_heads=4, n_kv_heads=2, head_dim=16, compute=compute)
     batch = {name: jnp.ones((2, 512), jnp.int32) for name in ("tokens", "segment_ids", "positions")}
     loss = jax.grad(lambda params: model.apply(cfg, params, batch).hidden.astype(jnp.float32).sum())
     program = str(jax.make_jaxpr(loss)(model.parameter_shapes(cfg)))

@@ -64,9 +64,9 @@ def test_parameters_are_split_over_fsdp_along_d_or_f_where_it_divides():
             assert [n for n, over in zip(names, sharding.spec, strict=True) if over] == ([first] if splits else [])
 
 
-@pytest.mark.parametrize(("rows", "microbatches", "each"), [(8, 1, 1), (32, 1, 4), (32, 2, 2)])
-def test_rows_of_a_device(rows, microbatches, each):
-    assert parallel.per_device_rows(parallel.make_mesh(config.Mesh()), rows, microbatches) == each
+@pytest.mark.parametrize(("rows", "gradient_accumulation_steps", "each"), [(8, 1, 1), (32, 1, 4), (32, 2, 2)])
+def test_rows_of_a_device(rows, gradient_accumulation_steps, each):
+    assert parallel.per_device_rows(parallel.make_mesh(config.Mesh()), rows, gradient_accumulation_steps) == each
 
 
 def test_a_batch_that_does_not_divide_names_the_next_size_that_does():

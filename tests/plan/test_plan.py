@@ -67,10 +67,9 @@ def test_instructions_that_the_compiler_cannot_price_count_nothing():
 def recipe(**sizes):
     made = config.recipe(name="tiny")
     made.model.update(
-        dict(
-            vocab_size=512, n_layers=6, d_model=256, d_ff=512, n_heads=2, n_kv_heads=2, head_dim=128, n_experts=4, remat="full"
-        )
+        dict(vocab_size=512, n_layers=6, d_model=256, d_ff=512, n_heads=2, n_kv_heads=2, head_dim=128, n_experts=4)
     )
+    made.compute.remat = "full"
     made.model.update(sizes)
     made.data = dict(text="text/*.txt")
     common = dict(seq_len=256, batch_size=8, mixture=dict(text=(1.0,)))
@@ -104,7 +103,7 @@ def test_what_does_not_fit_says_what_to_change():
     found = plan.plan(recipe(d_model=16_384, d_ff=65_536, n_layers=64, n_experts=8), "first", plan.parse("v5e-4"))
     assert not found["stages"][0]["fits"]
     [line] = plan.problems(found)
-    assert "needs" in line and "microbatches=" in line
+    assert "needs" in line and "gradient_accumulation_steps=" in line
 
 
 @needs_compiler

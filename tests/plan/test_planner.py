@@ -21,9 +21,16 @@ def compiled(monkeypatch):
         calls.append((name, costs))
         if mesh.tensor > 1:
             raise UserError("does not divide")
-        remat = made.model.remat
-        found = dict(stage=name, mesh={"context": mesh.context}, microbatches=this.microbatches, remat=remat)
-        found |= dict(topology=topology.name, fits=KEPT[remat] / this.microbatches <= 5, tokens_per_step=2048, chips=4)
+        remat = made.compute.remat
+        found = dict(
+            stage=name,
+            mesh={"context": mesh.context},
+            gradient_accumulation_steps=this.gradient_accumulation_steps,
+            remat=remat,
+        )
+        found |= dict(
+            topology=topology.name, fits=KEPT[remat] / this.gradient_accumulation_steps <= 5, tokens_per_step=2048, chips=4
+        )
         found |= dict(hbm_bytes_per_chip={"total": 2**30}, hbm_limit=2**29)
         return found | dict(step_seconds_estimate=432 / KEPT[remat] + 10 * mesh.context) if costs and found["fits"] else found
 
@@ -53,7 +60,7 @@ def test_each_stage_that_does_not_fit_says_what_to_change(compiled):
     found = plan.plan(recipe(remat="none"), "", SLICE)
     lines = plan.problems(found)
     assert [line.split()[2] for line in lines] == ["first", "second", "third", "dpo"] and found["days"] is None
-    assert all(f"stages.{line.split()[2]}.microbatches=2" in line for line in lines)
+    assert all(f"stages.{line.split()[2]}.gradient_accumulation_steps=2" in line for line in lines)
 
 
 def test_a_search_takes_what_keeps_most_and_ranks_it_by_speed(compiled):
@@ -62,9 +69,9 @@ def test_a_search_takes_what_keeps_most_and_ranks_it_by_speed(compiled):
     assert found[: len(fitting)] == fitting and plan.problems({"ranked": found, "topology": "x"}) == []
     told = [p["step_seconds_estimate"] for p in found if "step_seconds_estimate" in p]
     assert told == sorted(told) and len(told) == planner.KEEP
-    assert found[0]["remat"] == "none" and found[0]["microbatches"] == 2 and found[0]["mesh"] == {"context": 1}
+    assert found[0]["remat"] == "none" and found[0]["gradient_accumulation_steps"] == 2 and found[0]["mesh"] == {"context": 1}
     # Of one mesh and number of rows nothing is tried that keeps less than what fits.
-    places = [(p["mesh"]["context"], p["microbatches"]) for p in fitting]
+    places = [(p["mesh"]["context"], p["gradient_accumulation_steps"]) for p in fitting]
     assert len(places) == len(set(places))
 
 

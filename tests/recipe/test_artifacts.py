@@ -12,10 +12,10 @@ from tests.conftest import TEXTS
 BAD = [{"title": "no text"}, {"messages": [{"role": "bot", "content": "?"}]}]
 
 
-def recipe(tmp_path, skip_bad):
+def recipe(tmp_path, skip_invalid):
     rows = [*BAD, *({"text": text} for text in TEXTS)]
     (tmp_path / "ja.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    c = config.recipe(data=dict(ja=dict(files=str(tmp_path / "ja.jsonl"), skip_bad=skip_bad)))
+    c = config.recipe(data=dict(ja=dict(files=str(tmp_path / "ja.jsonl"), skip_invalid=skip_invalid)))
     c.tokenizer.update(dict(vocab_size=512, character_coverage=1.0))
     c.stages.pretrain = config.stage("pretrain", mixture=dict(ja=(1.0,)), steps=1)
     return config.resolve(c)

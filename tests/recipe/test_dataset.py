@@ -101,13 +101,13 @@ def test_a_stage_goes_on_where_its_ancestors_stopped_past_an_upcycle():
 
 
 def test_what_ancestors_used_is_what_their_rows_say(inputs, tmp_path):
-    phases = dict(mixture=dict(ja=(1.0, 0.0, 0.3), en=(0.0, 1.0, 0.7)), mixture_starts=(0, 100, 700))
+    phases = dict(mixture=dict(ja=(1.0, 0.0, 0.3), en=(0.0, 1.0, 0.7)), phase_start_tokens=(0, 100, 700))
     made = recipe(
         dict(
             first=dict(steps=11, **phases),
             second=dict(kind="upcycle", mixture={}, steps=0),
             third=dict(steps=0, tokens=2000, mixture=dict(en=(1.0,), ja=(0.0,))),
-            fourth=dict(steps=3, **{**phases, "mixture_starts": (0, 100, 300)}),
+            fourth=dict(steps=3, **{**phases, "phase_start_tokens": (0, 100, 300)}),
         )
     )
     expected = collections.Counter()
@@ -185,7 +185,7 @@ def test_every_row_is_read_once_in_an_epoch_over_all_stages(inputs, tmp_path):
 
 
 def test_counters_are_what_a_slow_count_of_the_rows_gives(inputs, tmp_path):
-    phases = dict(mixture=dict(ja=(0.9, 0.2), en=(0.1, 0.8)), mixture_starts=(0, 1000))
+    phases = dict(mixture=dict(ja=(0.9, 0.2), en=(0.1, 0.8)), phase_start_tokens=(0, 1000))
     made = recipe(dict(first=dict(steps=30, **phases), second=dict(steps=60, **phases)))
     sizes = None
     used = collections.Counter()
@@ -210,7 +210,7 @@ BASE = dict(only=dict())
 CHANGED = {
     "seed": recipe(BASE, seed=1),
     "weights": recipe(dict(only=dict(mixture=dict(ja=(0.5,), en=(0.5,))))),
-    "phases": recipe(dict(only=dict(mixture=dict(ja=(0.75, 0.25), en=(0.25, 0.75)), mixture_starts=(0, 320)))),
+    "phases": recipe(dict(only=dict(mixture=dict(ja=(0.75, 0.25), en=(0.25, 0.75)), phase_start_tokens=(0, 320)))),
     "sources": recipe(dict(only=dict(mixture=dict(ja=(1.0,))))),
     "held out": recipe(BASE, validation__tokens=64),
     "row length": recipe(dict(only=dict(seq_len=16))),
@@ -220,7 +220,7 @@ CHANGED = {
 UNCHANGED = {
     "computation": recipe(BASE, model__remat="full", mesh__fsdp=4),
     "steps": recipe(dict(only=dict(steps=50))),
-    "logging": recipe(dict(only=dict(save_every=7, log_every=3, microbatches=2))),
+    "logging": recipe(dict(only=dict(save_every=7, log_every=3, gradient_accumulation_steps=2))),
     "another scoring": recipe(BASE, validation__every=7),
 }
 

@@ -44,7 +44,10 @@ def test_a_run_whose_validation_loss_was_nan_goes_on(tmp_path):
 
 def test_the_best_checkpoint_is_remembered_though_its_step_was_left_out(tmp_path):
     """The gradient of step 4 was not finite; its parameters, those of step 3, have the lowest loss all the same."""
-    options, losses = dict(steps=10, save_every=1, keep=1, keep_best=1), [5.0, 3.0, 4.0, 1.0, 2.0, 6.0, 1.5, 7.0, 8.0, 9.0]
+    options, losses = (
+        dict(steps=10, save_every=1, keep_latest=1, keep_best=1),
+        [5.0, 3.0, 4.0, 1.0, 2.0, 6.0, 1.5, 7.0, 8.0, 9.0],
+    )
     with pytest.raises(KeyboardInterrupt):
         run(job(tmp_path, **options), lambda first: interrupted(first, bad=[3]), probes=validated(losses))
     assert 4 in kept(tmp_path)
@@ -53,7 +56,7 @@ def test_the_best_checkpoint_is_remembered_though_its_step_was_left_out(tmp_path
 
 
 def test_a_checkpoint_whose_validation_loss_is_nan_is_not_the_best(tmp_path):
-    run(job(tmp_path, steps=4, save_every=1, keep=1, keep_best=1), probes=validated([float("nan"), 3.0, 2.0, 4.0]))
+    run(job(tmp_path, steps=4, save_every=1, keep_latest=1, keep_best=1), probes=validated([float("nan"), 3.0, 2.0, 4.0]))
     assert kept(tmp_path) == [3, 4]
 
 
@@ -90,7 +93,7 @@ def test_a_broken_pipe_in_the_middle_of_a_run_is_no_success(tmp_path, monkeypatc
 def test_a_hang_in_the_first_step_of_a_resumed_run_names_that_step(tmp_path, monkeypatch):
     monkeypatch.setattr(watchdog.peers, "wait_seconds", lambda: 0.3)
     monkeypatch.setattr(watchdog, "TICK", 0.05)
-    options = dict(guard=config.Guard(hang_seconds=0.0))
+    options = dict(guard=config.Guard(step_timeout_seconds=0.0))
     with pytest.raises(KeyboardInterrupt):
         run(job(tmp_path, **options), interrupted)
 
@@ -104,7 +107,7 @@ def test_a_hang_in_the_first_step_of_a_resumed_run_names_that_step(tmp_path, mon
 
 
 def test_an_emergency_save_may_take_longer_than_a_step(tmp_path, monkeypatch):
-    """hang_seconds is of a step: the wait for the last save has the limit of a save."""
+    """step_timeout_seconds is of a step: the wait for the last save has the limit of a save."""
     exits, seal = [], checksums.write_checksums
     monkeypatch.setattr(watchdog.os, "_exit", exits.append)
     monkeypatch.setattr(watchdog, "TICK", 0.05)
@@ -117,7 +120,7 @@ def test_an_emergency_save_may_take_longer_than_a_step(tmp_path, monkeypatch):
             yield n
 
     with pytest.raises(Preempted):
-        run(job(tmp_path, save_every=100, guard=config.Guard(hang_seconds=0.6)), told)
+        run(job(tmp_path, save_every=100, guard=config.Guard(step_timeout_seconds=0.6)), told)
     assert exits == []
 
 
@@ -181,7 +184,7 @@ def test_adapters_on_a_base_of_another_dtype_come_merged_in_their_own(tmp_path):
 
 
 def test_moments_and_meta_are_verified_when_they_are_read(tmp_path):
-    """A changed digit of the meta is another model; the moments are half of what carry='all' takes."""
+    """A changed digit of the meta is another model; the moments are half of what restore='all' takes."""
     cfg = small()
     checkpoint.save_params(tmp_path / "model", init(cfg, jax.random.key(0)), {"model": config.to_dict(cfg)})
     meta = next(p for p in contents(tmp_path / "model/checkpoints/0/meta") if "rope_theta" in p.read_text())

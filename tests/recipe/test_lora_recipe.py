@@ -38,8 +38,8 @@ BAD = {
     "all dropped": (["lora.rank=2", "lora.dropout=1.0"], ["stages.sft.lora", "dropout"]),
     "a negative share": (["lora.rank=2", "lora.dropout=-0.1"], ["stages.sft.lora", "dropout"]),
     "no scale": (["lora.rank=2", "lora.alpha=0.0"], ["stages.sft.lora", "alpha"]),
-    "an adapter without a rank": (["carry=adapter"], ["stages.sft.carry", "lora.rank"]),
-    "another word": (["lora.rank=2", "carry=adapters"], ["stages.sft.carry", "adapters"]),
+    "an adapter without a rank": (["restore=adapter"], ["stages.sft.restore", "lora.rank"]),
+    "another word": (["lora.rank=2", "restore=adapters"], ["stages.sft.restore", "adapters"]),
 }
 
 
@@ -65,22 +65,22 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("carry", ["adapter", "all"])
+@pytest.mark.parametrize("restore", ["adapter", "all"])
 @pytest.mark.parametrize("case", OTHERS)
 def test_adapters_of_other_shapes_are_not_trained_on(case, carry, home, tmp_path, capsys):
     flags, words = OTHERS[case]
-    refused(capsys, one(tmp_path, home / "stages" / "sft", f"carry={carry}", *flags), "stage one", *words, "carry='params'")
+    refused(capsys, one(tmp_path, home / "stages" / "sft", f"restore={carry}", *flags), "stage one", *words, "restore='params'")
     assert not (tmp_path / "one" / "stages" / "one" / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("carry", ["adapter", "all"])
+@pytest.mark.parametrize("restore", ["adapter", "all"])
 def test_a_whole_model_has_no_adapters_to_train_on(carry, home, tmp_path, capsys):
-    refused(capsys, one(tmp_path, home / "stages" / "base", f"carry={carry}"), str(home / "stages" / "base"), "no adapters")
+    refused(capsys, one(tmp_path, home / "stages" / "base", f"restore={carry}"), str(home / "stages" / "base"), "no adapters")
 
 
 def test_all_parameters_cannot_go_on_with_moments_of_adapters(home, tmp_path, capsys):
-    status = one(tmp_path, home / "stages" / "sft", "carry=all", "lora.rank=0", "lora.targets={}")
-    refused(capsys, status, str(home / "stages" / "sft"), "carry='params'")
+    status = one(tmp_path, home / "stages" / "sft", "restore=all", "lora.rank=0", "lora.targets={}")
+    refused(capsys, status, str(home / "stages" / "sft"), "restore='params'")
 
 
 # --- what is accepted -----------------------------------------------------------------------------------------------
@@ -102,7 +102,12 @@ def test_a_rank_is_all_that_is_needed_on_any_mesh_in_any_parts(home, tmp_path):
     assert made.ranks == {f"layers/attn/{name}": 4 for name in "qkvo"} and made.base == base / "checkpoints" / "2"
     assert {s for scale_L in made.meta["adapter"]["scales"].values() for s in scale_L} == {16.0 / 4}
     assert wanted[-1]["loss"] < wanted[0]["loss"]
-    flags = ["--config.stages.one.microbatches=2", "--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.context=2"]
+    flags = [
+        "--config.stages.one.gradient_accumulation_steps=2",
+        "--config.mesh.data=2",
+        "--config.mesh.fsdp=2",
+        "--config.mesh.context=2",
+    ]
     for found, expected in zip(plainly(tmp_path / "other", base, *flags), wanted, strict=True):
         np.testing.assert_allclose(found["loss"], expected["loss"], rtol=1e-5)
         np.testing.assert_allclose(found["grad_norm"], expected["grad_norm"], rtol=1e-4)
@@ -111,12 +116,12 @@ def test_a_rank_is_all_that_is_needed_on_any_mesh_in_any_parts(home, tmp_path):
 def test_a_mixture_learns_through_its_experts_and_router_and_keeps_its_bias(home, tmp_path):
     base, model_flags = tmp_path / "base", ["n_experts=3", "router_bias=True"]
     shape = {**checkpoint.load(home / "stages" / "base").meta["model"], "n_experts": 3, "router_bias": True}
-    params = init(config.from_dict(config.Model, shape), jax.random.key(0))
+    params = init(config.read_model({"model": shape}), jax.random.key(0))
     params["layers"]["moe"]["bias"] = jax.random.normal(jax.random.key(1), (2, 3))
     checkpoint.save_params(base, params, {"stage": "base", "model": shape, "data_fingerprint": ""})
     shutil.copytree(home / "stages" / "base" / "tokenizer", base / "tokenizer")
     loss = ["loss.router_bias_rate=0.1", "loss.router_aux_adaptive=0.2"]
-    flags = ["mixture_of_experts=True", "steps=2", "microbatches=2", "batch_size=16", "lora.targets={'*': 0}", *loss]
+    flags = ["moe=True", "steps=2", "gradient_accumulation_steps=2", "batch_size=16", "lora.targets={'*': 0}", *loss]
     assert one(tmp_path, base, *flags, more=[f"--config.model.{flag}" for flag in model_flags]) == 0
     ours, theirs = weights(tmp_path / "one", "one"), flat(params)
     changed = {path for path in ours if (ours[path] != theirs[path]).any()}

@@ -203,7 +203,7 @@ def adam_steps(home, name):
     options = config.resolve(found.meta["recipe"]).stages[name]
     mesh = parallel.make_mesh(config.Mesh())
     abstract, _ = placement.state_shardings(found.cfg, make_optimizer(options.optimizer), mesh, options.loss, options.lora)
-    opened = checkpoint.Checkpoints(home / "stages" / name, keep=checkpoint.EVERY)
+    opened = checkpoint.Checkpoints(home / "stages" / name, keep=checkpoint.KEEP_ALL)
     state = opened.restore(opened.latest(), abstract)
     opened.close()
     return int(state.opt_state[0].count)

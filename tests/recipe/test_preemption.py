@@ -151,7 +151,7 @@ def batches(first, number):
         seen.append(number(n))
         yield jnp.float32(20 if 31 <= number(n) < 36 else 2)
 
-options = config.Stage(save_every=10, log_every=1, guard=config.Guard(rollback_rate=0.5))
+options = config.Stage(save_every=10, log_every=1, guard=config.Guard(rollback_lr_scale=0.5))
 job = loop.Job("toy", Path(sys.argv[1]), options, 60, 10, 1.0, {"model": {}})
 with jax.set_mesh(mesh):
     state = loop.run(job, like, fresh, step, batches)
@@ -212,4 +212,4 @@ def test_time_lost_in_several_kills_without_a_save_between_is_all_told(tmp_path)
             run(job(tmp_path, steps=20, save_every=10), step=step)
         lost += rows(tmp_path)[-1]["seconds"] - rows(tmp_path)[9]["seconds"]
     run(job(tmp_path, steps=20, save_every=10), step=step)
-    assert rows(tmp_path)[-1]["times"]["lost"] == pytest.approx(lost, abs=5e-3)
+    assert rows(tmp_path)[-1]["seconds_by_phase"]["replayed"] == pytest.approx(lost, abs=5e-3)

@@ -183,7 +183,7 @@ def batches(first, number):
         if second and mode == "slow": time.sleep(0.1)
         yield jax.make_array_from_callback((4,), rows, lambda index: np.ones(4, np.float32)[index])
 
-options = config.Stage(save_every=100, log_every=1, guard=config.Guard(hang_seconds=3.0))
+options = config.Stage(save_every=100, log_every=1, guard=config.Guard(step_timeout_seconds=3.0))
 job = loop.Job("toy", Path(sys.argv[2]), options, 60 if mode == "slow" else 400, 10, 1.0, {"model": {}})
 with jax.set_mesh(mesh):
     loop.run(job, like, fresh, step, batches)

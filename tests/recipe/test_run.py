@@ -42,7 +42,18 @@ def metrics(workdir, stage):
 
 def test_the_summary_has_the_documented_schema(summary):
     assert summary.keys() == {"stages", "config", "versions"}
-    keys = {"name", "kind", "steps", "tokens", "seconds", "tokens_per_second", "goodput", "times", "final_loss", "scores"}
+    keys = {
+        "name",
+        "kind",
+        "steps",
+        "tokens",
+        "seconds",
+        "tokens_per_second",
+        "goodput",
+        "seconds_by_phase",
+        "final_loss",
+        "scores",
+    }
     assert [entry["name"] for entry in summary["stages"]] == list(STAGES)
     assert [entry["kind"] for entry in summary["stages"]] == ["pretrain", "upcycle", "pretrain", "sft", "dpo"]
     for entry in summary["stages"]:
@@ -166,7 +177,7 @@ def two_stages(stage="pretrain", source="ja", group="sft"):
     return json.loads(json.dumps(config.to_dict(config.resolve(c))))
 
 
-KEYS_OF = [("stages.NAME.", config.Stage), ("", config.Recipe), ("model.", config.Model)]
+KEYS_OF = [("stages.NAME.", config.Stage), ("", config.Recipe), ("model.", config.ModelConfig)]
 RESUMABLE = [f"{where}{f.name}" for where, kind in KEYS_OF for f in dataclasses.fields(kind) if f.metadata["resumable"]]
 
 

@@ -27,8 +27,8 @@ def get_config():
     c.tokenizer.update(dict(vocab_size=400, sources=()))
     row = dict(mixture=dict(ja=(1.0,)), seq_len=32, batch_size=8, save_every=2)
     c.stages = config.ConfigDict()
-    c.stages.scratch = config.stage("pretrain", mixture_of_experts=True, steps=3, **row)
-    c.stages.more = config.stage("pretrain", init_from="scratch", carry="all", steps=2, **row)
+    c.stages.scratch = config.stage("pretrain", moe=True, steps=3, **row)
+    c.stages.more = config.stage("pretrain", init_from="scratch", restore="all", steps=2, **row)
     return c
 """
 
@@ -65,7 +65,7 @@ def test_with_bfloat16_and_little_room_a_stage_goes_on_bit_by_bit_and_on_the_sam
     shutil.rmtree(stage / "checkpoints/3")
     (stage / "done.json").unlink()
     changed = {
-        "stages.scratch.microbatches was 1, is 2": "--config.stages.scratch.microbatches=2",
+        "stages.scratch.gradient_accumulation_steps was 1, is 2": "--config.stages.scratch.gradient_accumulation_steps=2",
         "mesh.data was 2, is 1; mesh.fsdp was 2, is 4": ["--config.mesh.data=1", "--config.mesh.fsdp=4"],
     }
     for words, flag in changed.items():
@@ -82,7 +82,7 @@ def adam_steps(home, name):
     recipe = config.resolve(loaded.meta["recipe"])
     optimizer = make_optimizer(recipe.stages[name].optimizer)
     abstract, _ = placement.state_shardings(loaded.cfg, optimizer, parallel.make_mesh(config.Mesh()))
-    opened = checkpoint.Checkpoints(loaded.stage_directory, keep=checkpoint.EVERY)
+    opened = checkpoint.Checkpoints(loaded.stage_directory, keep=checkpoint.KEEP_ALL)
     state = opened.restore(opened.latest(), abstract)
     opened.close()
     return int(state.opt_state[0].count), int(state.step)
@@ -113,13 +113,17 @@ def test_a_stage_starts_from_a_mixture_of_another_run(tmp_path, tmp_path_factory
     assert main(start) == 1
     assert "another architecture: n_experts 4 (here 0)" in capsys.readouterr().err
     start[-1] = f"--workdir={tmp_path / 'mixture'}"
-    assert main([*start, "--config.stages.sft.mixture_of_experts=True"]) == 0
+    assert main([*start, "--config.stages.sft.moe=True"]) == 0
     assert checkpoint.load(tmp_path / "mixture" / "stages" / "sft").cfg.n_experts == 4
 
 
 UNEVEN = {  # sizes of the mesh, changes of the recipe, and the words of the message
     "batch": (dict(fsdp=4, expert=2), dict(batch_size=12), ["batch_size 12", "multiple of 8"]),
-    "microbatches": (dict(fsdp=8), dict(batch_size=8, microbatches=2), ["batch_size 8", "multiple of 16"]),
+    "gradient_accumulation_steps": (
+        dict(fsdp=8),
+        dict(batch_size=8, gradient_accumulation_steps=2),
+        ["batch_size 8", "multiple of 16"],
+    ),
     "heads": (dict(fsdp=2, tensor=4), dict(n_kv_heads=2), ["mesh.tensor 4", "model.n_kv_heads 2"]),
     "ffn": (dict(fsdp=2, tensor=4), dict(d_ff=30), ["mesh.tensor 4", "model.d_ff 30"]),
     "vocabulary": (dict(fsdp=2, tensor=4), dict(vocab_size=770), ["mesh.tensor 4", "model.vocab_size 770"]),
@@ -150,7 +154,7 @@ def test_sizes_that_divide_over_the_mesh_are_accepted(sizes):
 
 
 @pytest.mark.parametrize(
-    ("rows", "microbatches", "sizes", "expected"),
+    ("rows", "gradient_accumulation_steps", "sizes", "expected"),
     [
         (16, 1, {}, (1, 8, 1)),
         (16, 4, {}, (1, 4, 2)),  # 4 rows for 8 devices: two share a row
@@ -160,11 +164,16 @@ def test_sizes_that_divide_over_the_mesh_are_accepted(sizes):
         (3, 1, dict(data=2), (2, 4, 1)),
     ],
 )
-def test_devices_that_rows_do_not_need_split_the_tokens(rows, microbatches, sizes, expected):
+def test_devices_that_rows_do_not_need_split_the_tokens(rows, gradient_accumulation_steps, sizes, expected):
     made = config.recipe(name="tiny", mesh=sizes)
     made.data = dict(ja="x.jsonl")
     made.stages.only = config.stage(
-        "pretrain", mixture=dict(ja=(1.0,)), steps=1, seq_len=32, batch_size=rows, microbatches=microbatches
+        "pretrain",
+        mixture=dict(ja=(1.0,)),
+        steps=1,
+        seq_len=32,
+        batch_size=rows,
+        gradient_accumulation_steps=gradient_accumulation_steps,
     )
     mesh = placement.make_mesh(config.resolve(made), "only")
     assert tuple(mesh.shape[axis] for axis in ("data", "fsdp", "context")) == expected

@@ -16,7 +16,7 @@ from tanuki_jax.errors import UserError
 from tanuki_jax.report import trackers
 from tests import tiny_recipe
 
-ROW = {"step": 3, "loss": 2.5, "mfu": None, "times": {"step": 1.5}, "moe/load": [[0.25, 0.75], [0.5, 0.5]]}
+ROW = {"step": 3, "loss": 2.5, "mfu": None, "seconds_by_phase": {"step": 1.5}, "moe/load": [[0.25, 0.75], [0.5, 0.5]]}
 
 
 def recipe(**more):

@@ -21,7 +21,7 @@ def tokenizer(request, tokenizer, tmp_path_factory):
     texts = [("en" if text.isascii() else "ja", text) for text in TEXTS]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "cpu_count", lambda: 1)  # so little text is not worth a process
-        train(texts, directory, 800, 1.0, shares={"ja": 0.5, "en": 0.5})
+        train(texts, directory, 800, 1.0, language_weights={"ja": 0.5, "en": 0.5})
     return Tokenizer(directory)
 
 

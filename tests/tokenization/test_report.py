@@ -56,9 +56,9 @@ def measured(encoder, texts=SAMPLE, **options):
     return found["domains"]["sample"][encoder.name], found["vocabulary"][encoder.name]
 
 
-def crossings(model, line, level):
+def crossings(model, line, boundary):
     """Tokens of a line that go over the beginning of a unit; a character that is spelt in bytes crosses nothing."""
-    begins = [0, *itertools.accumulate(map(len, Segmenter(level).units(line)))]
+    begins = [0, *itertools.accumulate(map(len, Segmenter(boundary).units(line)))]
     at = found = 0
     spelt = b""
     for piece in model.encode(line, return_type=str):
@@ -76,16 +76,16 @@ def crossings(model, line, level):
 # --- figures ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("level", ["morpheme", "predicate", "bunsetsu"])
+@pytest.mark.parametrize("boundary", ["morpheme", "predicate", "bunsetsu"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_figures_are_what_sentencepiece_and_mecab_count(home, model, kind, level):
+def test_the_figures_are_what_sentencepiece_and_mecab_count(home, model, kind, boundary):
     wakati = MeCab.Tagger(f"{ipadic.MECAB_ARGS} -O wakati")
     ids = [i for line in LINES for i in model.encode(line)]
     characters, size = sum(map(len, SAMPLE)), sum(len(t.encode()) for t in SAMPLE)
     words = sum(len(wakati.parse(line).split()) for line in LINES)
-    crossing = sum(crossings(model, line, level) for line in LINES)
-    assert crossing > 0 or level == "bunsetsu"
-    figures, _ = measured(open_encoder(home / KINDS[kind]), level=level)
+    crossing = sum(crossings(model, line, boundary) for line in LINES)
+    assert crossing > 0 or boundary == "bunsetsu"
+    figures, _ = measured(open_encoder(home / KINDS[kind]), boundary=boundary)
     assert figures.pop("disagreements", []) == [] and figures.pop("agreement", 1.0) == 1.0
     assert figures == {
         "lines": len(LINES),
@@ -132,7 +132,7 @@ def test_figures_of_a_domain_do_not_depend_on_the_others(home, injectable):
     encoders = [open_encoder(home), open_encoder(home / "tokenizer.model"), open_encoder(injectable)]
     domains = {"ja": TEXTS[:1], "en": TEXTS[1:2], "numbers": TEXTS[2:4]}
     found = report(encoders, {name: iter(texts) for name, texts in domains.items()})
-    assert found["level"] == "bunsetsu" and list(found["domains"]) == list(domains)
+    assert found["boundary"] == "bunsetsu" and list(found["domains"]) == list(domains)
     for name, texts in domains.items():
         assert found["domains"][name] == {e.name: measured(e, texts)[0] for e in encoders}
     assert list(found["vocabulary"]) == ["bunsetsu", "tokenizer.model", "loose.model"]
@@ -212,7 +212,7 @@ PUBLISHED = Path(__file__).parents[2] / "../shared/fixtures/tanuki_tokenizer/tok
 @pytest.mark.skipif(not PUBLISHED.is_file(), reason="the published tokenizer is not here")
 def test_a_published_model_has_the_figures_that_its_library_counts():
     model, texts = sentencepiece.SentencePieceProcessor(model_file=str(PUBLISHED)), TEXTS[:5]
-    figures, vocabulary = measured(open_encoder(PUBLISHED), texts, level="morpheme")
+    figures, vocabulary = measured(open_encoder(PUBLISHED), texts, boundary="morpheme")
     ids = [model.encode(text) for text in texts]
     assert figures["tokens"] == sum(map(len, ids)) and vocabulary["used"] == len({i for found in ids for i in found})
     exact = [model.decode(found) == text for found, text in zip(ids, texts, strict=True)]

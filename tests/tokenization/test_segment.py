@@ -12,7 +12,7 @@ from tokenization import segment
 from tokenization.segment import Segmenter, count_units
 
 LEVELS = ("morpheme", "predicate", "bunsetsu")
-SEGMENTERS = {level: Segmenter(level) for level in LEVELS}
+SEGMENTERS = {boundary: Segmenter(boundary) for boundary in LEVELS}
 # A line: no line ends, as count_units cuts there; MeCab is told nothing of NUL.
 PARTS = [
     "狸",
@@ -43,25 +43,25 @@ def starts(units):
     return set(itertools.accumulate(map(len, units)))
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("boundary", LEVELS)
 @settings(max_examples=50, deadline=None)
 @given(line=LINE)
-def test_units_joined_are_the_line_but_for_spaces_that_no_word_follows(level, line):
-    assert "".join(SEGMENTERS[level].units(line)) == re.sub(r" +(\t|$)", r"\1", line)
+def test_units_joined_are_the_line_but_for_spaces_that_no_word_follows(boundary, line):
+    assert "".join(SEGMENTERS[boundary].units(line)) == re.sub(r" +(\t|$)", r"\1", line)
 
 
 @settings(max_examples=100, deadline=None)
 @given(LINE)
 def test_units_of_a_coarser_level_are_whole_morphemes(line):
     morphemes = starts(SEGMENTERS["morpheme"].units(line))
-    assert all(starts(SEGMENTERS[level].units(line)) <= morphemes for level in LEVELS)
+    assert all(starts(SEGMENTERS[boundary].units(line)) <= morphemes for boundary in LEVELS)
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("boundary", LEVELS)
 @settings(max_examples=50, deadline=None)
 @given(line=LINE)
-def test_white_space_always_begins_a_unit(level, line):
-    for unit in SEGMENTERS[level].units(line):
+def test_white_space_always_begins_a_unit(boundary, line):
+    for unit in SEGMENTERS[boundary].units(line):
         assert not re.search(r"\S[ \t]", unit)
 
 
@@ -87,15 +87,15 @@ def test_units_are_mecabs_morphemes_with_the_space_before_them(line, units):
 
 
 @pytest.mark.parametrize(
-    ("level", "units"),
+    ("boundary", "units"),
     [
         ("morpheme", "東京|の|学校|で|勉強|し|て|いる|ので|、|とても|楽しかっ|た|です|。"),
         ("predicate", "東京|の|学校|で|勉強|している|ので|、|とても|楽しかったです|。"),
         ("bunsetsu", "東京の|学校で|勉強しているので|、|とても|楽しかったです|。"),
     ],
 )
-def test_a_level_says_how_much_is_one_unit(level, units):
-    assert SEGMENTERS[level].units(SENTENCE) == units.split("|")
+def test_a_level_says_how_much_is_one_unit(boundary, units):
+    assert SEGMENTERS[boundary].units(SENTENCE) == units.split("|")
 
 
 @pytest.mark.parametrize(
@@ -117,10 +117,10 @@ def test_the_default_level_is_the_bunsetsu():
     assert count_units([("", SENTENCE)]) == count_units([("", SENTENCE)], "bunsetsu")
 
 
-@pytest.mark.parametrize("level", ["none", "word"])
-def test_a_level_without_units_is_refused(level):
-    with pytest.raises(ValueError, match=f"'{level}'.*morpheme, predicate, bunsetsu"):
-        Segmenter(level)
+@pytest.mark.parametrize("boundary", ["none", "word"])
+def test_a_level_without_units_is_refused(boundary):
+    with pytest.raises(ValueError, match=f"'{boundary}'.*morpheme, predicate, bunsetsu"):
+        Segmenter(boundary)
 
 
 def test_units_are_counted_over_all_lines_of_all_texts():
@@ -138,15 +138,15 @@ def test_text_without_units_has_no_counts():
     assert not any(count_units([("ja", "\n"), ("en", "")])[0].values())
 
 
-@pytest.mark.parametrize("level", LEVELS)
-def test_small_batches_give_the_counts_of_all_text_at_once(monkeypatch, level):
+@pytest.mark.parametrize("boundary", LEVELS)
+def test_small_batches_give_the_counts_of_all_text_at_once(monkeypatch, boundary):
     texts = [(("ja", "en")[i % 2], text) for i, text in enumerate(TEXTS)]
     expected = {language: collections.Counter() for language, _ in texts}
     for language, text in texts:
-        expected[language].update(unit for line in text.splitlines() for unit in SEGMENTERS[level].units(line))
-    assert count_units(texts, level) == (expected, 0)
+        expected[language].update(unit for line in text.splitlines() for unit in SEGMENTERS[boundary].units(line))
+    assert count_units(texts, boundary) == (expected, 0)
     monkeypatch.setattr(segment, "BATCH", 100)
-    assert count_units(texts, level, workers=1) == (expected, 0)
+    assert count_units(texts, boundary, workers=1) == (expected, 0)
 
 
 def test_processes_count_the_same(monkeypatch):

@@ -65,17 +65,17 @@ def sentences():
 
 @pytest.fixture(scope="module", params=LEVELS)
 def levelled(request, sentences, tmp_path_factory):
-    """A level, and the directory of a tokenizer of that level."""
+    """A boundary, and the directory of a tokenizer of that boundary."""
     directory = tmp_path_factory.mktemp(request.param)
     train([*PAIRS, *(("", text) for text in sentences)], directory, 700, 1.0, request.param)
     return request.param, directory
 
 
 def test_no_piece_crosses_a_boundary_of_the_level(levelled, sentences):
-    level, directory = levelled
+    boundary, directory = levelled
     longer = [p for p in readable(read_model(directory)) if len(p) > 1]
     lines = [line for text in [*TEXTS, *sentences] for line in text.splitlines()]
-    units = set(lines) if level == "none" else {u for line in lines for u in Segmenter(level).units(line)}
+    units = set(lines) if boundary == "none" else {u for line in lines for u in Segmenter(boundary).units(line)}
     assert len(longer) > 30 and any(map(is_japanese, longer))
     assert [p for p in longer if not any(p in unit for unit in units)] == []
 
@@ -97,24 +97,24 @@ def test_any_text_comes_back_whatever_the_level(levelled, text):
 
 
 def test_a_coarser_level_makes_fewer_tokens(tmp_path, sentences):
-    def tokens(level):
-        train([("", text) for text in sentences], tmp_path / level, 700, 1.0, level)
-        return sum(map(len, Tokenizer(tmp_path / level).encode_batch(sentences)))
+    def tokens(boundary):
+        train([("", text) for text in sentences], tmp_path / boundary, 700, 1.0, boundary)
+        return sum(map(len, Tokenizer(tmp_path / boundary).encode_batch(sentences)))
 
     assert tokens("bunsetsu") < tokens("predicate") < tokens("morpheme")
 
 
-@pytest.mark.parametrize("level", LEVELS)
-def test_a_long_line_is_learnt_from_too(tmp_path, level):
+@pytest.mark.parametrize("boundary", LEVELS)
+def test_a_long_line_is_learnt_from_too(tmp_path, boundary):
     long = "".join(random.Random(0).choice(("狸が", "月を", "山の", " ")) + "銀河鉄道" for _ in range(400))
     assert len(long.encode()) > 5000
-    train([*PAIRS, ("", long)], tmp_path, 600, 1.0, level)
+    train([*PAIRS, ("", long)], tmp_path, 600, 1.0, boundary)
     assert [p for p in readable(read_model(tmp_path)) if len(p) > 1 and ("銀河" in p or "鉄道" in p)]
 
 
 def test_an_unknown_level_is_an_error_that_names_the_levels(tmp_path):
-    with pytest.raises(UserError, match="level 'word' is none of morpheme, predicate, bunsetsu, none"):
-        train(PAIRS, tmp_path, 512, level="word")
+    with pytest.raises(UserError, match="boundary 'word' is none of morpheme, predicate, bunsetsu, none"):
+        train(PAIRS, tmp_path, 512, boundary="word")
 
 
 # --- several languages ----------------------------------------------------------------------------------------------------
@@ -140,20 +140,20 @@ def by_script(directory):
     return japanese, len(longer) - japanese
 
 
-@pytest.mark.parametrize(("shares", "japanese"), [({"ja": 3.0, "en": 1.0}, 0.75), ({"en": 0.65, "ja": 0.35}, 0.35)])
-def test_each_language_has_its_share_of_the_longer_pieces(monkeypatch, tmp_path, languages, shares, japanese):
+@pytest.mark.parametrize(("language_weights", "japanese"), [({"ja": 3.0, "en": 1.0}, 0.75), ({"en": 0.65, "ja": 0.35}, 0.35)])
+def test_each_language_has_its_share_of_the_longer_pieces(monkeypatch, tmp_path, languages, language_weights, japanese):
     monkeypatch.setattr(trainer, "SURPLUS", 10)  # so that each language is sure to have as many as its share
-    trained = train(languages, tmp_path, 1500, 1.0, shares=shares)
+    trained = train(languages, tmp_path, 1500, 1.0, language_weights=language_weights)
     ja, en = by_script(tmp_path)
     assert ja == pytest.approx(japanese * (ja + en), abs=1) and en == pytest.approx((1 - japanese) * (ja + en), abs=1)
-    assert trained.pieces == pytest.approx(1500, abs=1) and trained.by_language.keys() == shares.keys()
+    assert trained.pieces == pytest.approx(1500, abs=1) and trained.by_language.keys() == language_weights.keys()
 
 
 def test_a_piece_of_two_languages_counts_for_the_one_in_which_it_is_commonest(monkeypatch, tmp_path, languages):
     monkeypatch.setattr(trainer, "SURPLUS", 10)
     (ja, ja_text), (en, en_text) = languages
     texts = [(ja, ja_text + " tanuki moon" * 20), (en, en_text + " tanuki moon" * 2000)]
-    trained = train(texts, tmp_path, 1500, 1.0, shares={"ja": 0.5, "en": 0.5})
+    trained = train(texts, tmp_path, 1500, 1.0, language_weights={"ja": 0.5, "en": 0.5})
     japanese, others = by_script(tmp_path)
     assert {" tanuki", " moon"} <= set(readable(read_model(tmp_path)))
     assert japanese == pytest.approx(others, abs=1)
@@ -164,7 +164,7 @@ def test_the_mixture_weighs_each_language_by_its_tokens(monkeypatch, tmp_path, l
     monkeypatch.setattr(trainer, "SURPLUS", 10)
     (_, ja_text), (_, en_text) = languages
     texts = {"ja": ja_text, "en": en_text[: len(en_text) // 4]}
-    train(texts.items(), tmp_path, 5000, 1.0, shares={"ja": 0.5, "en": 0.5})
+    train(texts.items(), tmp_path, 5000, 1.0, language_weights={"ja": 0.5, "en": 0.5})
     model = read_model(tmp_path)
     odd = [i for i in range(len(model)) if model.is_control(i) or model.is_unknown(i) or model.is_byte(i)]
     mass = {model.id_to_piece(i): math.exp(model.get_score(i)) for i in range(len(model)) if i not in odd}
@@ -181,20 +181,20 @@ def test_the_mixture_weighs_each_language_by_its_tokens(monkeypatch, tmp_path, l
 def test_shares_do_not_change_the_size_of_the_vocabulary(monkeypatch, tmp_path, languages, surplus, size):
     if surplus:
         monkeypatch.setattr(trainer, "SURPLUS", surplus)
-    assert train(languages, tmp_path, size, 1.0, shares={"ja": 0.5, "en": 0.5}).pieces == size
+    assert train(languages, tmp_path, size, 1.0, language_weights={"ja": 0.5, "en": 0.5}).pieces == size
 
 
 def test_a_language_of_little_text_loses_nothing_to_the_other(monkeypatch, tmp_path, languages):
     monkeypatch.setattr(trainer, "SURPLUS", 10)
     (_, ja_text), (_, en_text) = languages
     texts = [("ja", ja_text), ("en", en_text[:5000])]
-    train(texts, tmp_path / "shared", 1500, 1.0, shares={"ja": 0.5, "en": 0.5})
+    train(texts, tmp_path / "shared", 1500, 1.0, language_weights={"ja": 0.5, "en": 0.5})
     train(texts, tmp_path / "together", 1500, 1.0)
     assert by_script(tmp_path / "shared")[1] > by_script(tmp_path / "together")[1]
 
 
 @pytest.mark.parametrize(
-    ("shares", "message"),
+    ("language_weights", "message"),
     [
         ({"ja": 1.0}, "given for ja, the text is in 'ja', 'en'"),
         ({"ja": 0.5, "en": 0.3, "fr": 0.2}, "given for ja, en, fr"),
@@ -203,14 +203,14 @@ def test_a_language_of_little_text_loses_nothing_to_the_other(monkeypatch, tmp_p
         ({"ja": 1.5, "en": -0.5}, "above 0"),
     ],
 )
-def test_shares_that_do_not_fit_the_text_are_an_error_that_says_why(tmp_path, languages, shares, message):
+def test_shares_that_do_not_fit_the_text_are_an_error_that_says_why(tmp_path, languages, language_weights, message):
     with pytest.raises(UserError, match=message):
-        train(languages, tmp_path, 1500, shares=shares)
+        train(languages, tmp_path, 1500, language_weights=language_weights)
 
 
 def test_shares_for_text_of_no_named_language_are_refused(tmp_path):
     with pytest.raises(UserError, match="the text is in ''"):
-        train(PAIRS, tmp_path, 512, shares={"ja": 1.0})
+        train(PAIRS, tmp_path, 512, language_weights={"ja": 1.0})
 
 
 CORPUS = Path(__file__).parents[2] / "../shared/corpus"
@@ -223,7 +223,7 @@ def test_books_in_two_languages_are_learnt_from_without_a_piece_over_a_boundary(
     for language in ("ja", "en"):
         with gzip.open(CORPUS / f"{language}.jsonl.gz", "rt", encoding="utf-8") as f:
             texts += [(language, json.loads(line)["text"][:100_000]) for line in itertools.islice(f, 6)]
-    train(texts, tmp_path, 6000, shares={"ja": 0.65, "en": 0.35})
+    train(texts, tmp_path, 6000, language_weights={"ja": 0.65, "en": 0.35})
     segmenter, tokenizer = Segmenter(), Tokenizer(tmp_path)
     units = {u for _, text in texts for line in text.splitlines() for u in segmenter.units(line)}
     inside = {unit[a:b] for unit in units for a in range(len(unit)) for b in range(a + 2, min(a + 16, len(unit)) + 1)}
@@ -332,7 +332,7 @@ def test_units_too_rare_for_memory_are_told_of(monkeypatch, tmp_path):
     assert trained.forgotten > 0 and f"{trained.forgotten:,} units too rare for memory were left out" in str(trained)
 
 
-@pytest.mark.parametrize("options", [{}, {"level": "none"}, {"shares": {"ja": 0.5, "en": 0.5}}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"boundary": "none"}, {"language_weights": {"ja": 0.5, "en": 0.5}}], ids=str)
 def test_training_twice_gives_the_same_tokenizer(monkeypatch, tmp_path, options):
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
     texts = [("en" if text.isascii() else "ja", text) for text in TEXTS]
@@ -354,10 +354,10 @@ def test_the_model_tells_nothing_of_the_machine_it_was_trained_on(tokenizer):
 @pytest.mark.parametrize(
     ("texts", "size", "message"), [([], 512, "corpus is empty"), (["\n"], 512, "empty"), (TEXTS, 100, "100 pieces")]
 )
-@pytest.mark.parametrize("level", ["bunsetsu", "none"])
-def test_what_cannot_be_trained_is_an_error_that_says_why(tmp_path, texts, size, message, level):
+@pytest.mark.parametrize("boundary", ["bunsetsu", "none"])
+def test_what_cannot_be_trained_is_an_error_that_says_why(tmp_path, texts, size, message, boundary):
     with pytest.raises(UserError, match=message):
-        train([("", text) for text in texts], tmp_path, vocab_size=size, level=level)
+        train([("", text) for text in texts], tmp_path, vocab_size=size, boundary=boundary)
 
 
 NUMBERS = [
@@ -366,7 +366,7 @@ NUMBERS = [
     (dict(vocab_size=10**11), "vocab_size 100000000000 "),
     (dict(vocab_size=512, character_coverage=math.nan), "character_coverage nan"),
     (dict(vocab_size=512, character_coverage=1.5), "character_coverage 1.5"),
-    *((dict(vocab_size=512, shares={"": share}), "above 0") for share in (math.nan, math.inf, 0.0, -1.0)),
+    *((dict(vocab_size=512, language_weights={"": share}), "above 0") for share in (math.nan, math.inf, 0.0, -1.0)),
 ]
 
 

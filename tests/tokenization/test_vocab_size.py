@@ -39,7 +39,7 @@ def test_a_vocabulary_without_room_for_the_characters_is_told_what_has_room(tmp_
         check_vocab_size(texts, 2000)
     [enough] = map(int, re.findall(r"--vocab_size=(\d+)", str(told.value)))
     check_vocab_size(texts, enough)
-    assert 3000 < train(texts, tmp_path, enough, level="none").pieces <= enough < 3500
+    assert 3000 < train(texts, tmp_path, enough, boundary="none").pieces <= enough < 3500
 
 
 def test_what_can_be_reached_is_not_refused_and_no_more_is_read_than_needed():

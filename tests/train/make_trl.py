@@ -36,7 +36,7 @@ class Case:
 
     rows: str  # what it is trained on: dialogues, answers, pairs or equal pairs
     steps: int = 20
-    microbatches: int = 1
+    gradient_accumulation_steps: int = 1
     settings: dict = field(default_factory=dict)  # TRL's own
     reference: float = 0.0  # how far the weights of DPO's reference lie from those that the policy starts with
 
@@ -49,7 +49,7 @@ def other(*losses, **settings):
 CASES = {
     "sft": Case("dialogues", settings={"assistant_only_loss": True}),
     "sft_packed": Case("answers", settings={"packing": True, "packing_strategy": "bfd", "max_length": 96}),
-    "sft_accumulated": Case("answers", microbatches=2),
+    "sft_accumulated": Case("answers", gradient_accumulation_steps=2),
     "dpo": Case("pairs"),
     **{
         f"dpo_{name}": other(name)
@@ -137,7 +137,7 @@ def rows(kind, count):
 
 def count(case):
     """Rows that a case is trained on; packed, several of them make a row."""
-    return ROWS * case.steps * case.microbatches * (3 if case.settings.get("packing") else 1)
+    return ROWS * case.steps * case.gradient_accumulation_steps * (3 if case.settings.get("packing") else 1)
 
 
 def llama(noise=0.0):
@@ -216,7 +216,7 @@ def train(case):
             output_dir=scratch,
             max_steps=case.steps,
             per_device_train_batch_size=ROWS,
-            gradient_accumulation_steps=case.microbatches,
+            gradient_accumulation_steps=case.gradient_accumulation_steps,
             learning_rate=RATE,
             lr_scheduler_type=SCHEDULE["dpo" if dpo else "sft"],
             optim="adamw_torch",

@@ -1,4 +1,4 @@
-"""Balance in real train steps: coefficient and bias over many of them, microbatches, devices, restarts and failures."""
+"""Balance in real train steps: coefficient and bias over many of them, accumulation, devices, restarts and failures."""
 
 import dataclasses
 
@@ -60,9 +60,9 @@ RATE = config.Optimizer(learning_rate=1e-3, schedule="constant", clip_norm=1.0)
 PROGRAMS = {}
 
 
-def program(cfg, options, optimizer_options=RATE, microbatches=1):
+def program(cfg, options, optimizer_options=RATE, gradient_accumulation_steps=1):
     """The compiled step of these settings, and the state it starts from, given parameters."""
-    name = repr((cfg, options, optimizer_options, microbatches))
+    name = repr((cfg, options, optimizer_options, gradient_accumulation_steps))
     if name not in PROGRAMS:
         optimizer = make_optimizer(optimizer_options)
         step = make_train_step(
@@ -70,7 +70,7 @@ def program(cfg, options, optimizer_options=RATE, microbatches=1):
             optimizer,
             make_schedule(optimizer_options, 1000),
             optimizer_options.clip_norm,
-            microbatches,
+            gradient_accumulation_steps,
             rebalance=balance.make_rebalance(cfg, options),
         )
 
@@ -109,8 +109,8 @@ def test_the_coefficient_is_the_one_the_losss_gradient_has():
     assert ratio[0] != ratio[1]
 
 
-@pytest.mark.parametrize("microbatches", [2, 4])
-def test_microbatches_change_neither_coefficient_nor_bias(microbatches):
+@pytest.mark.parametrize("gradient_accumulation_steps", [2, 4])
+def test_microbatches_change_neither_coefficient_nor_bias(gradient_accumulation_steps):
     cfg = dataclasses.replace(STEERED, router_bias=True)
     options = dataclasses.replace(ADAPTIVE, router_bias_rate=0.01)
     params = {**steered(), "layers": {**steered()["layers"]}}
@@ -118,13 +118,13 @@ def test_microbatches_change_neither_coefficient_nor_bias(microbatches):
     # rows of very different loads, so that the parts of a batch have loads unlike the whole's
     uneven = tokens_batch(lambda i: np.where(i // 8 % 4 == 0, 4 * (i % 4), i % 7))
     found = {}
-    for parts in (1, microbatches):
-        step, start = program(cfg, options, microbatches=parts)
+    for parts in (1, gradient_accumulation_steps):
+        step, start = program(cfg, options, gradient_accumulation_steps=parts)
         state = start(jax.tree.map(jnp.copy, params))
         for _ in range(3):
             state, metrics = step(state, uneven)
         found[parts] = state.balance["coefficient"], state.params["layers"]["moe"]["bias"], metrics["moe/load"]
-    whole, part = found[1], found[microbatches]
+    whole, part = found[1], found[gradient_accumulation_steps]
     assert float(plain.overflow(whole[2])[0]) > 0.01
     for a, b in zip(whole, part, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-8)

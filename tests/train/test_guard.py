@@ -156,7 +156,7 @@ def test_restoring_after_going_back_does_not_hang(tmp_path, monkeypatch):
     restore = Checkpoints.restore
     monkeypatch.setattr(Checkpoints, "restore", lambda *args: time.sleep(1.0) or restore(*args))
     losses = {n: 2.0 + 30 * (41 <= n < 46) for n in range(100)}
-    watched(tmp_path, losses, config.Guard(hang_seconds=0.6))
+    watched(tmp_path, losses, config.Guard(step_timeout_seconds=0.6))
     assert not exits
 
 
@@ -191,7 +191,7 @@ def test_two_spikes_soon_after_one_another_leave_out_just_their_batches(tmp_path
 
 def test_saves_during_a_spike_do_not_push_out_the_one_before_it(tmp_path):
     losses = {n: 2.0 + 30 * (25 <= n < 30) for n in range(100)}
-    watched(tmp_path, losses, steps=32, save_every=2, keep=1)
+    watched(tmp_path, losses, steps=32, save_every=2, keep_latest=1)
     [back] = [event for event in read_events(tmp_path) if event["event"] == "rollback"]
     assert back["to"] == 24
 

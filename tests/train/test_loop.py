@@ -22,7 +22,7 @@ from tanuki_jax.train.step import State
 def job(directory, steps=9, **options):
     """Options are keys of a stage, or of a job."""
     own = {name: options.pop(name) for name in ("counters", "changes") if name in options}
-    stage = config.Stage(**{**dict(save_every=2, log_every=1, keep=1), **options})
+    stage = config.Stage(**{**dict(save_every=2, log_every=1, keep_latest=1), **options})
     return loop.Job("toy", directory, stage, steps, 10, 1.0, {"model": {}}, **own)
 
 
@@ -105,7 +105,7 @@ def test_metrics_after_the_checkpoint_are_written_anew_when_the_run_goes_on(tmp_
 
 def test_the_final_loss_is_the_last_one_and_no_mean(tmp_path):
     for step, loss in enumerate((3.0, 2.0, 1.23456, None), 1):
-        row = {"step": step, "loss": loss, "seconds": 1.0, "goodput": 1.0, "times": {}}
+        row = {"step": step, "loss": loss, "seconds": 1.0, "goodput": 1.0, "seconds_by_phase": {}}
         with (tmp_path / "metrics.jsonl").open("a", encoding="utf-8") as f:
             f.write(json.dumps(row) + "\n")
     assert loop.summarize(job(tmp_path))["final_loss"] == 1.2346  # of the last step that was finite
@@ -205,7 +205,7 @@ def test_so_many_in_a_row_end_the_run(tmp_path):
 def test_a_spike_that_lasts_is_gone_around(tmp_path):
     """The run goes back to the checkpoint before it, and leaves out the batches from there to where it noticed."""
     losses = noisy(1, {n: 20.0 + n for n in range(41, 46)})
-    state, seen = watched(job(tmp_path, steps=60, save_every=10, keep=2), losses)
+    state, seen = watched(job(tmp_path, steps=60, save_every=10, keep_latest=2), losses)
     assert [(e["event"], e["step"]) for e in events(tmp_path)] == [("spike", 42), ("rollback", 46), ("resumed", 40)]
     assert events(tmp_path)[1]["to"] == 40 and events(tmp_path)[1]["batches_left_out"] == [41, 45]
     assert seen[-20:] == [40, *range(46, 65)]
@@ -216,10 +216,10 @@ def test_a_spike_that_lasts_is_gone_around(tmp_path):
 
 def test_a_run_killed_after_it_went_back_knows_the_batches_to_leave_out(tmp_path):
     losses = noisy(1, {n: 20.0 + n for n in range(41, 46)})
-    whole, _ = watched(job(tmp_path / "whole", steps=60, save_every=10, keep=2), losses)
+    whole, _ = watched(job(tmp_path / "whole", steps=60, save_every=10, keep_latest=2), losses)
     with pytest.raises(KeyError):
-        watched(job(tmp_path / "cut", steps=60, save_every=10, keep=2), {n: v for n, v in losses.items() if n < 50})
-    state, seen = watched(job(tmp_path / "cut", steps=60, save_every=10, keep=2), losses)
+        watched(job(tmp_path / "cut", steps=60, save_every=10, keep_latest=2), {n: v for n, v in losses.items() if n < 50})
+    state, seen = watched(job(tmp_path / "cut", steps=60, save_every=10, keep_latest=2), losses)
     np.testing.assert_array_equal(state.params["w"], whole.params["w"])
     assert set(seen).isdisjoint(range(41, 46))
 
@@ -244,7 +244,7 @@ def test_the_rate_falls_each_time_from_where_the_run_went_back_to(tmp_path):
         return train_step(state, batch)
 
     losses = noisy(1, {n: 20.0 + n for n in range(41, 46)})
-    this = job(tmp_path, steps=60, save_every=10, guard=config.Guard(rollback_rate=0.5))
+    this = job(tmp_path, steps=60, save_every=10, guard=config.Guard(rollback_lr_scale=0.5))
     run_loop(this, ABSTRACT, fresh_state, step, lambda first, number: (losses[number(s)] for s in range(first, 1000)))
     assert [rates[n] for n in (39, 40, 59)] == [1.0, 0.5, 0.5]
 
@@ -267,12 +267,12 @@ def test_there_is_no_false_alarm_in_noise_that_falls(tmp_path, seed):
 
 
 def test_a_damaged_newest_checkpoint_costs_the_steps_since_the_one_before(tmp_path):
-    run(job(tmp_path, steps=4, keep=2))
+    run(job(tmp_path, steps=4, keep_latest=2))
     whole = run(job(tmp_path / "whole", steps=8))
     for path in (tmp_path / "checkpoints/4/params").rglob("d/*"):
         path.write_bytes(path.read_bytes()[:-1] + b"!")
     began = []
-    state = run(job(tmp_path, steps=8, keep=2), lambda first: began.append(first) or iter(range(first, 1000)))
+    state = run(job(tmp_path, steps=8, keep_latest=2), lambda first: began.append(first) or iter(range(first, 1000)))
     assert began == [2] and [e["event"] for e in events(tmp_path)] == ["damaged_checkpoint", "resumed"]
     np.testing.assert_array_equal(state.params["w"], whole.params["w"])
     assert (tmp_path / "checkpoints/damaged-4").is_dir()
@@ -302,18 +302,18 @@ def test_the_times_add_up_and_lost_ones_are_told(tmp_path):
     def step(state, batch):
         time.sleep(0.02)
         if batch == 7:
-            raise RuntimeError("lost")
+            raise RuntimeError("replayed")
         return train_step(state, batch)
 
-    with pytest.raises(RuntimeError, match="lost"):
+    with pytest.raises(RuntimeError, match="replayed"):
         run(job(tmp_path, save_every=4), step=step)
     first = rows(tmp_path)[-1]
-    assert first["step"] == 6 and first["times"]["lost"] == 0
+    assert first["step"] == 6 and first["seconds_by_phase"]["replayed"] == 0
     run(job(tmp_path, save_every=4))
     last = rows(tmp_path)[-1]
-    times = last["times"]
-    assert times["lost"] == pytest.approx(first["seconds"] - rows(tmp_path)[3]["seconds"], abs=2e-3)
-    assert sum(times.values()) - times["lost"] == pytest.approx(last["seconds"], abs=1e-2)
+    times = last["seconds_by_phase"]
+    assert times["replayed"] == pytest.approx(first["seconds"] - rows(tmp_path)[3]["seconds"], abs=2e-3)
+    assert sum(times.values()) - times["replayed"] == pytest.approx(last["seconds"], abs=1e-2)
     assert 0 < last["goodput"] < 1 and all(value >= 0 for value in times.values())
 
 

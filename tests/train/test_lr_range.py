@@ -46,7 +46,7 @@ def test_the_smoothed_loss_of_a_constant_is_that_constant():
 
 
 def test_the_schedule_rises_by_the_same_factor_from_floor_to_peak():
-    rate = make_schedule(config.Optimizer(schedule="range", learning_rate=1.0, learning_rate_floor=1e-4), 50)
+    rate = make_schedule(config.Optimizer(schedule="lr_range_test", learning_rate=1.0, learning_rate_floor=1e-4), 50)
     values = np.array([float(rate(step)) for step in range(50)])
     np.testing.assert_allclose(values[[0, -1]], [1e-4, 1.0], rtol=1e-5)
     np.testing.assert_allclose(values[1:] / values[:-1], 10 ** (4 / 49), rtol=1e-4)
@@ -55,8 +55,8 @@ def test_the_schedule_rises_by_the_same_factor_from_floor_to_peak():
 @pytest.mark.parametrize("floor", [0.0, 1e-4])
 def test_a_floor_from_which_nothing_rises_is_an_error(floor):
     c = tiny_recipe.get_config()
-    c.stages.pretrain.optimizer.update(dict(schedule="range", learning_rate=1e-4, learning_rate_floor=floor))
-    with pytest.raises(UserError, match="stages.pretrain.optimizer: schedule range rises from learning_rate_floor"):
+    c.stages.pretrain.optimizer.update(dict(schedule="lr_range_test", learning_rate=1e-4, learning_rate_floor=floor))
+    with pytest.raises(UserError, match="stages.pretrain.optimizer: schedule lr_range_test rises from learning_rate_floor"):
         config.resolve(c)
 
 

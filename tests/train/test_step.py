@@ -21,9 +21,9 @@ KINDS = ("pretrain", "sft", "dpo")
 
 
 @functools.cache
-def compiled(kind, name, microbatches):
+def compiled(kind, name, gradient_accumulation_steps):
     loss = losses.make_loss(kind, MODELS[name], LOSS)
-    return jax.jit(lambda params, batch: gradients(loss, params, batch, microbatches))
+    return jax.jit(lambda params, batch: gradients(loss, params, batch, gradient_accumulation_steps))
 
 
 @functools.cache
@@ -71,14 +71,14 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("mesh", "microbatches", "kind", "name"), CASES)
-def test_loss_and_gradients_are_those_of_one_device(mesh, microbatches, kind, name):
+@pytest.mark.parametrize(("mesh", "gradient_accumulation_steps", "kind", "name"), CASES)
+def test_loss_and_gradients_are_those_of_one_device(mesh, gradient_accumulation_steps, kind, name):
     cfg, sizes = MODELS[name], MESHES.get(mesh, {})
     mesh = parallel.make_mesh(config.Mesh(**{"fsdp": 1, **sizes}), jax.devices()[: math.prod(sizes.values())])
     params = jax.device_put(init(cfg, jax.random.key(0)), checkpoint.parameter_shardings(cfg, mesh))
     with jax.set_mesh(mesh):
         batch = loader.on_devices(problem(kind, cfg), mesh, 8)
-        grads, metrics = compiled("dpo" if kind == "dpo" else "pretrain", name, microbatches)(params, batch)
+        grads, metrics = compiled("dpo" if kind == "dpo" else "pretrain", name, gradient_accumulation_steps)(params, batch)
     wanted_grads, wanted = expected(kind, name)
     np.testing.assert_allclose(metrics["loss"], wanted["loss"], rtol=1e-5)
     close(grads, wanted_grads)

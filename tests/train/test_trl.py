@@ -104,7 +104,7 @@ def preferring(name):
 
 
 @functools.cache
-def program(kind, microbatches):
+def program(kind, gradient_accumulation_steps):
     """(first state, train step)"""
     beta1, beta2 = make_trl.BETAS
     adam = config.Optimizer(
@@ -117,13 +117,13 @@ def program(kind, microbatches):
     )
     loss = any_preference if kind == "any" else losses.make_loss(kind, CFG, config.Loss(beta=0.1))
     optimizer = make_optimizer(adam)
-    step = make_train_step(loss, optimizer, make_schedule(adam, STEPS), make_trl.CLIP, microbatches)
+    step = make_train_step(loss, optimizer, make_schedule(adam, STEPS), make_trl.CLIP, gradient_accumulation_steps)
     return jax.jit(lambda: init_state(params(), optimizer, jax.random.key(0))), step
 
 
-def train(kind, batches, microbatches=1):
+def train(kind, batches, gradient_accumulation_steps=1):
     """Metrics of our steps, [steps] each."""
-    first, step = program(kind, microbatches)
+    first, step = program(kind, gradient_accumulation_steps)
     state, history = first(), []
     for made in batches:
         state, metrics = step(state, made)
@@ -168,14 +168,17 @@ def test_packed_sft():
 
 
 def test_accumulated_sft():
-    """TRL, too, divides by the labelled tokens of all microbatches, in the loss."""
+    """TRL, too, divides by the labelled tokens of all gradient_accumulation_steps, in the loss."""
     docs = [documents("sft_accumulated", 2 * step) + documents("sft_accumulated", 2 * step + 1) for step in range(STEPS)]
     rows = [[part * ROWS + row] for row in range(ROWS) for part in (0, 1)]  # our row r is of microbatch r mod 2
-    found = train("sft", [batch(d, rows) for d in docs], microbatches=2)
+    found = train("sft", [batch(d, rows) for d in docs], gradient_accumulation_steps=2)
     wanted = logged("sft_accumulated")
     counts = stored("sft_accumulated")["trained"].sum(axis=(1, 2)).reshape(STEPS, 2)
     assert (counts[:, 0] != counts[:, 1]).any()
-    for name in ("entropy", "mean_token_accuracy"):  # TRL logs the mean of the microbatches' means, we the mean over tokens
+    for name in (
+        "entropy",
+        "mean_token_accuracy",
+    ):  # TRL logs the mean of the gradient_accumulation_steps' means, we the mean over tokens
         parts = np.stack([wanted.pop(f"{name}/{part}") for part in (0, 1)], axis=1)
         np.testing.assert_allclose(wanted[name], parts.mean(axis=1))
         wanted[name] = (parts * counts).sum(axis=1) / counts.sum(axis=1)
@@ -203,7 +206,7 @@ def test_dpo():
 
 def test_dpo_packed_padded_and_accumulated():
     rows = [[2, 0], [3], [], [1]]
-    found = train("dpo", [batch(docs, rows, 288, reference) for docs, reference in pairs("dpo")], microbatches=2)
+    found = train("dpo", [batch(docs, rows, 288, reference) for docs, reference in pairs("dpo")], gradient_accumulation_steps=2)
     assert_same(without_ties(found), without_ties(logged("dpo")))
 
 

@@ -120,7 +120,7 @@ def test_a_mesh_changes_no_bit_of_what_several_models_make():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_8b_becomes_the_8x8b(dtype):
-    dense = config.Model(param_dtype=dtype)
+    dense = config.ModelConfig(param_dtype=dtype)
     cfg = upcycle.moe_config(dense, n_experts=8)
     made = jax.eval_shape(lambda p: upcycle.upcycle(p, cfg, config.Upcycle(), jax.random.key(0)), model.parameter_shapes(dense))
     assert jax.tree.map(lambda s: (s.shape, s.dtype), made) == jax.tree.map(

@@ -19,7 +19,7 @@ from tanuki_jax.cli.main import main
 from tanuki_jax.upcycle import identity_check, stream
 from tests import tiny_recipe
 from tests.interop.llama import DTYPES, INDEX, dense, drawn, flat, nested, save_file, settings, shapes, write
-from tests.tiny import apply
+from tests.tiny import apply, with_options
 from tests.upcycle.sources import CFG, COPY, LLAMA, NOISY, E, Source, named, save, shape
 
 # --- the same as on a tree ------------------------------------------------------------------------------------------
@@ -81,7 +81,7 @@ def logits(cfg, params, seed):
     """Of the tokens that the probe draws, by the whole model, in float32."""
     tokens = jax.random.randint(jax.random.fold_in(jax.random.key(seed), 2), (1, identity_check.TOKENS), 0, CFG.vocab_size)
     batch = {"tokens": tokens, "segment_ids": jnp.ones_like(tokens), "positions": jnp.arange(identity_check.TOKENS)[None]}
-    cfg = dataclasses.replace(cfg, dtype="float32", attention="reference", experts="reference")
+    cfg = with_options(cfg, dtype="float32", attention_impl="reference", expert_impl="reference")
     return np.asarray(apply(cfg, params, batch).hidden @ params["head"].astype("float32"))
 
 
@@ -132,7 +132,15 @@ def test_the_output_loads_on_a_mesh(mixture):
 
 def test_what_is_said_at_the_end_is_what_came_out(place, tmp_path, capsys):
     output = tmp_path / "deep/er/mixture"
-    flags = [*NOISY, "--plain_gate", "--top_k=3", "--first_dense=1", "--param_dtype=bfloat16", "--seed=7", "--router_std=0.25"]
+    flags = [
+        *NOISY,
+        "--no_normalized_gate",
+        "--top_k=3",
+        "--first_dense=1",
+        "--param_dtype=bfloat16",
+        "--seed=7",
+        "--router_std=0.25",
+    ]
     assert main(["upcycle", f"--checkpoint={place(LLAMA)}", f"--output={output}", *flags]) == 0
     found = capsys.readouterr().out
     loaded = checkpoint.load(output)
@@ -212,7 +220,7 @@ def test_a_stage_of_a_recipe_starts_from_the_output(tokenizer, tmp_path):
     output = tmp_path / "mixture"
     assert main(["upcycle", f"--checkpoint={home}", f"--output={output}", f"--n_experts={E}", "--strategy=copy"]) == 0
     stage = "--config.stages.continued."
-    flags = [f"{stage}init_from={output}", f"{stage}mixture_of_experts=True", f"{stage}steps=2", "--config.scoring.prompts=0"]
+    flags = [f"{stage}init_from={output}", f"{stage}moe=True", f"{stage}steps=2", "--config.scoring.prompts=0"]
     flags += ["--config.scoring.pairs=0", f"--config.tokenizer.path={tokenizer.directory}"]
     workdir = tmp_path / "run"
     assert main(["train", tiny_recipe.CONFIG, f"--workdir={workdir}", "--stage=continued", *flags]) == 0
@@ -280,7 +288,7 @@ def test_what_has_been_read_is_let_go(watched, tmp_path):
 
 def test_blocks_are_those_of_the_checkpoint_and_each_comes_once(place, monkeypatch, tmp_path):
     found = []
-    save_streamed = checkpoint.save_streamed
+    save_streamed = checkpoint.save_streaming
 
     def noticed(home, cfg, blocks, meta):
         def noting():
@@ -310,7 +318,7 @@ TANUKI_8B = dict(vocab_size=65_024, n_layers=32, d_model=4096, d_ff=14_336, n_he
 def large(tmp_path_factory):
     """Tanuki-8B as a Hugging Face directory that takes no room."""
     home = tmp_path_factory.mktemp("large") / "tanuki-8b"
-    cfg = config.Model(**TANUKI_8B)
+    cfg = config.ModelConfig(**TANUKI_8B)
     home.mkdir()
     (home / "config.json").write_text(json.dumps(settings(cfg)))
     files = collections.defaultdict(dict)
