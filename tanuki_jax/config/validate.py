@@ -234,8 +234,8 @@ def _check_schedule(where: str, rates: Optimizer) -> None:
         raise UserError(f"{where}.learning_rate_floor {floor:g} is above learning_rate {peak:g}; the floor is where it ends")
     if rates.schedule == "lr_range_test" and not 0 < floor < peak:
         raise UserError(
-            f"{where}: schedule lr_range_test rises from learning_rate_floor {floor:g} to learning_rate {peak:g}; the floor must "
-            "be above 0 and below"
+            f"{where}: schedule lr_range_test rises from learning_rate_floor {floor:g} to learning_rate {peak:g}; the "
+            "floor must be above 0 and below"
         )
     if peak * rates.weight_decay >= 1:
         raise UserError(

@@ -157,7 +157,7 @@ def _differences(old: Any, new: Any, kind: Any = Recipe, path: str = "") -> list
 def _announce(recipe: Recipe, mesh: jax.sharding.Mesh, meshes: dict[str, jax.sharding.Mesh]) -> None:
     """The resolved config and the parameter tables, on stderr."""
     print("config, where it differs from the defaults (all of it is in recipe.json):", file=sys.stderr)
-    print("\n".join(f"  {line}" for line in config.changed(recipe)), file=sys.stderr)
+    print("\n".join(f"  {line}" for line in config.non_default(recipe)), file=sys.stderr)
     print(f"{jax.device_count()} {jax.devices()[0].device_kind} device(s), mesh {_shape(mesh)}", file=sys.stderr)
     for name, own in meshes.items():
         if own != mesh:

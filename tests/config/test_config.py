@@ -142,7 +142,7 @@ def test_a_whole_number_may_stand_for_a_float():
 def test_changed_names_a_changed_key_and_no_other(name):
     kind = kind_of(ALL_KEYS[name])
     base = config.Recipe(stages={"NAME": config.Stage()}, data={"NAME": config.Source()})
-    assert config.changed(base) == []
+    assert config.non_default(base) == []
 
     def put(value, parts):
         if isinstance(value, dict) and parts and parts[0] in value:
@@ -151,7 +151,7 @@ def test_changed_names_a_changed_key_and_no_other(name):
             return not value if kind is bool else OTHER[typing.get_origin(kind) or kind]
         return dataclasses.replace(value, **{parts[0]: put(getattr(value, parts[0]), parts[1:])})
 
-    [line] = config.changed(put(base, name.split(".")))
+    [line] = config.non_default(put(base, name.split(".")))
     assert line.startswith(f"{name} = ")
 
 
@@ -163,7 +163,7 @@ def test_changed_names_a_changed_key_and_no_other(name):
 )
 def test_a_recipe_survives_json(steps, weights, rate, name):
     starts = tuple(range(len(weights)))
-    values = with_changes(name=name, stages__pretrain__steps=steps, stages__pretrain__mixture_starts=starts)
+    values = with_changes(name=name, stages__pretrain__steps=steps, stages__pretrain__phase_start_tokens=starts)
     values["stages"]["pretrain"] |= {"mixture": {"ja": tuple(weights)}}
     values["stages"]["pretrain"]["optimizer"]["learning_rate"] = rate
     made = config.resolve(values)
@@ -192,11 +192,15 @@ INVALID = {
     "a negative capacity": ({"model__capacity_factor": -1.0}, ["model.capacity_factor is -1", "dropless"]),
     **{
         f"model.{name} of zero": ({f"model__{name}": 0}, [f"model.{name} is 0", "at least 1"])
-        for name in ("vocab_size", "n_layers", "d_model", "d_ff", "n_heads", "n_kv_heads", "head_dim", "unroll", "logits_chunk")
+        for name in ("vocab_size", "n_layers", "d_model", "d_ff", "n_heads", "n_kv_heads", "head_dim")
+    },
+    **{
+        f"compute.{name} of zero": ({f"compute__{name}": 0}, [f"compute.{name} is 0", "at least 1"])
+        for name in ("scan_unroll", "logits_chunk")
     },
     **{
         f"{name} of zero": ({f"stages__pretrain__{name}": 0}, [f"stages.pretrain.{name} is 0", "at least 1"])
-        for name in ("seq_len", "batch_size", "gradient_accumulation_steps", "save_every", "keep", "log_every")
+        for name in ("seq_len", "batch_size", "gradient_accumulation_steps", "save_every", "keep_latest", "log_every")
     },
     "heads": (dict(model__n_heads=6, model__n_kv_heads=4), ["n_heads 6", "multiple of model.n_kv_heads 4"]),
     "odd head": (dict(model__head_dim=7), ["head_dim 7", "even"]),
@@ -208,8 +212,8 @@ INVALID = {
     "unknown parent": (dict(stages__sft__init_from="nowhere"), ["stages.sft.init_from", "'nowhere'", "pretrain", "directory"]),
     "no experts": (dict(model__n_experts=0), ["stages.upcycle", "mixture of experts", "model.n_experts is 0"]),
     "upcycling nothing": (dict(stages__upcycle__init_from=""), ["stages.upcycle.init_from", "dense"]),
-    "upcycling a mixture": (dict(stages__pretrain__mixture_of_experts=True), ["stages.upcycle.init_from", "dense"]),
-    "mixture from a parent": (dict(stages__sft__mixture_of_experts=True), ["stages.sft.moe", "'upcycle'"]),
+    "upcycling a mixture": (dict(stages__pretrain__moe=True), ["stages.upcycle.init_from", "dense"]),
+    "mixture from a parent": (dict(stages__sft__moe=True), ["stages.sft.moe", "'upcycle'"]),
     "sft of nothing": (dict(stages__sft__init_from=""), ["stages.sft.init_from is empty", "trained model"]),
     "dpo of nothing": (dict(stages__dpo__init_from=""), ["stages.dpo.init_from is empty", "trained model"]),
     "no budget": (dict(stages__pretrain__steps=0), ["stages.pretrain", "exactly one of steps, tokens and epochs", "0, 0"]),
@@ -219,21 +223,21 @@ INVALID = {
     "negative epochs": (dict(stages__sft__epochs=-1.0), ["stages.sft.epochs", "-1.0"]),
     "decoding nothing together": (dict(scoring__batch_size=0), ["scoring.batch_size", "0"]),
     "gradient_accumulation_steps": (
-        dict(stages__pretrain__microbatches=3),
+        dict(stages__pretrain__gradient_accumulation_steps=3),
         ["batch_size 256", "multiple of gradient_accumulation_steps 3"],
     ),
     "epochs of text": (dict(stages__pretrain__steps=0, stages__pretrain__epochs=1.0), ["stages.pretrain.epochs", "tokens or"]),
     "no mixture": (dict(stages__pretrain__mixture={}), ["stages.pretrain.mixture is empty", "weight"]),
-    "late first phase": (dict(stages__pretrain__mixture_starts=(5,)), ["phase_start_tokens (5,)", "begin with 0"]),
-    "no phase": (dict(stages__pretrain__mixture_starts=()), ["phase_start_tokens ()", "begin with 0"]),
-    "falling phases": (dict(stages__pretrain__mixture_starts=(0, 9, 5)), ["phase_start_tokens (0, 9, 5)", "rise"]),
-    "twice the same phase": (dict(stages__pretrain__mixture_starts=(0, 5, 5)), ["phase_start_tokens (0, 5, 5)", "rise"]),
+    "late first phase": (dict(stages__pretrain__phase_start_tokens=(5,)), ["phase_start_tokens (5,)", "begin with 0"]),
+    "no phase": (dict(stages__pretrain__phase_start_tokens=()), ["phase_start_tokens ()", "begin with 0"]),
+    "falling phases": (dict(stages__pretrain__phase_start_tokens=(0, 9, 5)), ["phase_start_tokens (0, 9, 5)", "rise"]),
+    "twice the same phase": (dict(stages__pretrain__phase_start_tokens=(0, 5, 5)), ["phase_start_tokens (0, 5, 5)", "rise"]),
     "unknown source": (dict(stages__pretrain__mixture={"fr": (1.0,)}), ["stages.pretrain.mixture", "'fr'", "en, ja"]),
     "weights and phases": (dict(stages__pretrain__mixture__ja=(1.0, 2.0)), ["mixture.ja", "2 weights for 1 phases"]),
     "negative weight": (dict(stages__pretrain__mixture__ja=(-1.0,)), ["mixture.ja", "at least 0", "-1.0"]),
     "no weight": (dict(stages__pretrain__mixture={"ja": (0.0,), "en": (0.0,)}), ["phase 0", "sum to 0"]),
     "changing dialogues": (
-        dict(stages__sft__mixture_starts=(0, 5), stages__sft__mixture={"talks": (1.0, 1.0)}),
+        dict(stages__sft__phase_start_tokens=(0, 5), stages__sft__mixture={"talks": (1.0, 1.0)}),
         ["stages.sft.phase_start_tokens", "only a pretraining mixture"],
     ),
     # the schedule of learning rates
@@ -254,13 +258,14 @@ INVALID = {
         ["stages.pretrain.optimizer.weight_decay 2000", "learning_rate 0.001"],
     ),
     "a range that falls": (
-        dict(stages__pretrain__optimizer__schedule="range"),
+        dict(stages__pretrain__optimizer__schedule="lr_range_test"),
         ["stages.pretrain.optimizer", "learning_rate_floor 0"],
     ),
     # the budget
     "a phase after the steps": (
         dict(
-            stages__pretrain__mixture_starts=(0, 3 * 256 * 2048), stages__pretrain__mixture=dict(ja=(1.0, 0.0), en=(0.0, 1.0))
+            stages__pretrain__phase_start_tokens=(0, 3 * 256 * 2048),
+            stages__pretrain__mixture=dict(ja=(1.0, 0.0), en=(0.0, 1.0)),
         ),
         ["stages.pretrain.phase_start_tokens (0, 1572864)", "1,572,864 tokens", "never comes"],
     ),
@@ -268,7 +273,7 @@ INVALID = {
         dict(
             stages__pretrain__steps=0,
             stages__pretrain__tokens=2**20 + 5,  # two steps
-            stages__pretrain__mixture_starts=(0, 2**20),
+            stages__pretrain__phase_start_tokens=(0, 2**20),
             stages__pretrain__mixture=dict(ja=(1.0, 0.0), en=(0.0, 1.0)),
         ),
         ["stages.pretrain.phase_start_tokens", "1,048,576 tokens", "never comes"],
@@ -357,7 +362,8 @@ VALID = {
         stages__pretrain__optimizer__warmup_steps=2, stages__pretrain__optimizer__decay_steps=2
     ),
     "a last phase of one token": dict(
-        stages__pretrain__mixture_starts=(0, 3 * 256 * 2048 - 1), stages__pretrain__mixture=dict(ja=(1.0, 0.0), en=(0.0, 1.0))
+        stages__pretrain__phase_start_tokens=(0, 3 * 256 * 2048 - 1),
+        stages__pretrain__mixture=dict(ja=(1.0, 0.0), en=(0.0, 1.0)),
     ),
     "experts from a directory": dict(stages__upcycle__upcycle__experts_from=(".",)),
 }

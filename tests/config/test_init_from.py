@@ -4,6 +4,7 @@ import copy
 import json
 
 import pytest
+from ml_collections import ConfigDict
 
 from tanuki_jax import config
 from tanuki_jax.config.init_from import locate
@@ -19,7 +20,7 @@ def written(home, tokenizer='{"model": 1}', **shape):
     """What of a checkpoint is looked at: the meta of its newest step, and its tokenizer."""
     (home / "checkpoints/3/meta").mkdir(parents=True)
     (home / "checkpoints/2/meta").mkdir(parents=True)
-    meta = {"model": config.to_dict(config.ModelConfig(**{**DENSE, **shape}))}
+    meta = {"model": config.to_dict(config.Model(**{**DENSE, **shape}))}
     (home / "checkpoints/3/meta/metadata").write_text(json.dumps(meta))
     if tokenizer:
         (home / "tokenizer").mkdir()
@@ -57,7 +58,7 @@ def test_what_is_left_out_is_the_checkpoints_own(place, tmp_path):
     assert brought(made, DENSE) == DENSE
     assert made.tokenizer.path == str(home / "tokenizer")
     assert [config.model_config(made, name).rope_theta for name in made.stages] == [5e5, 5e5]
-    rest = set(config.to_dict(config.ModelConfig())) - set(DENSE)
+    rest = set(config.to_dict(config.Model())) - set(DENSE)
     assert brought(made, rest) == brought(config.Recipe(), rest)
     assert config.resolve(config.to_dict(made)) == made  # as it is stored
 
@@ -80,7 +81,7 @@ def test_a_recipe_without_a_directory_has_the_defaults():
     c = config.recipe(data=dict(talk="talk.jsonl"))
     c.stages.one = config.stage("pretrain", **ROW)
     made = config.resolve(c)
-    assert made.model == config.ModelConfig() and made.tokenizer == config.Tokenizer()
+    assert made.model == config.Model() and made.tokenizer == config.Tokenizer()
 
 
 def test_what_is_set_is_known_in_copies_too(tmp_path):
@@ -98,7 +99,7 @@ def test_what_is_set_is_known_in_copies_too(tmp_path):
     assert "d_ff 64 (here 14336)" in message(c.copy_and_resolve_references())  # of which all is taken for set
     with pytest.raises(TypeError, match="d_model"):
         c.model.d_model = "wide"
-    for given in (dict(n_heads=4), config.ConfigDict(dict(n_heads=4)), config.recipe(model=dict(n_heads=4)).model):
+    for given in (dict(n_heads=4), ConfigDict(dict(n_heads=4)), config.recipe(model=dict(n_heads=4)).model):
         c = recipe(tmp_path / "dense")
         c.model = given
         assert brought(config.resolve(c), DENSE) == DENSE and "n_heads" not in c.model.left_out()

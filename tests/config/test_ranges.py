@@ -18,7 +18,7 @@ RANGES = {name: field.metadata["range"] for name, field in NUMERIC.items()}
 ODD = (-1, 0, math.nan, math.inf, -math.inf, 1e30, -1e30, 10**30, 10**5000, 1, 0.5, True, None, "1", [1], {})
 # In dictionaries of the user's own names: the one that holds the number, and how.
 HELD = {
-    "tokenizer.shares": lambda x: {"": x},
+    "tokenizer.language_weights": lambda x: {"": x},
     "stages.NAME.mixture": lambda x: {"ja": (x,)},
     "stages.NAME.phase_start_tokens": lambda x: (x,),
     "stages.NAME.loss.preference": lambda x: {"sigmoid": x},
@@ -100,7 +100,7 @@ def file(tmp_path_factory):
 
 @pytest.mark.parametrize("name", NUMERIC)
 def test_a_flag_is_accepted_only_inside_the_range(name, file):
-    if name == "tokenizer.shares":  # has no name that a flag could set in this recipe
+    if name == "tokenizer.language_weights":  # has no name that a flag could set in this recipe
         return
     for value in (-1, 0, math.nan, math.inf, 1e30, "x", ""):
         held = HELD.get(name, lambda x: x)(value)

@@ -218,10 +218,10 @@ CHANGED = {
     "attention": recipe(dict(only=dict(reset_attention=False))),
 }
 UNCHANGED = {
-    "computation": recipe(BASE, model__remat="full", mesh__fsdp=4),
+    "computation": recipe(BASE, compute__remat="full", mesh__fsdp=4),
     "steps": recipe(dict(only=dict(steps=50))),
     "logging": recipe(dict(only=dict(save_every=7, log_every=3, gradient_accumulation_steps=2))),
-    "another scoring": recipe(BASE, validation__every=7),
+    "another scoring": recipe(BASE, validation__every_steps=7),
 }
 
 

@@ -177,7 +177,7 @@ def two_stages(stage="pretrain", source="ja", group="sft"):
     return json.loads(json.dumps(config.to_dict(config.resolve(c))))
 
 
-KEYS_OF = [("stages.NAME.", config.Stage), ("", config.Recipe), ("model.", config.ModelConfig)]
+KEYS_OF = [("stages.NAME.", config.Stage), ("", config.Recipe), ("model.", config.Model), ("compute.", config.Compute)]
 RESUMABLE = [f"{where}{f.name}" for where, kind in KEYS_OF for f in dataclasses.fields(kind) if f.metadata["resumable"]]
 
 
