@@ -25,7 +25,7 @@ def measure(stage: str, steps: int) -> dict[str, float]:
     from tanuki_jax import config, model
     from tanuki_jax.train import losses
     from tanuki_jax.train.optimizer import make_optimizer, make_schedule
-    from tanuki_jax.train.step import init_state, make_train_step
+    from tanuki_jax.train.step import init_state, make_train_step, make_update
 
     recipe = config.load(["--config=configs/nano.py"])
     this, cfg = recipe.stages[stage], config.model_config(recipe, stage)
@@ -33,7 +33,7 @@ def measure(stage: str, steps: int) -> dict[str, float]:
     tokens = batch["tokens"]
     optimizer = make_optimizer(this.optimizer)
     rate = make_schedule(this.optimizer, 1000)
-    step = make_train_step(losses.make_loss(this.kind, cfg, this.loss), optimizer, rate, this.optimizer.clip_norm)
+    step = make_train_step(losses.make_loss(this.kind, cfg, this.loss), make_update(optimizer, rate, this.optimizer.clip_norm))
     state = init_state(model.init(cfg, jax.random.key(0)), optimizer, jax.random.key(0))
     for _ in range(5):
         state, metrics = step(state, batch)

@@ -19,7 +19,7 @@ import numpy as np
 from report import begin
 
 from tanuki_jax import config
-from tanuki_jax.recipe import stage
+from tanuki_jax.recipe import program, stage
 from tanuki_jax.recipe.run import run_recipe
 from tanuki_jax.train.guard import read_events
 from tanuki_jax.train.metrics import read_metrics
@@ -70,7 +70,7 @@ _gradient_times.defvjp(lambda x, factor: (x, factor), lambda factor, g: (g * fac
 @contextlib.contextmanager
 def spoilt(how: dict[int, float], vocabulary: int) -> Iterator[None]:
     """While inside, the batches with these numbers go wrong."""
-    make_loss, batches = stage.losses.make_loss, stage.loader.batches
+    make_loss, batches = program.losses.make_loss, stage.loader.batches
 
     def make(*arguments: Any, **options: Any) -> Any:
         inner = make_loss(*arguments, **options)
@@ -95,11 +95,11 @@ def spoilt(how: dict[int, float], vocabulary: int) -> Iterator[None]:
                 more |= {name: draw.integers(0, vocabulary, shape, np.int32) for name in ("tokens", "targets")}
             yield {**batch, **stage.loader.on_devices(more, mesh, batch_size)}
 
-    stage.losses.make_loss, stage.loader.batches = make, feed
+    program.losses.make_loss, stage.loader.batches = make, feed
     try:
         yield
     finally:
-        stage.losses.make_loss, stage.loader.batches = make_loss, batches
+        program.losses.make_loss, stage.loader.batches = make_loss, batches
 
 
 def run(workdir: Path, data: Path, how: dict[int, float], steps: int, seed: int) -> tuple[float, list[dict[str, Any]]]:

@@ -83,7 +83,7 @@ def tanuki_jax(size: Preset, mixture: bool, steps: int, profile: bool = False) -
     from tanuki_jax.train import losses
     from tanuki_jax.train.metrics import PEAK_FLOPS
     from tanuki_jax.train.optimizer import make_optimizer, make_schedule
-    from tanuki_jax.train.step import init_state, make_train_step
+    from tanuki_jax.train.step import init_state, make_train_step, make_update
 
     sizes = {k: v for k, v in asdict(size).items() if k not in ("rows", "seq_len", "moment_dtype")}
     experts = dict(n_experts=EXPERTS, top_k=TOP_K, normalized_gate=False) if mixture else dict(n_experts=0)
@@ -96,7 +96,7 @@ def tanuki_jax(size: Preset, mixture: bool, steps: int, profile: bool = False) -
     loss = config.Loss(router_aux_loss=0.02) if mixture else config.Loss()
     mesh = parallel.make_mesh(config.Mesh())
     with jax.set_mesh(mesh):
-        step = make_train_step(losses.make_loss("pretrain", cfg, loss), made, make_schedule(optimizer, 1000), 1.0)
+        step = make_train_step(losses.make_loss("pretrain", cfg, loss), make_update(made, make_schedule(optimizer, 1000), 1.0))
         batch = jax.device_put(batch, parallel.sharding(mesh, "B"))
         state = init_state(model.init(cfg, jax.random.key(0)), made, jax.random.key(0))
         for _ in range(3):

@@ -24,6 +24,11 @@ def with_options(cfg, **options):
     return dataclasses.replace(cfg, compute=dataclasses.replace(cfg.compute, **compute), **options)
 
 
+def of_batch(loss_fn):
+    """A loss of (params, batch) alone: nothing balances, nothing is drawn."""
+    return lambda params, batch: loss_fn(params, batch, {}, None)
+
+
 def packed_batch(rng, cfg, rows=8, length=24):
     """Random rows of two or three segments each, the last one padding, with loss on most tokens."""
     tokens = rng.integers(1, cfg.vocab_size, (rows, length + 1)).astype(np.int32)

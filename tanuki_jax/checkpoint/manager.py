@@ -152,7 +152,7 @@ class Checkpoints:
         Errors of the save before come up here or in `close`.
         """
         self._pinned.steps = set(kept)
-        optimizer = {"opt_state": state.opt_state, "step": state.step, "rate": state.rate}
+        optimizer = {"opt_state": state.opt_state, "step": state.step, "rate": state.lr_scale}
         optimizer["key"] = jax.random.key_data(state.key)
         balance = {"balance": state.balance} if state.balance else {}
         self.save_items(step, {"params": state.params, "optimizer": optimizer, **balance}, meta)
@@ -231,7 +231,7 @@ class Checkpoints:
         """The state of a step, with the shardings of `like` (a tree of ShapeDtypeStructs)."""
         key = jax.eval_shape(jax.random.key_data, like.key)
         key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=like.step.sharding)
-        optimizer = {"opt_state": like.opt_state, "step": like.step, "rate": like.rate, "key": key}
+        optimizer = {"opt_state": like.opt_state, "step": like.step, "rate": like.lr_scale, "key": key}
         balance = {"balance": like.balance} if like.balance else {}
         saved = self.restore_items(step, {"params": like.params, "optimizer": optimizer, **balance})
         optimizer = saved.pop("optimizer")

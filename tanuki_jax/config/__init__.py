@@ -3,6 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from tanuki_jax.config.kinds import STAGE_KINDS, BatchArray, StageKind
 from tanuki_jax.config.ranges import Range
 from tanuki_jax.config.schema import (
     CHOICES,
@@ -28,7 +29,9 @@ from tanuki_jax.config.schema import (
     key_types,
     model_config,
     moe_layers,
+    stage_sources,
     stage_steps,
+    tokens_per_step,
 )
 from tanuki_jax.config.validate import check_moe, check_upcycle, lora_ranks, unreached_schedule
 
@@ -46,6 +49,11 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "STAGE_KINDS",
+    "BatchArray",
+    "StageKind",
+    "stage_sources",
+    "tokens_per_step",
     "CHOICES",
     "Guard",
     "Lora",

@@ -32,8 +32,8 @@ class Group(ConfigDict):
 
     def __setitem__(self, key: str, value: Any) -> None:
         if isinstance(value, Mapping | ConfigDict) and key in self and isinstance(self[key], Group):
-            given, value = value, Group(value)
-            value.update(given)
+            values, value = value, Group(value)
+            value.update(values)
         super().__setitem__(key, value)
         self.__dict__.get("_set", set()).add(key)
 
@@ -64,10 +64,10 @@ def recipe(**overrides: Any) -> ConfigDict:
 
     What is left out of its model is the checkpoint's own in a recipe that starts from one (origins.py).
     """
-    made, model = Group(to_dict(Recipe())), Group(to_dict(Model()))
-    with made.ignore_type():
-        made.model = model
-    return _override(made, overrides)
+    result, model = Group(to_dict(Recipe())), Group(to_dict(Model()))
+    with result.ignore_type():
+        result.model = model
+    return _override(result, overrides)
 
 
 def stage(kind: str, **overrides: Any) -> ConfigDict:
@@ -76,12 +76,12 @@ def stage(kind: str, **overrides: Any) -> ConfigDict:
 
 
 def _override(config: ConfigDict, values: Mapping[str, Any], schema: Any = Recipe, path: str = "") -> ConfigDict:
-    known = key_types(schema)
+    types = key_types(schema)
     for name, value in values.items():
-        if name not in known:
-            raise UserError(f"config: {config_file.unknown(f'{path}{name}', list(known))}")
-        if dataclasses.is_dataclass(known[name]) and isinstance(value, Mapping):
-            _override(config[name], value, known[name], f"{path}{name}.")
+        if name not in types:
+            raise UserError(f"config: {config_file.unknown(f'{path}{name}', list(types))}")
+        if dataclasses.is_dataclass(types[name]) and isinstance(value, Mapping):
+            _override(config[name], value, types[name], f"{path}{name}.")
         else:
             config[name] = value
     return config
@@ -185,13 +185,13 @@ def _group(kind: Any, value: Any, path: str) -> Any:
         value = {"files": value}
     if not isinstance(value, Mapping | ConfigDict):
         raise UserError(f"config: {path or 'config'} must be a group of keys, not {_shown(value)}")
-    known = {f.name: f for f in dataclasses.fields(kind)}
+    fields = {f.name: f for f in dataclasses.fields(kind)}
     for name in value:
-        if name not in known:
-            raise UserError(f"config: {config_file.unknown(f'{path}.{name}'.lstrip('.'), list(known))}")
+        if name not in fields:
+            raise UserError(f"config: {config_file.unknown(f'{path}.{name}'.lstrip('.'), list(fields))}")
     typed = {
         name: _typed(key_types(kind)[name], value[name], f"{path}.{name}".lstrip("."), field.metadata["range"])
-        for name, field in known.items()
+        for name, field in fields.items()
         if name in value
     }
     for name, item in typed.items():

@@ -39,10 +39,10 @@ def read(arguments: Sequence[str]) -> ConfigDict:
     return config
 
 
-def unknown(path: str, known: Sequence[str]) -> str:
+def unknown(path: str, names: Sequence[str]) -> str:
     """Words about a key that is not in the schema, with the one that was meant."""
-    near = difflib.get_close_matches(path.rsplit(".", 1)[-1], list(known), n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(sorted(known))}"
+    near = difflib.get_close_matches(path.rsplit(".", 1)[-1], list(names), n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(sorted(names))}"
     return f"unknown key {path!r}; {hint}"
 
 
@@ -77,16 +77,18 @@ def _build(path: Path, argument: str | None) -> ConfigDict:
         if not callable(function):
             raise UserError(f"config {path}: it has no get_config(); define one that returns what config.recipe(...) made")
         _check_argument(function, path, argument)
-        made = function() if argument is None else function(argument)
-        made = ConfigDict(made) if isinstance(made, Mapping) and not isinstance(made, ConfigDict) else made
+        config = function() if argument is None else function(argument)
+        config = ConfigDict(config) if isinstance(config, Mapping) and not isinstance(config, ConfigDict) else config
     except UserError as error:
         where = _place(error, path)
         raise UserError(f"{error} ({where})" if where else str(error)) from error
     except (Exception, SystemExit) as error:
         raise UserError(f"config {_place(error, path) or path}: {_shown(error, path)}") from error
-    if not isinstance(made, ConfigDict):
-        raise UserError(f"config {path}: get_config() must return what config.recipe(...) made, a group of keys, not {made!r}")
-    return made
+    if not isinstance(config, ConfigDict):
+        raise UserError(
+            f"config {path}: get_config() must return what config.recipe(...) made, a group of keys, not {config!r}"
+        )
+    return config
 
 
 def _check_argument(function: Callable[..., Any], path: Path, argument: str | None) -> None:
@@ -118,7 +120,7 @@ def _shown(error: BaseException, path: Path) -> str:
     message = " ".join(str(error).split())
     if isinstance(error, SystemExit):
         return f"it ended the program{code}"
-    call = next((found for found in _calls(error) if isinstance(found.get("self"), ConfigDict)), None)
+    call = next((frame_locals for frame_locals in _calls(error) if isinstance(frame_locals.get("self"), ConfigDict)), None)
     name = call.get("key", call.get("attribute")) if call else None
     if call and isinstance(error, KeyError | AttributeError):
         message = _missing(str(name), list(map(str, call["self"])))

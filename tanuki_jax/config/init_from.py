@@ -46,33 +46,34 @@ def inherit(recipe: Recipe, left_out: Collection[str]) -> Recipe:
     for name, key, path in _external_checkpoints(recipe):
         where = f"config: stages.{name}.{key} {path}"
         _refuse_published(where, path)
-        home, step = locate(path)
-        meta = files.read_json(home / "checkpoints" / str(step) / "meta" / "metadata")
+        stage_dir, step = locate(path)
+        meta = files.read_json(stage_dir / "checkpoints" / str(step) / "meta" / "metadata")
         brought = meta.get("model") if isinstance(meta, dict) else None
         if not isinstance(brought, dict):
             raise UserError(f"{where} has no model in its meta; it is damaged, or no checkpoint of this project")
         recipe = _with_model(recipe, name, brought, unset, left_out, where)
-        recipe = _with_tokenizer(recipe, home / "tokenizer", where)
+        recipe = _with_tokenizer(recipe, stage_dir / "tokenizer", where)
     return recipe
 
 
 def _external_checkpoints(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
     """Stage, key and path of every directory, other than a stage's own, that a stage takes weights from."""
-    for name, this in recipe.stages.items():
-        if this.init_from and this.init_from not in recipe.stages and Path(this.init_from).is_dir():
-            yield name, "init_from", this.init_from
-        for path in this.upcycle.experts_from if this.kind == "upcycle" else ():
+    for name, stage in recipe.stages.items():
+        if stage.init_from and stage.init_from not in recipe.stages and Path(stage.init_from).is_dir():
+            yield name, "init_from", stage.init_from
+        for path in stage.upcycle.experts_from if stage.kind == "upcycle" else ():
             if path not in recipe.stages and (Path(path) / "checkpoints").is_dir():
                 yield name, "upcycle.experts_from", path
 
 
 def _refuse_published(where: str, path: str) -> None:
     kinds = (("adapter_config.json", "PEFT's adapters", " --base=CHECKPOINT"), ("config.json", "a Hugging Face model", ""))
-    for file, what, flag in kinds:
+    for file, content, flag in kinds:
         if (Path(path) / file).is_file() and not (Path(path) / "checkpoints").is_dir():
             output = f"{path.rstrip('/')}-imported"
             raise UserError(
-                f"{where} holds {what}; run `tanuki import --hf={path}{flag} --output={output}` first, and start from {output}"
+                f"{where} holds {content}; run `tanuki import --hf={path}{flag} --output={output}` first, and start from "
+                f"{output}"
             )
 
 
@@ -80,10 +81,10 @@ def _with_model(
     recipe: Recipe, name: str, brought: dict[str, Any], unset: set[str], left_out: Collection[str], where: str
 ) -> Recipe:
     """The recipe with a checkpoint's shape in `unset`, which loses what is settled now."""
-    this = recipe.stages[name]
+    stage = recipe.stages[name]
     mixture = brought.get("n_experts", 0) > 0
-    if mixture and this.kind != "upcycle" and "n_experts" in left_out:
-        stages = recipe.stages | {name: dataclasses.replace(this, moe=True)}
+    if mixture and stage.kind != "upcycle" and "n_experts" in left_out:
+        stages = recipe.stages | {name: dataclasses.replace(stage, moe=True)}
         recipe = dataclasses.replace(recipe, stages=stages)
     keys = [*SHAPE, *(("n_experts", *MOE_KEYS) if mixture else ())]
     theirs = {key: brought[key] for key in keys if key in brought}  # keys added since have their defaults
@@ -91,10 +92,10 @@ def _with_model(
     unset.difference_update(filled)
     recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, **filled))
     ours = {key: getattr(recipe.model, key) for key in theirs} | {"n_experts": recipe.model.n_experts}
-    if not is_moe(recipe, name) or this.kind == "upcycle":
+    if not is_moe(recipe, name) or stage.kind == "upcycle":
         ours["n_experts"] = 0
     theirs["n_experts"] = brought.get("n_experts", 0)
-    if this.rope_theta:  # which says that a change is meant
+    if stage.rope_theta:  # which says that a change is meant
         theirs.pop("rope_theta", None)
     differing = {key: value for key, value in theirs.items() if value != ours[key]}
     if differing:
@@ -104,7 +105,7 @@ def _with_model(
 
 def _difference(name: str, theirs: dict[str, Any], ours: dict[str, Any], left_out: Collection[str]) -> str:
     """What differs, with both values, and the fix."""
-    told = ", ".join(f"{key} {value} (here {ours[key]})" for key, value in theirs.items())
+    values = ", ".join(f"{key} {value} (here {ours[key]})" for key, value in theirs.items())
     if bool(theirs.get("n_experts")) != bool(ours["n_experts"]) and "n_experts" in theirs:
         fix = f"stages.{name}.moe says whether a directory holds a mixture"
     elif set(theirs) <= set(left_out):
@@ -112,7 +113,7 @@ def _difference(name: str, theirs: dict[str, Any], ours: dict[str, Any], left_ou
     else:
         fix = f"leave {', '.join(f'model.{key}' for key in theirs)} out: what a config leaves out is the checkpoint's own"
     meant = f", or set stages.{name}.rope_theta if the change is meant" if "rope_theta" in theirs else ""
-    return f"{told}; {fix}{meant}"
+    return f"{values}; {fix}{meant}"
 
 
 def _with_tokenizer(recipe: Recipe, theirs: Path, where: str) -> Recipe:
@@ -129,24 +130,23 @@ def _with_tokenizer(recipe: Recipe, theirs: Path, where: str) -> Recipe:
         return dataclasses.replace(recipe, tokenizer=dataclasses.replace(recipe.tokenizer, path=str(theirs)))
     ours = Path(path)
     if (ours / "tokenizer.json").is_file() and not _same_ids(ours / "tokenizer.json", theirs / "tokenizer.json"):
-        found = [f"{home} (fingerprint {files.fingerprint(home / 'tokenizer.json')})" for home in (ours, theirs)]
+        ours_shown, theirs_shown = (f"{d} (fingerprint {files.fingerprint(d / 'tokenizer.json')})" for d in (ours, theirs))
         raise UserError(
-            f"{where} was trained with the tokenizer {found[1]}, tokenizer.path is {found[0]}; leave tokenizer.path out, which "
-            "then is the checkpoint's own"
+            f"{where} was trained with the tokenizer {theirs_shown}, tokenizer.path is {ours_shown}; leave tokenizer.path out, "
+            "which then is the checkpoint's own"
         )
     return recipe
 
 
-def _same_ids(one: Path, other: Path) -> bool:
+def _same_ids(first: Path, second: Path) -> bool:
     """Whether two tokenizer.json say the same, however they are written."""
-    if one.read_bytes() == other.read_bytes():
+    if first.read_bytes() == second.read_bytes():
         return True
     try:
-        found = [json.loads(path.read_text(encoding="utf-8")) for path in (one, other)]
+        contents = [json.loads(path.read_text(encoding="utf-8")) for path in (first, second)]
     except ValueError:
         return False
-    return (
-        all(isinstance(f, dict) for f in found)
-        and len({json.dumps({k: v for k, v in f.items() if k not in ("truncation", "padding")}, sort_keys=True) for f in found})
-        == 1
-    )
+    if not all(isinstance(content, dict) for content in contents):
+        return False
+    a, b = ({k: v for k, v in content.items() if k not in ("truncation", "padding")} for content in contents)
+    return json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True)

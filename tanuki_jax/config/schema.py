@@ -8,6 +8,7 @@ import typing
 from dataclasses import dataclass
 from typing import Any
 
+from tanuki_jax.config.kinds import STAGE_KINDS
 from tanuki_jax.config.ranges import AMOUNT, COEFFICIENT, COUNT, DEVICES, NEVER, NONE, SEED, SHARE, SIZE, TOKENS, Range
 
 
@@ -33,8 +34,8 @@ def key_types(schema: Any) -> dict[str, Any]:
 
 def range_of(schema: Any, name: str) -> Range:
     """The range of a numeric key of a dataclass of the schema."""
-    found: Range = schema.__dataclass_fields__[name].metadata["range"]
-    return found
+    allowed: Range = schema.__dataclass_fields__[name].metadata["range"]
+    return allowed
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,11 @@ class Model:
         "room of an expert relative to an even load, tokens beyond it are dropped; 0 = dropless",
         Range(0, 1000, zero="dropless"),
     )
+
+    @property
+    def expert_width(self) -> int:
+        """F of an expert."""
+        return self.expert_d_ff or self.d_ff
 
 
 @dataclass(frozen=True)
@@ -286,7 +292,7 @@ class Lora:
 class Stage:
     """One stage of a recipe.  Stages run in the order that `init_from` gives."""
 
-    kind: str = key("pretrain", "pretrain, upcycle, sft or dpo")
+    kind: str = key("pretrain", "pretrain, upcycle, sft or dpo (config/kinds.py)")
     init_from: str = key("", "an earlier stage, a checkpoint directory, or empty: random weights")
     restore: str = key(
         "params", "taken from init_from: params (adapters merged), adapter (trained on), all (Adam's moments too)"
@@ -356,7 +362,7 @@ CHOICES = {
         *("auto", "text", "messages", "conversations", "preference", "prompt_completion", "instruction"),
         *("question_answer", "turns", "tokens"),
     ),
-    "kind": ("pretrain", "upcycle", "sft", "dpo"),
+    "kind": tuple(STAGE_KINDS),
     "restore": ("params", "adapter", "all"),
     "schedule": ("cosine", "wsd", "constant", "lr_range_test"),
     "strategy": ("copy", "noise", "drop", "groups"),
@@ -387,10 +393,10 @@ MOE_KEYS = ("expert_d_ff", "first_dense", "moe_every", "top_k", "normalized_gate
 
 def is_moe(recipe: Recipe, name: str) -> bool:
     """Whether stage `name` ends as a mixture of experts."""
-    this = recipe.stages[name]
-    if this.kind == "upcycle" or this.moe:
+    stage = recipe.stages[name]
+    if stage.kind == "upcycle" or stage.moe:
         return True
-    return this.init_from in recipe.stages and is_moe(recipe, this.init_from)
+    return stage.init_from in recipe.stages and is_moe(recipe, stage.init_from)
 
 
 def model_config(recipe: Recipe, name: str) -> ModelConfig:
@@ -409,4 +415,14 @@ def moe_layers(model: Model) -> tuple[int, ...]:
 
 def stage_steps(stage: Stage) -> int:
     """Steps of a stage whose budget is in steps or tokens; 0 where epochs leave it open."""
-    return stage.steps or stage.tokens // (stage.seq_len * stage.batch_size)
+    return stage.steps or stage.tokens // tokens_per_step(stage)
+
+
+def tokens_per_step(stage: Stage) -> int:
+    """B*S."""
+    return stage.seq_len * stage.batch_size
+
+
+def stage_sources(stage: Stage) -> tuple[str, ...]:
+    """The names of the sources that a stage reads, in the order of their numbers."""
+    return tuple(name for name, weights in stage.mixture.items() if any(weights))

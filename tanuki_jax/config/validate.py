@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tanuki_jax.config.kinds import STAGE_KINDS
 from tanuki_jax.config.ranges import LARGEST
 from tanuki_jax.config.schema import (
     PREFERENCES,
@@ -24,6 +25,7 @@ from tanuki_jax.config.schema import (
     moe_layers,
     range_of,
     stage_steps,
+    tokens_per_step,
 )
 from tanuki_jax.errors import UserError
 
@@ -74,7 +76,7 @@ def check_upcycle(model: Model, options: Upcycle, where: str) -> None:
             raise UserError(f"{where}{name} is {getattr(options, name)}; a standard deviation is a number and not negative")
     if options.drop_ratio not in range_of(Upcycle, "drop_ratio"):
         raise UserError(f"{where}drop_ratio {options.drop_ratio} must lie between 0 and 1")
-    width = model.expert_d_ff or model.d_ff
+    width = model.expert_width
     if options.strategy != "groups" and width != model.d_ff:
         raise UserError(f"{where}an expert_d_ff {width} other than d_ff {model.d_ff} needs the strategy groups")
     if model.d_ff % width:
@@ -99,12 +101,12 @@ def check_names(recipe: Recipe) -> None:
 
 
 def _check_parents(recipe: Recipe, name: str) -> None:
-    this, known = recipe.stages[name], ", ".join(n for n in recipe.stages if n != name)
-    if this.init_from and this.init_from not in recipe.stages and not _exists(this.init_from):
+    stage, names = recipe.stages[name], ", ".join(n for n in recipe.stages if n != name)
+    if stage.init_from and stage.init_from not in recipe.stages and not _exists(stage.init_from):
         raise UserError(
-            f"config: stages.{name}.init_from {this.init_from!r} is neither a stage ({known}) nor a checkpoint directory"
+            f"config: stages.{name}.init_from {stage.init_from!r} is neither a stage ({names}) nor a checkpoint directory"
         )
-    for other in this.upcycle.experts_from if this.kind == "upcycle" else ():
+    for other in stage.upcycle.experts_from if stage.kind == "upcycle" else ():
         if other not in recipe.stages and not _exists(other):
             raise UserError(
                 f"config: stages.{name}.upcycle.experts_from {other!r} is neither a stage nor a checkpoint directory"
@@ -131,16 +133,16 @@ def check_recipe(recipe: Recipe) -> None:
     for name in recipe.tokenizer.sources:
         if name not in recipe.data:
             raise UserError(f"config: tokenizer.sources names {name!r}, which is not in data ({', '.join(recipe.data)})")
-    for name, this in recipe.stages.items():
-        _check_stage(recipe, name, this)
+    for name, stage in recipe.stages.items():
+        _check_stage(recipe, name, stage)
 
 
 def _trains_router(recipe: Recipe, name: str) -> bool:
     """Whether stage `name` makes a router or trains it: adapters may leave it as it is."""
-    this = recipe.stages[name]
+    stage = recipe.stages[name]
     if not is_moe(recipe, name):
         return False
-    return not this.lora.rank or any(fnmatch.fnmatchcase("moe/router", pattern) for pattern in this.lora.patterns())
+    return not stage.lora.rank or any(fnmatch.fnmatchcase("moe/router", pattern) for pattern in stage.lora.patterns())
 
 
 def _exists(path: str) -> bool:
@@ -160,70 +162,72 @@ def _check_shares(recipe: Recipe) -> None:
         )
 
 
-def _check_stage(recipe: Recipe, name: str, this: Stage) -> None:
+def _check_stage(recipe: Recipe, name: str, stage: Stage) -> None:
     where = f"config: stages.{name}"
-    parent = this.init_from in recipe.stages
+    parent = stage.init_from in recipe.stages
     if is_moe(recipe, name) and not recipe.model.n_experts:
         raise UserError(f"{where} is a mixture of experts, but model.n_experts is 0")
-    if this.kind == "upcycle":
-        _check_upcycling(recipe, where, this)
+    kind = STAGE_KINDS[stage.kind]
+    if not kind.trains:
+        _check_upcycling(recipe, where, stage)
         return
-    if this.moe and parent:
-        raise UserError(f"{where}.moe follows from stage {this.init_from!r} that it starts from; leave it out")
-    if this.kind in ("sft", "dpo") and not this.init_from:
-        raise UserError(f"{where}.init_from is empty; a {this.kind} stage must start from a trained model")
-    _check_amounts(where, this, recipe.validation.tokens)
-    check_moments(f"{where}.optimizer.", this.optimizer)
-    _check_losses(where, this)
-    _check_retention(recipe, where, this)
-    _check_schedule(where, this.optimizer)
-    _check_lora(recipe, name, this)
-    _check_data_mixture(recipe, where, this)
+    if stage.moe and parent:
+        raise UserError(f"{where}.moe follows from stage {stage.init_from!r} that it starts from; leave it out")
+    if not kind.from_scratch and not stage.init_from:
+        raise UserError(f"{where}.init_from is empty; a {stage.kind} stage must start from a trained model")
+    _check_amounts(where, stage, recipe.validation.tokens)
+    check_moments(f"{where}.optimizer.", stage.optimizer)
+    _check_losses(where, stage)
+    _check_retention(recipe, where, stage)
+    _check_schedule(where, stage.optimizer)
+    _check_lora(recipe, name, stage)
+    _check_data_mixture(recipe, where, stage)
 
 
-def _check_upcycling(recipe: Recipe, where: str, this: Stage) -> None:
-    parent = this.init_from in recipe.stages
-    if this.lora.rank:
+def _check_upcycling(recipe: Recipe, where: str, stage: Stage) -> None:
+    parent = stage.init_from in recipe.stages
+    if stage.lora.rank:
         raise UserError(f"{where}.lora.rank: nothing is trained when a model is upcycled; set it in a later stage")
-    if not this.init_from or (parent and is_moe(recipe, this.init_from)):
+    if not stage.init_from or (parent and is_moe(recipe, stage.init_from)):
         raise UserError(f"{where}.init_from must name a dense stage or checkpoint to upcycle")
-    check_upcycle(recipe.model, this.upcycle, f"{where}.upcycle: ")
-    for other in this.upcycle.experts_from:
+    check_upcycle(recipe.model, stage.upcycle, f"{where}.upcycle: ")
+    for other in stage.upcycle.experts_from:
         if other in recipe.stages and is_moe(recipe, other):
             raise UserError(f"{where}.upcycle.experts_from names {other!r}, which is a mixture; it must be dense")
 
 
-def _check_amounts(where: str, this: Stage, held_out: int) -> None:
-    if sum(bool(b) for b in (this.steps, this.tokens, this.epochs)) != 1:
+def _check_amounts(where: str, stage: Stage, held_out: int) -> None:
+    if sum(bool(b) for b in (stage.steps, stage.tokens, stage.epochs)) != 1:
         raise UserError(
-            f"{where}: set exactly one of steps, tokens and epochs (now {this.steps}, {this.tokens}, {this.epochs})"
+            f"{where}: set exactly one of steps, tokens and epochs (now {stage.steps}, {stage.tokens}, {stage.epochs})"
         )
-    if this.batch_size % this.gradient_accumulation_steps:
+    if stage.batch_size % stage.gradient_accumulation_steps:
         raise UserError(
-            f"{where}.batch_size {this.batch_size} is not a multiple of gradient_accumulation_steps "
-            f"{this.gradient_accumulation_steps}"
+            f"{where}.batch_size {stage.batch_size} is not a multiple of gradient_accumulation_steps "
+            f"{stage.gradient_accumulation_steps}"
         )
-    if this.epochs and this.kind == "pretrain":
+    streams = STAGE_KINDS[stage.kind].streams
+    if stage.epochs and streams:
         raise UserError(f"{where}.epochs is for sft and dpo; give a pretraining stage tokens or steps")
-    if this.kind == "pretrain" and 0 < held_out < this.seq_len:
+    if streams and 0 < held_out < stage.seq_len:
         raise UserError(
             f"config: validation.tokens is {held_out}, less than one row ({where.removeprefix('config: ')}.seq_len "
-            f"{this.seq_len}); raise it, or set it to 0"
+            f"{stage.seq_len}); raise it, or set it to 0"
         )
-    batch = this.batch_size * this.seq_len
+    batch = tokens_per_step(stage)
     if batch > LARGEST:
         raise UserError(
-            f"{where}: batch_size {this.batch_size} x seq_len {this.seq_len} is {batch:,} tokens a step; more than {LARGEST:,} "
-            "cannot be counted"
+            f"{where}: batch_size {stage.batch_size} x seq_len {stage.seq_len} is {batch:,} tokens a step; more than "
+            f"{LARGEST:,} cannot be counted"
         )
-    if 0 < this.tokens < batch:
+    if 0 < stage.tokens < batch:
         raise UserError(
-            f"{where}.tokens {this.tokens:,} is less than one step, batch_size {this.batch_size} x seq_len {this.seq_len} = "
+            f"{where}.tokens {stage.tokens:,} is less than one step, batch_size {stage.batch_size} x seq_len {stage.seq_len} = "
             f"{batch:,}; give it more tokens or a smaller batch"
         )
-    if this.tokens // batch > LARGEST:
+    if stage.tokens // batch > LARGEST:
         raise UserError(
-            f"{where}.tokens {this.tokens:,} is {this.tokens // batch:,} steps; no more than {LARGEST:,} can be counted"
+            f"{where}.tokens {stage.tokens:,} is {stage.tokens // batch:,} steps; no more than {LARGEST:,} can be counted"
         )
 
 
@@ -255,48 +259,48 @@ def unreached_schedule(rates: Optimizer, steps: int) -> str:
     return "" if needed <= end else f"its schedule warms up and decays over {needed} steps, but it ends at step {end}"
 
 
-def _check_losses(where: str, this: Stage) -> None:
-    for loss in this.loss.preference:
+def _check_losses(where: str, stage: Stage) -> None:
+    for loss in stage.loss.preference:
         if loss not in PREFERENCES:
             raise UserError(f"{where}.loss.preference: there is no loss {loss!r}; it needs a name of {', '.join(PREFERENCES)}")
-    smoothed = {"cdpo", "robust"}.intersection(this.loss.preference)
-    if this.loss.label_smoothing and not smoothed:
+    smoothed = {"cdpo", "robust"}.intersection(stage.loss.preference)
+    if stage.loss.label_smoothing and not smoothed:
         raise UserError(f"{where}.loss.label_smoothing is for cdpo and robust; set loss.preference to {{'cdpo': 1.0}}")
 
 
-def _check_retention(recipe: Recipe, where: str, this: Stage) -> None:
-    if this.keep_every % this.save_every:
+def _check_retention(recipe: Recipe, where: str, stage: Stage) -> None:
+    if stage.keep_every % stage.save_every:
         raise UserError(
-            f"{where}.keep_every {this.keep_every} is not a multiple of save_every {this.save_every}; only what is saved can "
+            f"{where}.keep_every {stage.keep_every} is not a multiple of save_every {stage.save_every}; only what is saved can "
             "be kept"
         )
-    if this.keep_best and (
-        not recipe.validation.tokens or this.kind != "pretrain" or this.save_every % recipe.validation.every_steps
+    if stage.keep_best and (
+        not recipe.validation.tokens or not STAGE_KINDS[stage.kind].streams or stage.save_every % recipe.validation.every_steps
     ):
         raise UserError(
             f"{where}.keep_best needs a validation loss at every save: a pretraining stage, validation.tokens above 0, and a "
-            f"save_every {this.save_every} that is a multiple of validation.every_steps {recipe.validation.every_steps}"
+            f"save_every {stage.save_every} that is a multiple of validation.every_steps {recipe.validation.every_steps}"
         )
 
 
-def _check_lora(recipe: Recipe, name: str, this: Stage) -> None:
-    where, options = f"config: stages.{name}", this.lora
+def _check_lora(recipe: Recipe, name: str, stage: Stage) -> None:
+    where, options = f"config: stages.{name}", stage.lora
     if not options.rank:
-        if this.restore == "adapter":
+        if stage.restore == "adapter":
             raise UserError(f"{where}.restore is adapter, but lora.rank is 0; set the rank of the adapter in init_from")
         return
-    if not this.init_from:
+    if not stage.init_from:
         raise UserError(f"{where}.lora: adapters need a model in init_from")
     model = model_config(recipe, name)
     mixtures = len(moe_layers(model))
-    known = [n for n in PROJECTED if mixtures < model.n_layers or not n.startswith("mlp/")] + [*ROUTED][: 4 * bool(mixtures)]
-    lora_ranks(options, known, f"{where}.lora.")
+    matrices = [n for n in PROJECTED if mixtures < model.n_layers or not n.startswith("mlp/")] + [*ROUTED][: 4 * bool(mixtures)]
+    lora_ranks(options, matrices, f"{where}.lora.")
     for pattern, rank in options.patterns().items():
-        if not fnmatch.filter(known, pattern):
+        if not fnmatch.filter(matrices, pattern):
             raise UserError(
-                f"{where}.lora.targets: {pattern!r} with rank {rank} fits nothing; the matrices are {', '.join(known)}"
+                f"{where}.lora.targets: {pattern!r} with rank {rank} fits nothing; the matrices are {', '.join(matrices)}"
             )
-        if options.dropout and set(fnmatch.filter(known, pattern)) & set(ROUTED):
+        if options.dropout and set(fnmatch.filter(matrices, pattern)) & set(ROUTED):
             raise UserError(f"{where}.lora.dropout is for attention and dense FFN; set it to 0 for {pattern!r}")
 
 
@@ -308,37 +312,37 @@ def lora_ranks(options: Lora, matrices: Sequence[str], where: str = "") -> dict[
     """
     targets = {pattern: rank or options.rank for pattern, rank in options.patterns().items()}
     fits = {pattern: [m for m in matrices if fnmatch.fnmatchcase(m, pattern)] for pattern in targets}
-    found = {}
+    ranks = {}
     for matrix in matrices:
         patterns = sorted((p for p in targets if matrix in fits[p]), key=lambda p: (len(fits[p]), p))
         closest = [p for p in patterns if len(fits[p]) == len(fits[patterns[0]])]
         if len({targets[p] for p in closest}) > 1:
-            given = " and ".join(f"{p!r} ({targets[p]})" for p in closest)
-            raise UserError(f"{where}targets: {given} give {matrix} different ranks and fit as few matrices; add {matrix!r}")
+            conflict = " and ".join(f"{p!r} ({targets[p]})" for p in closest)
+            raise UserError(f"{where}targets: {conflict} give {matrix} different ranks and fit as few matrices; add {matrix!r}")
         if closest:
-            found[matrix] = targets[closest[0]]
-    return found
+            ranks[matrix] = targets[closest[0]]
+    return ranks
 
 
-def _check_data_mixture(recipe: Recipe, where: str, this: Stage) -> None:
-    if not this.mixture:
+def _check_data_mixture(recipe: Recipe, where: str, stage: Stage) -> None:
+    if not stage.mixture:
         raise UserError(f"{where}.mixture is empty; give each source a weight, for example {{'ja': (1.0,)}}")
-    starts = this.phase_start_tokens
+    starts = stage.phase_start_tokens
     if not starts or starts[0] != 0 or list(starts) != sorted(set(starts)):
         raise UserError(f"{where}.phase_start_tokens {starts} must begin with 0 and rise")
-    for source, weights in this.mixture.items():
+    for source, weights in stage.mixture.items():
         if source not in recipe.data:
             raise UserError(f"{where}.mixture names {source!r}, which is not in data ({', '.join(recipe.data)})")
         if len(weights) != len(starts):
             raise UserError(
                 f"{where}.mixture.{source} has {len(weights)} weights for {len(starts)} phases (phase_start_tokens)"
             )
-    for phase, total in enumerate(map(sum, zip(*this.mixture.values(), strict=True))):
+    for phase, total in enumerate(map(sum, zip(*stage.mixture.values(), strict=True))):
         if total <= 0:
             raise UserError(f"{where}.mixture: the weights of phase {phase} sum to 0; give at least one source a weight")
-    if this.kind in ("sft", "dpo") and len(starts) > 1:
+    if len(starts) > 1 and not STAGE_KINDS[stage.kind].streams:
         raise UserError(f"{where}.phase_start_tokens: only a pretraining mixture may change inside a stage")
-    total = stage_steps(this) * this.batch_size * this.seq_len
+    total = stage_steps(stage) * tokens_per_step(stage)
     if total and starts[-1] >= total:
         raise UserError(
             f"{where}.phase_start_tokens {starts}: the last phase begins after {starts[-1]:,} tokens, but the stage has "

@@ -102,11 +102,16 @@ def write_jsonl(path: Path, rows: Iterable[Any]) -> int:
 
 
 @contextlib.contextmanager
-def disk_errors(directory: Path, what: str = "checkpoint") -> Iterator[None]:
-    """Turns the many ways in which a full or closed disk shows itself into one message; what: with which it begins."""
+def disk_errors(
+    directory: Path, what: str = "checkpoint", kinds: tuple[type[Exception], ...] = (OSError, ValueError, RuntimeError)
+) -> Iterator[None]:
+    """Turns the many ways in which a full or closed disk shows itself into one message.
+
+    what: with which it begins; kinds: of the exceptions that are looked at.
+    """
     try:
         yield
-    except (OSError, ValueError, RuntimeError) as error:
+    except kinds as error:
         text = str(error)
         full = getattr(error, "errno", None) in FULL
         if full or any(

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 
 from tanuki_jax import config, model
+from tanuki_jax.config import STAGE_KINDS
 from tanuki_jax.config.schema import Recipe
 from tanuki_jax.errors import UserError
 from tanuki_jax.plan import program
@@ -32,7 +34,7 @@ def plan_stage(recipe: Recipe, name: str, topology: Topology, costs: bool = True
 
     costs: without it only memory is looked at, by one compilation instead of three.
     """
-    this, cfg = recipe.stages[name], config.model_config(recipe, name)
+    options, cfg = recipe.stages[name], config.model_config(recipe, name)
     mesh = lay_out(recipe, name, topology)
     recipe = dataclasses.replace(recipe, mesh=dataclasses.replace(recipe.mesh, slices=topology.slices))
     total, active = model.count_parameters(cfg)
@@ -40,17 +42,17 @@ def plan_stage(recipe: Recipe, name: str, topology: Topology, costs: bool = True
         whole = program.compile_step(recipe, name, mesh)
     except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:  # what no check has foreseen
         raise _cannot(f"stage {name} cannot be compiled for {topology.name}, mesh {dict(mesh.shape)}", error) from error
-    tokens = this.batch_size * this.seq_len
+    tokens = options.batch_size * options.seq_len
     limit = topology.generation.hbm_limit
     needed = whole.needed or whole.arguments + whole.temporaries
     plan: dict[str, Any] = {
         "stage": name,
-        "kind": this.kind,
+        "kind": options.kind,
         "topology": topology.name,
         "chips": topology.chips,
         "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
         "remat": cfg.compute.remat,
-        "gradient_accumulation_steps": this.gradient_accumulation_steps,
+        "gradient_accumulation_steps": options.gradient_accumulation_steps,
         "params_total": total,
         "params_active": active,
         "tokens_per_step": tokens,
@@ -70,7 +72,7 @@ def plan_stage(recipe: Recipe, name: str, topology: Topology, costs: bool = True
 
 def lay_out(recipe: Recipe, name: str, topology: Topology) -> jax.sharding.Mesh:
     """The stage's mesh on the slice; an error that names what to set where it cannot be."""
-    if recipe.stages[name].kind == "upcycle":
+    if not STAGE_KINDS[recipe.stages[name].kind].trains:
         raise UserError(f"plan: stage {name} converts parameters and trains nothing; plan another stage")
     recipe = dataclasses.replace(recipe, mesh=dataclasses.replace(recipe.mesh, slices=topology.slices))
     devices = topology.devices()
@@ -83,14 +85,15 @@ def lay_out(recipe: Recipe, name: str, topology: Topology) -> jax.sharding.Mesh:
     return mesh
 
 
-def _cannot(what: str, error: Exception) -> UserError:
+def _cannot(subject: str, error: Exception) -> UserError:
     reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return UserError(f"plan: {what}: {reason}; set other sizes in --config.mesh, or take another slice")
+    return UserError(f"plan: {subject}: {reason}; set other sizes in --config.mesh, or take another slice")
 
 
 def _costs(recipe: Recipe, name: str, topology: Topology, mesh: Any) -> dict[str, Any]:
-    this, cfg = recipe.stages[name], config.model_config(recipe, name)
-    rows, gradient_accumulation_steps = this.batch_size // this.gradient_accumulation_steps, this.gradient_accumulation_steps
+    options, cfg = recipe.stages[name], config.model_config(recipe, name)
+    microbatches = options.gradient_accumulation_steps
+    rows = options.batch_size // microbatches
     if cfg.n_experts and (cfg.first_dense or cfg.moe_every > SHORT):
         raise UserError(
             "plan: costs are told from models of 2 and 4 layers, so layers must be alike or alternate; plan with "
@@ -106,22 +109,20 @@ def _costs(recipe: Recipe, name: str, topology: Topology, mesh: Any) -> dict[str
         )
     seconds = short.seconds + long.seconds
     peak = PEAK_FLOPS[topology.generation.device_kind]
-    layer, rest = split_layers(with_cost(short.cost, peak), with_cost(long.cost, peak))
-    step = {key: rest[key] + cfg.n_layers * layer[key] for key in layer}
-    if gradient_accumulation_steps > 1:  # the optimizer's part comes once
+    layer, outside = split_layers(with_cost(short.cost, peak), with_cost(long.cost, peak))
+    step = {key: outside[key] + cfg.n_layers * layer[key] for key in layer}
+    if microbatches > 1:  # the optimizer's part comes once
         update = program.compile_update(recipe, name, mesh)
         seconds += update.seconds
         once = with_cost(update.cost, peak)
-        step = {key: gradient_accumulation_steps * step[key] - (gradient_accumulation_steps - 1) * once[key] for key in step}
+        step = {key: microbatches * step[key] - (microbatches - 1) * once[key] for key in step}
     moved_short, moved_long = (program.collectives(c.text) for c in (short, long))
     kinds = sorted({*moved_short, *moved_long})
     per_layer = {k: (moved_long.get(k, 0) - moved_short.get(k, 0)) / (LONG - SHORT) for k in kinds}
-    moved = {
-        k: round(gradient_accumulation_steps * (moved_short.get(k, 0) + (cfg.n_layers - SHORT) * per_layer[k])) for k in kinds
-    }
-    tokens = this.batch_size * this.seq_len
-    model_flops = model.flops_per_token(cfg, this.seq_len, frozen=this.lora.rank > 0) * tokens
-    attention = 6 * cfg.n_layers * cfg.n_heads * cfg.head_dim * this.seq_len * tokens
+    moved = {k: round(microbatches * (moved_short.get(k, 0) + (cfg.n_layers - SHORT) * per_layer[k])) for k in kinds}
+    tokens = options.batch_size * options.seq_len
+    model_flops = model.flops_per_token(cfg, options.seq_len, frozen=options.lora.rank > 0) * tokens
+    attention = 6 * cfg.n_layers * cfg.n_heads * cfg.head_dim * options.seq_len * tokens
     return {
         "flops_per_step_per_chip": step["flops"],
         "bytes_accessed_per_step_per_chip": step["bytes"],
@@ -130,19 +131,18 @@ def _costs(recipe: Recipe, name: str, topology: Topology, mesh: Any) -> dict[str
         "tokens_per_second_per_chip": tokens / step["seconds"] / topology.chips,
         "mfu_estimate": model_flops / (step["seconds"] * peak * topology.chips),
         "attention_seconds_at_peak": attention / (peak * topology.chips),
-        "layer": {**layer, "flops_over_least": layer["flops"] / least_flops(cfg, this.seq_len * rows / topology.chips)},
+        "layer": {**layer, "flops_over_least": layer["flops"] / least_flops(cfg, options.seq_len * rows / topology.chips)},
         "collective_bytes": moved,
         "_seconds": seconds,
     }
 
 
-def hbm_used(recipe: Recipe, name: str, plan: dict[str, Any]) -> dict[str, Any]:
+def stage_days(recipe: Recipe, name: str, plan: Mapping[str, Any]) -> dict[str, float | None]:
     """Steps, days and chip-hours of a stage; None where they depend on how much data there is (epochs)."""
-    this = recipe.stages[name]
-    steps = this.steps or this.tokens // plan["tokens_per_step"]
+    steps = config.stage_steps(recipe.stages[name])
     days = steps * plan["step_seconds_estimate"] / 86400
-    known = {"steps": steps, "days": days, "chip_hours": days * 24 * plan["chips"]}
-    return known if steps else dict.fromkeys(known)
+    cost: dict[str, float | None] = {"steps": steps, "days": days, "chip_hours": days * 24 * plan["chips"]}
+    return cost if steps else dict.fromkeys(cost)
 
 
 def split_layers(short: dict[str, float], long: dict[str, float]) -> tuple[dict[str, float], dict[str, float]]:
@@ -163,7 +163,7 @@ def least_flops(cfg: config.ModelConfig, tokens: float) -> float:
     """FLOPs that a layer's matrix products need for these tokens, what `remat` computes again included; attention is not."""
     projections = cfg.d_model * cfg.head_dim * (2 * cfg.n_heads + 2 * cfg.n_kv_heads)
     share = len(config.moe_layers(cfg)) / cfg.n_layers
-    ffn = 3 * cfg.d_model * (share * cfg.top_k * (cfg.expert_d_ff or cfg.d_ff) + (1 - share) * cfg.d_ff)
+    ffn = 3 * cfg.d_model * (share * cfg.top_k * cfg.expert_width + (1 - share) * cfg.d_ff)
     qkv, o = cfg.d_model * cfg.head_dim * (cfg.n_heads + 2 * cfg.n_kv_heads), cfg.d_model * cfg.head_dim * cfg.n_heads
     # The last product of a block is never needed again.
     again = {

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from tanuki_jax import config, model, parallel
+from tanuki_jax.config import STAGE_KINDS
 from tanuki_jax.config.schema import Recipe
 from tanuki_jax.errors import UserError
-from tanuki_jax.plan.estimate import advice, hbm_used, lay_out, plan_stage
+from tanuki_jax.plan.estimate import advice, lay_out, plan_stage, stage_days
 from tanuki_jax.plan.topology import Topology
 from tanuki_jax.recipe import placement
 
@@ -20,18 +21,20 @@ def plan(recipe: Recipe, only: str, topology: Topology) -> dict[str, Any]:
 
     Where one stage is named, its plan's keys stand beside these.
     """
-    names = [only] if only else [n for n, this in recipe.stages.items() if this.kind != "upcycle"]
+    names = [only] if only else [n for n, stage in recipe.stages.items() if STAGE_KINDS[stage.kind].trains]
     for name in names:  # what cannot work is said before anything is compiled
         lay_out(recipe, name, topology)
-    done: dict[str, dict[str, Any]] = {}
+    plans: dict[str, dict[str, Any]] = {}
     stages = []
     for name in names:
         key = _program(recipe, name)
-        if key not in done:
+        if key not in plans:
             print(f"plan: compiling stage {name} for {topology.name}", file=sys.stderr, flush=True)
-            done[key] = plan_stage(recipe, name, topology)
-        this = done[key] | {"stage": name, "kind": recipe.stages[name].kind}
-        stages.append(this | hbm_used(recipe, name, this) if "step_seconds_estimate" in this else this)
+            plans[key] = plan_stage(recipe, name, topology)
+        stage_plan = plans[key] | {"stage": name, "kind": recipe.stages[name].kind}
+        stages.append(
+            stage_plan | stage_days(recipe, name, stage_plan) if "step_seconds_estimate" in stage_plan else stage_plan
+        )
     return _sum_stages(topology, stages) | (stages[0] if only else {})
 
 
@@ -48,23 +51,23 @@ def _sum_stages(topology: Topology, stages: list[dict[str, Any]]) -> dict[str, A
 
 def _program(recipe: Recipe, name: str) -> str:
     """What two stages must share to be one program but for constants."""
-    this = recipe.stages[name]
+    options = recipe.stages[name]
     shape = (
-        this.kind,
-        this.seq_len,
-        this.batch_size,
-        this.gradient_accumulation_steps,
-        this.reset_attention,
-        this.optimizer.moment_dtype,
+        options.kind,
+        options.seq_len,
+        options.batch_size,
+        options.gradient_accumulation_steps,
+        options.reset_attention,
+        options.optimizer.moment_dtype,
     )
-    return repr((shape, this.lora, config.is_moe(recipe, name), bool(this.optimizer.clip_norm)))
+    return repr((shape, options.lora, config.is_moe(recipe, name), bool(options.optimizer.clip_norm)))
 
 
-def problems(found: dict[str, Any]) -> list[str]:
+def problems(plan: dict[str, Any]) -> list[str]:
     """One line for each stage that does not fit; for a search, one if nothing does."""
-    if "ranked" in found:
-        return [] if any(p["fits"] for p in found["ranked"]) else [f"plan: nothing that was tried fits {found['topology']}"]
-    lines = {advice(p): None for p in found["stages"] if not p["fits"]}
+    if "ranked" in plan:
+        return [] if any(p["fits"] for p in plan["ranked"]) else [f"plan: nothing that was tried fits {plan['topology']}"]
+    lines = {advice(p): None for p in plan["stages"] if not p["fits"]}
     return list(lines)
 
 
@@ -96,14 +99,14 @@ def search(recipe: Recipe, only: str, topology: Topology) -> dict[str, Any]:
         for remat in REMAT:
             changed = _with_settings(recipe, only, sizes, gradient_accumulation_steps, remat)
             try:
-                found = plan_stage(changed, only, topology, costs=False)
+                plan = plan_stage(changed, only, topology, costs=False)
             except UserError as error:  # sizes that do not divide
                 print(f"plan: context {sizes.context}, tensor {sizes.tensor}: {error}", file=sys.stderr, flush=True)
                 break
-            tried.append(found)
-            print(f"plan: {_label(found)}: {'fits' if found['fits'] else 'too large'}", file=sys.stderr, flush=True)
-            if found["fits"]:
-                fitting.append((changed, found))
+            tried.append(plan)
+            print(f"plan: {_label(plan)}: {'fits' if plan['fits'] else 'too large'}", file=sys.stderr, flush=True)
+            if plan["fits"]:
+                fitting.append((changed, plan))
                 break
     if not tried:
         raise UserError(
@@ -111,22 +114,22 @@ def search(recipe: Recipe, only: str, topology: Topology) -> dict[str, Any]:
             f"was tried; take a smaller slice, or a multiple of {topology.chips}"
         )
     fitting.sort(key=lambda item: (REMAT.index(item[1]["remat"]), item[1]["gradient_accumulation_steps"]))
-    best = [plan_stage(changed, only, topology) for changed, _ in fitting[:KEEP]]
-    best = [found | hbm_used(recipe, only, found) for found in best]
-    best.sort(key=lambda found: found["step_seconds_estimate"])
-    rest = [found for _, found in fitting[KEEP:]] + [found for found in tried if not found["fits"]]
-    return {"topology": topology.name, "chips": topology.chips, "ranked": [*best, *rest]}
+    ranked = [plan_stage(changed, only, topology) for changed, _ in fitting[:KEEP]]
+    ranked = [plan | stage_days(recipe, only, plan) for plan in ranked]
+    ranked.sort(key=lambda plan: plan["step_seconds_estimate"])
+    others = [plan for _, plan in fitting[KEEP:]] + [plan for plan in tried if not plan["fits"]]
+    return {"topology": topology.name, "chips": topology.chips, "ranked": [*ranked, *others]}
 
 
 def _candidates(recipe: Recipe, name: str, topology: Topology) -> Iterator[tuple[config.Mesh, int]]:
     """Meshes from the plainest on, each with the fewest gradient_accumulation_steps first."""
-    this, cfg = recipe.stages[name], config.model_config(recipe, name)
+    options, cfg = recipe.stages[name], config.model_config(recipe, name)
     for tensor, context in ((1, 1), (1, 2), (1, 8), (2, 1)):
         if topology.chips_per_slice % (tensor * context):
             continue
         groups = topology.chips // (tensor * context)
-        rows = this.batch_size // groups
-        if this.batch_size % groups or cfg.n_kv_heads % tensor:
+        rows = options.batch_size // groups
+        if options.batch_size % groups or cfg.n_kv_heads % tensor:
             continue
         for gradient_accumulation_steps in sorted({m for m in (1, 2, 4, 8) if rows % m == 0}):
             yield config.Mesh(slices=topology.slices, context=context, tensor=tensor), gradient_accumulation_steps
@@ -139,6 +142,6 @@ def _with_settings(recipe: Recipe, name: str, sizes: config.Mesh, gradient_accum
     return dataclasses.replace(recipe, mesh=sizes, stages=stages, compute=dataclasses.replace(recipe.compute, remat=remat))
 
 
-def _label(found: dict[str, Any]) -> str:
-    mesh = " x ".join(f"{axis} {size}" for axis, size in found["mesh"].items())
-    return f"{mesh}, {found['gradient_accumulation_steps']} gradient_accumulation_steps, remat {found['remat']}"
+def _label(plan: dict[str, Any]) -> str:
+    mesh = " x ".join(f"{axis} {size}" for axis, size in plan["mesh"].items())
+    return f"{mesh}, {plan['gradient_accumulation_steps']} gradient_accumulation_steps, remat {plan['remat']}"

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from tanuki_jax import parallel
+from tanuki_jax import config, parallel
+from tanuki_jax.config import STAGE_KINDS
 from tanuki_jax.config.schema import Recipe
-from tanuki_jax.recipe import stage
-from tanuki_jax.recipe.dataset import sources_of
+from tanuki_jax.recipe.program import make_program, make_update_program
 
+STEPS = 1000  # of the schedule, whose length changes only constants
 PAIRS = 4  # pairs of a packed row; what a real store has depends on its lengths and hardly matters here
 COSTS = ("flops", "bytes", "seconds")
 
@@ -35,14 +35,14 @@ class Compiled:
 
 def batch_shapes(recipe: Recipe, name: str, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """The batch of a stage: shapes, and shardings as the loader makes them."""
-    this = recipe.stages[name]
-    B, S = this.batch_size, this.seq_len
-    kinds = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), jnp.int32) | {"loss_weights": jnp.float32}
-    shapes: dict[str, tuple[tuple[int, ...], Any]] = {n: ((B, S), dtype) for n, dtype in kinds.items()}
-    if this.kind == "dpo":
-        shapes |= {"pair_segments": ((B, PAIRS, 2), jnp.int32), "ref_logprobs": ((B, PAIRS, 2), jnp.float32)}
-    if len(sources_of(this)) > 1:
-        shapes["sources"] = ((B,), jnp.int32)
+    options = recipe.stages[name]
+    B, S = options.batch_size, options.seq_len
+    dtypes = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), "int32") | {"loss_weights": "float32"}
+    shapes: dict[str, tuple[tuple[int, ...], str]] = {n: ((B, S), dtype) for n, dtype in dtypes.items()}
+    for array_name, array in STAGE_KINDS[options.kind].batch.items():
+        shapes[array_name] = (B, *(PAIRS if axis == "P" else int(axis) for axis in array.axes)), array.dtype
+    if len(config.stage_sources(options)) > 1:
+        shapes["sources"] = (B,), "int32"
     rows = parallel.sharding(mesh, "B")
     return {n: jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for n, (shape, dtype) in shapes.items()}
 
@@ -52,15 +52,15 @@ QUICK = {"xla_tpu_enable_asymmetric_max_colors": False, "xla_jf_use_multi_colors
 
 
 def compile_step(recipe: Recipe, name: str, mesh: jax.sharding.Mesh) -> Compiled:
-    """Compiles the train step that `stage.run` would run."""
-    train_step, state, _ = stage.program(recipe, name, 1000, mesh)
-    return _compile(train_step, mesh, state, batch_shapes(recipe, name, mesh))
+    """Compiles the train step that `run_stage` would run."""
+    program = make_program(recipe, name, STEPS, mesh)
+    return _compile(program.train_step, mesh, program.abstract_state, batch_shapes(recipe, name, mesh))
 
 
 def compile_update(recipe: Recipe, name: str, mesh: jax.sharding.Mesh) -> Compiled:
-    """Compiles what a step does once, however many gradient_accumulation_steps it has: norm, clipping and the optimizer."""
-    update, state, gradients = stage.update(recipe, name, mesh)
-    return _compile(update, mesh, state, *gradients)
+    """Compiles what a step does once, however many microbatches it has: norm, clipping and the optimizer."""
+    program = make_update_program(recipe, name, STEPS, mesh)
+    return _compile(program.update, mesh, program.abstract_state, program.gradients, program.loss)
 
 
 def _compile(function: Any, mesh: jax.sharding.Mesh, *arguments: Any) -> Compiled:
@@ -70,10 +70,10 @@ def _compile(function: Any, mesh: jax.sharding.Mesh, *arguments: Any) -> Compile
         try:
             program = lowered.compile(QUICK)
         except jax.errors.JaxRuntimeError as error:
-            found = re.search(r"Used ([.\d]+)([GM]) of|HLO temporaries \(([.\d]+)([GM])\)", str(error))
-            if not found:
+            match = re.search(r"Used ([.\d]+)([GM]) of|HLO temporaries \(([.\d]+)([GM])\)", str(error))
+            if not match:
                 raise
-            size, unit = found[1] or found[3], found[2] or found[4]
+            size, unit = match[1] or match[3], match[2] or match[4]
             needed = int(float(size) * 2 ** (30 if unit == "G" else 20))
             return Compiled({}, 0, 0, "", time.perf_counter() - began, needed)
     seconds = time.perf_counter() - began
@@ -85,10 +85,10 @@ def _compile(function: Any, mesh: jax.sharding.Mesh, *arguments: Any) -> Compile
 
 def with_layers(recipe: Recipe, name: str, layers: int, rows: int) -> Recipe:
     """The recipe with so few layers, unrolled, one microbatch of `rows`, and logits in one piece: no loop is left in it."""
-    this = recipe.stages[name]
+    options = recipe.stages[name]
     short = dataclasses.replace(recipe.model, n_layers=layers)
-    compute = dataclasses.replace(recipe.compute, scan_unroll=layers, logits_chunk=this.seq_len)
-    stages = recipe.stages | {name: dataclasses.replace(this, batch_size=rows, gradient_accumulation_steps=1)}
+    compute = dataclasses.replace(recipe.compute, scan_unroll=layers, logits_chunk=options.seq_len)
+    stages = recipe.stages | {name: dataclasses.replace(options, batch_size=rows, gradient_accumulation_steps=1)}
     return dataclasses.replace(recipe, model=short, compute=compute, stages=stages)
 
 
@@ -132,8 +132,8 @@ def collectives(text: str) -> dict[str, int]:
             arrays = [max(arrays, default=0)]
         kinds = ["reduce-scatter" if scatter else kind] * len(arrays)
         if kind == "all-reduce" and not scatter:
-            made = [_origin(name, sources) for name in re.findall(r"%[\w.-]+", operands)]
-            kinds = ["all-gather" if "dynamic-update-slice" in name else kind for name in made]
+            origins = [_origin(name, sources) for name in re.findall(r"%[\w.-]+", operands)]
+            kinds = ["all-gather" if "dynamic-update-slice" in name else kind for name in origins]
         for name, size in zip(kinds, arrays, strict=False):
             total[name] = total.get(name, 0) + size
     return total
@@ -147,17 +147,17 @@ def _origin(name: str, sources: dict[str, str]) -> str:
 
 def kernels(text: str) -> dict[str, int]:
     """Pallas kernels in a module, and how often each is called."""
-    found: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for name in re.findall(r'%(\S+) = .*custom_call_target="tpu_custom_call"', text):
         label = re.sub(r"\.\d+.*$", "", name)  # expert_outer.4, expert_product.3.references_2_
-        found[label] = found.get(label, 0) + 1
-    return found
+        counts[label] = counts.get(label, 0) + 1
+    return counts
 
 
 def largest(text: str, count: int = 6) -> list[dict[str, Any]]:
     """The largest arrays that instructions outside fusions make: where they come from, shape, bytes."""
     fused = set(re.findall(r" fusion\(.*?calls=%?([\w.-]+)", text))
-    found: dict[tuple[str, str], int] = {}
+    sizes_by_name: dict[tuple[str, str], int] = {}
     inside = False
     for line in text.splitlines():
         if not line.startswith(" "):
@@ -167,6 +167,6 @@ def largest(text: str, count: int = 6) -> list[dict[str, Any]]:
             continue
         where = re.search(r'op_name="([^"]*)"', line)
         name = where[1].removeprefix("jit(train_step)/") if where else match[2]
-        found[(name, match[1])] = next(sizes(match[1]))
-    ordered = sorted(found.items(), key=lambda item: -item[1])[:count]
+        sizes_by_name[(name, match[1])] = next(sizes(match[1]))
+    ordered = sorted(sizes_by_name.items(), key=lambda item: -item[1])[:count]
     return [{"name": name, "shape": shape, "bytes": size} for (name, shape), size in ordered]

@@ -12,12 +12,12 @@ COLUMNS = (
 )
 
 
-def table(found: dict[str, Any]) -> str:
+def table(plan: dict[str, Any]) -> str:
     """Lines for the terminal: one for each stage (or candidate), then details of the first."""
-    plans = found["ranked"] if "ranked" in found else found["stages"]
-    lines = [f"{found['topology']}: {found['chips']} chips", COLUMNS, *map(_row, plans)]
-    if found.get("days"):
-        lines.append(f"all stages with a token budget: {found['days']:.1f} days, {found['chip_hours']:,.0f} chip-hours")
+    plans = plan["ranked"] if "ranked" in plan else plan["stages"]
+    lines = [f"{plan['topology']}: {plan['chips']} chips", COLUMNS, *map(_row, plans)]
+    if plan.get("days"):
+        lines.append(f"all stages with a token budget: {plan['days']:.1f} days, {plan['chip_hours']:,.0f} chip-hours")
     return "\n".join([*lines, "", *_details(plans[0])]) if plans else "\n".join(lines)
 
 

@@ -78,8 +78,10 @@ def parse(name: str) -> Topology:
     generation, slices = GENERATIONS[kind], int(match[1] or 1)
     chips = int(match[3]) // generation.cores_in_name
     power = max(0, chips.bit_length() - 1)
-    least, most = (0, 8) if generation.dimensions == 2 else (2, 13)  # powers of two; flat ones have a single chip, but no pair
-    powers = [p for p in range(least, most + 1) if p != 1]
+    least, largest = (
+        (0, 8) if generation.dimensions == 2 else (2, 13)
+    )  # powers of two; flat ones have a single chip, but no pair
+    powers = [p for p in range(least, largest + 1) if p != 1]
     if chips != 1 << power or int(match[3]) % generation.cores_in_name or power not in powers or not slices:
         sizes = ", ".join(f"{kind}-{generation.cores_in_name << p}" for p in powers)
         raise UserError(f"--topology: there is no slice {name!r}; {kind} has {sizes}")
@@ -122,11 +124,12 @@ def _devices(topology: Topology) -> Sequence[jax.Device]:
 def _check_compiler() -> None:
     """An error where the libtpu that is there is not the one that this JAX belongs to: XLA would end in an error much later."""
     try:
-        found, needed = importlib.metadata.version("libtpu"), importlib.metadata.requires("jax") or []
+        installed, needed = importlib.metadata.version("libtpu"), importlib.metadata.requires("jax") or []
     except importlib.metadata.PackageNotFoundError:  # built or found elsewhere: nothing is known of it
         return
-    wanted = next((m[1] for line in needed if (m := re.match(r"libtpu\s*==\s*([\w.*]+)", line))), found)
-    if not fnmatch.fnmatchcase(found, wanted) and not fnmatch.fnmatchcase(f"{found}.0", wanted):
+    expected = next((m[1] for line in needed if (m := re.match(r"libtpu\s*==\s*([\w.*]+)", line))), installed)
+    if not fnmatch.fnmatchcase(installed, expected) and not fnmatch.fnmatchcase(f"{installed}.0", expected):
         raise UserError(
-            f"plan: libtpu {found} is here, but JAX {jax.__version__} needs libtpu {wanted}; pip install 'libtpu=={wanted}'"
+            f"plan: libtpu {installed} is here, but JAX {jax.__version__} needs libtpu {expected}; "
+            f"pip install 'libtpu=={expected}'"
         )

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 from tanuki_jax import config, files
 from tanuki_jax.config.schema import Recipe
@@ -18,6 +17,7 @@ from tanuki_jax.data.prepare import prepare as prepare_store
 from tanuki_jax.data.tokenizer import Tokenizer
 from tanuki_jax.errors import UserError
 from tanuki_jax.files import lock
+from tanuki_jax.recipe.workdir import Workdir
 from tanuki_jax.synth import rules
 
 RULES = "rules:"
@@ -31,10 +31,10 @@ class Artifacts:
     stores: dict[str, Path]
 
 
-def prepare(recipe: Recipe, workdir: Path, names: set[str]) -> Artifacts:
-    """Makes what is missing under `workdir`/data for the sources `names`."""
-    with files.disk_errors(workdir / "data", "data"):
-        return _prepare(recipe, workdir / "data", names)
+def prepare(recipe: Recipe, workdir: Workdir, names: set[str]) -> Artifacts:
+    """Makes what is missing in the workdir's data for the sources `names`."""
+    with files.disk_errors(workdir.data, "data"):
+        return _prepare(recipe, workdir.data, names)
 
 
 def _prepare(recipe: Recipe, where: Path, names: set[str]) -> Artifacts:
@@ -54,17 +54,17 @@ def _prepare(recipe: Recipe, where: Path, names: set[str]) -> Artifacts:
             stores[name] = Path(patterns)
             continue
         source = recipe.data[name]
-        options = [source.text, source.skip_invalid, *([source.row_format] if source.row_format != "auto" else [])]
-        stores[name] = where / f"store-{name}-{files.fingerprint(identity, tokenizer.fingerprint, options)}"
+        identity_options = [source.text, source.skip_invalid, *([source.row_format] if source.row_format != "auto" else [])]
+        stores[name] = where / f"store-{name}-{files.fingerprint(identity, tokenizer.fingerprint, identity_options)}"
         if stores[name].is_dir():
             _remove_damaged(stores[name], open_store)
         if stores[name].is_dir() and not is_current_version(read_manifest(stores[name])):
             print(f"data {name}: chat templates were followed otherwise when it was made; it is made anew", file=sys.stderr)
             shutil.rmtree(stores[name])
         if not stores[name].is_dir():
-            how = Options(_fields(source), source.skip_invalid)
-            made = prepare_store(patterns, tokenizer, stores[name], how)
-            print(f"data {name}: {made}", file=sys.stderr, flush=True)
+            options = Options(_fields(source), source.skip_invalid)
+            summary = prepare_store(patterns, tokenizer, stores[name], options)
+            print(f"data {name}: {summary}", file=sys.stderr, flush=True)
         elif read_manifest(stores[name]).tokenizer != tokenizer.fingerprint:
             raise UserError(f"data {name}: {stores[name]} was made with another tokenizer; remove it")
     return Artifacts(tokenizer, stores)
@@ -76,8 +76,8 @@ def _fields(source: config.Source) -> sources.Fields:
 
 def _for_tokenizer(recipe: Recipe) -> tuple[str, ...]:
     """The sources that train the tokenizer, in this order: not those without files that no stage reads."""
-    read = {n for stage in recipe.stages.values() for n, weights in stage.mixture.items() if any(weights)}
-    return recipe.tokenizer.sources or tuple(n for n, source in recipe.data.items() if source.files or n in read)
+    used = {name for stage in recipe.stages.values() for name in config.stage_sources(stage)}
+    return recipe.tokenizer.sources or tuple(n for n, source in recipe.data.items() if source.files or n in used)
 
 
 def _remove_damaged(path: Path, opens: Callable[[Path], object]) -> None:
@@ -91,7 +91,7 @@ def _remove_damaged(path: Path, opens: Callable[[Path], object]) -> None:
 
 def _warn_of_shared_files(recipe: Recipe, patterns: dict[str, str]) -> None:
     """Says which files two sources share: they are trained on twice, which may be meant."""
-    first: dict[Any, str] = {}
+    first: dict[object, str] = {}
     for name, pattern in patterns.items():
         for path in sources.matching_files(pattern):
             other = first.setdefault(paths.identity_key(path), name)

@@ -7,15 +7,16 @@ import math
 import sys
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple, TypeAlias
 
 import grain
 import numpy as np
 
-from tanuki_jax import files
+from tanuki_jax import config, files
+from tanuki_jax.config import STAGE_KINDS
 from tanuki_jax.config.schema import Recipe, Stage
 from tanuki_jax.data import loader, packing
 from tanuki_jax.data.mixture import ORDER, StagedMixture
@@ -24,8 +25,8 @@ from tanuki_jax.data.store import Store
 from tanuki_jax.errors import UserError
 from tanuki_jax.recipe.artifacts import Artifacts
 
-MIN_BLOCKS = 16  # least runs of a source; fewer would hardly be an order of their own
-ROW_KINDS = {"pretrain": ("text", "dialogue", "tokens"), "sft": ("dialogue",), "dpo": ("pair",)}
+MIN_BLOCKS = 16  # least blocks of a source; fewer would hardly be an order of their own
+Rows: TypeAlias = packing.Windows | packing.PackedDialogues | packing.PackedPairs
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,14 @@ class StageDataset:
     held_out: Mapping[str, packing.HeldOutRows]  # rows for validation
 
     @property
-    def sources(self) -> tuple[Any, ...]:
+    def sources(self) -> tuple[Rows, ...]:
         """The rows of each source."""
         return tuple(source.rows for source in self.order)
+
+    @property
+    def pairs(self) -> tuple[packing.PackedPairs, ...]:
+        """The rows of each source of a preference stage."""
+        return tuple(rows for rows in self.sources if isinstance(rows, packing.PackedPairs))
 
     @functools.cached_property
     def rows(self) -> grain.MapDataset:
@@ -61,161 +67,161 @@ class StageDataset:
 
     def with_reference(self, logprobs: np.ndarray) -> StageDataset:
         """The same pairs with the reference model's log-probabilities, float32 [pairs, 2] over all sources in order."""
-        ends = np.cumsum([len(rows.ref_logprobs) for rows in self.sources])[:-1]
+        ends = np.cumsum([len(rows.ref_logprobs) for rows in self.pairs])[:-1]
         parts = np.split(logprobs, ends)
         order = [
-            source._replace(rows=replace(source.rows, ref_logprobs=part))
-            for source, part in zip(self.order, parts, strict=True)
+            source._replace(rows=replace(rows, ref_logprobs=part))
+            for source, rows, part in zip(self.order, self.pairs, parts, strict=True)
         ]
         return replace(self, order=tuple(order))
 
 
-def sources_of(stage: Stage) -> tuple[str, ...]:
-    """The names of the sources that a stage reads, in the order of their numbers."""
-    return tuple(name for name, weights in stage.mixture.items() if any(weights))
+class SourceRows(NamedTuple):
+    """A source as a stage reads it."""
+
+    content: str  # fingerprint of what it holds
+    rows: Rows
 
 
-def make_dataset(recipe: Recipe, name: str, inputs: Artifacts, cache: Path) -> StageDataset:
+def make_dataset(recipe: Recipe, stage: str, artifacts: Artifacts, cache: Path) -> StageDataset:
     """Opens the sources of a stage and mixes them; pairs come without the reference model's log-probabilities."""
-    this = recipe.stages[name]
-    names = sources_of(this)
-    contents, opened = zip(*(_open_source(recipe, name, source, inputs, cache) for source in names), strict=True)
-    if this.kind == "dpo":  # one shape for all
-        widest = max(rows.max_pairs for rows in opened)
-        opened = tuple(replace(rows, max_pairs=widest) for rows in opened)
-    held = this.kind == "pretrain" and recipe.validation.tokens
-    held_out = {source: packing.HeldOutRows(rows) for source, rows in zip(names, opened, strict=True)} if held else {}
-
-    sizes = [len(rows) for rows in opened]
-    steps = max(1, round(this.epochs * sum(sizes) / this.batch_size)) if this.epochs else _budget_steps(recipe, name)
-    # In pretraining a weight is a share of tokens; dialogues and pairs are weighted by how many there are.
-    scale = [1.0] * len(names) if this.kind == "pretrain" else [float(size) for size in sizes]
-    weights = [
-        [this.mixture[n][phase] * s for n, s in zip(names, scale, strict=True)] for phase in range(len(this.phase_start_tokens))
-    ]
-    starts = [tokens // this.seq_len for tokens in this.phase_start_tokens]
-    if this.kind == "pretrain":
-        before = tokens_consumed_before(recipe, name)
-        first = [-(-before.get(n, 0) // this.seq_len) for n in names]
-        runs = [_shuffle_block(recipe, n, this.seq_len, size) for n, size in zip(names, sizes, strict=True)]
+    options = recipe.stages[stage]
+    kind, names = STAGE_KINDS[options.kind], config.stage_sources(options)
+    sources = [_open_source(recipe, stage, name, artifacts, cache) for name in names]
+    rows = _of_one_shape([source.rows for source in sources])
+    sizes = [len(r) for r in rows]
+    if options.epochs:
+        steps = max(1, round(options.epochs * sum(sizes) / options.batch_size))
+    else:
+        steps = max(1, config.stage_steps(options))
+    # In a stream a weight is a share of tokens; dialogues and pairs are weighted by how many there are.
+    scale = [1.0] * len(names) if kind.streams else [float(size) for size in sizes]
+    phases = range(len(options.phase_start_tokens))
+    weights = [[options.mixture[n][phase] * s for n, s in zip(names, scale, strict=True)] for phase in phases]
+    starts = [tokens // options.seq_len for tokens in options.phase_start_tokens]
+    if kind.streams:
+        consumed = tokens_consumed_before(recipe, stage)
+        first = [-(-consumed.get(n, 0) // options.seq_len) for n in names]
+        blocks = [_shuffle_block(recipe, n, options.seq_len, size) for n, size in zip(names, sizes, strict=True)]
         seeds = [_seed(recipe.seed, n) for n in names]
     else:  # packed rows differ from stage to stage, and so does their order
-        first, runs, seeds = [0] * len(names), [1] * len(names), [_seed(recipe.seed, name, n) for n in names]
+        first, blocks, seeds = [0] * len(names), [1] * len(names), [_seed(recipe.seed, stage, n) for n in names]
     mixture = StagedMixture(weights, starts, loader.MAX_ROWS, first)  # a run that leaves batches out reads further
-    order = tuple(loader.Source(rows, seed, run) for rows, seed, run in zip(opened, seeds, runs, strict=True))
+    order = tuple(loader.Source(r, seed, block) for r, seed, block in zip(rows, seeds, blocks, strict=True))
+    depends_on_order = len(names) > 1 or any(size % block for size, block in zip(sizes, blocks, strict=True))
     fingerprint = files.fingerprint(
-        contents,
-        inputs.tokenizer.fingerprint,
+        tuple(source.content for source in sources),
+        artifacts.tokenizer.fingerprint,
         weights,
         starts,
-        [this.seq_len, this.batch_size, this.reset_attention, this.kind, recipe.validation.tokens],
-        [first, runs, seeds],
-        *([ORDER] if len(names) > 1 or any(size % run for size, run in zip(sizes, runs, strict=True)) else []),
+        [options.seq_len, options.batch_size, options.reset_attention, options.kind, recipe.validation.tokens],
+        [first, blocks, seeds],
+        *([ORDER] if depends_on_order else []),
     )
-    return StageDataset(names, order, mixture, steps, this.batch_size, fingerprint, held_out)
+    held_out = {
+        name: packing.HeldOutRows(r)
+        for name, r in zip(names, rows, strict=True)
+        if isinstance(r, packing.Windows) and recipe.validation.tokens
+    }
+    return StageDataset(names, order, mixture, steps, options.batch_size, fingerprint, held_out)
 
 
-def _open_source(recipe: Recipe, name: str, source: str, inputs: Artifacts, cache: Path) -> tuple[str, Any]:
-    """The hash of a source's content, and the source as rows of the stage's kind and length."""
-    this = recipe.stages[name]
-    manifest, tokens, mask = open_store(inputs.stores[source])
-    if manifest.kind not in ROW_KINDS[this.kind]:
+def _of_one_shape(rows: Sequence[Rows]) -> list[Rows]:
+    """The rows of all sources, with room for as many pairs as any row of any of them holds."""
+    max_pairs = max((r.max_pairs for r in rows if isinstance(r, packing.PackedPairs)), default=0)
+    return [replace(r, max_pairs=max_pairs) if isinstance(r, packing.PackedPairs) else r for r in rows]
+
+
+# --- layouts: how rows of S tokens are made of a source -------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A token store, and the stage that reads it."""
+
+    name: str
+    stage: str
+    options: Stage
+    manifest: Manifest
+    tokens: Store
+    mask: Store | None  # None for text
+
+
+def _open_source(recipe: Recipe, stage: str, name: str, artifacts: Artifacts, cache: Path) -> SourceRows:
+    """A source as rows of the stage's layout and length."""
+    options = recipe.stages[stage]
+    kind = STAGE_KINDS[options.kind]
+    manifest, tokens, mask = open_store(artifacts.stores[name])
+    if manifest.kind not in kind.rows:
         raise UserError(
-            f"stage {name}: source {source!r} holds {manifest.kind} rows; "
-            f"a {this.kind} stage needs {' or '.join(ROW_KINDS[this.kind])} rows"
+            f"stage {stage}: source {name!r} holds {manifest.kind} rows; "
+            f"a {options.kind} stage needs {' or '.join(kind.rows)} rows"
         )
-    if this.kind == "pretrain":
-        held_out = recipe.validation.tokens
-        if 0 < held_out < this.seq_len:
-            raise UserError(
-                f"config: validation.tokens is {held_out}, less than one row of stage {name} ({this.seq_len} tokens); "
-                "raise it, or set it to 0"
-            )
-        windows = packing.Windows(tokens, this.seq_len, this.reset_attention, recipe.model.vocab_size, held_out)
-        if not len(windows):
-            raise UserError(
-                f"stage {name}: source {source!r} has too little text for one row of {this.seq_len} tokens"
-                f"{' beside validation.tokens' if held_out else ''}; add data or lower seq_len"
-            )
-        print(f"stage {name}: {windows.describe(source)}", file=sys.stderr)
-        return manifest.content, windows
-    assert mask is not None
-    packed = _load_packing(name, source, this.kind, tokens, mask, manifest, this.seq_len, cache)
-    if not len(packed.units):
+    source = _Source(name, stage, options, manifest, tokens, mask)
+    return SourceRows(manifest.content, LAYOUTS[kind.layout](source, recipe, cache))
+
+
+def _open_windows(source: _Source, recipe: Recipe, cache: Path) -> packing.Windows:
+    options, held_out = source.options, recipe.validation.tokens
+    if 0 < held_out < options.seq_len:
         raise UserError(
-            f"stage {name}: no {'pair' if this.kind == 'dpo' else 'answer'} of source {source!r} fits into {this.seq_len} "
-            "tokens; raise seq_len"
+            f"config: validation.tokens is {held_out}, less than one row of stage {source.stage} ({options.seq_len} tokens); "
+            "raise it, or set it to 0"
         )
-    if this.kind == "sft":
-        return manifest.content, packing.PackedDialogues(tokens, mask, packed, this.seq_len)
-    reference = np.zeros((manifest.documents // 2, 2), np.float32)
-    most = int(np.diff(packed.starts).max())
-    return manifest.content, packing.PackedPairs(tokens, mask, packed, this.seq_len, most, reference)
+    windows = packing.Windows(source.tokens, options.seq_len, options.reset_attention, recipe.model.vocab_size, held_out)
+    if not len(windows):
+        raise UserError(
+            f"stage {source.stage}: source {source.name!r} has too little text for one row of {options.seq_len} tokens"
+            f"{' beside validation.tokens' if held_out else ''}; add data or lower seq_len"
+        )
+    print(f"stage {source.stage}: {windows.describe(source.name)}", file=sys.stderr)
+    return windows
 
 
-def tokens_consumed_before(recipe: Recipe, name: str) -> dict[str, int]:
-    """Tokens of each source that the stages from which `name` descends have trained on; it goes on from there.
-
-    Exact where those stages have the same seq_len, or this one's divides theirs; else less than one row is passed over.
-    """
-    used: dict[str, int] = {}
-    chain = []
-    parent = recipe.stages[name].init_from
-    while parent in recipe.stages:
-        chain.append(parent)
-        parent = recipe.stages[parent].init_from
-    for parent in reversed(chain):
-        stage = recipe.stages[parent]
-        if stage.kind == "pretrain":
-            names = sources_of(stage)
-            weights = [[stage.mixture[n][phase] for n in names] for phase in range(len(stage.phase_start_tokens))]
-            starts = [tokens // stage.seq_len for tokens in stage.phase_start_tokens]
-            rows = _budget_steps(recipe, parent) * stage.batch_size
-            for n, count in zip(names, StagedMixture(weights, starts, rows).used(rows).tolist(), strict=True):
-                first = -(-used.get(n, 0) // stage.seq_len)
-                used[n] = (first + count) * stage.seq_len
-    return used
+def _open_dialogues(source: _Source, recipe: Recipe, cache: Path) -> packing.PackedDialogues:
+    assert source.mask is not None
+    packed = _load_packing(source, cache, pairs=False)
+    return packing.PackedDialogues(source.tokens, source.mask, packed, source.options.seq_len)
 
 
-def _budget_steps(recipe: Recipe, name: str) -> int:
-    """Steps of a stage whose budget is in steps or tokens."""
-    this = recipe.stages[name]
-    return this.steps or max(1, this.tokens // (this.seq_len * this.batch_size))
+def _open_pairs(source: _Source, recipe: Recipe, cache: Path) -> packing.PackedPairs:
+    assert source.mask is not None
+    packed = _load_packing(source, cache, pairs=True)
+    reference = np.zeros((source.manifest.documents // 2, 2), np.float32)
+    max_pairs = int(np.diff(packed.starts).max())
+    return packing.PackedPairs(source.tokens, source.mask, packed, source.options.seq_len, max_pairs, reference)
 
 
-def _shuffle_block(recipe: Recipe, source: str, seq_len: int, rows: int) -> int:
-    """Rows of a source that stay together when it is shuffled: those of the longest row that any stage reads from it.
-
-    So a stage with longer or shorter rows goes on in the same order of the source's text.  A source is shuffled row by row
-    where that would leave little to shuffle, or more than a per cent of it for the end of each epoch.
-    """
-    lengths = [s.seq_len for s in recipe.stages.values() if s.kind == "pretrain" and any(s.mixture.get(source, ()))]
-    run = math.lcm(*lengths) // seq_len
-    return run if rows >= run * MIN_BLOCKS and rows % run <= rows // 100 else 1
+LAYOUTS: Mapping[str, Callable[[_Source, Recipe, Path], Rows]] = {
+    "windows": _open_windows,
+    "dialogues": _open_dialogues,
+    "pairs": _open_pairs,
+}
 
 
-def _seed(seed: int, *names: str) -> int:
-    return zlib.crc32(" ".join(map(str, (seed, *names))).encode())
-
-
-def _load_packing(
-    stage: str, source: str, kind: str, tokens: Store, mask: Store, manifest: Manifest, seq_len: int, cache: Path
-) -> packing.Packing:
+def _load_packing(source: _Source, cache: Path, pairs: bool) -> packing.Packing:
     """The pack index of dialogues or pairs, from the cache where it is there; says what it wastes."""
-    lengths, pairs = tokens.lengths, kind == "dpo"
+    stage, name, options, lengths = source.stage, source.name, source.options, source.tokens.lengths
+    assert source.mask is not None
     units = len(lengths) // 2 if pairs else len(lengths)
-    path = cache / f"pack-{files.fingerprint(manifest.content, kind, seq_len, units)}.npz"
+    fingerprint = files.fingerprint(source.manifest.content, options.kind, options.seq_len, units)
+    path = cache / f"pack-{fingerprint}.npz"
     packed = _read_packing(path, units)
     if packed is None:
-        packed = packing.pack(tokens, mask, seq_len, pairs)
+        packed = packing.pack(source.tokens, source.mask, options.seq_len, pairs)
         with files.disk_errors(cache, "data"), files.atomic_path(path) as temporary, temporary.open("wb") as f:
             np.savez(f, starts=packed.starts, units=packed.units, dropped=packed.dropped)
-    print(f"stage {stage}: {packing.describe_packing(packed, lengths, seq_len, pairs, source)}", file=sys.stderr)
+    print(f"stage {stage}: {packing.describe_packing(packed, lengths, options.seq_len, pairs, name)}", file=sys.stderr)
+    if not len(packed.units):
+        raise UserError(
+            f"stage {stage}: no {'pair' if pairs else 'answer'} of source {name!r} fits into {options.seq_len} "
+            "tokens; raise seq_len"
+        )
     return packed
 
 
 def _read_packing(path: Path, units: int) -> packing.Packing | None:
-    """A pack index from the cache; none where it is not there or damaged, which is told."""
+    """A pack index from the cache; none where it is not there or damaged, which is said."""
     if not path.is_file():
         return None
     try:
@@ -229,3 +235,45 @@ def _read_packing(path: Path, units: int) -> packing.Packing | None:
         reason = str(error) or type(error).__name__
     print(f"data: {path} is damaged ({reason}) and made anew", file=sys.stderr)
     return None
+
+
+# --- where a source goes on, and in which order ---------------------------------------------------------------------
+
+
+def tokens_consumed_before(recipe: Recipe, stage: str) -> dict[str, int]:
+    """Tokens of each source that the stages from which `stage` descends have trained on; it goes on from there.
+
+    Exact where those stages have the same seq_len, or this one's divides theirs; else less than one row is passed over.
+    """
+    consumed: dict[str, int] = {}
+    ancestors = []
+    parent = recipe.stages[stage].init_from
+    while parent in recipe.stages:
+        ancestors.append(recipe.stages[parent])
+        parent = recipe.stages[parent].init_from
+    for options in reversed(ancestors):
+        if not STAGE_KINDS[options.kind].streams:
+            continue
+        names, phases = config.stage_sources(options), range(len(options.phase_start_tokens))
+        weights = [[options.mixture[n][phase] for n in names] for phase in phases]
+        starts = [tokens // options.seq_len for tokens in options.phase_start_tokens]
+        rows = max(1, config.stage_steps(options)) * options.batch_size
+        for n, count in zip(names, StagedMixture(weights, starts, rows).used(rows).tolist(), strict=True):
+            first = -(-consumed.get(n, 0) // options.seq_len)
+            consumed[n] = (first + count) * options.seq_len
+    return consumed
+
+
+def _shuffle_block(recipe: Recipe, source: str, seq_len: int, rows: int) -> int:
+    """Rows of a source that stay together when it is shuffled: those of the longest row that any stage reads from it.
+
+    So a stage with longer or shorter rows goes on in the same order of the source's text.  A source is shuffled row by row
+    where that would leave little to shuffle, or more than a per cent of it for the end of each epoch.
+    """
+    readers = [s for s in recipe.stages.values() if STAGE_KINDS[s.kind].streams and any(s.mixture.get(source, ()))]
+    block = math.lcm(*(s.seq_len for s in readers)) // seq_len
+    return block if rows >= block * MIN_BLOCKS and rows % block <= rows // 100 else 1
+
+
+def _seed(seed: int, *names: str) -> int:
+    return zlib.crc32(" ".join(map(str, (seed, *names))).encode())

@@ -11,6 +11,7 @@ import jax
 import optax
 
 from tanuki_jax import checkpoint, config, model, ops, parallel
+from tanuki_jax.config import STAGE_KINDS
 from tanuki_jax.config.schema import Recipe
 from tanuki_jax.errors import UserError
 from tanuki_jax.train import balance
@@ -23,25 +24,31 @@ def make_mesh(recipe: Recipe, name: str, devices: Sequence[jax.Device] | None = 
     Where `mesh.fsdp` is left open (-1) and makes more groups of devices than a microbatch has rows, or other than divide
     them, the devices left over split the tokens of each row instead (`context`).
     """
-    this, sizes = recipe.stages[name], recipe.mesh
+    options, sizes = recipe.stages[name], recipe.mesh
     mesh = parallel.make_mesh(sizes, devices)
     rows, others, fsdp = (
-        this.batch_size // this.gradient_accumulation_steps,
+        options.batch_size // options.gradient_accumulation_steps,
         mesh.shape["data"] * mesh.shape["expert"],
         mesh.shape["fsdp"],
     )
-    if this.kind == "upcycle" or sizes.fsdp != -1 or sizes.context != 1 or rows % others or not rows % (others * fsdp):
+    if (
+        not STAGE_KINDS[options.kind].trains
+        or sizes.fsdp != -1
+        or sizes.context != 1
+        or rows % others
+        or not rows % (others * fsdp)
+    ):
         return mesh
     groups = math.gcd(rows // others, fsdp)
-    if this.seq_len % (2 * fsdp // groups):
+    if options.seq_len % (2 * fsdp // groups):
         return mesh
     return parallel.make_mesh(dataclasses.replace(sizes, fsdp=groups, context=fsdp // groups), devices)
 
 
 def check_mesh(recipe: Recipe, name: str, mesh: jax.sharding.Mesh) -> None:
     """An error that names the key to change where a stage's sizes do not divide over the mesh."""
-    this, cfg = recipe.stages[name], config.model_config(recipe, name)
-    parallel.per_device_rows(mesh, this.batch_size, this.gradient_accumulation_steps)
+    options, cfg = recipe.stages[name], config.model_config(recipe, name)
+    parallel.per_device_rows(mesh, options.batch_size, options.gradient_accumulation_steps)
     tensor, expert, context = (mesh.shape[axis] for axis in ("tensor", "expert", "context"))
     sizes = {"n_kv_heads": cfg.n_kv_heads, "d_ff": cfg.d_ff, "vocab_size": cfg.vocab_size}
     for key, size in sizes.items():
@@ -50,10 +57,12 @@ def check_mesh(recipe: Recipe, name: str, mesh: jax.sharding.Mesh) -> None:
     if cfg.n_experts % expert:
         raise UserError(f"config: mesh.expert {expert} does not divide model.n_experts {cfg.n_experts}; use a divisor of it")
     unit = 2 * context * ops.query_shards(cfg.compute.attention_impl, mesh.devices.flat[0].platform)
-    if context > 1 and this.seq_len % unit:
-        left = "" if recipe.mesh.context == context else f", the devices that batch_size {this.batch_size} leaves to each row"
+    if context > 1 and options.seq_len % unit:
+        remark = (
+            "" if recipe.mesh.context == context else f", the devices that batch_size {options.batch_size} leaves to each row"
+        )
         raise UserError(
-            f"config: stages.{name}.seq_len {this.seq_len} cannot be split over mesh.context {context}{left}: it is not a "
+            f"config: stages.{name}.seq_len {options.seq_len} cannot be split over mesh.context {context}{remark}: it is not a "
             f"multiple of {unit}, two parts for each; set mesh.context, seq_len or batch_size, or take fewer devices"
         )
 
@@ -111,10 +120,10 @@ def state_shardings(
 
 def describe_adapters(cfg: config.ModelConfig, lora: config.Lora) -> str:
     """A line on what a stage trains of a model that is frozen."""
-    found = list(model.lora.targets(cfg, model.lora.ranks(cfg, lora)))
-    count = sum(math.prod(shape) for one in found for _, shape in (one.a, one.b))
-    named = ", ".join(f"{one.path.removeprefix('layers/')} {one.rank}" for one in found)
-    return f"adapters of rank {named}; {count:,} parameters trained, the others frozen"
+    targets = list(model.lora.targets(cfg, model.lora.ranks(cfg, lora)))
+    count = sum(math.prod(shape) for target in targets for _, shape in (target.a, target.b))
+    ranks = ", ".join(f"{target.path.removeprefix('layers/')} {target.rank}" for target in targets)
+    return f"adapters of rank {ranks}; {count:,} parameters trained, the others frozen"
 
 
 def describe(cfg: config.ModelConfig, mesh: jax.sharding.Mesh) -> str:

@@ -7,6 +7,7 @@ import math
 import shutil
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,16 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tanuki_jax import config, files, model, multihost
+from tanuki_jax.config import STAGE_KINDS
 from tanuki_jax.config.schema import Recipe
 from tanuki_jax.errors import UserError
+from tanuki_jax.recipe.workdir import Workdir
 
 MAX_CLOCK_SKEW = 60.0  # seconds by which the clocks of machines may differ: file systems and certificates begin to fail later
 
 
-def check(recipe: Recipe, names: list[str], workdir: Path, versions: dict[str, str]) -> None:
-    """Says on stderr what was found; what would fail in the stages `names`, or go wrong unseen, is an error."""
+def check(recipe: Recipe, stages: Sequence[str], workdir: Workdir, versions: Mapping[str, str]) -> None:
+    """Says on stderr what it sees; what would fail in the stages, or go wrong unseen, is an error."""
     began, (process, processes) = time.monotonic(), multihost.process_slice()
     multihost.enter_phase("preflight")
     facts = {
@@ -36,14 +39,14 @@ def check(recipe: Recipe, names: list[str], workdir: Path, versions: dict[str, s
     ]  # all come from the line above
     apart = max(times) - min(times)
     if apart > MAX_CLOCK_SKEW:
-        early, late = (multihost.process_label(times.index(pick(times))) for pick in (min, max))
-        raise UserError(f"preflight: the clock of {late} is {apart:.0f} s ahead of that of {early}; set them by NTP")
-    _writable(workdir, process, processes)
-    free = multihost.on_process_zero(lambda: check_disk_space(recipe, names, workdir), "preflight, room on the disk")
+        earliest, latest = (multihost.process_label(times.index(pick(times))) for pick in (min, max))
+        raise UserError(f"preflight: the clock of {latest} is {apart:.0f} s ahead of that of {earliest}; set them by NTP")
+    _check_writable(workdir.root, process, processes)
+    free = multihost.on_process_zero(lambda: check_disk_space(recipe, stages, workdir), "preflight, room on the disk")
     took = _collective()
     if processes > 1 and process == 0:
         _log(
-            f"{processes} processes alike, clocks within {apart:.2f} s, all write to {workdir}, {_gb(free or 0)} free, "
+            f"{processes} processes alike, clocks within {apart:.2f} s, all write to {workdir.root}, {_gb(free or 0)} free, "
             f"a sum over {jax.device_count()} devices took {took:.2f} s, all {time.monotonic() - began:.1f} s"
         )
 
@@ -66,11 +69,11 @@ def _flat(facts: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _writable(workdir: Path, process: int, processes: int) -> None:
+def _check_writable(workdir: Path, process: int, processes: int) -> None:
     """Each process writes a file that all others must see."""
-    mine, wrong = workdir / f".preflight-{process}", ""
+    probe, wrong = workdir / f".preflight-{process}", ""
     try:
-        mine.write_text(multihost.hostname(), encoding="utf-8")
+        probe.write_text(multihost.hostname(), encoding="utf-8")
     except OSError as error:
         wrong = f"{multihost.process_label(process)} cannot write to {workdir}: {error.strerror}"
     wrong = multihost.first_error(wrong, "preflight, writing")
@@ -81,28 +84,29 @@ def _writable(workdir: Path, process: int, processes: int) -> None:
             "--workdir must lie on a file system that all share"
         )
     wrong = multihost.first_error(wrong, "preflight, reading")
-    mine.unlink(missing_ok=True)
+    probe.unlink(missing_ok=True)
     if wrong:
         raise UserError(f"preflight: {wrong}")
 
 
-def check_disk_space(recipe: Recipe, names: list[str], workdir: Path) -> int:
+def check_disk_space(recipe: Recipe, stages: Sequence[str], workdir: Workdir) -> int:
     """Bytes that are free; an error where not one checkpoint fits, a warning where not all do that are kept."""
-    free = shutil.disk_usage(workdir).free
-    for name in names:
-        this, directory = recipe.stages[name], workdir / "stages" / name
-        if this.kind == "upcycle" or this.lora.rank or (directory / "done.json").is_file():
+    free = shutil.disk_usage(workdir.root).free
+    for stage in stages:
+        options = recipe.stages[stage]
+        if not STAGE_KINDS[options.kind].trains or options.lora.rank or workdir.done_file(stage).is_file():
             continue
-        one, there = checkpoint_bytes(recipe, name), len(list((directory / "checkpoints").glob("[0-9]*")))
-        if free < one:
+        size, saved = checkpoint_bytes(recipe, stage), len(list((workdir.stage_dir(stage) / "checkpoints").glob("[0-9]*")))
+        if free < size:
             raise UserError(
-                f"preflight: a checkpoint of stage {name} has {_gb(one)}, and {workdir} {_gb(free)} free; make room, or use "
-                "another --workdir"
+                f"preflight: a checkpoint of stage {stage} has {_gb(size)}, and {workdir.root} {_gb(free)} free; make room, or "
+                "use another --workdir"
             )
-        if free < (wanted := max(1, this.keep_latest + 1 - there) * one):
+        needed = max(1, options.keep_latest + 1 - saved) * size
+        if free < needed:
             _log(
-                f"the checkpoints of stage {name} will need {_gb(wanted)} (keep={this.keep_latest}, and the one that is being "
-                f"written); {workdir} has {_gb(free)} free"
+                f"the checkpoints of stage {stage} will need {_gb(needed)} (keep_latest={options.keep_latest}, and the one "
+                f"that is being written); {workdir.root} has {_gb(free)} free"
             )
     return free
 

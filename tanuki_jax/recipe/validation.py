@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 
@@ -17,25 +16,25 @@ from tanuki_jax.train import losses
 
 def make_validation(
     cfg: config.ModelConfig, held_out: Mapping[str, HeldOutRows], tokenizer: Tokenizer, mesh: jax.sharding.Mesh, batch_size: int
-) -> Callable[[Any], dict[str, float]]:
-    """params -> `validation/SOURCE/loss` (nats a token) and `validation/SOURCE/bits_per_byte` of every source.
+) -> Callable[[losses.Params], dict[str, float]]:
+    """params -> `validation/SOURCE/loss` (nats per token) and `validation/SOURCE/bits_per_byte` of every source.
 
     Bits per byte compare models with different tokenizers: the bits of all tokens over the UTF-8 bytes that they spell.
     Special tokens count among the bits, since they must be predicted, and have no bytes.
     """
-    loss = losses.make_loss("pretrain", model.dropless(cfg), config.Loss(router_aux_loss=0.0))
-    score = jax.jit(lambda params, batch: loss(params, batch)[2]["loss"])
+    loss_fn = losses.make_loss("pretrain", model.dropless(cfg), config.Loss(router_aux_loss=0.0))
+    score = jax.jit(lambda params, batch: loss_fn(params, batch, {}, None)[2]["loss"])
     sizes = {name: sum(_bytes(rows[i], tokenizer) for i in range(len(rows))) for name, rows in held_out.items()}
 
-    def validate(params: Any) -> dict[str, float]:
+    def validate(params: losses.Params) -> dict[str, float]:
         result: dict[str, float] = {}
         for name, rows in held_out.items():
             total = weight = 0.0
             for start in range(0, len(rows), batch_size):
-                chosen = [rows[min(r, len(rows) - 1)] for r in range(start, start + batch_size)]
-                for row in chosen[len(rows) - start :]:  # the last batch is filled up with rows that count nothing
+                batch_rows = [rows[min(r, len(rows) - 1)] for r in range(start, start + batch_size)]
+                for row in batch_rows[len(rows) - start :]:  # the last batch is filled up with rows that count nothing
                     row["loss_weights"][:] = 0
-                batch = loader.on_devices(loader.stack(chosen), mesh, batch_size)
+                batch = loader.on_devices(loader.stack(batch_rows), mesh, batch_size)
                 part = multihost.to_host(score(params, batch))
                 total, weight = total + float(part[0]), weight + float(part[1])
             result[f"validation/{name}/loss"] = round(total / max(weight, 1.0), 5)

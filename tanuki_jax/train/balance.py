@@ -5,18 +5,23 @@ Both look at the load of the whole global batch, after the gradients of a step, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
 from tanuki_jax import config
 
-Balance = dict[str, jax.Array]  # `coefficient` [L] of the auxiliary loss where it adapts, float32; else nothing
-Metrics = dict[str, jax.Array]
+Balance: TypeAlias = dict[str, jax.Array]  # `coefficient` [L] of the auxiliary loss where it adapts, float32; else nothing
+Metrics: TypeAlias = dict[str, jax.Array]
 EMA_DECAY = 0.99  # beta of Skywork-MoE
-VIRTUAL_CAPACITY = 1.25  # room of an expert relative to an even load, beyond which a dropless router's load is overflow
+VIRTUAL_CAPACITY = 1.25  # capacity of an expert relative to an even load, beyond which a dropless router's load is overflow
+
+
+class Rebalance(Protocol):
+    """What follows a step's update of the parameters: (params, balance, metrics) with what the load of the experts changes."""
+
+    def __call__(self, params: Any, balance: Balance, metrics: Metrics) -> tuple[Any, Balance, Metrics]: ...
 
 
 def init_balance(cfg: config.ModelConfig, options: config.Loss) -> Balance:
@@ -51,12 +56,10 @@ def update_bias(bias_LE: jax.Array, load_LE: jax.Array, rate: float) -> jax.Arra
     return bias_LE + rate * (step_LE - step_LE.mean(axis=1, keepdims=True))
 
 
-def make_rebalance(
-    cfg: config.ModelConfig, options: config.Loss
-) -> Callable[[Any, Balance, Metrics], tuple[Any, Balance, Metrics]] | None:
+def make_rebalance(cfg: config.ModelConfig, options: config.Loss) -> Rebalance | None:
     """`rebalance(params, balance, metrics)`, after a step's update of the parameters; None for a dense model.
 
-    It adds the health of the routers to the metrics, a value for each layer: `moe/load_max` (largest load relative to the
+    It adds how the routers do to the metrics, a value per layer: `moe/load_max` (largest load relative to the
     mean), `moe/load_entropy` (1 = even), `moe/overflow` and, where it adapts, `moe/coefficient` as the step used it.
     """
     if not cfg.n_experts:
@@ -64,19 +67,19 @@ def make_rebalance(
 
     def rebalance(params: Any, balance: Balance, metrics: Metrics) -> tuple[Any, Balance, Metrics]:
         load_LE = metrics["moe/load"]
-        found = {
+        router_metrics = {
             "moe/load_max": load_LE.max(axis=1) * cfg.n_experts,
             "moe/load_entropy": jax.scipy.special.entr(load_LE).sum(axis=1) / jnp.log(max(cfg.n_experts, 2)),
             "moe/overflow": metrics["moe/overflow"] if "moe/overflow" in metrics else overflow(load_LE),
         }
         if balance:
-            found["moe/coefficient"] = balance["coefficient"]
+            router_metrics["moe/coefficient"] = balance["coefficient"]
             largest, xi = options.router_aux_loss, options.router_aux_adaptive
-            balance = {"coefficient": adapt_coefficients(balance["coefficient"], found["moe/overflow"], xi, largest)}
+            balance = {"coefficient": adapt_coefficients(balance["coefficient"], router_metrics["moe/overflow"], xi, largest)}
         if cfg.router_bias and "layers" in params:  # else it is frozen below adapters
             moe = params["layers"]["moe"]
             bias_LE = update_bias(moe["bias"], load_LE, options.router_bias_rate)
             params = {**params, "layers": {**params["layers"], "moe": {**moe, "bias": bias_LE}}}
-        return params, balance, metrics | found
+        return params, balance, metrics | router_metrics
 
     return rebalance

@@ -42,17 +42,17 @@ class Events:
             f.seek(max(0, f.seek(0, os.SEEK_END) - 1))
             after_a_cut = f.read(1) not in (b"", b"\n")
             f.write((b"\n" if after_a_cut else b"") + line.encode() + b"\n")
-        told = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in more.items())
-        print(f"step {step}: {event.replace('_', ' ')}{told and ': '}{told}", file=sys.stderr, flush=True)
+        details = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in more.items())
+        print(f"step {step}: {event.replace('_', ' ')}{details and ': '}{details}", file=sys.stderr, flush=True)
 
 
 def read_events(directory: Path) -> list[dict[str, Any]]:
     """The events of a stage; lines cut short by a kill are left out."""
-    path, found = Path(directory) / "events.jsonl", []
+    path, events = Path(directory) / "events.jsonl", []
     for line in path.read_bytes().splitlines() if path.is_file() else []:
         with suppress(ValueError):
-            found.append(json.loads(line))
-    return found
+            events.append(json.loads(line))
+    return events
 
 
 # --- steps that are not finite, and spikes --------------------------------------------------------------------------
@@ -63,37 +63,37 @@ class Guard:
     """Judges one step after another."""
 
     options: config.Guard
-    changes: tuple[int, ...] = ()  # steps after which the data change, and losses of before say nothing
-    bad: int = 0  # steps in a row that were not finite
-    high: int = 0  # steps in a row that were spikes
-    first_high: int = 0
-    _seen: int = 0  # the last step that was looked at
+    data_change_steps: tuple[int, ...] = ()  # steps after which the data change, and losses of before say nothing
+    nonfinite_count: int = 0  # steps in a row that were not finite
+    spike_count: int = 0  # steps in a row that were spikes
+    spike_start: int = 0  # the first of them
+    _last_step: int = 0
     _losses: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
     _norms: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
 
-    def remember(self, rows: Iterable[dict[str, Any]]) -> None:
+    def replay(self, rows: Iterable[dict[str, Any]]) -> None:
         """Takes up the logged steps of an interrupted run."""
         for row in rows:
-            self._reach(row["step"])
+            self._move_to(row["step"])
             if row.get("loss") is not None and row.get("grad_norm"):
-                self._take(row["loss"], row["grad_norm"])
+                self._add(row["loss"], row["grad_norm"])
 
-    def look(self, step: int, loss: float, norm: float) -> str:
+    def observe(self, step: int, loss: float, norm: float) -> str:
         """`good`, `not_finite` or `spike`; only good steps count in what later ones are compared with."""
-        self._reach(step)
+        self._move_to(step)
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            self.bad += 1
+            self.nonfinite_count += 1
             return "not_finite"
-        self.bad = 0
-        if self.options.spike_sigma and len(self._losses) >= MIN_HISTORY and self._stands_out(loss, norm):
-            self.first_high = self.first_high if self.high else step
-            self.high += 1
+        self.nonfinite_count = 0
+        if self.options.spike_sigma and len(self._losses) >= MIN_HISTORY and self._is_spike(loss, norm):
+            self.spike_start = self.spike_start if self.spike_count else step
+            self.spike_count += 1
             return "spike"
-        self.high = 0
-        self._take(loss, norm)
+        self.spike_count = 0
+        self._add(loss, norm)
         return "good"
 
-    def _stands_out(self, loss: float, norm: float) -> bool:
+    def _is_spike(self, loss: float, norm: float) -> bool:
         limit = self.options.spike_sigma
         middle = statistics.median(self._losses)
         if loss > middle + limit * max(_deviation(self._losses, middle), LOSS_FLOOR * abs(middle)):
@@ -101,17 +101,17 @@ class Guard:
         middle = statistics.median(self._norms)
         return math.log(max(norm, 1e-30)) > middle + limit * max(_deviation(self._norms, middle), NORM_FLOOR)
 
-    def _take(self, loss: float, norm: float) -> None:
+    def _add(self, loss: float, norm: float) -> None:
         self._losses.append(loss)
         self._norms.append(math.log(max(norm, 1e-30)))
 
-    def _reach(self, step: int) -> None:
+    def _move_to(self, step: int) -> None:
         """Forgets what was before a change of the data."""
-        if any(self._seen <= change < step for change in self.changes):
+        if any(self._last_step <= change < step for change in self.data_change_steps):
             self._losses.clear()
             self._norms.clear()
-            self.high = 0
-        self._seen = step
+            self.spike_count = 0
+        self._last_step = step
 
 
 def _deviation(values: Iterable[float], middle: float) -> float:

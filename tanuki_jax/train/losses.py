@@ -5,62 +5,82 @@ A metric is a pair (sum, weight) too, so that accumulation, packing, padding and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
 from tanuki_jax import config, model, parallel
+from tanuki_jax.config import STAGE_KINDS
 from tanuki_jax.train.balance import Balance
 from tanuki_jax.train.preference import pair_loss
 
-Batch = dict[str, jax.Array]
-Metrics = dict[str, tuple[jax.Array, jax.Array]]
-# (params, batch), the balance where there is one, and a key where something is drawn
-LossFn = Callable[..., tuple[jax.Array, jax.Array, Metrics]]
+Params: TypeAlias = Any  # a tree of arrays: nested dictionaries with the names of DESIGN's parameter tree
+Batch: TypeAlias = dict[str, jax.Array]
+Mean: TypeAlias = tuple[jax.Array, jax.Array]  # a sum, and the weight that it is divided by
+Metrics: TypeAlias = dict[str, Mean]
+
+
+class LossFn(Protocol):
+    """A loss; every argument is always passed."""
+
+    def __call__(
+        self, params: Params, batch: Batch, balance: Balance, key: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array, Metrics]:
+        """The sum over the batch, its weight, and metrics.
+
+        Args:
+          balance: what balances the experts beside the losses; empty where nothing does.
+          key: of this step's random draws; None where nothing is drawn.
+        """
+        ...
 
 
 def make_loss(
     kind: str, cfg: config.ModelConfig, options: config.Loss, sources: Sequence[str] = (), dropout: float = 0.0
 ) -> LossFn:
-    """The loss of a stage kind: next-token prediction for pretrain and sft, preference for dpo.
+    """The loss of a stage kind (config/kinds.py).
 
     Args:
       sources: names of what `batch["sources"]` [B] numbers; the loss of each is reported where there are several.
       dropout: rate on the inputs of adapters, for calls with a key.
     """
-    made = preference(cfg, options, sources) if kind == "dpo" else next_token(cfg, options, sources, entropy=kind == "sft")
+    loss_fn = LOSSES[STAGE_KINDS[kind].loss](cfg, options, sources, dropout)
 
-    def loss(
-        params: Any, batch: Batch, balance: Balance | None = None, key: jax.Array | None = None
-    ) -> tuple[jax.Array, jax.Array, Metrics]:
-        return made(params, parallel.zigzag(batch), balance, None if key is None else model.Dropout(dropout, key))
+    def loss(params: Params, batch: Batch, balance: Balance, key: jax.Array | None) -> tuple[jax.Array, jax.Array, Metrics]:
+        return loss_fn(params, parallel.zigzag(batch), balance, key)
 
     return loss
 
 
-def _by_source(
-    batch: Batch, sources: Sequence[str], value_B: jax.Array, weight_B: jax.Array
-) -> dict[str, tuple[jax.Array, jax.Array]]:
+def _by_source(batch: Batch, sources: Sequence[str], value_B: jax.Array, weight_B: jax.Array) -> Metrics:
     """`loss/NAME` of each source, where there are several."""
-    found = {}
+    metrics = {}
     for number, name in enumerate(sources if len(sources) > 1 else ()):
-        mine_B = batch["sources"] == number
-        found[f"loss/{name}"] = (value_B * mine_B).sum(), (weight_B * mine_B).sum()
-    return found
+        of_source_B = batch["sources"] == number
+        metrics[f"loss/{name}"] = (value_B * of_source_B).sum(), (weight_B * of_source_B).sum()
+    return metrics
 
 
-def next_token(cfg: config.ModelConfig, options: config.Loss, sources: Sequence[str] = (), entropy: bool = False) -> LossFn:
+def _dropout(rate: float, key: jax.Array | None) -> model.Dropout | None:
+    return None if key is None else model.Dropout(rate, key)
+
+
+def next_token(
+    cfg: config.ModelConfig,
+    options: config.Loss,
+    sources: Sequence[str] = (),
+    dropout: float = 0.0,
+    entropy: bool = False,
+) -> LossFn:
     """Cross entropy of the labelled tokens, plus z_loss * (log Z)^2 and the router's losses.
 
     Pretraining and SFT differ only in the batch's `loss_weights`.  z-loss: PaLM section 5; Tanuki used 1e-4.
     """
 
-    def loss(
-        params: Any, batch: Batch, balance: Balance | None = None, dropout: model.Dropout | None = None
-    ) -> tuple[jax.Array, jax.Array, Metrics]:
-        outputs = model.apply(cfg, params, batch, dropout)
+    def loss(params: Params, batch: Batch, balance: Balance, key: jax.Array | None) -> tuple[jax.Array, jax.Array, Metrics]:
+        outputs = model.apply(cfg, params, batch, _dropout(dropout, key))
         scores = model.token_scores(cfg, params, outputs, batch["targets"], entropy)
         weights_BS = batch["loss_weights"].astype(jnp.float32)
         weight_B = weights_BS.sum(axis=1)
@@ -80,6 +100,11 @@ def next_token(cfg: config.ModelConfig, options: config.Loss, sources: Sequence[
     return loss
 
 
+def sft(cfg: config.ModelConfig, options: config.Loss, sources: Sequence[str] = (), dropout: float = 0.0) -> LossFn:
+    """`next_token`, which also reports the entropy of the predictions, as TRL does."""
+    return next_token(cfg, options, sources, dropout, entropy=True)
+
+
 class PairScores(NamedTuple):
     """Of the answers of each pair, chosen and rejected; 0 where there is no pair."""
 
@@ -91,7 +116,7 @@ class PairScores(NamedTuple):
 
 
 def pair_scores(
-    cfg: config.ModelConfig, params: Any, batch: Batch, dropout: model.Dropout | None = None
+    cfg: config.ModelConfig, params: Params, batch: Batch, dropout: model.Dropout | None = None
 ) -> tuple[PairScores, model.Outputs]:
     """Scores of the answers of a batch of pairs.
 
@@ -107,33 +132,30 @@ def pair_scores(
     def of_answers(values_BS: jax.Array) -> jax.Array:
         add = lambda v, s: jax.ops.segment_sum(v, s, num_segments=segments)  # noqa: E731
         per_segment_BM = jax.vmap(add)(values_BS, batch["segment_ids"])
-        found_BP2 = jax.vmap(lambda row, index: row[index])(per_segment_BM, batch["pair_segments"])
-        return jnp.where(batch["pair_segments"] > 0, found_BP2, 0.0)
+        sums_BP2 = jax.vmap(lambda row, index: row[index])(per_segment_BM, batch["pair_segments"])
+        return jnp.where(batch["pair_segments"] > 0, sums_BP2, 0.0)
 
     values = (scores.logprob, jnp.ones_like(weights_BS), scores.correct, logits_BS, scores.entropy)
     return PairScores(*(of_answers(value_BS * weights_BS) for value_BS in values)), outputs
 
 
-def preference(cfg: config.ModelConfig, options: config.Loss, sources: Sequence[str] = ()) -> LossFn:
+def preference(cfg: config.ModelConfig, options: config.Loss, sources: Sequence[str] = (), dropout: float = 0.0) -> LossFn:
     """Direct preference optimisation: the weighted sum of losses that `options.preference` names (train/preference.py).
 
     The batch carries `ref_logprobs` [B, P, 2] of the reference model.  Metrics have TRL's names; weight counts pairs.
     """
 
-    def loss(
-        params: Any, batch: Batch, balance: Balance | None = None, dropout: model.Dropout | None = None
-    ) -> tuple[jax.Array, jax.Array, Metrics]:
-        (logp_BP2, lengths_BP2, correct_BP2, logits_BP2, entropy_BP2), outputs = pair_scores(cfg, params, batch, dropout)
+    def loss(params: Params, batch: Batch, balance: Balance, key: jax.Array | None) -> tuple[jax.Array, jax.Array, Metrics]:
+        scores, outputs = pair_scores(cfg, params, batch, _dropout(dropout, key))
+        logp_BP2, lengths_BP2, correct_BP2, logits_BP2, entropy_BP2 = scores
         valid_BP = (batch["pair_segments"][..., 0] > 0).astype(jnp.float32)
         ratios_BP2 = logp_BP2 - batch["ref_logprobs"]
         rewards_BP2 = options.beta * ratios_BP2
         margin_BP = rewards_BP2[..., 0] - rewards_BP2[..., 1]
-        per_pair_BP = pair_loss(
-            options.preference or {"sigmoid": 1.0}, ratios_BP2, logp_BP2, lengths_BP2, options.beta, options.label_smoothing
-        )
+        per_pair_BP = pair_loss(options, ratios_BP2, logp_BP2, lengths_BP2)
         weight = valid_BP.sum()
 
-        def mean(value_BP: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def mean(value_BP: jax.Array) -> Mean:
             return (value_BP * valid_BP).sum(), weight
 
         metrics = {
@@ -156,8 +178,15 @@ def preference(cfg: config.ModelConfig, options: config.Loss, sources: Sequence[
     return loss
 
 
+LOSSES: Mapping[str, Callable[[config.ModelConfig, config.Loss, Sequence[str], float], LossFn]] = {
+    "next_token": next_token,
+    "sft": sft,
+    "preference": preference,
+}
+
+
 def _router_loss(
-    cfg: config.ModelConfig, outputs: model.Outputs, options: config.Loss, weights_B: jax.Array, balance: Balance | None
+    cfg: config.ModelConfig, outputs: model.Outputs, options: config.Loss, weights_B: jax.Array, balance: Balance
 ) -> tuple[jax.Array, Metrics]:
     """The router's losses, summed over layers; each row counts as much as its labelled tokens (or pairs) do."""
     if outputs.router is None:

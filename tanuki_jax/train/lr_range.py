@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
+
+from tanuki_jax.train.metrics import Row
 
 SMOOTH = 0.95  # weight of the past in the running mean of the loss
 SAFETY = 10.0  # the rate that is suggested lies so far below the one with the lowest loss
 
 
-def smooth(rows: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+def smooth(rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray]:
     """Learning rates and the running mean of the loss, both [rows], without rows that have no loss."""
     rows = [row for row in rows if row.get("loss") is not None and row["learning_rate"] > 0]
     mean, values = 0.0, []
@@ -20,7 +22,7 @@ def smooth(rows: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
     return np.array([row["learning_rate"] for row in rows]), np.array(values)
 
 
-def suggest(rows: list[dict[str, Any]]) -> dict[str, float]:
+def suggest(rows: Sequence[Row]) -> dict[str, float]:
     """`lowest_at`, the rate with the lowest loss; `steepest_at`, where it falls fastest before; `suggested`, a tenth of lowest.
 
     Empty where there are too few rows to tell.
@@ -30,9 +32,9 @@ def suggest(rows: list[dict[str, Any]]) -> dict[str, float]:
     if lowest < 2:
         return {}
     slope = np.gradient(losses[: lowest + 1], np.log(rates[: lowest + 1]))
-    found = {
+    rates_by_name = {
         "lowest_at": rates[lowest],
         "steepest_at": rates[int(slope.argmin())],
         "suggested": rates[lowest] / SAFETY,
     }
-    return {name: float(f"{value:.3g}") for name, value in found.items()}
+    return {name: float(f"{value:.3g}") for name, value in rates_by_name.items()}

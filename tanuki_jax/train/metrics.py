@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
 
 from tanuki_jax import files
 from tanuki_jax.files import lock
+
+Row: TypeAlias = dict[str, Any]  # a line of metrics.jsonl: numbers, null, or lists of them, by name
 
 # Dense bfloat16 peak of one device, FLOP/s (vendors' data sheets); where a kind is missing, mfu is null.
 PEAK_FLOPS = {
@@ -31,17 +34,17 @@ PEAK_FLOPS = {
 class MetricsWriter:
     """Appends to metrics.jsonl and TensorBoard, where a list becomes a curve for each layer.
 
-    Lines of steps after `step` (an interrupted run's) are removed first; `last` is the one before them, and `lost` the
-    seconds that they took.
+    Lines of steps after `step` (an interrupted run's) are removed first; `rows` are those before them, and
+    `replayed_seconds` what they took, for their steps are done again.
     """
 
     def __init__(self, directory: Path, step: int, tensorboard: bool) -> None:
         self.path = directory / "metrics.jsonl"
         rows = read_metrics(directory)
-        self.kept = [row for row in rows if row["step"] <= step]
-        self.last: dict[str, Any] = self.kept[-1] if self.kept else {}
-        self.lost = max(0.0, rows[-1]["seconds"] - self.last.get("seconds", 0.0)) if rows else 0.0
-        files.write_jsonl(self.path, self.kept)
+        self.rows = [row for row in rows if row["step"] <= step]
+        last = self.rows[-1]["seconds"] if self.rows else 0.0
+        self.replayed_seconds = max(0.0, rows[-1]["seconds"] - last) if rows else 0.0
+        files.write_jsonl(self.path, self.rows)
         self._file = self.path.open("a", encoding="utf-8")
         self._board = None
         if tensorboard:
@@ -49,7 +52,7 @@ class MetricsWriter:
 
             self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
 
-    def write(self, row: dict[str, Any]) -> None:
+    def write(self, row: Row) -> None:
         """One logged step; an error where the run's lock is another's by now."""
         lock.check(look=False)
         self._file.write(json.dumps(row) + "\n")
@@ -69,7 +72,7 @@ class MetricsWriter:
             self._board.close()
 
 
-def read_metrics(directory: Path) -> list[dict[str, Any]]:
+def read_metrics(directory: Path) -> list[Row]:
     """The rows of a stage's metrics.jsonl; a last line cut short by a kill is left out."""
     path = Path(directory) / "metrics.jsonl"
     rows = []
@@ -81,25 +84,26 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _finite(value: Any) -> bool:
+def _is_finite(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
-def validation_loss(row: dict[str, Any]) -> float | None:
+def validation_loss(row: Mapping[str, Any]) -> float | None:
     """The mean over the sources of a row's validation losses, where it has some and all are finite."""
     losses = [value for name, value in row.items() if name.startswith("validation/") and name.endswith("/loss")]
-    return float(np.mean(losses)) if losses and all(map(_finite, losses)) else None
+    return float(np.mean(losses)) if losses and all(map(_is_finite, losses)) else None
 
 
-def to_plain(metrics: dict[str, Any]) -> dict[str, Any]:
+def to_plain(metrics: Mapping[str, Any]) -> Row:
     """Host values of a step's metrics: floats, None for NaN and Inf, or nested lists for arrays (experts' load)."""
 
-    def one(value: Any) -> Any:
+    def plain(value: np.ndarray | float) -> float | list[Any] | None:
         if np.ndim(value):
-            return np.round(value, 6).tolist()
+            rounded: list[Any] = np.round(value, 6).tolist()
+            return rounded
         return float(value) if np.isfinite(value) else None
 
-    return {name: one(value) for name, value in jax.device_get(metrics).items()}
+    return {name: plain(value) for name, value in jax.device_get(dict(metrics)).items()}
 
 
 def mfu(tokens_per_second: float, flops_per_token: float) -> float | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,8 @@ import numpy as np
 import optax
 
 from tanuki_jax import config, model, ops
+
+Tree: TypeAlias = Any  # of arrays: parameters, gradients or moments
 
 
 def make_optimizer(options: config.Optimizer) -> optax.GradientTransformation:
@@ -29,37 +31,37 @@ def make_optimizer(options: config.Optimizer) -> optax.GradientTransformation:
 def _store_as(adam: optax.GradientTransformation, dtype: str) -> optax.GradientTransformation:
     """Adam whose moments lie in `dtype` between steps, whatever the dtype of the parameters."""
 
-    def init(params: Any) -> Any:
+    def init(params: Tree) -> optax.OptState:
         state: Any = adam.init(params)
         return state._replace(mu=optax.tree.cast(state.mu, dtype), nu=optax.tree.cast(state.nu, dtype))
 
-    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(grads: Tree, state: Any, params: Tree = None) -> tuple[Tree, optax.OptState]:
         stored = {"mu": state.mu, "nu": state.nu}
-        directions, new = adam.update(grads, state._replace(**optax.tree.cast(stored, jnp.float32)), params)
+        updates, new = adam.update(grads, state._replace(**optax.tree.cast(stored, jnp.float32)), params)
         key = jax.random.fold_in(jax.random.key(0), new.count)
-        return directions, new._replace(**round_to_dtypes(stored, {"mu": new.mu, "nu": new.nu}, key))
+        return updates, new._replace(**round_to_dtypes(stored, {"mu": new.mu, "nu": new.nu}, key))
 
     return optax.GradientTransformation(init, update)
 
 
-def round_to_dtypes(stored: Any, values: Any, key: jax.Array) -> Any:
+def round_to_dtypes(stored: Tree, values: Tree, key: jax.Array) -> Tree:
     """`values`, a tree of float32, in the dtypes of the tree `stored`; in bfloat16 by stochastic rounding.
 
     To the nearest, a change below half a step of bfloat16, 2^-9 of the number, would be lost, and lost again with every step.
     The draws depend on the key and on the path of each array.
     """
-    word, other = jax.random.bits(key, (2,), jnp.uint32)
+    first_word, second_word = jax.random.bits(key, (2,), jnp.uint32)
 
-    def one(path: Any, old: jax.Array, value: jax.Array) -> jax.Array:
+    def round_leaf(path: tuple[jax.tree_util.KeyEntry, ...], old: jax.Array, value: jax.Array) -> jax.Array:
         if old.dtype != jnp.bfloat16:
             return value.astype(old.dtype)
         number = np.uint32(zlib.crc32(jax.tree_util.keystr(path).encode()))
-        return ops.round_stochastically(value, jnp.stack([word ^ number, other]))
+        return ops.round_stochastically(value, jnp.stack([first_word ^ number, second_word]))
 
-    return jax.tree_util.tree_map_with_path(one, stored, values)
+    return jax.tree_util.tree_map_with_path(round_leaf, stored, values)
 
 
-def weight_decay_mask(params: Any) -> Any:
+def weight_decay_mask(params: Tree) -> Tree:
     """True for each parameter that decays: all but norm scales (matrices here, stacked over layers) and biases of experts."""
     return jax.tree_util.tree_map_with_path(lambda path, _: not model.is_vector(path[-1].key), params)
 
@@ -68,7 +70,7 @@ def make_schedule(options: config.Optimizer, total_steps: int) -> Callable[[jax.
     """Step (from 0) -> learning rate, float32.
 
     Linear warm-up reaches the peak at its last step.  cosine falls to the floor at `decay_steps` (0: the stage's end);
-    wsd stays at the peak and falls linearly over the last `decay_steps` (0: a tenth of the stage); range rises
+    wsd stays at the peak and falls linearly over the last `decay_steps` (0: a tenth of the stage); lr_range_test rises
     exponentially from the floor to the peak (Smith 2017, section 3.3).  With `schedule_start`
     the stage is the last part of a longer schedule, whose steps the other options count.
     """

@@ -8,11 +8,10 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 
-_asked = threading.Event()
+_requested = threading.Event()
 
 
 @contextlib.contextmanager
@@ -21,7 +20,7 @@ def handle_sigusr1() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGUSR1, lambda *_: _asked.set())
+    before = signal.signal(signal.SIGUSR1, lambda *_: _requested.set())
     try:
         yield
     finally:
@@ -31,7 +30,7 @@ def handle_sigusr1() -> Iterator[None]:
 class Profile:
     """A window of `steps` steps from step `start` on (counted from 1; 0 = none), and from the next one on after a SIGUSR1.
 
-    Each process writes what it saw below `directory`/profile/step-N.  A profiler that fails is told, and the run goes on.
+    Each process writes what it saw below `directory`/profile/step-N.  A profiler that fails is reported, and the run goes on.
     """
 
     def __init__(self, directory: Path, start: int, steps: int) -> None:
@@ -39,16 +38,16 @@ class Profile:
 
     def before(self, step: int) -> None:
         """A step is about to begin."""
-        if self._end or not (step == self._start or _asked.is_set()):
+        if self._end or not (step == self._start or _requested.is_set()):
             return
-        _asked.clear()
+        _requested.clear()
         place = self._directory / f"step-{step}"
-        with _profile_requested():
+        with _report_failure():
             jax.profiler.start_trace(str(place))
             self._end = step + self._steps - 1
             print(f"step {step}: profile of {self._steps} steps into {place}", file=sys.stderr, flush=True)
 
-    def after(self, step: int, metrics: Any) -> None:
+    def after(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """A step has been handed to the devices."""
         if self._end and step >= self._end:
             jax.block_until_ready(metrics)
@@ -58,12 +57,12 @@ class Profile:
         """Ends what is open."""
         if self._end:
             self._end = 0
-            with _profile_requested():
+            with _report_failure():
                 jax.profiler.stop_trace()
 
 
 @contextlib.contextmanager
-def _profile_requested() -> Iterator[None]:
+def _report_failure() -> Iterator[None]:
     try:
         yield
     except Exception as error:

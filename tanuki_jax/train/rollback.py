@@ -1,47 +1,55 @@
-"""Batches that a run leaves out after it went back: the batch of a step stays a function of the step."""
+"""Batches that a run leaves out after a rollback: the batch of a step stays a function of the step."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from tanuki_jax import files
 
 
+class Rollback(NamedTuple):
+    """A rollback to the checkpoint of `step`: the first and the last batch that are left out since, and the rate's factor."""
+
+    step: int
+    first_batch: int
+    last_batch: int
+    lr_scale: float
+
+
 @dataclass(frozen=True)
 class SkippedBatches:
-    """Batches that a run leaves out after it went back, kept in a file: the batch of a step stays a function of the step.
-
-    entries: step to which the run went back, first and last batch that are left out, factor of the learning rate.
-    """
+    """What the rollbacks of a stage leave out, kept in a file."""
 
     path: Path
-    entries: tuple[tuple[int, int, int, float], ...] = ()
+    rollbacks: tuple[Rollback, ...] = ()
 
     @classmethod
     def read(cls, directory: Path) -> SkippedBatches:
-        path = directory / "detours.json"
-        return cls(path, tuple(map(tuple, files.read_json(path))) if path.is_file() else ())
+        path = directory / "rollbacks.json"
+        return cls(path, tuple(Rollback(*values) for values in files.read_json(path)) if path.is_file() else ())
 
-    def plus(self, back: int, first: int, count: int, factor: float) -> SkippedBatches:
-        """With one more: back to step `back`, and without the batches that `count` steps from `first` on have now."""
-        return SkippedBatches(self.path, (*self.entries, (back, self.batch(first), self.batch(first + count - 1), factor)))
+    def with_rollback(self, to_step: int, first: int, count: int, lr_scale: float) -> SkippedBatches:
+        """With one more: back to `to_step`, and without the batches that `count` steps from `first` on have now."""
+        rollback = Rollback(to_step, self.batch(first), self.batch(first + count - 1), lr_scale)
+        return SkippedBatches(self.path, (*self.rollbacks, rollback))
 
     def write(self) -> None:
         """Keeps them."""
-        files.write_json(self.path, self.entries)
+        files.write_json(self.path, self.rollbacks)
 
     def batch(self, step: int) -> int:
         """The number of the batch of a step, both counted from 0: of those that are not left out, the step-th."""
         batch, end = step, -1
-        for first, last in sorted((first, last) for _, first, last, _ in self.entries):
+        for first, last in sorted((r.first_batch, r.last_batch) for r in self.rollbacks):
             if batch < first:
                 break
             batch += max(0, last - max(first, end + 1) + 1)
             end = max(end, last)
         return batch
 
-    def rate(self, step: int) -> float:
-        """By what the learning rate of a step is multiplied."""
-        return math.prod(factor for back, _, _, factor in self.entries if step >= back)
+    def lr_scale(self, step: int) -> float:
+        """The factor of a step's learning rate."""
+        return math.prod(r.lr_scale for r in self.rollbacks if step >= r.step)

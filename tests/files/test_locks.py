@@ -307,7 +307,7 @@ def test_opening_a_stage_that_is_not_there_makes_nothing(tmp_path):
     assert opened.latest() is None and not opened.steps()
     opened.close()
     with pytest.raises(UserError, match="has no checkpoints/<step>"):
-        initial_state.parent_moments(tmp_path / "stage", STATE)
+        initial_state.load_moments(tmp_path / "stage", STATE)
     assert not list(tmp_path.iterdir())
 
 
@@ -315,7 +315,7 @@ def test_moments_come_from_a_stage_or_from_one_of_its_steps(tmp_path):
     saved(tmp_path, 2, 5, keep=9).close()
     before = tree(tmp_path)
     for path, step in ((tmp_path, 5), (tmp_path / "checkpoints/5", 5), (tmp_path / "checkpoints/2", 2)):
-        found, wanted = initial_state.parent_moments(path, STATE), state_of(step).opt_state
+        found, wanted = initial_state.load_moments(path, STATE), state_of(step).opt_state
         for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
             np.testing.assert_array_equal(a, b)
     assert tree(tmp_path) == before
@@ -325,7 +325,7 @@ def test_moments_of_a_checkpoint_without_any_are_an_error(tmp_path):
     checkpoint.save_params(tmp_path, {"w": jnp.ones(4)}, {"model": {}})
     before = tree(tmp_path)
     with pytest.raises(UserError, match="has no optimizer state of this model; set carry='params'"):
-        initial_state.parent_moments(tmp_path / "checkpoints/0", STATE)
+        initial_state.load_moments(tmp_path / "checkpoints/0", STATE)
     assert tree(tmp_path) == before
 
 

@@ -286,7 +286,7 @@ def test_float32_adapters_learn_over_a_bfloat16_base():
 @functools.cache
 def loss_of(cfg, kind="pretrain", **options):
     made = losses.make_loss(kind, cfg, config.Loss(router_z_loss=1e-2, **options))
-    return lambda trained, frozen, batch: made({**frozen, **trained}, batch)[0] / batch["loss_weights"].sum()
+    return lambda trained, frozen, batch: made({**frozen, **trained}, batch, {}, None)[0] / batch["loss_weights"].sum()
 
 
 @functools.cache

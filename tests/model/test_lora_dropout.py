@@ -14,7 +14,7 @@ from tanuki_jax.model import layers
 from tanuki_jax.model.layers import project
 from tanuki_jax.train import losses
 from tanuki_jax.train.optimizer import make_optimizer, make_schedule
-from tanuki_jax.train.step import gradients, init_state, make_train_step
+from tanuki_jax.train.step import gradients, init_state, make_train_step, make_update
 from tests.model.test_lora import MODELS, adapted, assert_close, batch_of, everything
 from tests.tiny import apply, packed_batch, small, with_options
 
@@ -171,7 +171,8 @@ def test_steps_and_microbatches_draw_anew():
     made = losses.make_loss("pretrain", DENSE, config.Loss(), dropout=0.3)
     options = config.Optimizer(learning_rate=0.0, weight_decay=0.0)
     optimizer = make_optimizer(options)
-    step = make_train_step(made, optimizer, make_schedule(options, 9), gradient_accumulation_steps=2, draws=True)
+    update = make_update(optimizer, make_schedule(options, 9))
+    step = make_train_step(made, update, gradient_accumulation_steps=2, stochastic=True)
     fresh = lambda: jax.tree.map(jnp.copy, init_state(trained, optimizer, jax.random.key(5), frozen={**base, **scales}))  # noqa: E731
     one = batch_of(DENSE, 1)
     twice = {name: jnp.concatenate([rows, rows]) for name, rows in one.items()}

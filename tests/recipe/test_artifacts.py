@@ -7,6 +7,7 @@ from tanuki_jax.data import paths
 from tanuki_jax.data.prepare import read_manifest
 from tanuki_jax.errors import UserError
 from tanuki_jax.recipe import artifacts
+from tanuki_jax.recipe.workdir import Workdir
 from tests.conftest import TEXTS
 
 BAD = [{"title": "no text"}, {"messages": [{"role": "bot", "content": "?"}]}]
@@ -22,14 +23,14 @@ def recipe(tmp_path, skip_invalid):
 
 
 def test_bad_rows_of_a_source_are_left_out_of_tokenizer_and_store_on_request(tmp_path):
-    ready = artifacts.prepare(recipe(tmp_path, True), tmp_path / "run", {"ja"})
+    ready = artifacts.prepare(recipe(tmp_path, True), Workdir(tmp_path / "run"), {"ja"})
     manifest = read_manifest(ready.stores["ja"])
     assert (manifest.rows, manifest.rejected) == (len(TEXTS), len(BAD))
 
 
 def test_otherwise_they_are_an_error_that_names_the_line(tmp_path):
     with pytest.raises(UserError, match=r"ja\.jsonl:1"):
-        artifacts.prepare(recipe(tmp_path, False), tmp_path / "run", {"ja"})
+        artifacts.prepare(recipe(tmp_path, False), Workdir(tmp_path / "run"), {"ja"})
 
 
 def two_languages(tmp_path, **files):
@@ -44,20 +45,20 @@ def two_languages(tmp_path, **files):
 
 def test_a_source_without_files_that_no_stage_reads_is_not_asked_for(tmp_path):
     c = two_languages(tmp_path, ja=1)
-    assert list(artifacts.prepare(config.resolve(c), tmp_path / "run", {"ja"}).stores) == ["ja"]
+    assert list(artifacts.prepare(config.resolve(c), Workdir(tmp_path / "run"), {"ja"}).stores) == ["ja"]
     c.stages.pretrain.mixture = dict(ja=(1.0,), en=(0.5,))
     with pytest.raises(UserError, match=r"data\.en is empty; set it to your files"):
-        artifacts.prepare(config.resolve(c), tmp_path / "run", {"ja", "en"})
+        artifacts.prepare(config.resolve(c), Workdir(tmp_path / "run"), {"ja", "en"})
     c.stages.pretrain.mixture, c.tokenizer.sources = dict(ja=(1.0,)), ("ja", "en")  # asked for by name
     with pytest.raises(UserError, match=r"data\.en is empty"):
-        artifacts.prepare(config.resolve(c), tmp_path / "run", {"ja"})
+        artifacts.prepare(config.resolve(c), Workdir(tmp_path / "run"), {"ja"})
 
 
 def test_a_file_of_two_sources_is_told(tmp_path, capsys):
     paths.warn.cache_clear()
     c = two_languages(tmp_path, ja=1)
     c.data.en, c.stages.pretrain.mixture = c.data.ja, dict(ja=(1.0,), en=(1.0,))
-    artifacts.prepare(config.resolve(c), tmp_path / "run", {"ja", "en"})
+    artifacts.prepare(config.resolve(c), Workdir(tmp_path / "run"), {"ja", "en"})
     assert "ja.jsonl is in the sources en and ja" in capsys.readouterr().err
 
 
@@ -67,15 +68,15 @@ def test_a_file_of_two_sources_is_told(tmp_path, capsys):
 @pytest.mark.parametrize("damage", ["cut", "gone"])
 def test_what_is_damaged_of_the_cache_is_made_anew_and_told(tmp_path, capsys, victim, damage):
     made = config.resolve(two_languages(tmp_path, ja=1))
-    before = read_manifest(artifacts.prepare(made, tmp_path / "run", {"ja"}).stores["ja"])
+    before = read_manifest(artifacts.prepare(made, Workdir(tmp_path / "run"), {"ja"}).stores["ja"])
     [path] = (tmp_path / "run" / "data").glob(victim)
     if damage == "cut":
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     else:
         path.unlink()
     capsys.readouterr()
-    assert read_manifest(artifacts.prepare(made, tmp_path / "run", {"ja"}).stores["ja"]) == before
+    assert read_manifest(artifacts.prepare(made, Workdir(tmp_path / "run"), {"ja"}).stores["ja"]) == before
     told = [line for line in capsys.readouterr().err.splitlines() if "damaged" in line]
     assert len(told) == 1 and str(path.parent) in told[0] and "made anew" in told[0]
-    artifacts.prepare(made, tmp_path / "run", {"ja"})
+    artifacts.prepare(made, Workdir(tmp_path / "run"), {"ja"})
     assert capsys.readouterr().err == ""

@@ -20,7 +20,7 @@ from tanuki_jax.checkpoint import Checkpoints, checksums
 from tanuki_jax.cli.main import main
 from tanuki_jax.errors import Preempted, UserError
 from tanuki_jax.multihost import watchdog
-from tanuki_jax.recipe import artifacts, initial_state, preflight, stage
+from tanuki_jax.recipe import artifacts, initial_state, preflight, reference
 from tanuki_jax.report import trackers
 from tests import tiny_recipe
 from tests.checkpoint.test_checksums import STATE, contents, saved, state_of
@@ -197,7 +197,7 @@ def test_moments_and_meta_are_verified_when_they_are_read(tmp_path):
     path = tmp_path / "state/checkpoints/2" / name
     path.write_bytes(path.read_bytes() + b"!")
     with pytest.raises(UserError, match="damaged"):
-        initial_state.parent_moments(tmp_path / "state", STATE)
+        initial_state.load_moments(tmp_path / "state", STATE)
 
 
 @pytest.mark.parametrize(
@@ -225,12 +225,12 @@ def test_every_batch_of_the_reference_shows_that_the_process_gets_on(monkeypatch
             return [row]
 
     made = types.SimpleNamespace(logprobs=np.zeros((2, 1, 2), np.float32))
-    monkeypatch.setattr(stage.losses, "pair_scores", lambda cfg, params, batch: (made,))
-    monkeypatch.setattr(stage.loader, "stack", lambda rows: np.zeros(2))
-    monkeypatch.setattr(stage.loader, "on_devices", lambda batch, mesh, size: batch)
-    monkeypatch.setattr(stage.jax, "jit", lambda f: f)
+    monkeypatch.setattr(reference.losses, "pair_scores", lambda cfg, params, batch: (made,))
+    monkeypatch.setattr(reference.loader, "stack", lambda rows: np.zeros(2))
+    monkeypatch.setattr(reference.loader, "on_devices", lambda batch, mesh, size: batch)
+    monkeypatch.setattr(reference.jax, "jit", lambda f: f)
     before = watchdog._phase.passed
-    stage._source_logprobs(small(), {}, Rows(range(8)), 2, None)
+    reference._source_logprobs(small(), {}, Rows(range(8)), 2, None)
     assert watchdog._phase.passed >= before + 4
 
 

@@ -15,6 +15,7 @@ from tanuki_jax.cli.main import main
 from tanuki_jax.data import loader
 from tanuki_jax.recipe import artifacts, placement
 from tanuki_jax.recipe.dataset import make_dataset
+from tanuki_jax.recipe.workdir import Workdir
 from tanuki_jax.train import losses
 from tanuki_jax.train.optimizer import make_optimizer
 from tests import tiny_lora
@@ -172,13 +173,13 @@ def test_of_a_source_without_a_token_there_is_no_loss(home):
 
 
 def test_losses_of_the_sources_add_up_to_the_loss():
-    from tests.tiny import init, problem, small
+    from tests.tiny import init, of_batch, problem, small
 
     cfg = small()
     batch = {name: jnp.asarray(value) for name, value in problem("sft", cfg).items()}
     batch["sources"] = jnp.asarray([0, 2, 2, 0, 0, 2, 0, 0])
     made = losses.make_loss("sft", cfg, config.Loss(z_loss=0.1), ["a", "b", "c"])
-    _, weight, metrics = jax.jit(made)(init(cfg, jax.random.key(0)), batch)
+    _, weight, metrics = jax.jit(of_batch(made))(init(cfg, jax.random.key(0)), batch)
     parts = [metrics[f"loss/{name}"] for name in "abc"]
     assert float(sum(w for _, w in parts)) == float(weight) == float(batch["loss_weights"].sum())
     np.testing.assert_allclose(sum(total for total, _ in parts), metrics["loss"][0], rtol=1e-6)
@@ -247,7 +248,7 @@ def logprobs_of(home, stage, name):
     """Of all pairs of a stage, row by row, under the merged weights of another."""
     recipe = config.resolve(checkpoint.load(home / "stages" / stage).meta["recipe"])
     loaded = checkpoint.load(home / "stages" / name)
-    [rows] = make_dataset(recipe, stage, artifacts.prepare(recipe, home, {"pairs"}), home / "data").sources
+    [rows] = make_dataset(recipe, stage, artifacts.prepare(recipe, Workdir(home), {"pairs"}), home / "data").sources
     batch = {key: jnp.asarray(value) for key, value in loader.stack([rows[r] for r in range(len(rows))]).items()}
     scores = np.asarray(jax.jit(lambda p, b: losses.pair_scores(loaded.cfg, p, b)[0].logprobs)(loaded.params, batch))
     found = np.zeros((len(rows.ref_logprobs), 2))

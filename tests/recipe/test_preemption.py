@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tanuki_jax import checkpoint
 from tanuki_jax.cli.main import PREEMPTED, main
-from tanuki_jax.recipe import stage
+from tanuki_jax.recipe import run as run_module
 from tanuki_jax.recipe.stage import run_stage
 from tanuki_jax.train import goodput
 from tanuki_jax.train.goodput import Clock
@@ -120,7 +120,7 @@ def test_a_notice_in_the_last_save_of_a_stage_is_not_forgotten(tmp_path, monkeyp
         return run(loaded, name, *rest)
 
     monkeypatch.setattr(checkpoint.Checkpoints, "save", told_while_saving)
-    monkeypatch.setattr(stage, "run_stage", first_only)
+    monkeypatch.setattr(run_module, "run_stage", first_only)
     assert main(["run", CONFIG, f"--workdir={tmp_path / 'run'}"]) == PREEMPTED
 
 
@@ -142,7 +142,7 @@ seen = []
 
 @jax.jit
 def step(state, batch):
-    params = {"w": state.params["w"] + state.rate * batch}
+    params = {"w": state.params["w"] + state.lr_scale * batch}
     return dataclasses.replace(state, step=state.step + 1, params=params), {"loss": batch, "grad_norm": jnp.float32(1)}
 
 def batches(first, number):
@@ -189,10 +189,10 @@ def test_times_add_up_to_all_seconds(parts):
         patch.setattr(goodput.time, "monotonic", lambda: now[0])
         clock = Clock(10)
         for step, (kind, seconds) in enumerate(parts):
-            with clock.of(kind):
+            with clock.phase(kind):
                 now[0] += seconds
-            clock.done(step)
-        times = clock.times()
+            clock.end_step(step)
+        times = clock.seconds_by_phase()
     assert sum(times.values()) == pytest.approx(clock.seconds, abs=0.01)
     assert 0 <= clock.goodput() <= 1.01  # both are rounded
 

@@ -14,6 +14,7 @@ import pytest
 from tanuki_jax import config
 from tanuki_jax.errors import UserError
 from tanuki_jax.recipe import preflight, run
+from tanuki_jax.recipe.workdir import Workdir
 from tests.checkpoint.test_checksums import contents
 from tests.recipe.test_resume import ROOT
 from tests.tiny_recipe import CONFIG, trained
@@ -25,13 +26,13 @@ LOADED = lambda: config.load([CONFIG])  # noqa: E731
 
 
 def test_a_process_alone_passes_and_leaves_nothing(tmp_path, capfd):
-    preflight.check(LOADED(), list(LOADED().stages), tmp_path, run.versions())
+    preflight.check(LOADED(), list(LOADED().stages), Workdir(tmp_path), run.versions())
     assert not list(tmp_path.iterdir()) and "preflight" not in capfd.readouterr().err
 
 
 def test_a_directory_that_cannot_be_written_to(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="process 0 cannot write to .*gone"):
-        preflight.check(LOADED(), list(LOADED().stages), tmp_path / "gone", run.versions())
+        preflight.check(LOADED(), list(LOADED().stages), Workdir(tmp_path / "gone"), run.versions())
 
 
 @pytest.mark.parametrize("fits", [0, 1, 100])
@@ -41,9 +42,9 @@ def test_a_disk_without_room_for_a_checkpoint(tmp_path, monkeypatch, capfd, fits
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: free)
     if not fits:
         with pytest.raises(UserError, match="a checkpoint of stage .* make room"):
-            preflight.check(LOADED(), list(LOADED().stages), tmp_path, run.versions())
+            preflight.check(LOADED(), list(LOADED().stages), Workdir(tmp_path), run.versions())
     else:
-        preflight.check(LOADED(), list(LOADED().stages), tmp_path, run.versions())
+        preflight.check(LOADED(), list(LOADED().stages), Workdir(tmp_path), run.versions())
         assert ("will need" in capfd.readouterr().err) == (fits == 1)
 
 
@@ -58,7 +59,7 @@ def test_a_checkpoint_is_as_large_as_is_said(tmp_path_factory):
 def test_a_device_that_sums_wrongly(tmp_path, monkeypatch):
     monkeypatch.setattr(preflight.jnp, "sum", lambda a: a[0])
     with pytest.raises(UserError, match="is broken"):
-        preflight.check(LOADED(), list(LOADED().stages), tmp_path, run.versions())
+        preflight.check(LOADED(), list(LOADED().stages), Workdir(tmp_path), run.versions())
 
 
 # --- two --------------------------------------------------------------------------------------------------------------------
@@ -84,7 +85,7 @@ workdir.mkdir(exist_ok=True)
 if second and mode == "absent": time.sleep(8)
 
 def work(options):
-    preflight.check(loaded, list(loaded.stages), workdir, versions)
+    preflight.check(loaded, list(loaded.stages), Workdir(workdir), versions)
     parallel.agree("fingerprint", f"f{jax.process_index() if mode == 'agree' else 0}")
     if mode == "first":
         parallel.on_first(lambda: 1 / 0 if jax.process_index() == 0 else None, "the sums")

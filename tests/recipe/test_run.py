@@ -14,7 +14,8 @@ from tanuki_jax import config
 from tanuki_jax.cli.main import main
 from tanuki_jax.data.tokenizer import Tokenizer
 from tanuki_jax.errors import UserError
-from tanuki_jax.recipe import run
+from tanuki_jax.recipe import claim
+from tanuki_jax.recipe.workdir import Workdir
 from tests import tiny_recipe
 from tests.config.golden.__main__ import DOCS, keys
 from tests.tiny_recipe import CONFIG, STAGES, times
@@ -190,7 +191,7 @@ def test_no_name_of_a_users_own_keeps_a_difference_unseen(name):
     new["stages"][name]["optimizer"]["learning_rate"] = 1.0
     new["stages"][name]["mixture"][name] = [0.9]
     new["data"][name]["files"] = "other.txt"
-    found = run._differences(old, new)
+    found = claim._differences(old, new)
     assert {line.split()[0] for line in found} == {
         *(f"stages.{name}.{key}" for key in ("steps", "optimizer.learning_rate", f"mixture.{name}")),
         f"data.{name}.files",
@@ -213,7 +214,7 @@ def test_what_the_schema_calls_resumable_may_differ_and_nothing_else():
                 above = above.__args__[1]
         dictionary = isinstance(place[last], dict)
         place[last] = {"else": 1} if dictionary else "other"
-        found = run._differences(old, new)
+        found = claim._differences(old, new)
         assert (found == []) == free, path
         if dictionary and not free:
             assert f"{path}.else is new" in found
@@ -223,9 +224,9 @@ def test_what_the_schema_calls_resumable_may_differ_and_nothing_else():
 
 def test_a_stage_or_source_that_is_new_or_gone_is_named():
     old, new = two_stages(), two_stages(group="talking")
-    assert run._differences(old, new) == ["stages.sft is gone", "stages.talking is new"]
+    assert claim._differences(old, new) == ["stages.sft is gone", "stages.talking is new"]
     del new["data"]["b"]
-    assert "data.b is gone" in run._differences(old, new)
+    assert "data.b is gone" in claim._differences(old, new)
 
 
 def test_the_page_lists_what_may_differ():
@@ -238,5 +239,5 @@ def test_the_page_lists_what_may_differ():
 def test_a_recipe_that_is_none_names_its_file(stored, tmp_path):
     (tmp_path / "recipe.json").write_text(stored)
     with pytest.raises(UserError, match="recipe.json") as error:
-        run._claim(config.from_dict(config.Recipe, two_stages()), tmp_path)
+        claim.claim_workdir(config.from_dict(config.Recipe, two_stages()), Workdir(tmp_path))
     assert "\n" not in str(error.value)

@@ -137,10 +137,10 @@ class Trap:
 
 
 def test_a_cached_array_is_never_unpickled(tmp_path):
-    from tanuki_jax.recipe import stage
+    from tanuki_jax.recipe import reference
 
     np.save(tmp_path / "reference.npy", np.array([Trap(tmp_path / "caught")], dtype=object), allow_pickle=True)
-    assert not stage._is_reference(tmp_path / "reference.npy", 1) and not (tmp_path / "caught").exists()
+    assert not reference._is_whole(tmp_path / "reference.npy", 1) and not (tmp_path / "caught").exists()
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,7 @@ def test_the_whole_loss_and_all_its_gradients_are_those_of_a_plain_loop(name):
     @jax.jit
     def ours(params):
         grads, metrics = gradients(loss, params, batch, 1, {"coefficient": coefficient})
-        return loss(params, batch, {"coefficient": coefficient})[:2], grads, metrics
+        return loss(params, batch, {"coefficient": coefficient}, None)[:2], grads, metrics
 
     (total, weight), grads, metrics = ours(params_of(name))
     theirs = jax.jit(jax.value_and_grad(lambda p: plain.next_token(cfg, options, p, batch, coefficient)))
@@ -213,7 +213,7 @@ def test_each_layer_has_its_own_coefficient(kind):
     batch = as_arrays((pair_batch if kind == "dpo" else packed_batch)(np.random.default_rng(0), cfg, rows=3))
     loss = losses.make_loss(kind, cfg, config.Loss(router_aux_loss=0.5, router_aux_adaptive=0.2))
     params = params_of("normalised")  # made outside of what is traced, for it is kept
-    compute = jax.jit(lambda c: loss(params, batch, {"coefficient": c}))
+    compute = jax.jit(lambda c: loss(params, batch, {"coefficient": c}, None))
     none, first, second = (compute(jnp.float32(c)) for c in ([0, 0], [2, 0], [0, 3]))
     labels = (batch["pair_segments"][..., 0] > 0).sum(1) if kind == "dpo" else batch["loss_weights"].sum(1)
     router = jax.jit(model.apply, static_argnums=0)(cfg, params, batch).router
@@ -221,5 +221,5 @@ def test_each_layer_has_its_own_coefficient(kind):
     np.testing.assert_allclose(first[0] - none[0], 2 * aux[0], rtol=1e-3)
     np.testing.assert_allclose(second[0] - none[0], 3 * aux[1], rtol=1e-3)
     np.testing.assert_array_equal(first[2]["loss"][0], none[2]["loss"][0])
-    without = jax.jit(lambda: loss(params, batch)[0])()  # no balance: the fixed coefficient
+    without = jax.jit(lambda: loss(params, batch, {}, None)[0])()  # no balance: the fixed coefficient
     np.testing.assert_allclose(without - none[0], 0.5 * sum(aux), rtol=1e-3)

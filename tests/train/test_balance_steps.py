@@ -12,7 +12,7 @@ from tanuki_jax.data import loader
 from tanuki_jax.recipe import placement
 from tanuki_jax.train import balance, losses
 from tanuki_jax.train.optimizer import make_optimizer, make_schedule
-from tanuki_jax.train.step import gradients, init_state, make_train_step
+from tanuki_jax.train.step import gradients, init_state, make_train_step, make_update
 from tests import plain
 from tests.tiny import as_arrays, assert_close, init, packed_batch, small
 
@@ -67,11 +67,13 @@ def program(cfg, options, optimizer_options=RATE, gradient_accumulation_steps=1)
         optimizer = make_optimizer(optimizer_options)
         step = make_train_step(
             losses.make_loss("pretrain", cfg, options),
-            optimizer,
-            make_schedule(optimizer_options, 1000),
-            optimizer_options.clip_norm,
+            make_update(
+                optimizer,
+                make_schedule(optimizer_options, 1000),
+                optimizer_options.clip_norm,
+                balance.make_rebalance(cfg, options),
+            ),
             gradient_accumulation_steps,
-            rebalance=balance.make_rebalance(cfg, options),
         )
 
         def start(params):
@@ -183,12 +185,8 @@ def test_eight_devices_adapt_as_one_does():
         together = jax.device_put(make(params), shardings)
         together_step = make_train_step(
             losses.make_loss("pretrain", cfg, ADAPTIVE),
-            optimizer,
-            make_schedule(RATE, 1000),
-            1.0,
-            1,
-            shardings,
-            balance.make_rebalance(cfg, ADAPTIVE),
+            make_update(optimizer, make_schedule(RATE, 1000), 1.0, balance.make_rebalance(cfg, ADAPTIVE)),
+            state_shardings=shardings,
         )
         for batch in (EVEN, SKEWED):
             batch = {name: np.asarray(value) for name, value in batch.items()}
@@ -281,7 +279,7 @@ def test_a_bias_that_leaves_the_choice_as_it_is_changes_nothing():
     cfg = dataclasses.replace(BIASED, normalized_gate=False)
     batch = as_arrays(packed_batch(np.random.default_rng(0), cfg))
     loss = losses.make_loss("pretrain", cfg, config.Loss(router_z_loss=0.1, router_aux_loss=0.1))
-    value = jax.jit(jax.value_and_grad(lambda p: loss(p, batch)[0]))
+    value = jax.jit(jax.value_and_grad(lambda p: loss(p, batch, {}, None)[0]))
     params = skewed(cfg)
     moved = jax.tree.map(jnp.copy, params)
     moved["layers"]["moe"]["bias"] = jnp.full((1, 8), -1.0).at[0, jnp.array([2, 5])].set(4.0)  # the choice there is anyway
@@ -301,15 +299,15 @@ def test_a_step_that_is_not_finite_moves_neither_bias_nor_coefficient(where, poi
     cfg = dataclasses.replace(STEERED, router_bias=True)
     honest = losses.make_loss("pretrain", cfg, ADAPTIVE)
 
-    def loss(params, batch, given=None):
-        total, weight, metrics = honest(params, batch, given)
+    def loss(params, batch, given, key):
+        total, weight, metrics = honest(params, batch, given, key)
         bad = jnp.where(batch["tokens"][0, 0] == 0, 1.0, poison)
         if where == "gradient":
             return total + jnp.where(bad == 1, 0.0, bad) * (params["head"] ** 2).sum(), weight, metrics
         return total, weight, metrics | {"loss": (metrics["loss"][0] * bad, weight)}
 
     optimizer = make_optimizer(RATE)
-    step = make_train_step(loss, optimizer, make_schedule(RATE, 9), 1.0, rebalance=balance.make_rebalance(cfg, ADAPTIVE))
+    step = make_train_step(loss, make_update(optimizer, make_schedule(RATE, 9), 1.0, balance.make_rebalance(cfg, ADAPTIVE)))
     params = steered()
     params["layers"]["moe"]["bias"] = jnp.zeros((2, 4))
     state = init_state(params, optimizer, jax.random.key(0), balance.init_balance(cfg, ADAPTIVE))

@@ -21,7 +21,7 @@ from tanuki_jax.train.guard import Events, Guard, read_events
 from tanuki_jax.train.loop import run_loop
 from tanuki_jax.train.optimizer import make_optimizer
 from tanuki_jax.train.rollback import SkippedBatches
-from tanuki_jax.train.step import init_state, make_train_step
+from tanuki_jax.train.step import init_state, make_train_step, make_update
 from tests.checkpoint.test_checksums import STATE, state_of
 
 # --- the guard ------------------------------------------------------------------------------------------------------------
@@ -34,7 +34,7 @@ def quiet(steps, level=2.0, seed=0):
 
 
 def looked(guard, values, first=1):
-    return [guard.look(step, loss, norm) for step, (loss, norm) in enumerate(values, first)]
+    return [guard.observe(step, loss, norm) for step, (loss, norm) in enumerate(values, first)]
 
 
 @pytest.mark.parametrize("spike", [(1000.0, 1.0), (2.0, 1e4), (1e30, 1e30)])
@@ -53,16 +53,16 @@ def test_what_is_not_finite_is_never_compared_with(bad):
         values[n] = (bad, 1.0) if n % 2 else (1.0, bad)
     verdicts = looked(guard, values)
     assert all((verdict == "not_finite") == (n % 3 == 0) for n, verdict in enumerate(verdicts))
-    assert set(verdicts) == {"not_finite", "good"} and guard.bad == 0
+    assert set(verdicts) == {"not_finite", "good"} and guard.nonfinite_count == 0
 
 
 def test_spikes_in_a_row_are_counted_from_their_first():
     guard = Guard(config.Guard())
     looked(guard, quiet(50))
-    assert looked(guard, [(30.0, 1.0)] * 3, 51) == ["spike"] * 3 and (guard.high, guard.first_high) == (3, 51)
+    assert looked(guard, [(30.0, 1.0)] * 3, 51) == ["spike"] * 3 and (guard.spike_count, guard.spike_start) == (3, 51)
     looked(guard, quiet(1), 54)
     looked(guard, [(30.0, 1.0)], 55)
-    assert (guard.high, guard.first_high) == (1, 55)
+    assert (guard.spike_count, guard.spike_start) == (1, 55)
 
 
 @given(st.integers(20, 400), st.integers(0, 5))
@@ -71,7 +71,7 @@ def test_a_resumed_run_judges_like_one_that_was_not_interrupted(cut, seed):
     values = quiet(400, seed=seed) + [(2.5, 1.0), (3.0, 1.0), (2.0, 50.0), (2.0, 2.0)]
     whole, resumed = Guard(config.Guard()), Guard(config.Guard())
     looked(whole, values[:cut])
-    resumed.remember(dict(step=n, loss=loss, grad_norm=norm) for n, (loss, norm) in enumerate(values[:cut], 1))
+    resumed.replay(dict(step=n, loss=loss, grad_norm=norm) for n, (loss, norm) in enumerate(values[:cut], 1))
     assert looked(whole, values[cut:], cut + 1) == looked(resumed, values[cut:], cut + 1)
 
 
@@ -79,7 +79,7 @@ def test_a_logged_spike_is_not_compared_with_after_a_restart_either():
     values = [(2.0 + 40 * (n % 3 == 0 and n >= 60), 1.0) for n in range(150)]
     whole, resumed = Guard(config.Guard()), Guard(config.Guard())
     looked(whole, values)
-    resumed.remember(dict(step=n, loss=loss, grad_norm=norm) for n, (loss, norm) in enumerate(values, 1))
+    resumed.replay(dict(step=n, loss=loss, grad_norm=norm) for n, (loss, norm) in enumerate(values, 1))
     assert looked(whole, [(2.9, 1.0)], 151) == looked(resumed, [(2.9, 1.0)], 151)
 
 
@@ -90,26 +90,26 @@ def test_a_resumed_run_knows_nothing_of_losses_before_the_data_changed(log_every
     values = quiet(change) + quiet(25, level=4.0)
     resumed = Guard(config.Guard(), (change,))
     logged = [n for n in range(1, len(values) + 1) if n % log_every == 0]
-    resumed.remember(dict(step=n, loss=values[n - 1][0], grad_norm=values[n - 1][1]) for n in logged)
+    resumed.replay(dict(step=n, loss=values[n - 1][0], grad_norm=values[n - 1][1]) for n in logged)
     assert all(loss > 3 for loss in resumed._losses)
     assert set(looked(resumed, quiet(60, level=4.0), len(values) + 1)) == {"good"}
 
 
 # --- batches left out -----------------------------------------------------------------------------------------------------
 
-detours = st.lists(st.tuples(st.integers(0, 60), st.integers(1, 9), st.sampled_from([1.0, 0.5])), max_size=6)
+rollbacks = st.lists(st.tuples(st.integers(0, 60), st.integers(1, 9), st.sampled_from([1.0, 0.5])), max_size=6)
 
 
 def left_out(entries):
-    """The detours after going back again and again, and the batches that each leaves out, by its own event."""
+    """The rollbacks after going back again and again, and the batches that each leaves out, by its own event."""
     found, gone = SkippedBatches(None), set()
     for first, count, rate in entries:
         gone |= {found.batch(step) for step in range(first, first + count)}
-        found = found.plus(max(0, first - 3), first, count, rate)
+        found = found.with_rollback(max(0, first - 3), first, count, rate)
     return found, gone
 
 
-@given(detours)
+@given(rollbacks)
 def test_steps_are_a_bijection_onto_the_batches_not_left_out(entries):
     found, gone = left_out(entries)
     batches = [found.batch(step) for step in range(150)]
@@ -117,13 +117,13 @@ def test_steps_are_a_bijection_onto_the_batches_not_left_out(entries):
     assert batches == [n for n in range(300) if n not in gone][:150]
 
 
-@given(detours)
-def test_detours_come_back_from_their_file(tmp_path_factory, entries):
-    directory = tmp_path_factory.mktemp("detours")
-    found = dataclasses.replace(left_out(entries)[0], path=directory / "detours.json")
+@given(rollbacks)
+def test_rollbacks_come_back_from_their_file(tmp_path_factory, entries):
+    directory = tmp_path_factory.mktemp("rollbacks")
+    found = dataclasses.replace(left_out(entries)[0], path=directory / "rollbacks.json")
     found.write()
     assert SkippedBatches.read(directory) == found
-    assert [found.rate(s) for s in range(80)] == [math.prod(e[3] for e in found.entries if s >= e[0]) for s in range(80)]
+    assert [found.lr_scale(s) for s in range(80)] == [math.prod(e[3] for e in found.rollbacks if s >= e[0]) for s in range(80)]
 
 
 # --- events ---------------------------------------------------------------------------------------------------------------
@@ -204,12 +204,12 @@ def regression():
     """A least-squares problem with the real train step; its rows [B, 4] and their targets."""
     truth = jnp.arange(1.0, 5.0)
 
-    def loss_fn(params, batch):
+    def loss_fn(params, batch, balance, key):
         error = (batch @ params["w"] - batch @ truth) ** 2
         return error.sum(), jnp.float32(len(batch)), {"loss": (error.sum(), jnp.float32(len(batch)))}
 
     optimizer = make_optimizer(config.Optimizer(weight_decay=0.0))
-    return optimizer, make_train_step(loss_fn, optimizer, lambda step: 0.1, clip_norm=1.0)
+    return optimizer, make_train_step(loss_fn, make_update(optimizer, lambda step: 0.1, clip_norm=1.0))
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf, 1e30])

@@ -240,7 +240,7 @@ def test_the_rate_falls_each_time_from_where_the_run_went_back_to(tmp_path):
     rates = {}
 
     def step(state, batch):
-        rates[int(state.step)] = float(state.rate)
+        rates[int(state.step)] = float(state.lr_scale)
         return train_step(state, batch)
 
     losses = noisy(1, {n: 20.0 + n for n in range(41, 46)})
@@ -251,7 +251,7 @@ def test_the_rate_falls_each_time_from_where_the_run_went_back_to(tmp_path):
 
 def test_a_change_of_the_data_is_no_spike(tmp_path):
     losses = {n: value + 8.0 * (n >= 40) for n, value in noisy(3).items()}
-    state, seen = watched(job(tmp_path, steps=80, changes=(40,)), losses)
+    state, seen = watched(job(tmp_path, steps=80, data_change_steps=(40,)), losses)
     assert events(tmp_path) == [] and seen == list(range(80))
 
 
@@ -263,7 +263,7 @@ def test_there_is_no_false_alarm_in_noise_that_falls(tmp_path, seed):
     for step in range(1, 2001):
         loss = 3 / (1 + step / 1000) + 0.05 * rng.standard_t(5)
         norm = np.exp(0.3 * rng.standard_t(5) - step / 1000)
-        assert guard.look(step, loss, norm) == "good", step
+        assert guard.observe(step, loss, norm) == "good", step
 
 
 def test_a_damaged_newest_checkpoint_costs_the_steps_since_the_one_before(tmp_path):

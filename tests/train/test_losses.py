@@ -5,7 +5,7 @@ import pytest
 
 from tanuki_jax import config
 from tanuki_jax.train import losses, preference
-from tests.tiny import apply, as_arrays, init, packed_batch, pair_batch, small
+from tests.tiny import apply, as_arrays, init, of_batch, packed_batch, pair_batch, small
 
 CFG = small(n_experts=4)
 PARAMS = init(CFG, jax.random.key(0))
@@ -21,7 +21,7 @@ def numpy_logprobs(batch):
 
 def test_next_token_loss_against_numpy():
     batch = packed_batch(np.random.default_rng(0), CFG)
-    total, weight, metrics = jax.jit(losses.next_token(CFG, config.Loss(z_loss=1e-2, router_aux_loss=0.0)))(
+    total, weight, metrics = jax.jit(of_batch(losses.next_token(CFG, config.Loss(z_loss=1e-2, router_aux_loss=0.0))))(
         PARAMS, as_arrays(batch)
     )
     logprobs, log_z = numpy_logprobs(batch)
@@ -34,7 +34,7 @@ def test_next_token_loss_against_numpy():
 def test_padding_and_unlabelled_tokens_cost_nothing():
     batch = packed_batch(np.random.default_rng(0), CFG, rows=4)
     padded = {name: np.concatenate([value, np.zeros_like(value)]) for name, value in batch.items()}
-    loss = jax.jit(losses.next_token(CFG, config.Loss(router_z_loss=1e-3)))
+    loss = jax.jit(of_batch(losses.next_token(CFG, config.Loss(router_z_loss=1e-3))))
     for a, b in zip(loss(PARAMS, as_arrays(batch))[:2], loss(PARAMS, as_arrays(padded))[:2], strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5)
 
@@ -45,7 +45,7 @@ def test_gradient_against_finite_differences(kind, experts):
     cfg, rng = small(n_experts=experts), np.random.default_rng(0)
     params = init(cfg, jax.random.key(0))
     batch = as_arrays((pair_batch if kind == "dpo" else packed_batch)(rng, cfg, rows=2))
-    loss = losses.make_loss(kind, cfg, config.Loss(z_loss=1e-3, beta=0.1))
+    loss = of_batch(losses.make_loss(kind, cfg, config.Loss(z_loss=1e-3, beta=0.1)))
 
     def value(p):
         total, weight, _ = loss(p, batch)
@@ -90,7 +90,7 @@ GOLDEN = {
 def of_golden_pairs(weights, beta, smoothing=0.1):
     policy = np.stack([CHOSEN, REJECTED], -1).astype(np.float32)
     arrays = (jnp.asarray(a)[None] for a in (RATIOS, policy, LENGTHS))
-    return preference.pair_loss(weights, *arrays, beta, smoothing)[0]
+    return preference.pair_loss(config.Loss(preference=weights, beta=beta, label_smoothing=smoothing), *arrays)[0]
 
 
 @pytest.mark.parametrize(("name", "beta"), GOLDEN)
@@ -117,13 +117,14 @@ def test_cdpo_without_smoothing_is_the_dpo_loss():
 def test_no_pair_gives_a_finite_loss_and_gradient(name):
     """Empty places of a packed row are zeros in every input, and are masked out afterwards."""
     nothing = jnp.zeros((1, 1, 2))
-    value = lambda x: preference.pair_loss({name: 1.0}, x, x, nothing, 0.1, 0.1).sum()  # noqa: E731
+    options = config.Loss(preference={name: 1.0}, beta=0.1, label_smoothing=0.1)
+    value = lambda x: preference.pair_loss(options, x, x, nothing).sum()  # noqa: E731
     assert jnp.isfinite(value(nothing)) and jnp.isfinite(jax.grad(value)(nothing)).all()
 
 
 def test_preference_loss_against_numpy():
     batch = pair_batch(np.random.default_rng(0), CFG)
-    total, weight, metrics = jax.jit(losses.preference(CFG, config.Loss(beta=0.3, router_aux_loss=0.0)))(
+    total, weight, metrics = jax.jit(of_batch(losses.preference(CFG, config.Loss(beta=0.3, router_aux_loss=0.0))))(
         PARAMS, as_arrays(batch)
     )
     logprobs, _ = numpy_logprobs(batch)
@@ -147,7 +148,7 @@ def with_own_reference(batch):
 
 def test_policy_equal_to_reference_gives_ln_2_and_no_reward():
     batch = with_own_reference(pair_batch(np.random.default_rng(0), CFG))
-    total, weight, metrics = jax.jit(losses.preference(CFG, PLAIN))(PARAMS, as_arrays(batch))
+    total, weight, metrics = jax.jit(of_batch(losses.preference(CFG, PLAIN)))(PARAMS, as_arrays(batch))
     np.testing.assert_allclose(total / weight, np.log(2), rtol=1e-6)
     for name in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
         np.testing.assert_allclose(metrics[name][0], 0, atol=1e-5)
@@ -156,7 +157,7 @@ def test_policy_equal_to_reference_gives_ln_2_and_no_reward():
 def test_swapping_chosen_and_rejected_flips_the_margin():
     batch = pair_batch(np.random.default_rng(0), CFG)
     swapped = {**batch, **{n: batch[n][..., ::-1].copy() for n in ("pair_segments", "ref_logprobs")}}
-    loss = jax.jit(losses.preference(CFG, PLAIN))
+    loss = jax.jit(of_batch(losses.preference(CFG, PLAIN)))
     a, b = (loss(PARAMS, as_arrays(x))[2]["rewards/margins"][0] for x in (batch, swapped))
     np.testing.assert_allclose(a, -b, rtol=1e-5)
 
@@ -180,8 +181,8 @@ def test_prompt_tokens_get_no_gradient_of_their_own():
 def test_router_losses_weigh_rows_by_their_labelled_tokens():
     batch = as_arrays(packed_batch(np.random.default_rng(0), CFG))
     outputs = apply(CFG, PARAMS, batch)
-    plain, weight, _ = jax.jit(losses.next_token(CFG, PLAIN))(PARAMS, batch)
-    with_router = losses.next_token(CFG, config.Loss(router_aux_loss=0.02, router_z_loss=0.001))
+    plain, weight, _ = jax.jit(of_batch(losses.next_token(CFG, PLAIN)))(PARAMS, batch)
+    with_router = of_batch(losses.next_token(CFG, config.Loss(router_aux_loss=0.02, router_z_loss=0.001)))
     full, _, metrics = jax.jit(with_router)(PARAMS, batch)
     rows = np.asarray(batch["loss_weights"]).sum(1)
     aux = sum((np.asarray(layer) * rows).sum() for layer in outputs.router.aux_B)

@@ -146,7 +146,7 @@ def test_steps_equal_optax_adamw():
     options = config.Optimizer(learning_rate=1e-2, learning_rate_floor=1e-3, warmup_steps=3, weight_decay=0.1, clip_norm=0.5)
     loss = losses.next_token(cfg, config.Loss())
     optimizer, rate = make_optimizer(options), make_schedule(options, 10)
-    step = make_train_step(loss, optimizer, rate, options.clip_norm)
+    step = make_train_step(loss, make_update(optimizer, rate, options.clip_norm))
     # The step donates its state, so each side starts from its own copy.
     state = init_state(init(cfg, jax.random.key(0)), optimizer, jax.random.key(0))
     params = init(cfg, jax.random.key(0))

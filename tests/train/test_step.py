@@ -12,7 +12,7 @@ from tanuki_jax import checkpoint, config, parallel
 from tanuki_jax.data import loader
 from tanuki_jax.train import losses
 from tanuki_jax.train.optimizer import make_optimizer, make_schedule
-from tanuki_jax.train.step import gradients, init_state, make_train_step
+from tanuki_jax.train.step import gradients, init_state, make_train_step, make_update
 from tests.tiny import init, packed_batch, problem, small
 
 LOSS = config.Loss(z_loss=1e-3, router_z_loss=1e-3)
@@ -90,12 +90,12 @@ def test_a_step_that_is_not_finite_keeps_the_parameters():
     cfg = small()
     optimizer = make_optimizer(config.Optimizer())
 
-    def loss(params, batch):
-        total, weight, metrics = losses.next_token(cfg, config.Loss())(params, batch)
+    def loss(params, batch, balance, key):
+        total, weight, metrics = losses.next_token(cfg, config.Loss())(params, batch, balance, key)
         poison = jnp.where(batch["tokens"].sum() > 0, 1.0, jnp.nan)
         return total * poison, weight, metrics
 
-    step = make_train_step(loss, optimizer, make_schedule(config.Optimizer(), 10), 1.0)
+    step = make_train_step(loss, make_update(optimizer, make_schedule(config.Optimizer(), 10), 1.0))
     state = init_state(init(cfg, jax.random.key(0)), optimizer, jax.random.key(0))
     good = {n: jnp.asarray(v) for n, v in packed_batch(np.random.default_rng(0), cfg).items()}
     state, metrics = step(state, good)

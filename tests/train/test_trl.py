@@ -14,7 +14,7 @@ from tanuki_jax.data.conversation import read_fields
 from tanuki_jax.data.tokenizer import Tokenizer
 from tanuki_jax.train import losses
 from tanuki_jax.train.optimizer import make_optimizer, make_schedule
-from tanuki_jax.train.step import init_state, make_train_step
+from tanuki_jax.train.step import init_state, make_train_step, make_update
 from tests.interop.llama import flat, nested
 from tests.tiny import small
 from tests.train import make_trl
@@ -89,10 +89,10 @@ def pairs(name):
 # --- steps ------------------------------------------------------------------------------------------------------------
 
 
-def any_preference(params, batch):
+def any_preference(params, batch, balance, key):
     """One program for all preference losses, as compiling takes the time: their weights are part of the batch."""
     given = dict(zip(PREFERENCES, batch["preference"], strict=True))
-    return losses.preference(CFG, config.Loss(beta=0.1, preference=given, label_smoothing=0.1))(params, batch)
+    return losses.preference(CFG, config.Loss(beta=0.1, preference=given, label_smoothing=0.1))(params, batch, balance, key)
 
 
 def preferring(name):
@@ -117,7 +117,7 @@ def program(kind, gradient_accumulation_steps):
     )
     loss = any_preference if kind == "any" else losses.make_loss(kind, CFG, config.Loss(beta=0.1))
     optimizer = make_optimizer(adam)
-    step = make_train_step(loss, optimizer, make_schedule(adam, STEPS), make_trl.CLIP, gradient_accumulation_steps)
+    step = make_train_step(loss, make_update(optimizer, make_schedule(adam, STEPS), make_trl.CLIP), gradient_accumulation_steps)
     return jax.jit(lambda: init_state(params(), optimizer, jax.random.key(0))), step
 
 
