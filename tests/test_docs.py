@@ -63,6 +63,14 @@ def test_config_keys_exist(page):
         assert any(f"{key}.".startswith(f"{word}.") or word.startswith(f"{key}.") for key in KEYS), word
 
 
+def test_names_in_contributing_exist():
+    """Functions, classes and tables that CONTRIBUTING.md points to."""
+    sources = [p for folder in ("tanuki_jax", "tests") for p in (ROOT / folder).rglob("*.py")]
+    words = set(re.findall(r"\w+", " ".join(p.read_text(encoding="utf-8") for p in sources)))
+    named = set(re.findall(r"`(\w+)`", prose(ROOT / "CONTRIBUTING.md")))
+    assert named <= words | {"utils"}, named - words
+
+
 def test_one_train_step_is_read_in_few_lines():
     """The files of the section "One dense train step, file by file"."""
     text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
