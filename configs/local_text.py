@@ -2,15 +2,15 @@
 
 tanuki run --config=configs/local_text.py --workdir=runs/mine --config.data.ja='ja/*.jsonl.gz' --config.data.en='en/*.txt'
 
-Sources are .txt, .jsonl or .jsonl.gz files with a field `text`; both languages count the same.  To train on one language, give
-its files alone and set the other's weight to 0:
+Sources are .txt, .jsonl or .jsonl.gz files with a field `text`; both languages have the same weight.  To train on one language,
+give its files alone and set the other's weight to 0:
 
 tanuki run --config=configs/local_text.py --workdir=runs/ja --config.data.ja='ja/*.jsonl.gz' \\
     --config.stages.pretrain.mixture.en='(0.0,)'
 
-About 5 million parameters and 1.2 million tokens: a few minutes on a laptop.  Expected on 36 MB of novels: the loss falls from
-ln 16384 = 9.7 to 5.2 (benchmarks/results/ has the run).  Little text has too few words for the 16,000 pieces of the tokenizer;
-it then has fewer.  Continue by raising --config.stages.pretrain.steps in a new --workdir.
+About 5 million parameters and 1.2 million tokens: a few minutes on a laptop.  Expected on 36 MB of novels: the loss falls
+from ln 16384 = 9.7 to 5.2 (benchmarks/results/2026-11-24-local_text.md).  With too little text for 16,000 pieces, the
+tokenizer has fewer.  To train longer, raise --config.stages.pretrain.steps in a new --workdir.
 """
 
 from tanuki_jax import config

@@ -1,10 +1,10 @@
-"""LR-range test of the nano model: the rate rises from 1e-5 to 1 in 400 steps, and the report shows where the loss falls.
+"""LR-range test of the nano model: the learning rate rises from 1e-5 to 1 in 400 steps, and the report plots the loss over it.
 
 tanuki run --config=configs/lr_range.py --workdir=runs/lr_range
 
 About a minute on a laptop.  It ends with a line like `learning rate: lowest loss at 0.02, steepest fall at 0.004, try 0.002`.
-For another model do the same in a file of its own: a short stage with `schedule="lr_range_test"`, and a guard that
-only looks on.
+For another model, write a config of its own: a short stage with `schedule="lr_range_test"`, and a guard that never
+interferes.
 """
 
 from pathlib import Path
@@ -25,6 +25,6 @@ def get_config():
     pretrain |= dict(tokens=0, steps=steps, log_every=1, save_every=steps, phase_start_tokens=(0,))
     pretrain["mixture"] = {name: weights[:1] for name, weights in pretrain["mixture"].items()}
     pretrain["optimizer"] = dict(schedule="lr_range_test", learning_rate=1.0, learning_rate_floor=1e-5)
-    pretrain["guard"] = dict(spike_sigma=0.0, skip_limit=steps)  # that it diverges at last is the point
+    pretrain["guard"] = dict(spike_sigma=0.0, skip_limit=steps)  # it is meant to diverge in the end
     c.stages.lr_range = config.stage(**pretrain)
     return c

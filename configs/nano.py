@@ -37,7 +37,7 @@ def get_config():
         dict(
             vocab_size=1280,
             character_coverage=1.0,
-            boundary="morpheme",  # the paper's rule; so small a vocabulary has no room for longer units
+            boundary="morpheme",  # the paper's rule; a vocabulary this small has no place for longer units
             sources=("ja", "en", "synthetic_ja", "synthetic_en", "dialogues"),
             max_bytes=2_000_000,
         )
@@ -47,7 +47,7 @@ def get_config():
     def adam(peak, **options):
         return dict(learning_rate=peak, learning_rate_floor=peak / 20, warmup_ratio=0.05, clip_norm=1.0, **options)
 
-    # What --config.stages.sft.lora.rank=16 would train: adapters of all matrices instead of the matrices.
+    # Used with --config.stages.sft.lora.rank=16: adapters of all matrices are trained instead of the matrices.
     adapters = dict(alpha=32.0, targets={"attn/*": 0, "moe/*": 0})
     row = dict(seq_len=128, batch_size=8, save_every=500, log_every=10)
     c.stages.pretrain = config.stage(

@@ -7,20 +7,20 @@ The argument is the directory of the corpora: each source is DIR/<name>/*.jsonl.
 billion of them synthetic); losses at the ends of the runs as in the comments, all from the ledger.
 
 Where the sources disagree, or say nothing:
-- The paper says that Japanese was 1/2 to 2/3 of pretraining.  The ledger describes runs 2-7, 763 of the 1,076 billion tokens
-  before the mixture was split off, as about 90 % FineWeb-Edu (English) and llm-jp.  The ledger is followed.
+- The paper says that Japanese was 1/2 to 2/3 of pretraining.  The ledger describes runs 2-7 (763 of the 1,076 billion
+  tokens before upcycling) as about 90 % FineWeb-Edu (English) and llm-jp.  We follow the ledger.
 - The paper says "Llama 2 structure"; the scripts have 8 KV heads, as below.
-- Run 8: the ledger says sequences of 8192, the script 1536 x 2048 with RoPE base 1e4.  The script is followed.
-- Warm-up is known from run 5 on; 1000 steps are assumed before, and 10 for run 15 (that of the mixture's last run).
-- Shares inside a description ("llm-jp and FineWeb-Edu") are assumed equal where the ledger gives none; phase 1 is known by its
-  data and totals ("2e-5 family" of rates).
-- Runs 5-7 are one cosine over 300,000 iterations, left at about 126,000 with the rate near 1.0e-4; an attempt with 3e-4 in
-  between spiked, was rolled back, and is left out.
-- The team lost Adam's moments at nearly every change of data (`--finetune`), and so do these stages, but for runs 6 and 7,
-  which change nothing.  Set restore="all" to do better.
-- FP8 (hybrid) was used; these stages compute in bfloat16.
-- SFT and DPO (paper, table 2) counted examples: 640 and 512 in a batch.  Here rows are packed, so a batch has fewer rows, about
-  as many examples: 160 rows of 2048 tokens if an example has 500, 256 rows of two pairs.
+- Run 8: the ledger says sequences of 8192, the script 1536 x 2048 with RoPE base 1e4.  We follow the script.
+- Warm-up is known from run 5 on.  We assume 1000 steps before, and 10 for run 15 (as in the last run of the mixture).
+- Shares inside a description ("llm-jp and FineWeb-Edu") are assumed equal where the ledger gives none.  Of phase 1 only
+  data, totals and a "2e-5 family" of learning rates are known.
+- Runs 5-7 are one cosine over 300,000 iterations, left at about 126,000 with the learning rate near 1.0e-4.  An attempt
+  with 3e-4 in between spiked and was rolled back; it is left out.
+- The team dropped Adam's moments at nearly every change of data (`--finetune`), and so do these stages, except runs 6 and
+  7, which change nothing.  Set restore="all" to keep the moments.
+- The original used FP8 (hybrid); these stages compute in bfloat16.
+- The batches of SFT and DPO were counted in examples: 640 and 512.  Here rows are packed, so a batch has fewer rows with
+  about as many examples: 160 rows of 2048 tokens if an example has 500, and 256 rows of two pairs.
 - The DPO pairs: the paper speaks of two samples and a judge; for the 8B, the code took calm3-22B's answer as chosen and
   Tanuki's own as rejected.
 """
@@ -28,7 +28,7 @@ Where the sources disagree, or say nothing:
 from tanuki_jax import config
 
 B = 1_000_000_000
-# Microbatches: with remat="full" every stage fits 128 v5p and 256 v6e chips; see docs/scaling.md.
+# With remat="full" and these gradient_accumulation_steps every stage fits 128 v5p and 256 v6e chips; see docs/scaling.md.
 SHORT = dict(seq_len=2048, batch_size=3072, gradient_accumulation_steps=2, rope_theta=1e4)
 LONG = dict(seq_len=8192, batch_size=1536, gradient_accumulation_steps=2, rope_theta=5e5)
 TEXT = ("branch_ja", "branch_en", "llm_jp", "fineweb_edu", "rewritten", "instruct_en", "instruct_ja", "code_maths", "wizardlm")
@@ -109,9 +109,9 @@ def dense_before_split(c):
     ]
     last = ""
     for name, tokens, mixture, options, rows in stages:
-        carry = "all" if name in ("run_06", "run_07") else "params"
+        restore = "all" if name in ("run_06", "run_07") else "params"
         c.stages[name] = config.stage(
-            "pretrain", init_from=last, restore=carry, tokens=tokens, mixture=mixture, **rows, **options
+            "pretrain", init_from=last, restore=restore, tokens=tokens, mixture=mixture, **rows, **options
         )
         last = name
     return last

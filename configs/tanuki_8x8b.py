@@ -7,18 +7,18 @@ active; 635 billion tokens after the split (1,711 with the dense part; about 211
 runs as in the comments, from the ledger.
 
 Where the sources disagree, or say nothing (see tanuki_8b.py for the dense part):
-- "Following Skywork-MoE" (paper): only the normalised gate was taken.  The balancing loss had a fixed coefficient, 0.02; the
+- "Following Skywork-MoE" (paper): only the normalized gate was adopted.  The balancing loss had a fixed coefficient, 0.02.  The
   router's z-loss was computed and logged, but its gradient was disabled, so it is 0 here.
-- The router was drawn from N(0, 1), as below.  With a normalised gate its scale changes no output, only how fast it turns:
+- The router was drawn from N(0, 1), as below.  With a normalized gate its scale changes no output, only how fast it turns:
   about fifty times slower than N(0, 0.02^2) at the same learning rate.
-- The gate was normalised in bfloat16; here it is float32.
-- From run 9 on rows were packed best-fit, each from whole documents.  These stages cut windows.
-- Runs 12-15 use sequences of 4096 (the scripts of 1 August and later).  Shares inside a description are assumed equal; the rate
-  of run 13 (5e-6) has no script: floor and warm-up of run 12 are taken.
+- The gate was normalized in bfloat16; here it is float32.
+- From run 9 on, rows were packed by best fit from whole documents.  These stages cut windows.
+- Runs 12-15 use sequences of 4096 (the scripts of 1 August and later).  Shares inside a description are assumed equal.  The
+  learning rate of run 13 (5e-6) has no script; we take floor and warm-up of run 12.
 - Tokens inside a group of runs that share a description (6-8, 9-11) are split as the ledger splits them, their data alike.
-- SFT: 640 examples a batch is the 8B's; the mixture's batch is not recorded beyond 2 x 4 on a GPU, so it is taken over.
+- SFT: 640 examples per batch are the 8B's.  Of the mixture's batch only 2 x 4 per GPU is recorded, so we use the 8B's.
 - DPO: the paper has 30,078 pairs, the published config 10,000 from each of three sets, the ledger a row of 10,078 that is
-  labelled with an SFT set.  The config is followed: LoRA (rank 128, alpha 256, dropout 0.05 on q, k, v) with 2e-6 for two
+  labelled with an SFT set.  We follow the config: LoRA (rank 128, alpha 256, dropout 0.05 on q, k, v) with 2e-6 for two
   epochs; the ledger says "full".  Its fan_in_fan_out=True, which PEFT resets for these layers, has no counterpart.
 """
 

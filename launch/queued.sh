@@ -3,8 +3,8 @@
 #
 #   launch/queued.sh [--dry_run] [--settings=FILE] until_done|create|wait|install|run|status|delete
 #
-# until_done creates the slices, waits for them, installs, trains; after a preemption it deletes what is left and begins anew, and
-# the run goes on from its last checkpoint.  It ends when the recipe is done, or when the run itself says that it cannot go on.
+# until_done creates the slices, waits for them, installs and trains.  After a preemption it deletes what is left and starts again,
+# and the run resumes from its last checkpoint.  It ends when the recipe is done, or when the run exits with an error of its own.
 #
 # Set in the environment, or in FILE (environment.example):
 #   TPU_NAME   name of the request and prefix of its slices      ZONE      for example us-east5-a

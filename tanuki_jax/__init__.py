@@ -1,3 +1,3 @@
 """tanuki_jax: the Tanuki paper as one recipe, in JAX.  See README.md for the two commands."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -10,14 +10,16 @@ from tanuki_jax import config
 from tanuki_jax.cli.parser import HELP, make_parser
 
 ROOT = Path(__file__).parents[2]
-PLACES = [ROOT / "README.md", *sorted((ROOT / "configs").glob("*.py"))]
+PAGES = [*ROOT.glob("README*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "launch/README.md"]
+PLACES = [*sorted(PAGES), *sorted((ROOT / "configs").glob("*.py"))]
 
 
 def commands(text):
-    """Lines that begin with tanuki, with those that they go on in; what follows two spaces says what they do."""
+    """Lines that begin with tanuki, with their continuation lines; what follows two spaces says what they do."""
     lines = re.sub(r"\\+\n\s*", "", text).splitlines()
     found = [re.sub(r" {2,}\S.*| {2,}$", "", line.strip()) for line in lines]
-    return [line.removeprefix(".venv/bin/") for line in found if re.match(r"(\.venv/bin/)?tanuki [a-z]+ --", line)]
+    found += re.findall(r"`(tanuki [^`\n]*=[^`\n]*)`", text)  # in a sentence or a table
+    return [line.removeprefix(".venv/bin/") for line in found if re.match(r"(\.venv/bin/)?tanuki( [a-z]+)+ --", line)]
 
 
 COMMANDS = [c for text in (HELP, *(p.read_text(encoding="utf-8") for p in PLACES)) for c in commands(text)]
@@ -34,10 +36,11 @@ def test_it_is_understood(command, monkeypatch):
 
 
 def test_there_are_commands_and_one_trains_on_a_single_language():
-    assert len(COMMANDS) > 6
+    assert len(COMMANDS) > 20
     assert [c for c in COMMANDS if "data.ja" in c and "data.en" not in c and "mixture.en=" in c]
 
 
-def test_the_readme_says_where_the_program_is_before_it_calls_it():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", ["README.md", "README.ja.md"])
+def test_the_readme_says_where_the_program_is_before_it_calls_it(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
     assert text.index("source .venv/bin/activate") < text.index("\n    tanuki ")
