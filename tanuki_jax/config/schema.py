@@ -376,7 +376,7 @@ CHOICES = {
     "expert_impl": ("auto", "pallas", "megablox", "mosaic", "ragged", "blocked", "padded", "reference"),
     "moment_dtype": ("float32", "bfloat16"),
 }
-# Names in Loss.preference (train/preference.py).
+# Names in Loss.preference (train/pair_losses.py).
 PREFERENCES = (
     *("sigmoid", "cdpo", "robust", "hinge", "ipo", "sigmoid_norm", "apo_zero", "apo_down", "nca_pair", "bco_pair"),
     *("sppo_hard", "sft"),

@@ -14,7 +14,7 @@ from tanuki_jax.progress import Progress
 from tanuki_jax.recipe.dataset import StageDataset
 from tanuki_jax.recipe.initial_state import InitialState
 from tanuki_jax.recipe.workdir import Workdir
-from tanuki_jax.train import losses
+from tanuki_jax.train.preference import pair_scores
 from tanuki_jax.train.step import Params
 
 
@@ -50,7 +50,7 @@ def _source_logprobs(
     cfg: config.ModelConfig, params: Params, rows: packing.PackedPairs, batch_size: int, mesh: jax.sharding.Mesh
 ) -> np.ndarray:
     """Log-probabilities [pairs, 2] of one source; the rows are walked in order, the last batch filled up with repetitions."""
-    compute = jax.jit(lambda p, batch: losses.pair_scores(model.dropless(cfg), p, batch)[0].logprobs)
+    compute = jax.jit(lambda p, batch: pair_scores(model.dropless(cfg), p, batch)[0].logprobs)
     result = np.zeros((len(rows.ref_logprobs), 2), np.float32)
     progress = Progress("reference log-probabilities", len(rows), "rows", quiet=jax.process_index() != 0)
     for first in range(0, len(rows), batch_size):

@@ -12,11 +12,12 @@ from tanuki_jax.data import loader
 from tanuki_jax.data.packing import Example, HeldOutRows
 from tanuki_jax.data.tokenizer import Tokenizer, byte_of
 from tanuki_jax.train import losses
+from tanuki_jax.train.next_token import Params
 
 
 def make_validation(
     cfg: config.ModelConfig, held_out: Mapping[str, HeldOutRows], tokenizer: Tokenizer, mesh: jax.sharding.Mesh, batch_size: int
-) -> Callable[[losses.Params], dict[str, float]]:
+) -> Callable[[Params], dict[str, float]]:
     """params -> `validation/SOURCE/loss` (nats per token) and `validation/SOURCE/bits_per_byte` of every source.
 
     Bits per byte compare models with different tokenizers: the bits of all tokens over the UTF-8 bytes that they spell.
@@ -26,7 +27,7 @@ def make_validation(
     score = jax.jit(lambda params, batch: loss_fn(params, batch, {}, None)[2]["loss"])
     sizes = {name: sum(_bytes(rows[i], tokenizer) for i in range(len(rows))) for name, rows in held_out.items()}
 
-    def validate(params: losses.Params) -> dict[str, float]:
+    def validate(params: Params) -> dict[str, float]:
         result: dict[str, float] = {}
         for name, rows in held_out.items():
             total = weight = 0.0

@@ -18,8 +18,8 @@ from tanuki_jax.errors import Preempted, UserError
 from tanuki_jax.progress import Progress
 from tanuki_jax.train.goodput import Clock
 from tanuki_jax.train.guard import Events, Guard, read_events
-from tanuki_jax.train.losses import Batch, Params
 from tanuki_jax.train.metrics import MetricsWriter, Row, mfu, read_metrics, to_plain, validation_loss
+from tanuki_jax.train.next_token import Batch, Params
 from tanuki_jax.train.profile import Profile, handle_sigusr1
 from tanuki_jax.train.rollback import SkippedBatches
 from tanuki_jax.train.step import State, StepMetrics, TrainStep

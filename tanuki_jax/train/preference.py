@@ -1,115 +1,87 @@
-"""Preference losses of one pair, by the names that TRL's users know.
-
-All see how much likelier the policy makes an answer than the reference does: c of the chosen and r of the rejected one, sums of
-log-ratios over the answer's tokens, whose numbers are n_c and n_r; float32, [B, P] each.  A parameter of a loss is a key of
-`config.Loss`.
-"""
+"""Direct preference optimisation: the loss of a batch of pairs, which are packed like any other text."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from tanuki_jax import config
-
-_log_sigmoid, _sigmoid = jax.nn.log_sigmoid, jax.nn.sigmoid
-
-
-def sigmoid(c: jax.Array, r: jax.Array, n_c: jax.Array, n_r: jax.Array, options: config.Loss) -> jax.Array:
-    """Rafailov et al. 2023, eq. 7, the DPO loss.  Without label smoothing, as in TRL; with it the loss is `cdpo`."""
-    return -_log_sigmoid(options.beta * (c - r))
+from tanuki_jax import config, model
+from tanuki_jax.train.balance import Balance
+from tanuki_jax.train.next_token import Batch, LossFn, Mean, Metrics, Params, by_source, make_dropout, router_loss
+from tanuki_jax.train.pair_losses import pair_loss
 
 
-def cdpo(c: jax.Array, r: jax.Array, n_c: jax.Array, n_r: jax.Array, options: config.Loss) -> jax.Array:
-    """Mitchell 2023, conservative DPO: a preference is wrong with probability `label_smoothing`."""
-    margin, e = options.beta * (c - r), options.label_smoothing
-    return -(1 - e) * _log_sigmoid(margin) - e * _log_sigmoid(-margin)
+class PairScores(NamedTuple):
+    """Of the answers of each pair, chosen and rejected; 0 where there is no pair."""
+
+    logprobs: jax.Array  # [B, P, 2] summed over the labelled tokens, float32
+    lengths: jax.Array  # [B, P, 2] labelled tokens, float32
+    correct: jax.Array  # [B, P, 2] of these, those that are the likeliest, float32
+    logits: jax.Array  # [B, P, 2] sum over these of the mean logit of the vocabulary, float32
+    entropy: jax.Array  # [B, P, 2] sum over these, float32
 
 
-def robust(c: jax.Array, r: jax.Array, n_c: jax.Array, n_r: jax.Array, options: config.Loss) -> jax.Array:
-    """Chowdhury et al. 2024: unbiased where a share `label_smoothing` of the preferences is flipped."""
-    margin, e = options.beta * (c - r), options.label_smoothing
-    return (-(1 - e) * _log_sigmoid(margin) + e * _log_sigmoid(-margin)) / (1 - 2 * e)
+def pair_scores(
+    cfg: config.ModelConfig, params: Params, batch: Batch, dropout: model.Dropout | None = None
+) -> tuple[PairScores, model.Outputs]:
+    """Scores of the answers of a batch of pairs.
 
-
-def hinge(c: jax.Array, r: jax.Array, n_c: jax.Array, n_r: jax.Array, options: config.Loss) -> jax.Array:
-    """Zhao et al. 2023 (SLiC), with the normalisation of RSO."""
-    return jax.nn.relu(1 - options.beta * (c - r))
-
-
-def ipo(c: jax.Array, r: jax.Array, n_c: jax.Array, n_r: jax.Array, options: config.Loss) -> jax.Array:
-    """Azar et al. 2023, eq. 17, on mean log-ratios of tokens, as in TRL."""
-    return (c / n_c - r / n_r - 1 / (2 * options.beta)) ** 2
-
-
-def sigmoid_norm(c: jax.Array, r: jax.Array, n_c: jax.Array, n_r: jax.Array, options: config.Loss) -> jax.Array:
-    """The DPO loss on mean log-ratios of tokens (Tulu 3)."""
-    return -_log_sigmoid(options.beta * (c / n_c - r / n_r))
-
-
-def apo_zero(c: jax.Array, r: jax.Array, n_c: jax.Array, n_r: jax.Array, options: config.Loss) -> jax.Array:
-    """D'Oosterlinck et al. 2024: chosen answers up, rejected ones down."""
-    return 1 - _sigmoid(options.beta * c) + _sigmoid(options.beta * r)
-
-
-def apo_down(c: jax.Array, r: jax.Array, n_c: jax.Array, n_r: jax.Array, options: config.Loss) -> jax.Array:
-    """D'Oosterlinck et al. 2024: both down, rejected ones further."""
-    return _sigmoid(options.beta * c) + 1 - _sigmoid(options.beta * (c - r))
-
-
-def nca_pair(c: jax.Array, r: jax.Array, n_c: jax.Array, n_r: jax.Array, options: config.Loss) -> jax.Array:
-    """Chen et al. 2024, noise contrastive alignment of pairs."""
-    return -_log_sigmoid(options.beta * c) - 0.5 * _log_sigmoid(-options.beta * c) - 0.5 * _log_sigmoid(-options.beta * r)
-
-
-def bco_pair(c: jax.Array, r: jax.Array, n_c: jax.Array, n_r: jax.Array, options: config.Loss) -> jax.Array:
-    """Jung et al. 2024, binary classifier optimisation of pairs, without its running mean, as in TRL's DPO trainer."""
-    return -_log_sigmoid(options.beta * c) - _log_sigmoid(-options.beta * r)
-
-
-def sppo_hard(c: jax.Array, r: jax.Array, n_c: jax.Array, n_r: jax.Array, options: config.Loss) -> jax.Array:
-    """Wu et al. 2024, self-play preference optimisation with hard labels."""
-    return (c - 1 / (2 * options.beta)) ** 2 + (r + 1 / (2 * options.beta)) ** 2
-
-
-class PairLoss(Protocol):
-    """A loss of each pair, [B, P]."""
-
-    def __call__(self, c: jax.Array, r: jax.Array, n_c: jax.Array, n_r: jax.Array, options: config.Loss) -> jax.Array: ...
-
-
-PREFERENCE_LOSSES: Mapping[str, PairLoss] = {
-    "sigmoid": sigmoid,
-    "cdpo": cdpo,
-    "robust": robust,
-    "hinge": hinge,
-    "ipo": ipo,
-    "sigmoid_norm": sigmoid_norm,
-    "apo_zero": apo_zero,
-    "apo_down": apo_down,
-    "nca_pair": nca_pair,
-    "bco_pair": bco_pair,
-    "sppo_hard": sppo_hard,
-}
-SFT = "sft"  # in a weighted sum: minus the mean log-probability of the chosen answer's tokens
-
-
-def pair_loss(options: config.Loss, ratios_BP2: jax.Array, logps_BP2: jax.Array, lengths_BP2: jax.Array) -> jax.Array:
-    """The weighted sum of the losses of each pair that `options.preference` names, [B, P].
-
-    Args:
-      options: the weight of each loss by its name in PREFERENCE_LOSSES, or `sft`; and the losses' parameters.
-      ratios_BP2: log(policy / reference) of the chosen and the rejected answer.
-      logps_BP2: the policy's log-probabilities of both, for `sft`.
-      lengths_BP2: tokens of both.
+    `pair_segments` [B, P, 2] names the segment of each answer in its row, so pairs are packed like any other text.
     """
-    n_c, n_r = (jnp.maximum(lengths_BP2[..., i], 1.0) for i in (0, 1))
-    c, r = ratios_BP2[..., 0], ratios_BP2[..., 1]
-    total = jnp.zeros_like(c)
-    for name, weight in (options.preference or {"sigmoid": 1.0}).items():
-        value = -logps_BP2[..., 0] / n_c if name == SFT else PREFERENCE_LOSSES[name](c, r, n_c, n_r, options)
-        total += weight * value
-    return total
+    outputs = model.apply(cfg, params, batch, dropout)
+    scores = model.token_scores(cfg, params, outputs, batch["targets"], entropy=True)
+    assert scores.entropy is not None
+    logits_BS = jax.lax.stop_gradient(model.mean_logits(cfg, params, outputs))
+    weights_BS = batch["loss_weights"].astype(jnp.float32)
+    segments = 2 * batch["pair_segments"].shape[1] + 1
+
+    def of_answers(values_BS: jax.Array) -> jax.Array:
+        add = lambda v, s: jax.ops.segment_sum(v, s, num_segments=segments)  # noqa: E731
+        per_segment_BM = jax.vmap(add)(values_BS, batch["segment_ids"])
+        sums_BP2 = jax.vmap(lambda row, index: row[index])(per_segment_BM, batch["pair_segments"])
+        return jnp.where(batch["pair_segments"] > 0, sums_BP2, 0.0)
+
+    values = (scores.logprob, jnp.ones_like(weights_BS), scores.correct, logits_BS, scores.entropy)
+    return PairScores(*(of_answers(value_BS * weights_BS) for value_BS in values)), outputs
+
+
+def preference(cfg: config.ModelConfig, options: config.Loss, sources: Sequence[str] = (), dropout: float = 0.0) -> LossFn:
+    """Direct preference optimisation: the weighted sum of losses that `options.preference` names (train/pair_losses.py).
+
+    The batch carries `ref_logprobs` [B, P, 2] of the reference model.  Metrics have TRL's names; weight counts pairs.
+    """
+
+    def loss(params: Params, batch: Batch, balance: Balance, key: jax.Array | None) -> tuple[jax.Array, jax.Array, Metrics]:
+        scores, outputs = pair_scores(cfg, params, batch, make_dropout(dropout, key))
+        logp_BP2, lengths_BP2, correct_BP2, logits_BP2, entropy_BP2 = scores
+        valid_BP = (batch["pair_segments"][..., 0] > 0).astype(jnp.float32)
+        ratios_BP2 = logp_BP2 - batch["ref_logprobs"]
+        rewards_BP2 = options.beta * ratios_BP2
+        margin_BP = rewards_BP2[..., 0] - rewards_BP2[..., 1]
+        per_pair_BP = pair_loss(options, ratios_BP2, logp_BP2, lengths_BP2)
+        weight = valid_BP.sum()
+
+        def mean(value_BP: jax.Array) -> Mean:
+            return (value_BP * valid_BP).sum(), weight
+
+        metrics = {
+            "loss": mean(per_pair_BP),
+            "rewards/chosen": mean(rewards_BP2[..., 0]),
+            "rewards/rejected": mean(rewards_BP2[..., 1]),
+            "rewards/margins": mean(margin_BP),
+            "rewards/accuracies": mean((margin_BP > 0).astype(jnp.float32)),
+            "logps/chosen": mean(logp_BP2[..., 0]),
+            "logps/rejected": mean(logp_BP2[..., 1]),
+            "logits/chosen": (logits_BP2[..., 0].sum(), lengths_BP2[..., 0].sum()),
+            "logits/rejected": (logits_BP2[..., 1].sum(), lengths_BP2[..., 1].sum()),
+            "mean_token_accuracy": (correct_BP2[..., 0].sum(), lengths_BP2[..., 0].sum()),
+            "entropy": (entropy_BP2.sum(), lengths_BP2.sum()),
+            **by_source(batch, sources, (per_pair_BP * valid_BP).sum(axis=1), valid_BP.sum(axis=1)),
+        }
+        router, router_metrics = router_loss(cfg, outputs, options, valid_BP.sum(axis=1), balance)
+        return metrics["loss"][0] + router, weight, metrics | router_metrics
+
+    return loss

@@ -225,7 +225,7 @@ def test_every_batch_of_the_reference_shows_that_the_process_gets_on(monkeypatch
             return [row]
 
     made = types.SimpleNamespace(logprobs=np.zeros((2, 1, 2), np.float32))
-    monkeypatch.setattr(reference.losses, "pair_scores", lambda cfg, params, batch: (made,))
+    monkeypatch.setattr(reference, "pair_scores", lambda cfg, params, batch: (made,))
     monkeypatch.setattr(reference.loader, "stack", lambda rows: np.zeros(2))
     monkeypatch.setattr(reference.loader, "on_devices", lambda batch, mesh, size: batch)
     monkeypatch.setattr(reference.jax, "jit", lambda f: f)

@@ -18,6 +18,7 @@ from tanuki_jax.recipe.dataset import make_dataset
 from tanuki_jax.recipe.workdir import Workdir
 from tanuki_jax.train import losses
 from tanuki_jax.train.optimizer import make_optimizer
+from tanuki_jax.train.preference import pair_scores
 from tests import tiny_lora
 from tests.tiny_recipe import times
 
@@ -250,7 +251,7 @@ def logprobs_of(home, stage, name):
     loaded = checkpoint.load(home / "stages" / name)
     [rows] = make_dataset(recipe, stage, artifacts.prepare(recipe, Workdir(home), {"pairs"}), home / "data").sources
     batch = {key: jnp.asarray(value) for key, value in loader.stack([rows[r] for r in range(len(rows))]).items()}
-    scores = np.asarray(jax.jit(lambda p, b: losses.pair_scores(loaded.cfg, p, b)[0].logprobs)(loaded.params, batch))
+    scores = np.asarray(jax.jit(lambda p, b: pair_scores(loaded.cfg, p, b)[0].logprobs)(loaded.params, batch))
     found = np.zeros((len(rows.ref_logprobs), 2))
     for r, values in enumerate(scores):
         found[rows.pairs(r)] = values[: len(rows.pairs(r))]

@@ -15,7 +15,7 @@ from tanuki_jax import config
 from tanuki_jax.errors import Preempted, UserError
 from tanuki_jax.train import goodput, loop
 from tanuki_jax.train.guard import Guard
-from tanuki_jax.train.loop import run_loop
+from tanuki_jax.train.loop import EvalHook, run_loop
 from tanuki_jax.train.step import State
 
 
@@ -42,7 +42,7 @@ def train_step(state, batch):
 
 
 def run(this, batches=lambda first: iter(range(first, 1000)), step=train_step, probes=()):
-    return run_loop(this, ABSTRACT, fresh_state, step, lambda first, number: batches(first), probes=probes)
+    return run_loop(this, ABSTRACT, fresh_state, step, lambda first, number: batches(first), eval_hooks=[EvalHook(*p) for p in probes])
 
 
 def rows(directory):

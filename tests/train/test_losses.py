@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from tanuki_jax import config
-from tanuki_jax.train import losses, preference
+from tanuki_jax.train import losses, pair_losses
+from tanuki_jax.train.preference import pair_scores
 from tests.tiny import apply, as_arrays, init, of_batch, packed_batch, pair_batch, small
 
 CFG = small(n_experts=4)
@@ -90,7 +91,7 @@ GOLDEN = {
 def of_golden_pairs(weights, beta, smoothing=0.1):
     policy = np.stack([CHOSEN, REJECTED], -1).astype(np.float32)
     arrays = (jnp.asarray(a)[None] for a in (RATIOS, policy, LENGTHS))
-    return preference.pair_loss(config.Loss(preference=weights, beta=beta, label_smoothing=smoothing), *arrays)[0]
+    return pair_losses.pair_loss(config.Loss(preference=weights, beta=beta, label_smoothing=smoothing), *arrays)[0]
 
 
 @pytest.mark.parametrize(("name", "beta"), GOLDEN)
@@ -99,8 +100,8 @@ def test_golden_vector(name, beta):
 
 
 def test_every_loss_has_its_golden_value_and_its_name_in_the_schema():
-    assert {name for name, _ in GOLDEN} == set(preference.PREFERENCE_LOSSES)
-    assert {*preference.PREFERENCE_LOSSES, preference.SFT} == set(config.PREFERENCES)
+    assert {name for name, _ in GOLDEN} == set(pair_losses.PREFERENCE_LOSSES)
+    assert {*pair_losses.PREFERENCE_LOSSES, pair_losses.SFT} == set(config.PREFERENCES)
 
 
 def test_losses_are_summed_by_their_weights_and_sft_is_the_mean_of_the_chosen_tokens():
@@ -113,12 +114,12 @@ def test_cdpo_without_smoothing_is_the_dpo_loss():
     np.testing.assert_array_equal(of_golden_pairs({"cdpo": 1.0}, 0.1, 0.0), of_golden_pairs({"sigmoid": 1.0}, 0.1))
 
 
-@pytest.mark.parametrize("name", preference.PREFERENCE_LOSSES)
+@pytest.mark.parametrize("name", pair_losses.PREFERENCE_LOSSES)
 def test_no_pair_gives_a_finite_loss_and_gradient(name):
     """Empty places of a packed row are zeros in every input, and are masked out afterwards."""
     nothing = jnp.zeros((1, 1, 2))
     options = config.Loss(preference={name: 1.0}, beta=0.1, label_smoothing=0.1)
-    value = lambda x: preference.pair_loss(options, x, x, nothing).sum()  # noqa: E731
+    value = lambda x: pair_losses.pair_loss(options, x, x, nothing).sum()  # noqa: E731
     assert jnp.isfinite(value(nothing)) and jnp.isfinite(jax.grad(value)(nothing)).all()
 
 
@@ -142,7 +143,7 @@ def test_preference_loss_against_numpy():
 
 
 def with_own_reference(batch):
-    logprobs = jax.jit(lambda p, b: losses.pair_scores(CFG, p, b)[0].logprobs)(PARAMS, as_arrays(batch))
+    logprobs = jax.jit(lambda p, b: pair_scores(CFG, p, b)[0].logprobs)(PARAMS, as_arrays(batch))
     return {**batch, "ref_logprobs": np.asarray(logprobs)}
 
 

@@ -14,6 +14,7 @@ from tanuki_jax.data.conversation import read_fields
 from tanuki_jax.data.tokenizer import Tokenizer
 from tanuki_jax.train import losses
 from tanuki_jax.train.optimizer import make_optimizer, make_schedule
+from tanuki_jax.train.preference import pair_scores
 from tanuki_jax.train.step import init_state, make_train_step, make_update
 from tests.interop.llama import flat, nested
 from tests.tiny import small
@@ -76,7 +77,7 @@ def params(noise=0.0):
 def pairs(name):
     """Of each step the documents, chosen and rejected of one pair after another, and our reference's log-probabilities."""
     reference = params(CASES[name].reference)
-    score = jax.jit(lambda params, batch: losses.pair_scores(CFG, params, batch)[0].logprobs)
+    score = jax.jit(lambda params, batch: pair_scores(CFG, params, batch)[0].logprobs)
     found = []
     for step in range(CASES[name].steps):
         docs = documents(name, step)  # the chosen answers, and then the rejected ones
