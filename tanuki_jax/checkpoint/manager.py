@@ -235,7 +235,7 @@ class Checkpoints:
         balance = {"balance": like.balance} if like.balance else {}
         saved = self.restore_items(step, {"params": like.params, "optimizer": optimizer, **balance})
         optimizer = saved.pop("optimizer")
-        optimizer |= {"key": jax.random.wrap_key_data(optimizer["key"])}
+        optimizer |= {"key": jax.random.wrap_key_data(optimizer["key"]), "lr_scale": optimizer.pop("rate")}
         return dataclasses.replace(like, **saved, **optimizer)
 
     def restore_items(self, step: int, like: dict[str, Any]) -> dict[str, Any]:
