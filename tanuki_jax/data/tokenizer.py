@@ -59,6 +59,7 @@ class Tokenizer:
         added = self._tokenizer.get_added_tokens_decoder()
         self.special = {a.content: i for i, a in added.items() if a.special}
         self.added = {a.content: i for i, a in added.items()}
+        self.special_ids, self.added_ids = frozenset(self.special.values()), frozenset(self.added.values())
         self.named = _named_tokens(self._config)
         _check_all_there(directory, self._config, self._tokenizer)
         self.bos_token, eos_token = self.named.get("bos_token", ""), self.named.get("eos_token", "")
