@@ -37,7 +37,7 @@ FORMATS: Mapping[str, tuple[tuple[str, ...], ...]] = {
 }
 EXTRA_FIELDS = ("weight", "input", "context", "system", "history", "label", "tools", "documents", "chat_template_kwargs")
 _TURN = re.compile(r"[qa]([1-9][0-9]{0,2})")  # up to 999
-_NOT_TRAINED = ("train", "loss", "trainable", "training")  # other tools' names of a message's weight
+_WEIGHT_ALIASES = ("train", "loss", "trainable", "training")  # other tools' names of a message's weight
 
 
 class Columns(Container[str]):
@@ -318,6 +318,6 @@ def _check_weight(number: int, message: RowFields) -> None:
     weight = message.get("weight")
     if weight is not None and (not isinstance(weight, int | float) or weight not in (0, 1)):
         raise UserError(f"message {number} has weight {weight!r}; write the number 0 (not trained on) or 1")
-    for name in _NOT_TRAINED:
+    for name in _WEIGHT_ALIASES:
         if message.get(name) is not None and message[name] not in (1, 1.0):
             raise UserError(f"message {number} has {name} {message[name]!r}; write weight 0 (not trained on) or 1 instead")

@@ -22,9 +22,11 @@ if TYPE_CHECKING:  # jinja2 is imported where it is needed
     from jinja2.parser import Parser
     from jinja2.runtime import Context
 
-BLOCKS = itertools.count(1)  # a number for each {% generation %} block that is run
+BLOCK_NUMBERS = itertools.count(1)  # a number for each {% generation %} block that is run
 # Jinja's filters that only cut, choose or replace, so that the parts of a traced text keep their origin.
-KEEPING = frozenset(("trim", "string", "first", "last", "default", "d", "replace", "reverse", "min", "max", "random", "attr"))
+ORIGIN_KEEPING = frozenset(
+    ("trim", "string", "first", "last", "default", "d", "replace", "reverse", "min", "max", "random", "attr")
+)
 
 
 def render(source: str, values: Mapping[str, object]) -> Traced:
@@ -110,7 +112,7 @@ def _environment() -> jinja2.Environment:
 
         def _mark(self, caller: Callable[[], str]) -> Traced:
             text = traced.join((caller(),))
-            number = next(BLOCKS)
+            number = next(BLOCK_NUMBERS)
             return Traced(text, (run._replace(generated=number) for run in text._runs))
 
     class Environment(ImmutableSandboxedEnvironment):
@@ -134,7 +136,7 @@ def _environment() -> jinja2.Environment:
             return lambda *values, **named: traced.apply(lambda *v, **n: str.__str__(form(*v, **n)), values, named)
 
     environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
-    environment.filters = {name: _tracing(filter, name in KEEPING) for name, filter in environment.filters.items()}
+    environment.filters = {name: _trace_filter(filter, name in ORIGIN_KEEPING) for name, filter in environment.filters.items()}
     environment.filters["join"] = _join_filter()
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise
@@ -142,7 +144,7 @@ def _environment() -> jinja2.Environment:
     return environment
 
 
-def _tracing(filter: Callable[..., object], keeps: bool) -> Callable[..., object]:
+def _trace_filter(filter: Callable[..., object], keeps: bool) -> Callable[..., object]:
     """A filter of Jinja's; unless it keeps the origin of each character, its result belongs to the texts it was made from."""
 
     @functools.wraps(filter)  # Jinja marks filters that take the environment or the context with attributes

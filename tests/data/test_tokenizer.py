@@ -84,8 +84,8 @@ def cut(monkeypatch):
     """Sets the lengths at which texts are cut."""
 
     def to(part, longest):
-        monkeypatch.setattr(tokenizer_module, "PART", part)
-        monkeypatch.setattr(tokenizer_module, "LONGEST", longest)
+        monkeypatch.setattr(tokenizer_module, "PART_CHARACTERS", part)
+        monkeypatch.setattr(tokenizer_module, "MAX_PART_CHARACTERS", longest)
 
     return to
 

@@ -83,6 +83,8 @@ ECHO = {
     "more filters": "{{ m | indent }}{{ m | e }}{{ m | wordwrap(3) }}"
     "{{ '%s' | format(m) }}{{ m | first }}{{ m | list | last }}",
     "operators": "{{ m ~ 1 ~ 'x' }}{{ 'x' + m }}{{ '%s %d' % (m, 3) }}{{ '{}!'.format(m) }}{{ '+'.join([m, m]) }}{{ m[::-1] }}",
+    "iterators": "{{ ['q', 'x'] | map('upper') | first }}{{ [m, 'x'] | map('trim') | first }}"
+    "{{ ([{'c': m}, {'c': 'x'}] | selectattr('c') | first).c }}",  # a filter that reads one is called once
     "macros and blocks": "{% macro f(x) %}<{{ x }}>{% endmacro %}{% set y %}{{ f(m) }}{% endset %}{{ y.split('<')[1] }}",
     "loops": "{% for c in m %}{{ c }}{% if loop.index > 3 %}{% break %}{% endif %}{% endfor %}"
     "{% generation %}{{ m }}{% endgeneration %}",
