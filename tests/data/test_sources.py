@@ -15,7 +15,7 @@ from tanuki_jax.errors import UserError
 ROWS = [{"text": "狸\n山"}, {"text": "moon", "meta": {"n": 1}}]
 JSONL = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()
 ZIPPED = gzip.compress(JSONL * 500, mtime=0)
-quick = settings(max_examples=50, deadline=None)
+quick = settings(max_examples=40, deadline=None)
 
 
 def read(patterns):
@@ -160,9 +160,9 @@ def test_skip_passes_over_exactly_that_many_records_and_what_they_reported(tmp_p
     (tmp_path / "z.jsonl").write_bytes(JSONL + b"moon\n" + JSONL)
     part = whole(tmp_path / name, tmp_path / "z.jsonl", tmp_path / "z.jsonl")
     rows, bad = reported(part)
-    for skip in {*range(8), *range(max(0, len(rows) - 12), len(rows) + 2)}:
-        rest, reports = reported(part, skip=skip)
-        assert rest == rows[skip:] and reports == bad[len(bad) - rest.count(None) :]
+    for skip in {*range(4), *range(max(0, len(rows) - 8), len(rows) + 2)}:  # the damage is among the last eight rows
+        remaining, reports = reported(part, skip=skip)
+        assert remaining == rows[skip:] and reports == bad[len(bad) - remaining.count(None) :]
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------------
@@ -232,7 +232,7 @@ def test_parts_of_array_record_are_ranges_of_records(tmp_path, part_bytes):
 def test_files_that_are_read_whole_share_parts_up_to_their_size(tmp_path):
     for i in range(10):
         (tmp_path / f"{i}.txt").write_text("x" * 100)
-        (tmp_path / f"{i}.jsonl.gz").write_bytes(ZIPPED)
+        (tmp_path / f"{i}.jsonl.gz").write_bytes(gzip.compress(JSONL * 20, mtime=0))
     parts = sources.parts(f"{tmp_path}/*.txt", 350)
     assert [len(part.paths) for part in parts] == [3, 3, 3, 1] and [part.size for part in parts] == [300] * 3 + [100]
     assert [path for part in parts for path in part.paths] == sources.matching_files(f"{tmp_path}/*.txt")
