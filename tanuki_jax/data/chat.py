@@ -1,21 +1,17 @@
-"""Conversations to ids and an assistant mask, by any Jinja chat template; Tanuki's own is the default.
+"""Encodes conversations as ids and an assistant mask with any Jinja chat template; Tanuki's own is the default.
 
-The template is rendered with the real contents, and every character of what it writes is traced to the message it came from:
-so the ids are those of transformers' `apply_chat_template`, what a user writes is only ever encoded as text, and the mask
-follows from where the assistant's words lie.
+The template is rendered with the real contents, and every character of its output is traced to the message it came from.
+So the ids are those of transformers' `apply_chat_template`, text of a message never becomes a control token, and the mask
+covers what the assistant says.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from tanuki_jax.data import template, traced
-from tanuki_jax.data.conversation import check_messages, pair_messages
+from tanuki_jax.data.conversation import Messages, RowFields, check_messages, pair_messages
 from tanuki_jax.data.rendering import (
     LISTS,
     Arguments,
-    Messages,
     check_all_came_out,
     leaves,
     plain_messages,
@@ -38,18 +34,18 @@ TEMPLATE = (
     "{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '\n\n### 応答:\n' }}{% endif %}"
 )
-VERSION = 2  # of how conversations become ids and masks; stores of dialogues and pairs made by another are made anew
+VERSION = 2  # of the encoding of conversations; stores of dialogues and pairs of another version are prepared again
 
 
 def encode_chat(
     tokenizer: Tokenizer, messages: Messages, add_generation_prompt: bool = False, arguments: Arguments | None = None
 ) -> tuple[list[int], list[int]]:
-    """Token ids of a conversation, and 1 for each id that the assistant says, else 0.
+    """Token ids of a conversation, and a mask: 1 for each id that the assistant says, else 0.
 
-    The ids are those of transformers' apply_chat_template, but that no text of a message makes a control token.  The mask
-    covers every token that holds a character of the assistant's content, reasoning or tool calls, what the template writes
-    between them, and the token that ends the turn; or what `{% generation %}` marks, where a template has it.  A message of
-    the assistant with `weight` 0 is not in it, as in OpenAI's format.  A message that does not come out is an error.
+    The ids are those of transformers' apply_chat_template, except that no text of a message becomes a control token.  The
+    mask covers every token that holds a character of the assistant's content, reasoning or tool calls, what the template
+    writes between them, and the token that ends the turn; or what `{% generation %}` marks, where a template has it.  It
+    leaves out assistant messages with `weight` 0, as in OpenAI's format.  A message that the template leaves out is an error.
     """
     rendered = render_chat(tokenizer, messages, add_generation_prompt, arguments)
     check_all_came_out(rendered, messages, arguments or {}, template_of(tokenizer, arguments))
@@ -59,8 +55,7 @@ def encode_chat(
         quoted_spans(rendered),
         frozenset(turn.stop_ids),
     )
-    tokens = set(tokenizer.added.values())
-    added = [(span, token) for token, span in zip(ids, spans, strict=True) if token in tokens]
+    added = [(span, token) for token, span in zip(ids, spans, strict=True) if token in tokenizer.added_ids]
     trained = trained_spans(tokenizer, rendered, messages, turn, added)
     mask = [0] * len(ids)
     at = 0
@@ -74,7 +69,7 @@ def encode_chat(
 def render_prompt(tokenizer: Tokenizer, messages: Messages, add_generation_prompt: bool) -> tuple[str, list[Span]]:
     """A conversation as its template writes it, and where its messages spell control tokens.
 
-    Without add_generation_prompt it ends with the content of the last message, for the model to go on.
+    Without add_generation_prompt it ends with the content of the last message, for the model to continue.
     """
     rendered = render_chat(tokenizer, messages, add_generation_prompt, None)
     check_all_came_out(rendered, messages, {}, tokenizer.chat_template)
@@ -114,18 +109,18 @@ def encode_dialogue(
 ) -> tuple[list[int], list[int]]:
     """A training conversation; one without an assistant turn, with an empty one, or that does not end, is an error."""
     check_messages(messages)
-    said = [m for m in messages if m["role"] == "assistant" and is_trained(m)]
-    for message in said:
+    answers = [m for m in messages if m["role"] == "assistant" and is_trained(m)]
+    for message in answers:
         if not texts_of(message.get("content")).strip() and not message.get("tool_calls"):
             raise UserError(
                 "conversation with an empty answer of the assistant: it would learn to say nothing; "
                 "remove the row, or give the message weight 0"
             )
     ids, mask = encode_chat(tokenizer, messages, arguments=arguments)
-    if not said or not any(mask):
+    if not answers or not any(mask):
         raise UserError("conversation without an assistant turn: there is nothing to learn from it")
     last = max(i for i, trained in enumerate(mask) if trained)
-    if said and messages[-1] is said[-1] and ids[last] not in tokenizer.added.values():
+    if messages[-1] is answers[-1] and ids[last] not in tokenizer.added_ids:
         raise UserError(
             f"chat_template writes no special token after the last answer ({tokenizer.eos_token} was expected): "
             "the model would not learn to stop; add eos_token to the template"
@@ -133,18 +128,18 @@ def encode_dialogue(
     return ids, mask
 
 
-def encode_pair(tokenizer: Tokenizer, row: Mapping[str, Any]) -> list[tuple[list[int], list[int]]]:
-    """The chosen and the rejected conversation of a preference row; only what differs, the last answer, is in the mask."""
+def encode_pair(tokenizer: Tokenizer, row: RowFields) -> list[tuple[list[int], list[int]]]:
+    """The chosen and the rejected conversation of a preference row; the mask covers only the answers that differ."""
     return [encode_dialogue(tokenizer, side, template_arguments(row)) for side in pair_messages(row)]
 
 
-def template_arguments(row: Mapping[str, Any]) -> dict[str, Any]:
-    """What a row gives the chat template beside its messages: `tools`, `documents`, and all of `chat_template_kwargs`."""
-    given = {name: row[name] for name in LISTS if row.get(name)}
-    return {**given, **(row.get("chat_template_kwargs") or {})}
+def template_arguments(row: RowFields) -> Arguments:
+    """The arguments that a row gives the chat template: `tools`, `documents`, and all of `chat_template_kwargs`."""
+    lists = {name: row[name] for name in LISTS if row.get(name)}
+    return {**lists, **(row.get("chat_template_kwargs") or {})}
 
 
-def text_of(fields: Mapping[str, Any]) -> str:
+def text_of(fields: RowFields) -> str:
     """The conversation of a dialogue row, or both of a pair, as plain text."""
     sides = [fields["messages"]] if "messages" in fields else pair_messages(fields)
     return "\n".join(_text_of(messages) for messages in sides)

@@ -1,8 +1,7 @@
 """Records from files of every format that a corpus comes in; each format is a row of READERS.
 
-A reader takes a path and a range of it and gives records in order: a mapping, bytes to be parsed as JSON, or an array of
-tokens.  Ranges are in the unit of `size_of`: bytes of a .jsonl file, row groups of Parquet, records of ArrayRecord; other
-files are read whole.
+A reader takes a path and a range of it and yields records in order.  Ranges are in the unit of `size_of`: bytes of a .jsonl
+file, row groups of Parquet, records of ArrayRecord; other files are read whole.
 """
 
 from __future__ import annotations
@@ -10,37 +9,43 @@ from __future__ import annotations
 import gzip
 import io
 import zlib
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, TYPE_CHECKING, NamedTuple, TypeAlias
 
 from tanuki_jax.data import encodings, paths
 from tanuki_jax.data.store import Store
 from tanuki_jax.errors import UserError
 
+if TYPE_CHECKING:  # these are imported where they are needed
+    import pyarrow
+    from array_record.python import array_record_module
+
+Value: TypeAlias = bytes | dict[str, object] | UserError  # JSON, fields, or why the record cannot be read
+
 
 class Record(NamedTuple):
-    """One record, where it stands (for messages), and the share of its file's bytes read up to it."""
+    """A record, its place (for messages), and how many bytes of its file were read up to it."""
 
     where: str
-    value: Any
+    value: Value
     bytes_read: int
 
 
 # --- readers ------------------------------------------------------------------------------------------------------------------
 
 
-def _text(path: str, start: int, stop: int, wanted: Container[str]) -> Iterator[Record]:
+def _text(path: str, start: int, stop: int, names: Container[str]) -> Iterator[Record]:
     with paths.open_file(path) as f:
         data = f.read()
     try:
-        value: Any = {"text": encodings.decode(encodings.without_mark(data, path), path)}
+        value: Value = {"text": encodings.decode(encodings.strip_byte_order_mark(data, path), path)}
     except UserError as error:
         value = error
     yield Record(path, value, len(data))
 
 
-def _jsonl(path: str, start: int, stop: int, wanted: Container[str]) -> Iterator[Record]:
+def _jsonl(path: str, start: int, stop: int, names: Container[str]) -> Iterator[Record]:
     """The lines that begin in bytes [start, stop)."""
     with paths.open_file(path) as f:
         if start:
@@ -53,13 +58,13 @@ def _jsonl(path: str, start: int, stop: int, wanted: Container[str]) -> Iterator
             if not line:
                 return
             number, end = number + 1, at + len(line)
-            line = line if at else encodings.without_mark(line, path)
+            line = line if at else encodings.strip_byte_order_mark(line, path)
             if line.strip():
                 yield Record(f"{path}, byte {at}" if start else f"{path}:{number}", line, end - start)
             at = end
 
 
-def _gzip(path: str, start: int, stop: int, wanted: Container[str]) -> Iterator[Record]:
+def _gzip(path: str, start: int, stop: int, names: Container[str]) -> Iterator[Record]:
     with paths.open_file(path) as raw:
         _check_not_empty(path)
         try:
@@ -69,7 +74,7 @@ def _gzip(path: str, start: int, stop: int, wanted: Container[str]) -> Iterator[
             raise UserError(f"data: {path} is not a whole gzip file ({error}); fetch it again") from error
 
 
-def _zstd(path: str, start: int, stop: int, wanted: Container[str]) -> Iterator[Record]:
+def _zstd(path: str, start: int, stop: int, names: Container[str]) -> Iterator[Record]:
     import pyarrow
 
     with paths.open_file(path) as raw:
@@ -86,14 +91,14 @@ def _check_not_empty(path: str) -> None:
         raise UserError(f"data: {path} has no bytes, not even those of an empty compressed file; fetch it again")
 
 
-def _lines(path: str, lines: Any, raw: Any) -> Iterator[Record]:
+def _lines(path: str, lines: Iterable[bytes], raw: IO[bytes]) -> Iterator[Record]:
     for number, line in enumerate(lines, 1):
-        line = line if number > 1 else encodings.without_mark(line, path)
+        line = line if number > 1 else encodings.strip_byte_order_mark(line, path)
         if line.strip():
             yield Record(f"{path}:{number}", line, raw.tell())
 
 
-def _parquet(path: str, start: int, stop: int, wanted: Container[str]) -> Iterator[Record]:
+def _parquet(path: str, start: int, stop: int, names: Container[str]) -> Iterator[Record]:
     import pyarrow
     import pyarrow.parquet
 
@@ -101,13 +106,13 @@ def _parquet(path: str, start: int, stop: int, wanted: Container[str]) -> Iterat
         try:
             table = pyarrow.parquet.ParquetFile(f)
             _check_columns(table.schema_arrow.names, path)
-            columns = [name for name in table.schema_arrow.names if name in wanted] or None
+            columns = [name for name in table.schema_arrow.names if name in names] or None
             row = 0
             size = paths.bytes_of(path)
             for group in range(start, min(stop, table.num_row_groups)):
                 for batch in table.iter_batches(batch_size=256, row_groups=[group], columns=columns):
-                    name = f"{path}, row " + "{}" + (f" of row groups {start} on" if start else "")
-                    for where, value in _rows(batch, name, row):
+                    place = f"{path}, row " + "{}" + (f" of row groups {start} on" if start else "")
+                    for where, value in _rows(batch, place, row):
                         yield Record(where, value, size * (group + 1 - start) // max(1, table.num_row_groups))
                         row += 1
         except (pyarrow.ArrowException, OSError) as error:
@@ -120,8 +125,8 @@ def _check_columns(names: Sequence[str], path: str) -> None:
             raise UserError(f"data: {path} has two columns {name!r}; keep one of them")
 
 
-def _rows(batch: Any, where: str, first: int) -> Iterator[tuple[str, Any]]:
-    """Where each row of a batch of Arrow's stands, and its value; an error in the place of one that is not UTF-8."""
+def _rows(batch: pyarrow.RecordBatch, where: str, first: int) -> Iterator[tuple[str, Value]]:
+    """Place and value of each row of an Arrow batch; an error instead of a row that is not UTF-8."""
     try:
         values = batch.to_pylist()
     except UnicodeDecodeError:
@@ -130,30 +135,31 @@ def _rows(batch: Any, where: str, first: int) -> Iterator[tuple[str, Any]]:
         yield where.replace("{}", str(i)), value
 
 
-def _value(row: Any, where: str) -> Any:
+def _value(row: pyarrow.RecordBatch, where: str) -> Value:
     try:
-        return row.to_pylist()[0]
+        value: dict[str, object] = row.to_pylist()[0]
+        return value
     except UnicodeDecodeError as error:
         try:
             encodings.decode(error.object, where)
-        except UserError as known:
-            return known
+        except UserError as detailed:
+            return detailed
         return UserError(f"data: {where} is not valid UTF-8")
 
 
-def _arrow(path: str, start: int, stop: int, wanted: Container[str]) -> Iterator[Record]:
+def _arrow(path: str, start: int, stop: int, names: Container[str]) -> Iterator[Record]:
     import pyarrow
 
     with paths.open_file(path) as f:
         try:
             if f.read(6) == b"ARROW1":  # the format with an index at its end
                 whole = pyarrow.ipc.open_file(f)
-                names, batches = whole.schema.names, map(whole.get_batch, range(whole.num_record_batches))
+                columns, batches = whole.schema.names, map(whole.get_batch, range(whole.num_record_batches))
             else:
                 f.seek(0)
                 batches = pyarrow.ipc.open_stream(f)
-                names = batches.schema.names
-            _check_columns(names, path)
+                columns = batches.schema.names
+            _check_columns(columns, path)
             row = 0
             for batch in batches:
                 for where, value in _rows(batch, f"{path}, row " + "{}", row):
@@ -163,8 +169,8 @@ def _arrow(path: str, start: int, stop: int, wanted: Container[str]) -> Iterator
             raise UserError(f"data: {path} is not a whole Arrow stream ({error}); save the dataset again") from error
 
 
-def _array_record(path: str, start: int, stop: int, wanted: Container[str]) -> Iterator[Record]:
-    """Records hold JSON objects, or tf.train.Example as MaxText's and TFDS's do."""
+def _array_record(path: str, start: int, stop: int, names: Container[str]) -> Iterator[Record]:
+    """Records that hold JSON objects, or tf.train.Example as those of MaxText and TFDS do."""
     reader = _array_reader(path)
     size = paths.bytes_of(path)
     total = max(1, reader.num_records())
@@ -179,7 +185,7 @@ def _array_record(path: str, start: int, stop: int, wanted: Container[str]) -> I
             yield Record(f"{path}, record {i}", value, size * (i + 1 - start) // total)
 
 
-def _array_reader(path: str) -> Any:
+def _array_reader(path: str) -> array_record_module.ArrayRecordReader:
     from array_record.python import array_record_module
 
     if paths.is_url(path):
@@ -190,7 +196,7 @@ def _array_reader(path: str) -> Any:
     return reader
 
 
-def _example(data: bytes, where: str) -> Any:
+def _example(data: bytes, where: str) -> Value:
     from google.protobuf.message import DecodeError
     from tensorflow_datasets.proto import tf_example_generated_pb2
 
@@ -198,16 +204,16 @@ def _example(data: bytes, where: str) -> Any:
         features = tf_example_generated_pb2.Example.FromString(data).features.feature
     except DecodeError:
         features = {}
-    if not features and data.lstrip()[:1] == b"{":  # one of 123 bytes begins like JSON after a newline
+    if not features and data.lstrip()[:1] == b"{":  # an Example of 123 bytes begins like JSON after a newline
         return data
     if not features:
         return UserError(f"data: {where} is neither a JSON object nor a tf.train.Example")
-    found = {name: list(getattr(f, f.WhichOneof("kind") or "bytes_list").value) for name, f in features.items()}
-    return {name: values if name == "tokens" or len(values) > 1 else values[0] for name, values in found.items() if values}
+    lists = {name: list(getattr(f, f.WhichOneof("kind") or "bytes_list").value) for name, f in features.items()}
+    return {name: values if name == "tokens" or len(values) > 1 else values[0] for name, values in lists.items() if values}
 
 
-def _tfds(path: str, start: int, stop: int, wanted: Container[str]) -> Iterator[Record]:
-    """A folder that TFDS wrote with file_format=array_record; its `train` split, or all of them where there is none."""
+def _tfds(path: str, start: int, stop: int, names: Container[str]) -> Iterator[Record]:
+    """A folder that TFDS wrote with file_format=array_record: its split `train`, or all splits where there is none."""
     import tensorflow_datasets
 
     try:
@@ -221,14 +227,14 @@ def _tfds(path: str, start: int, stop: int, wanted: Container[str]) -> Iterator[
         raise UserError(f"data: {path} is not a TFDS dataset in ArrayRecord files: {error}") from error
 
 
-def _tokens(path: str, start: int, stop: int, wanted: Container[str]) -> Iterator[Record]:
+def _tokens(path: str, start: int, stop: int, names: Container[str]) -> Iterator[Record]:
     store = Store(Path(path).with_suffix(""))
     for i in range(store.documents):
         tokens = store.document(i)
         yield Record(f"{path}, document {i}", {"tokens": tokens}, int(store.offsets[i + 1]) * store.dtype.itemsize)
 
 
-Reader = Callable[[str, int, int, Container[str]], Iterator[Record]]
+Reader: TypeAlias = Callable[[str, int, int, Container[str]], Iterator[Record]]
 READERS: Mapping[str, Reader] = {
     ".txt": _text,
     ".jsonl": _jsonl,
@@ -252,7 +258,7 @@ def format_of(path: str) -> str:
 
 
 def size_of(path: str) -> int:
-    """How many units a file can be cut into; 1 for formats that are read whole."""
+    """The number of units into which a file can be cut; 1 for formats that are read whole."""
     kind = format_of(path)
     if kind == ".jsonl":
         return paths.bytes_of(path)

@@ -16,19 +16,19 @@ from tanuki_jax.data.mixture import StagedMixture
 from tanuki_jax.data.packing import Example
 
 PREFETCH = 4  # batches read ahead
-ON_DEVICE = 2  # batches on their way to the devices ahead of the step
+ON_DEVICE = 2  # batches that are transferred to the devices ahead of the step
 MAX_ROWS = 1 << 62
 
 
 class Source(NamedTuple):
-    """Rows with an order: runs of `run` rows that lie together are shuffled anew in each epoch."""
+    """Rows with an order: in each epoch runs of `run` neighbouring rows are shuffled again."""
 
-    rows: Any  # len() and [i]
+    rows: Any  # packing.Rows; stages also read the fields of the kind that theirs are
     seed: int
     run: int = 1
 
     def ordered(self) -> grain.MapDataset[Example]:
-        """Row i of the endless order.  The rows that fill no run are a shorter one, at the end of each epoch."""
+        """Row i of the endless order.  The rows that fill no run are a shorter run at the end of each epoch."""
         runs = len(self.rows) // self.run
         order = grain.MapDataset.range(runs).seed(self.seed).shuffle().repeat()
 
@@ -41,9 +41,9 @@ class Source(NamedTuple):
 
 
 def mixed_rows(sources: Sequence[Source], mixture: StagedMixture) -> grain.MapDataset[Example]:
-    """Row i of the stage: every source in its order, repeated for ever, and mixed.
+    """Row i of the stage: every source in its order, repeated endlessly, and mixed.
 
-    Where there are several, `sources` of a row is the number of its own.
+    With several sources, the field `sources` of a row is the number of the row's source.
     """
     if len(sources) == 1:
         return grain.MapDataset.select_from_datasets([sources[0].ordered()], mixture)
@@ -64,13 +64,13 @@ def batches(
 ) -> Iterator[dict[str, jax.Array]]:
     """Global batches of the steps from `first_step`; each host reads only the rows of its own devices.
 
-    Batch `n` holds the rows n*B to (n+1)*B in order, and is that of step n, or of the step whose `number` it is.  A few
-    batches are on their way to the devices ahead of their step.
+    Batch `n` holds the rows n*B to (n+1)*B in order; the batch of a step is the one of its `number`, by default the step
+    itself.  A few batches are transferred to the devices ahead of their step.
     """
-    mine = _host_rows(mesh, batch_size)
+    host_rows = _host_rows(mesh, batch_size)
     waiting: collections.deque[dict[str, jax.Array]] = collections.deque()
-    for batch in host_batches(rows, batch_size, mine, first_step, steps, number):
-        waiting.append(on_devices(batch, mesh, batch_size, mine[0]))
+    for batch in host_batches(rows, batch_size, host_rows, first_step, steps, number):
+        waiting.append(on_devices(batch, mesh, batch_size, host_rows[0]))
         if len(waiting) > ON_DEVICE:
             yield waiting.popleft()
     yield from waiting
@@ -79,15 +79,15 @@ def batches(
 def host_batches(
     rows: grain.MapDataset[Example],
     batch_size: int,
-    mine: Sequence[int],
+    host_rows: Sequence[int],
     first_step: int,
     steps: int,
     number: Callable[[int], int] = lambda step: step,
 ) -> Iterator[Example]:
-    """The rows `mine` of each global batch, stacked, read ahead by a thread."""
+    """The rows `host_rows` of each global batch, stacked; a thread reads ahead."""
     local = (
         grain.MapDataset.range(first_step, steps)
-        .map(lambda step: stack([rows[number(step) * batch_size + row] for row in mine]))
+        .map(lambda step: stack([rows[number(step) * batch_size + row] for row in host_rows]))
         .to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCH))
     )
     yield from local
@@ -99,8 +99,8 @@ def on_devices(batch: Mapping[str, np.ndarray], mesh: Mesh, batch_size: int, fir
     for name, value in batch.items():
         axes = parallel.sharding(mesh, "B" + "." * (value.ndim - 1))
 
-        def part(index: Any, value: np.ndarray = value) -> np.ndarray:
-            start, stop, _ = index[0].indices(batch_size)
+        def part(index: tuple[slice, ...] | None, value: np.ndarray = value) -> np.ndarray:
+            start, stop, _ = (index[0] if index else slice(None)).indices(batch_size)
             return value[start - first_row : stop - first_row]
 
         result[name] = jax.make_array_from_callback((batch_size, *value.shape[1:]), axes, part)
@@ -113,7 +113,7 @@ def stack(rows: Sequence[Example]) -> Example:
 
 
 def _host_rows(mesh: Mesh, batch_size: int) -> list[int]:
-    """The rows of the global batch that this process's devices hold (they lie together, as the mesh is by process)."""
+    """The rows of the global batch on this process's devices (neighbours, as the mesh is ordered by process)."""
     held = parallel.sharding(mesh, "B").addressable_devices_indices_map((batch_size,)).values()
     spans = {index[0].indices(batch_size)[:2] for index in held if index}
     return list(range(min(a for a, _ in spans), max(b for _, b in spans)))

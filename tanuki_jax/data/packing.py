@@ -4,35 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
 from tanuki_jax.data.store import Store
 from tanuki_jax.errors import UserError
 
-Example = dict[str, np.ndarray]
+Example: TypeAlias = dict[str, np.ndarray]
+
+
+class Rows(Protocol):
+    """Rows that are read by number."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Example: ...
 
 
 @dataclass(frozen=True)
 class Windows:
     """Row i is the tokens i*S to (i+1)*S of the whole stream, each predicting the next one.
 
-    With `reset`, attention and positions start anew at each document and a document's last token predicts nothing;
-    without, a row is one segment (Megatron-LM's default, and Tanuki's).
+    With `reset`, attention and positions restart at each document and a document's last token predicts nothing; without it,
+    a row is one segment (Megatron-LM's default, and Tanuki's).
     """
 
     store: Store
     seq_len: int
     reset: bool
     vocab_size: int
-    held_out: int = 0  # tokens at the end of the stream that are no rows
+    held_out: int = 0  # tokens at the end of the stream that are in no row
 
     def __len__(self) -> int:
         return max(0, (self.store.size - self.held_out - 1) // self.seq_len)
 
     def describe(self, source: str) -> str:
-        """What became of the text of a source, as a stage and `data inspect` say it."""
+        """How the text of a source fills rows, as a stage and `data inspect` print it."""
         left = self.store.size - self.held_out - len(self) * self.seq_len
         return (
             f"{self.store.size:,} tokens of {source} in {len(self):,} rows; the last {left:,} fill no row or are only predicted"
@@ -45,10 +53,10 @@ class Windows:
         start = index * S
         window = self.store.read(start, start + S + 1)
         if window.max() >= self.vocab_size or window.min() < 0:
-            bad = int(window.max() if window.max() >= self.vocab_size else window.min())
+            invalid = int(window.max() if window.max() >= self.vocab_size else window.min())
             raise UserError(
-                f"token store: {self.store} holds id {bad} near token {start}, the model's vocabulary is {self.vocab_size}; "
-                "it was made with another tokenizer"
+                f"token store: {self.store} holds id {invalid} near token {start}, the model's vocabulary is "
+                f"{self.vocab_size}; it was made with another tokenizer"
             )
         window = window.astype(np.int32)
         weights, segments, positions = np.ones(S, np.float32), np.ones(S, np.int32), np.arange(S, dtype=np.int32)
@@ -72,7 +80,7 @@ class Windows:
 
 @dataclass(frozen=True)
 class HeldOutRows:
-    """The rows at the end of the stream that `windows` holds out."""
+    """The rows at the end of the stream that `windows` leaves out."""
 
     windows: Windows
 
@@ -92,9 +100,9 @@ class Packing(NamedTuple):
 
 
 def best_fit(lengths: Sequence[int] | np.ndarray, seq_len: int) -> Packing:
-    """Best-fit decreasing: the longest unit first, each into the fullest row that still holds it.
+    """Best-fit decreasing: the longest unit first, each into the fullest row that still has room for it.
 
-    O(n) for n units: rows are kept by free space and the set of free spaces is a bit mask.
+    O(n) for n units: rows are listed by free space, and the set of free spaces is a bit mask.
     """
     lengths = np.asarray(lengths)
     order = np.argsort(-lengths, kind="stable")
@@ -125,28 +133,28 @@ def best_fit(lengths: Sequence[int] | np.ndarray, seq_len: int) -> Packing:
 
 
 def pack(tokens: Store, mask: Store, seq_len: int, pairs: bool) -> Packing:
-    """The dialogues of a store, or its pairs, in rows.
+    """Packs the dialogues of a store, or its pairs, into rows.
 
-    A pair is whole or left out.  A longer dialogue keeps its start, and is left out if that has nothing to train on.
+    A pair that is too long is left out.  Of a longer dialogue the start is used, unless there is nothing to train in it.
     """
     lengths = tokens.lengths
     if pairs:
         return best_fit(lengths[::2] + lengths[1::2], seq_len)
     units = np.minimum(lengths, seq_len)
     for long in np.flatnonzero(lengths > seq_len).tolist():
-        if not mask.document(long)[1:seq_len].any():  # what would be kept of it is all prompt
+        if not mask.document(long)[1:seq_len].any():  # its start is all prompt
             units[long] = seq_len + 1
     return best_fit(units, seq_len)
 
 
 def padding(packed: Packing, lengths: np.ndarray, seq_len: int, pairs: bool) -> float:
-    """The share of all rows that is padding; lengths: of the documents, two a pair."""
+    """The share of all rows that is padding; lengths: of the documents, two per pair."""
     units = lengths[::2] + lengths[1::2] if pairs else np.minimum(lengths, seq_len)
     return 1 - int(units[packed.units].sum()) / max(1, (len(packed.starts) - 1) * seq_len)
 
 
 def describe_packing(packed: Packing, lengths: np.ndarray, seq_len: int, pairs: bool, source: str) -> str:
-    """What became of the dialogues or pairs of a source, as a stage and `data inspect` say it."""
+    """How the dialogues or pairs of a source fill rows, as a stage and `data inspect` print it."""
     cut = 0 if pairs else int((lengths > seq_len).sum()) - packed.dropped
     why = f"longer than {seq_len} tokens" if pairs else f"with no answer in their first {seq_len} tokens"
     return (
@@ -159,7 +167,7 @@ def describe_packing(packed: Packing, lengths: np.ndarray, seq_len: int, pairs: 
 
 @dataclass(frozen=True)
 class PackedDialogues:
-    """Row i holds whole dialogues, each a segment with its own positions; a longer one keeps its start."""
+    """Row i holds whole dialogues, each a segment with its own positions; of a longer one, its start."""
 
     tokens: Store
     mask: Store
@@ -182,7 +190,7 @@ class PackedPairs:
     mask: Store
     packing: Packing
     seq_len: int
-    max_pairs: int  # P: most pairs in any row
+    max_pairs: int  # P: maximum of pairs in a row
     ref_logprobs: np.ndarray  # float32 [pairs, 2] of the reference model; zeros while it is being computed
 
     def __len__(self) -> int:
@@ -203,7 +211,7 @@ class PackedPairs:
 
 
 def _row(tokens: Store, mask: Store, documents: np.ndarray, seq_len: int) -> Example:
-    """Documents one after another as segments 1, 2, ...; a target carries the mask of the token it is."""
+    """Concatenated documents as segments 1, 2, ...; the weight of a target is the mask of that token."""
     row = {name: np.zeros(seq_len, np.int32) for name in ("tokens", "targets", "segment_ids", "positions")}
     row["loss_weights"] = np.zeros(seq_len, np.float32)
     at = 0

@@ -10,11 +10,14 @@ import json
 import os
 import stat
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any
 
 from tanuki_jax.errors import UserError
+
+if TYPE_CHECKING:  # imported where it is needed
+    import fsspec
 
 
 def is_url(path: str) -> bool:
@@ -34,19 +37,19 @@ HINTS = {
 
 @contextlib.contextmanager
 def _remote_errors(path: str) -> Iterator[None]:
-    """Turns what the many file systems raise (no package, no network, no right, no such bucket) into one message."""
+    """Turns the exceptions of all file systems (no package, network, permission or bucket) into one message."""
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # each library has its own
+    except Exception as error:  # each library raises its own
         scheme = path.split("://")[0].lower()
         hint = HINTS.get(scheme, "copy it here, or install fsspec's package for it")
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"data: {path} cannot be opened: {reason} ({hint})") from error
 
 
-def _remote(path: str) -> tuple[Any, str]:
+def _remote(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
     if path.lower().startswith("hf://"):
         raise UserError(f"data: {path} cannot be opened: data of the Hub is read from a copy of it ({HINTS['hf']})")
     import fsspec
@@ -57,11 +60,11 @@ def _remote(path: str) -> tuple[Any, str]:
 
 
 def glob_files(pattern: str) -> list[str]:
-    """The paths that a glob matches, sorted; a path that is there is itself, whatever its name looks like."""
+    """The paths that a glob matches, sorted; a path that exists matches itself alone, whatever its name looks like."""
     if is_url(pattern):
         system, path = _remote(pattern)
         with _remote_errors(pattern):
-            return sorted(system.unstrip_protocol(found) for found in system.glob(path))
+            return sorted(system.unstrip_protocol(match) for match in system.glob(path))
     return [pattern] if os.path.lexists(pattern) else sorted(glob.glob(pattern, recursive=True))
 
 
@@ -80,17 +83,17 @@ def check(path: str) -> None:
         raise UserError(f"data: {path} cannot be read: {os.strerror(errno.EACCES)}; check its permissions")
 
 
-def identity_key(path: str) -> Any:
-    """A key that all names of one file share: links, hard ones too."""
+def identity_key(path: str) -> Hashable:
+    """A key that all names of a file share, those of symbolic and hard links too."""
     if is_url(path):
         return path
-    found = Path(path).stat()
-    return (found.st_dev, found.st_ino) if found.st_ino else os.path.realpath(path)
+    status = Path(path).stat()
+    return (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(path)
 
 
 @functools.cache
 def warn(line: str) -> None:
-    """Prints a line on stderr, once in a process."""
+    """Prints a line on stderr, once per process."""
     print(line, file=sys.stderr, flush=True)
 
 
@@ -112,8 +115,8 @@ def bytes_of(path: str) -> int:
     return sum(p.stat().st_size for p in Path(path).rglob("*") if p.is_file())
 
 
-def identity_of(path: str) -> list[Any]:
-    """What changes when a file does: its name, size and time of change, or a remote file's own key."""
+def identity_of(path: str) -> list[object]:
+    """What changes when a file does: its name, size and time of change, or the key that a remote file system gives it."""
     if path.endswith(".bin") and not is_url(path):
         return [*_stats([Path(path), Path(path).with_suffix(".idx")])]
     if is_url(path):
@@ -122,16 +125,17 @@ def identity_of(path: str) -> list[Any]:
     return _stats(sorted(p for p in Path(path).rglob("*") if p.is_file()) if Path(path).is_dir() else [Path(path)])
 
 
-def _stats(paths: Iterable[Path]) -> list[Any]:
+def _stats(paths: Iterable[Path]) -> list[object]:
     return [[str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in paths if p.exists()]
 
 
-def open_file(path: str) -> Any:
-    """A file, to read bytes from."""
+def open_file(path: str) -> IO[bytes]:
+    """Opens a file to read bytes."""
     if not is_url(path):
         return Path(path).open("rb")
     system, inner = _remote(path)
-    return system.open(inner, "rb")
+    file: IO[bytes] = system.open(inner, "rb")
+    return file
 
 
 def exists(path: str) -> bool:

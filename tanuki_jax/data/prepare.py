@@ -1,7 +1,7 @@
-"""From files of text, dialogues, pairs or tokens to a token store: in parallel, resumable, in constant memory.
+"""Tokenizes files of text, dialogues, pairs or tokens into a token store: in parallel, resumable, in constant memory.
 
 A corpus is cut into parts, each part is tokenized by the shard function (`shards.write_part`), and the manifest of the whole
-is written at the end.  Until then everything lies in a hidden folder beside the output, from which the same command goes on.
+is written at the end.  Until then all files lie in a hidden folder next to the output, from which the same command resumes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from tanuki_jax import files
 from tanuki_jax.data import chat, sources
@@ -33,12 +33,21 @@ class Options:
 
     fields: sources.Fields = sources.PLAIN
     skip_invalid: bool = False  # leave out bad rows, count and list them, instead of stopping at the first
-    shard_characters: int = 100_000_000  # text of a shard, about; what is lost when the work is killed
-    part_bytes: int = 1_000_000_000  # input that a worker takes at one time, where files can be cut
+    shard_characters: int = 100_000_000  # approximate text per shard; what is lost when the process is killed
+    part_bytes: int = 1_000_000_000  # input that a worker reads at a time, where files can be cut
 
 
 DEFAULT = Options()
 CONVERSATIONS = ("dialogue", "pair")  # kinds of rows that are rendered with a chat template
+
+
+class ShardEntry(TypedDict):
+    """A shard in the manifest."""
+
+    name: str
+    documents: int
+    tokens: int
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -50,21 +59,21 @@ class Manifest:
     documents: int
     tokens: int
     characters: int  # 0 where the input was tokens
-    rejected: int  # bad rows that were left out; rejected.jsonl lists them
+    rejected: int  # invalid rows that were left out; rejected.jsonl lists them
     tokenizer: str  # fingerprint
     content: str  # fingerprint of all tokens
-    shards: tuple[Any, ...]  # name, documents, tokens and SHA-256 of each
+    shards: tuple[ShardEntry, ...]
     chat_version: int = 0  # chat.VERSION of dialogues and pairs
 
     def __str__(self) -> str:
         rate = f", {self.characters / max(self.tokens, 1):.3f} characters a token" if self.characters else ""
-        bad = f", {self.rejected:,} bad rows left out" if self.rejected else ""
-        return f"{self.rows:,} {self.kind} rows, {self.tokens:,} tokens{rate}{bad}"
+        rejected = f", {self.rejected:,} bad rows left out" if self.rejected else ""
+        return f"{self.rows:,} {self.kind} rows, {self.tokens:,} tokens{rate}{rejected}"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A corpus on its way to a store."""
+    """A corpus that is being prepared."""
 
     output: Path
     work: Work
@@ -75,8 +84,8 @@ def prepare(patterns: str, tokenizer: Tokenizer, output: Path, options: Options 
     """Tokenizes files into `output`: tokens-*.bin/.idx, for dialogues and pairs mask-*.bin/.idx too, and manifest.json.
 
     A text document ends with the end token.  Dialogues are rendered with the tokenizer's chat template; the mask is 1 on
-    what the assistant says.  Megatron-LM's own .bin files are taken as they are, if the tokenizer has their ids.  All rows
-    must be of one kind.  workers: processes, 0 = as many as are of use here; the store is the same for any number.
+    what the assistant says.  Megatron-LM's own .bin files are copied as they are, if the tokenizer has their ids.  All rows
+    must be of one kind.  workers: processes, 0 = as many as are useful; the store is the same for any number.
     """
     check_workers(workers)
     output = Path(output)
@@ -85,31 +94,31 @@ def prepare(patterns: str, tokenizer: Tokenizer, output: Path, options: Options 
 
 
 def check_workers(workers: int) -> None:
-    """An error about a number of processes or tasks that cannot be."""
+    """Refuses a negative number of processes or tasks."""
     if workers < 0:
         raise UserError(f"--workers: {workers} must be at least 0, which is as many as are of use")
 
 
 def _prepare(patterns: str, tokenizer: Tokenizer, output: Path, options: Options, workers: int) -> Manifest:
-    made = plan(patterns, tokenizer, output, options)
-    if (made.work.directory / "manifest.json").is_file():
-        return finish(made, tokenizer)
-    number = workers or _workers(made)
-    progress = Progress("tokenize", sum(part.size for part in made.parts), "MB", 1e6)
+    corpus = plan(patterns, tokenizer, output, options)
+    if (corpus.work.directory / "manifest.json").is_file():
+        return finish(corpus, tokenizer)
+    processes = workers or _useful_workers(corpus)
+    progress = Progress("tokenize", sum(part.size for part in corpus.parts), "MB", 1e6)
     try:
-        if number == 1:
-            _write_here(made, tokenizer, progress)
+        if processes == 1:
+            _write_here(corpus, tokenizer, progress)
         else:
-            _write_in_processes(made, number, progress)
+            _write_in_processes(corpus, processes, progress)
     except UserError:
-        if not finished_shards(made.work.directory):  # else the finished ones serve a run with skip_invalid
-            shutil.rmtree(made.work.directory)
+        if not finished_shards(corpus.work.directory):  # else a run with skip_invalid uses the finished ones
+            shutil.rmtree(corpus.work.directory)
         raise
-    return finish(made, tokenizer)
+    return finish(corpus, tokenizer)
 
 
 def plan(patterns: str, tokenizer: Tokenizer, output: Path, options: Options = DEFAULT) -> Plan:
-    """Cuts a corpus into parts and makes the folder of its shards; that of the same work, begun before, is gone on with."""
+    """Cuts a corpus into parts and makes the folder of its shards, or resumes the folder of an earlier run of the same work."""
     if options.shard_characters < 1:
         raise UserError(f"--shard_characters: {options.shard_characters} must be at least 1")
     kind = _kind(patterns, options)
@@ -120,64 +129,67 @@ def plan(patterns: str, tokenizer: Tokenizer, output: Path, options: Options = D
         tokenizer.fingerprint,
         [kind, chat.VERSION if kind in CONVERSATIONS else 0, *options.fields, options.shard_characters, options.part_bytes],
     )
-    begun = directory / "identity.json"
-    if directory.is_dir() and not _same_work(begun, identity):
+    identity_path = directory / "identity.json"
+    if directory.is_dir() and not _same_work(identity_path, identity):
         shutil.rmtree(directory)  # other files, another tokenizer or other options
-    if directory.is_dir() and (damage := damaged_shard(directory)):
-        print(f"data: {damage} is damaged; {output} is begun anew", file=sys.stderr)
+    damaged = damaged_shard(directory)
+    if damaged:
+        print(f"data: {damaged} is damaged; {output} is begun anew", file=sys.stderr)
         shutil.rmtree(directory)
     if not options.skip_invalid and any(shard.rejected for shard in finished_shards(directory)):
-        shutil.rmtree(directory)  # bad rows were left out there, and must be told of here
+        shutil.rmtree(directory)  # it left out invalid rows, which are errors in this run
     if not directory.is_dir():
         try:
             directory.mkdir(parents=True)
         except OSError as error:
             raise UserError(f"cannot write {output}: {error.filename}: {error.strerror}") from error
-        files.write_json(begun, identity)
+        files.write_json(identity_path, identity)
     return Plan(output, work, tuple(sources.parts(patterns, options.part_bytes)))
 
 
-def _same_work(begun: Path, identity: str) -> bool:
+def _same_work(path: Path, identity: str) -> bool:
     try:
-        return begun.is_file() and files.read_json(begun) == identity
+        return path.is_file() and files.read_json(path) == identity
     except UserError:
         return False
 
 
-def finish(made: Plan, tokenizer: Tokenizer) -> Manifest:
-    """Writes the manifest of a corpus whose parts are all done, and gives the store its name."""
-    directory = made.work.directory
-    if (directory / "manifest.json").is_file():  # killed while it was being finished
-        return _publish(made)
-    undone = [i for i in range(len(made.parts)) if not (directory / f"{i:05d}.done").is_file()]
+def finish(corpus: Plan, tokenizer: Tokenizer) -> Manifest:
+    """Writes the manifest of a corpus whose parts are all done, and publishes the store under its name."""
+    directory = corpus.work.directory
+    if (directory / "manifest.json").is_file():  # killed in `_publish`
+        return _publish(corpus)
+    undone = [i for i in range(len(corpus.parts)) if not (directory / f"{i:05d}.done").is_file()]
     if undone:
-        raise UserError(f"data: {len(undone)} of {len(made.parts)} parts of {made.output} are not done; run the command again")
+        raise UserError(
+            f"data: {len(undone)} of {len(corpus.parts)} parts of {corpus.output} are not done; run the command again"
+        )
     shards = finished_shards(directory)
-    manifest = _manifest(made.work, shards, tokenizer)
+    manifest = _manifest(corpus.work, shards, tokenizer)
     if not manifest.tokens:
         shutil.rmtree(directory)
-        raise UserError(f"data: {made.output}: no good rows; the corpus is empty ({manifest.rejected} bad ones)")
+        raise UserError(f"data: {corpus.output}: no good rows; the corpus is empty ({manifest.rejected} bad ones)")
     if manifest.rejected:
         files.write_jsonl(directory / "rejected.jsonl", (reason for shard in shards for reason in shard.reasons))
     files.write_json(directory / "manifest.json", asdict(manifest))
-    return _publish(made)
+    return _publish(corpus)
 
 
-def _publish(made: Plan) -> Manifest:
-    """Removes the traces of the work, its identity last, and gives the store its name."""
+def _publish(corpus: Plan) -> Manifest:
+    """Removes the files that only the work needs, its identity last, and moves the folder to the output."""
     lock.check()
-    directory = made.work.directory
+    directory = corpus.work.directory
     for name in ("*.done", "?????-?????.json", ".*", "identity.json"):
         for path in directory.glob(name):
             path.unlink()
-    if made.output.is_dir():
-        shutil.rmtree(made.output)
-    directory.replace(made.output)
-    return read_manifest(made.output)
+    if corpus.output.is_dir():
+        shutil.rmtree(corpus.output)
+    directory.replace(corpus.output)
+    return read_manifest(corpus.output)
 
 
 def _manifest(work: Work, shards: Sequence[Shard], tokenizer: Tokenizer) -> Manifest:
-    kept = [shard for shard in shards if shard.documents]
+    nonempty = [shard for shard in shards if shard.documents]
     return Manifest(
         work.kind,
         sum(shard.rows for shard in shards),
@@ -186,56 +198,56 @@ def _manifest(work: Work, shards: Sequence[Shard], tokenizer: Tokenizer) -> Mani
         0 if work.kind == "tokens" else sum(shard.characters for shard in shards),
         sum(shard.rejected for shard in shards),
         tokenizer.fingerprint,
-        files.fingerprint([shard.sha256 for shard in kept]),
-        shards=tuple({"name": s.name, "documents": s.documents, "tokens": s.tokens, "sha256": s.sha256} for s in kept),
+        files.fingerprint([shard.sha256 for shard in nonempty]),
+        shards=tuple(ShardEntry(name=s.name, documents=s.documents, tokens=s.tokens, sha256=s.sha256) for s in nonempty),
         chat_version=chat.VERSION if work.kind in CONVERSATIONS else 0,
     )
 
 
 def _kind(patterns: str, options: Options) -> str:
-    """The kind of the first good row; where there is none, of the first that has one."""
-    known = ""
+    """The kind of the first valid row; where there is none, of the first row that has a kind."""
+    first = ""
     for row in sources.read_rows(patterns, options.fields, sources.skip_silently if options.skip_invalid else None):
         try:
             kind = sources.kind_of(row)
-            known = known or kind
+            first = first or kind
             answered = kind != "dialogue" or any(message["role"] == "assistant" for message in row.fields["messages"])
             if kind == "tokens" or not options.skip_invalid or (text_of(row) and answered):
                 return kind
         except UserError:
             if not options.skip_invalid:
                 raise
-    if known:
-        return known
+    if first:
+        return first
     raise UserError(f"data: {patterns} holds no rows; the corpus is empty")
 
 
 # --- on this machine ----------------------------------------------------------------------------------------------------
 
 
-def _workers(made: Plan) -> int:
-    """Processes that are of use: text is encoded by threads of the tokenizer, dialogues and pairs by Python."""
+def _useful_workers(corpus: Plan) -> int:
+    """How many processes are useful: text is encoded by threads of the tokenizer, dialogues and pairs by Python."""
     cores = os.cpu_count() or 1
-    return min(len(made.parts), math.ceil(cores / 4) if made.work.kind in ("text", "tokens") else cores)
+    return min(len(corpus.parts), math.ceil(cores / 4) if corpus.work.kind in ("text", "tokens") else cores)
 
 
-def _write_here(made: Plan, tokenizer: Tokenizer, progress: Progress) -> None:
+def _write_here(corpus: Plan, tokenizer: Tokenizer, progress: Progress) -> None:
     before = 0
-    for number, part in enumerate(made.parts):
+    for number, part in enumerate(corpus.parts):
 
         def show(read: int, before: int = before) -> None:
             progress.show(before + read)
 
-        write_part(made.work, number, part, tokenizer, show)
+        write_part(corpus.work, number, part, tokenizer, show)
         before += part.size
         progress.show(before)
 
 
-def _write_in_processes(made: Plan, workers: int, progress: Progress) -> None:
+def _write_in_processes(corpus: Plan, workers: int, progress: Progress) -> None:
     threads = max(1, (os.cpu_count() or 1) // workers)
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, context, _use_threads, (threads,)) as pool:
-        futures = {pool.submit(write_part, made.work, i, part): part for i, part in enumerate(made.parts)}
+        futures = {pool.submit(write_part, corpus.work, i, part): part for i, part in enumerate(corpus.parts)}
         read = 0
         try:
             for future in concurrent.futures.as_completed(futures):
@@ -250,7 +262,7 @@ def _write_in_processes(made: Plan, workers: int, progress: Progress) -> None:
 
 def _use_threads(threads: int) -> None:
     lock.end_with_parent()
-    os.environ["RAYON_NUM_THREADS"] = str(threads)  # of the tokenizers library
+    os.environ["RAYON_NUM_THREADS"] = str(threads)  # read by the tokenizers library
 
 
 # --- stores ----------------------------------------------------------------------------------------------------
@@ -262,21 +274,21 @@ def read_manifest(directory: Path) -> Manifest:
     if not path.is_file():
         raise UserError(f"token store: {directory} has no manifest.json; make it with `tanuki data prepare`")
     try:
-        found = Manifest(**files.read_json(path))
-        if not all(isinstance(shard, dict) and "name" in shard for shard in found.shards):
+        manifest = Manifest(**files.read_json(path))
+        if not all(isinstance(shard, dict) and "name" in shard for shard in manifest.shards):
             raise TypeError("shards without names")
-        return found
+        return manifest
     except TypeError as error:
         raise UserError(f"token store: {path} is of another version ({error}); prepare it again") from error
 
 
 def is_current_version(manifest: Manifest) -> bool:
-    """Whether conversations became ids and masks in the way in which they do now."""
+    """Whether the conversations of a store are encoded as this version encodes them."""
     return manifest.kind not in CONVERSATIONS or manifest.chat_version == chat.VERSION
 
 
 def open_store(directory: Path) -> tuple[Manifest, Store, Store | None]:
-    """Manifest, tokens, and the mask where there is one.  A path.bin is a store of Megatron-LM's without a manifest."""
+    """Manifest, tokens, and the mask where there is one.  PATH.bin is a store of Megatron-LM without a manifest."""
     directory = Path(directory)
     if directory.suffix == ".bin":
         store = Store(directory.with_suffix(""))
@@ -287,7 +299,7 @@ def open_store(directory: Path) -> tuple[Manifest, Store, Store | None]:
     store = Store(*prefixes(directory, names))
     if store.size != manifest.tokens:
         raise UserError(f"token store: {directory} holds {store.size} tokens, its manifest {manifest.tokens}; prepare it again")
-    masked = manifest.kind in ("dialogue", "pair")
+    masked = manifest.kind in CONVERSATIONS
     return manifest, store, Store(*prefixes(directory, names, "mask")) if masked else None
 
 

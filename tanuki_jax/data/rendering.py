@@ -1,26 +1,25 @@
-"""Conversations through a chat template: what is handed to it, as transformers does, and a check that all of it came out."""
+"""Renders conversations with a chat template as transformers does, and checks that the template leaves out nothing."""
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Iterator, Mapping
+from typing import TypeAlias
 
 from tanuki_jax.data import template, traced
-from tanuki_jax.data.conversation import REASONING, check_messages
+from tanuki_jax.data.conversation import REASONING, Message, Messages, RowFields, check_messages
 from tanuki_jax.data.tokenizer import Tokenizer
-from tanuki_jax.data.traced import Traced
+from tanuki_jax.data.traced import Source, Traced
 from tanuki_jax.errors import UserError
 
-Messages = Sequence[Mapping[str, Any]]
-Arguments = Mapping[str, Any]
+Arguments: TypeAlias = RowFields  # of a chat template: tools, documents, enable_thinking, ...
 ROLES = ("system", "developer", "user", "assistant", "model", "tool", "ipython", "function", "observation")
-LISTS = ("tools", "documents")  # arguments of a template that a row may give
+LISTS = ("tools", "documents")  # arguments that are lists
 
 
 def template_of(tokenizer: Tokenizer, arguments: Arguments | None) -> str:
-    """The template that transformers takes of several: tool_use where there are tools, else default."""
+    """The template that transformers uses: of several, tool_use where there are tools, else default."""
     templates = tokenizer.chat_templates
     if (arguments or {}).get("tools") is not None and "tool_use" in templates:
         return templates["tool_use"]
@@ -30,7 +29,7 @@ def template_of(tokenizer: Tokenizer, arguments: Arguments | None) -> str:
 
 
 def render_chat(tokenizer: Tokenizer, messages: Messages, add_generation_prompt: bool, arguments: Arguments | None) -> Traced:
-    """What the template writes, traced to (number of the message, field, ...) or (argument, ...)."""
+    """The rendered conversation, traced to (number of the message, field, ...) or (argument, ...)."""
     check_messages(messages)
     source = template_of(tokenizer, arguments)
     as_text = not _reads_parts(source, tuple(tokenizer.named.items())) if _has_parts(messages) else False
@@ -53,7 +52,7 @@ def render_chat(tokenizer: Tokenizer, messages: Messages, add_generation_prompt:
 
 
 def quoted_spans(rendered: Traced) -> list[tuple[int, int]]:
-    """The characters that come from a row, ascending.  The name of a known role is a template's own: '<|' + role + '|>'."""
+    """The characters that come from a row, ascending.  Names of known roles belong to the template: '<|' + role + '|>'."""
     text = str.__str__(rendered)
     return [
         (a, b)
@@ -62,15 +61,15 @@ def quoted_spans(rendered: Traced) -> list[tuple[int, int]]:
     ]
 
 
-def _traced_message(number: int, message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message as transformers hands it to a template: reasoning under each of its names."""
-    found = {name: traced.trace(value, (number, name)) for name, value in message.items()}
-    reasoning = next((found[name] for name in REASONING if name in found), None)
-    return found if reasoning is None else {"thinking": reasoning, **found, "reasoning_content": reasoning}
+def _traced_message(number: int, message: RowFields) -> Message:
+    """A message as transformers passes it to a template: reasoning under each of its names."""
+    fields = {name: traced.trace(value, (number, name)) for name, value in message.items()}
+    reasoning = next((fields[name] for name in REASONING if name in fields), None)
+    return fields if reasoning is None else {"thinking": reasoning, **fields, "reasoning_content": reasoning}
 
 
-def plain_messages(messages: Messages, as_text: bool = True) -> list[dict[str, Any]]:
-    """Messages without keys that have no value, as transformers gives them; with lists of text parts as text."""
+def plain_messages(messages: Messages, as_text: bool = True) -> list[Message]:
+    """Messages without keys whose value is None, as transformers passes them; lists of text parts are joined if as_text."""
     plain = [{name: value for name, value in message.items() if value is not None} for message in messages]
     for message in plain:
         if as_text and isinstance(message.get("content"), list):
@@ -97,8 +96,8 @@ def _reads_parts(source: str, named: tuple[tuple[str, str], ...]) -> bool:
     return {(number, "content", 0, "text") for number in range(2)} <= came
 
 
-def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], str]]:
-    """Every text in a JSON value, with where it stands."""
+def leaves(value: object, path: Source = ()) -> Iterator[tuple[Source, str]]:
+    """Every string in a JSON value, with its path."""
     if isinstance(value, str):
         yield path, value
     elif isinstance(value, Mapping):
@@ -110,18 +109,19 @@ def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, 
 
 
 def check_all_came_out(rendered: Traced, messages: Messages, arguments: Arguments, source: str) -> None:
-    """An error that names the first message, or part of one, of which the template writes nothing."""
+    """Raises an error that names the first message, or part of one, that the template leaves out."""
     came = {run.source[:n] for run in traced.runs_of(rendered) if run.source for n in range(1, len(run.source) + 1)}
 
-    def missing(what: str, fix: str) -> UserError:
-        return UserError(f"{what} does not come out of the chat template; {fix}, or use a template that writes it")
+    def missing(name: str, fix: str) -> UserError:
+        return UserError(f"{name} does not come out of the chat template; {fix}, or use a template that writes it")
 
     for i, message in enumerate(messages):
         where = f"message {i} (role {message['role']!r})"
         if texts_of(message.get("content")).strip() and (i, "content") not in came:
             raise missing(f"content of {where}", "remove or merge it, write it as [{'type': 'text', 'text': ...}]")
         for path, text in leaves(message.get("content"), (i, "content")):
-            if path in came and (lost := _lost_part(rendered, path, text, template.strings(source))):
+            lost = _lost_part(rendered, path, text, template.strings(source)) if path in came else ""
+            if lost:
                 raise missing(f"{lost[:40]!r} of the content of {where}", "leave it out of the row")
         for number, part in enumerate(message["content"] if isinstance(message.get("content"), list) else ()):
             if (i, "content", 0) in came and part["text"].strip() and (i, "content", number) not in came:
@@ -129,9 +129,8 @@ def check_all_came_out(rendered: Traced, messages: Messages, arguments: Argument
         for name in REASONING:
             last = all(m["role"] != "assistant" for m in messages[i + 1 :])
             dropped = texts_of(message.get(name)).strip() and not any((i, n) in came for n in REASONING)
-            if dropped and (
-                last or not template.mentions(source).intersection(REASONING)
-            ):  # of earlier turns many leave it out
+            # Many templates write the reasoning of the last turn alone.
+            if dropped and (last or not template.mentions(source).intersection(REASONING)):
                 raise missing(f"{name} of {where}", "remove it")
         if texts_of(message.get("function_call")).strip() and (i, "function_call") not in came:
             raise missing(f"function_call of {where}", "write it as tool_calls")
@@ -145,23 +144,23 @@ def check_all_came_out(rendered: Traced, messages: Messages, arguments: Argument
                 raise missing(f"{name}[{number}] of the row", "remove it")
 
 
-def _lost_part(rendered: Traced, source: traced.Source, text: str, known: Collection[str]) -> str:
-    """The first part of a text that a template cuts away.
+def _lost_part(rendered: Traced, source: Source, text: str, literals: Collection[str]) -> str:
+    """The first part of a text that a template cuts off; empty where it keeps all.
 
-    White space may go, and what stands beside a string that the template knows: "</think>" that it splits at, or replaces.
+    It may cut white space, and parts that hold one of its string literals: "</think>" at which it splits, or replaces.
     """
     runs = [run for run in traced.runs_of(rendered) if run.source == source and run.length]
-    if any(run.offset is None for run in runs):  # made anew from the text, as `upper` does
+    if any(run.offset is None for run in runs):  # derived from the text, as by `upper`
         return ""
     spans = sorted((run.offset or 0, (run.offset or 0) + run.length) for run in runs)
     starts = [0, *itertools.accumulate((stop for _, stop in spans), max)]
     for start, stop in zip(starts, [*(start for start, _ in spans), len(text)], strict=True):
         lost = text[start:stop].strip()
-        if lost and not any(word.strip() and word.strip() in lost for word in known):
+        if lost and not any(word.strip() and word.strip() in lost for word in literals):
             return lost
     return ""
 
 
-def texts_of(value: Any) -> str:
+def texts_of(value: object) -> str:
     """All text of a content, which is text or a list of text parts."""
     return "".join(text for path, text in leaves(value) if path[-1:] != ("type",))

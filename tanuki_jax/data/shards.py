@@ -1,7 +1,7 @@
-"""The shard function: one part of a corpus to token shards on disk.  The same wherever it runs, and however often it is killed.
+"""The shard function: tokenizes a part of a corpus into shards.  Its output is the same wherever and however often it runs.
 
-A part becomes shards of about `shard_characters`; a shard is finished when its .json is there, a part when its .done is.
-Run again, it goes on after the last finished shard and writes the same bytes.
+A part becomes shards of about `shard_characters`; a shard is finished when its .json exists, a part when its .done does.
+After a kill it resumes behind the last finished shard and writes the same bytes.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 
@@ -21,14 +22,14 @@ from tanuki_jax.data.store import Store, StoreWriter, token_dtype
 from tanuki_jax.data.tokenizer import Tokenizer
 from tanuki_jax.errors import UserError
 
-CHUNK = 1_000_000  # characters encoded together
+CHUNK = 1_000_000  # characters that are encoded together
 CHUNK_ROWS = 5_000
 REASONS = 10_000  # rejected rows that a shard lists; it counts all
 
 
 @dataclass(frozen=True)
 class Work:
-    """What all parts of a corpus share."""
+    """What the parts of a corpus have in common."""
 
     directory: Path  # where shards are written
     tokenizer: Path
@@ -40,9 +41,9 @@ class Work:
 
 @dataclass(frozen=True)
 class Shard:
-    """What a shard holds; `records` counts the rejected ones too."""
+    """What a shard holds; `records` counts rejected rows too."""
 
-    name: str  # part and number in it: 00003-00001
+    name: str  # numbers of the part, and of the shard in it: 00003-00001
     records: int
     rows: int
     documents: int
@@ -56,26 +57,29 @@ class Shard:
 def write_part(
     work: Work, number: int, part: sources.Part, tokenizer: Tokenizer | None = None, show: Callable[[int], None] | None = None
 ) -> None:
-    """Writes the shards of part `number` that are not there yet.  show: told how many bytes of the part are read."""
+    """Writes the shards of part `number` that do not exist yet.  show: called with how many bytes of the part are read."""
     done = work.directory / f"{number:05d}.done"
     if done.is_file():
         return
     tokenizer = tokenizer or Tokenizer(work.tokenizer)
     finished = finished_shards(work.directory, number)
-    chunks = _chunks(work, part, sum(shard.records for shard in finished))
+    chunks = _chunks(work, part, skip=sum(shard.records for shard in finished))
     with concurrent.futures.ThreadPoolExecutor(1) as reader:  # the next chunk is read while this one is encoded
-        ahead = reader.submit(next, chunks, None)
+        next_chunk = reader.submit(next, chunks, None)
         writer: _Writer | None = None
-        following = len(finished)
-        while (chunk := ahead.result()) is not None:
-            ahead = reader.submit(next, chunks, None)
-            writer = writer or _Writer(work, f"{number:05d}-{following:05d}", tokenizer.vocab_size)
+        shard = len(finished)
+        while True:
+            chunk = next_chunk.result()
+            if chunk is None:
+                break
+            next_chunk = reader.submit(next, chunks, None)
+            writer = writer or _Writer(work, f"{number:05d}-{shard:05d}", tokenizer.vocab_size)
             writer.add(chunk, _encode(work, chunk, tokenizer))
             if show:
                 show(chunk.bytes_read)
             if writer.characters >= work.shard_characters:
                 writer.close()
-                writer, following = None, following + 1
+                writer, shard = None, shard + 1
         if writer:
             writer.close()
     files.write_text(done, "")
@@ -88,7 +92,7 @@ def finished_shards(directory: Path, number: int | None = None) -> list[Shard]:
 
 
 def damaged_shard(directory: Path) -> str:
-    """The first file of the finished shards that is not whole, after a power cut say; empty where all are."""
+    """The first file of the finished shards that is cut short, as after a power cut; empty where there is none."""
     for path in sorted(directory.glob("?????-?????.json")):
         try:
             shard = Shard(**files.read_json(path))
@@ -105,28 +109,28 @@ def damaged_shard(directory: Path) -> str:
 
 @dataclass
 class _Chunk:
-    """Rows that are encoded together, and the bad ones among them."""
+    """Rows that are encoded together, and the invalid ones among them."""
 
     rows: list[sources.Row] = field(default_factory=list)
-    bad: list[dict[str, str]] = field(default_factory=list)
+    rejected: list[dict[str, str]] = field(default_factory=list)
     records: int = 0
     characters: int = 0
     bytes_read: int = 0
 
     def reject(self, where: str, reason: str) -> None:
-        self.bad.append({"where": where, "reason": reason})
+        self.rejected.append({"where": where, "reason": reason})
 
 
 def _chunks(work: Work, part: sources.Part, skip: int) -> Iterator[_Chunk]:
     chunk = _Chunk()
-    told = (lambda where, reason: chunk.reject(where, reason)) if work.skip_invalid else None
-    for row in sources.read_part(part, work.fields, told, skip):
+    on_bad_row = (lambda where, reason: chunk.reject(where, reason)) if work.skip_invalid else None
+    for row in sources.read_part(part, work.fields, on_bad_row, skip):
         chunk.records += 1
         if row is not None:
             try:
-                size = _checked(row, work.kind)
+                size = _check_row(row, work.kind)
             except UserError as error:
-                _refuse(work, chunk, row, error)
+                _reject(work, chunk, row, error)
             else:
                 chunk.rows.append(row)
                 chunk.characters += size
@@ -138,19 +142,19 @@ def _chunks(work: Work, part: sources.Part, skip: int) -> Iterator[_Chunk]:
         yield chunk
 
 
-def _refuse(work: Work, chunk: _Chunk, row: sources.Row, error: UserError) -> None:
-    """A bad row: an error, or a row that is counted and left out."""
+def _reject(work: Work, chunk: _Chunk, row: sources.Row, error: UserError) -> None:
+    """Raises the error of an invalid row, or with skip_invalid counts the row as rejected."""
     reason = str(error).removeprefix("data: ").removeprefix(row.where).lstrip(" :")
     if not work.skip_invalid:
         raise UserError(f"data: {row.where}: {reason}") from error
     chunk.reject(row.where, reason)
 
 
-def _checked(row: sources.Row, kind: str) -> int:
-    """Characters of a row (tokens of one that is tokenized already); a row of another kind or without text is an error."""
-    own = sources.kind_of(row)
-    if own != kind:
-        raise UserError(f"data: {row.where} is a {own} row, those before are {kind}; use one source per kind")
+def _check_row(row: sources.Row, kind: str) -> int:
+    """Characters of a row (tokens, if it is tokenized already); a row of another kind or without text is an error."""
+    row_kind = sources.kind_of(row)
+    if row_kind != kind:
+        raise UserError(f"data: {row.where} is a {row_kind} row, those before are {kind}; use one source per kind")
     if kind == "tokens":
         size = len(_ids(row))
     elif kind == "text":
@@ -169,7 +173,7 @@ def _ids(row: sources.Row) -> np.ndarray:
     """The tokens of a row that is tokenized already."""
     try:
         ids = np.asarray(row.fields["tokens"])
-    except (ValueError, TypeError, OverflowError):  # lists of different lengths in the list
+    except (ValueError, TypeError, OverflowError):  # nested lists of different lengths
         ids = np.zeros((), object)
     if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
         raise UserError(f"data: {row.where}: tokens must be a list of ids, whole numbers from 0 on: [5, 6, 7]")
@@ -178,11 +182,11 @@ def _ids(row: sources.Row) -> np.ndarray:
 
 # --- encoding and writing -----------------------------------------------------------------------------------------------------
 
-Encoded = tuple[np.ndarray, np.ndarray | None]  # token ids of a document, and its mask
+Encoded: TypeAlias = tuple[np.ndarray, np.ndarray | None]  # token ids of a document, and its mask
 
 
 def _encode(work: Work, chunk: _Chunk, tokenizer: Tokenizer) -> Iterator[list[Encoded]]:
-    """The documents of each good row; rows that cannot be encoded are refused, and their characters taken off."""
+    """The documents of each valid row; rows that cannot be encoded are refused, and their characters not counted."""
     if work.kind == "text":
         for ids in tokenizer.encode_batch([row.fields["text"] for row in chunk.rows]):
             ids.append(tokenizer.eos)
@@ -192,8 +196,8 @@ def _encode(work: Work, chunk: _Chunk, tokenizer: Tokenizer) -> Iterator[list[En
         try:
             documents = _documents(work.kind, row, tokenizer)
         except UserError as error:
-            _refuse(work, chunk, row, error)
-            chunk.characters -= _checked(row, work.kind)
+            _reject(work, chunk, row, error)
+            chunk.characters -= _check_row(row, work.kind)
         else:
             yield documents
 
@@ -212,9 +216,9 @@ def _documents(kind: str, row: sources.Row, tokenizer: Tokenizer) -> list[Encode
 
 
 class _Writer:
-    """One shard on its way: files under temporary names, renamed together, the .json last.
+    """Writes a shard: files under temporary names, renamed together, the .json last.
 
-    The names are nobody else's, so that a process that should be dead by now cannot write into the same files.
+    The temporary names are unique, so that a process that should be dead cannot write into the same files.
     """
 
     def __init__(self, work: Work, name: str, vocab_size: int) -> None:
@@ -237,8 +241,8 @@ class _Writer:
                 if self._mask is not None and mask is not None:
                     self._mask.add(mask)
         self.records, self.characters = self.records + chunk.records, self.characters + chunk.characters
-        self.rejected += len(chunk.bad)
-        self._reasons += chunk.bad[: max(0, REASONS - len(self._reasons))]
+        self.rejected += len(chunk.rejected)
+        self._reasons += chunk.rejected[: max(0, REASONS - len(self._reasons))]
 
     def close(self) -> None:
         lengths = self._tokens.lengths
@@ -261,6 +265,6 @@ class _Writer:
         files.write_json(self._work.directory / f"{self._name}.json", asdict(shard))
 
 
-def prefixes(directory: Path, names: Sequence[str], what: str = "tokens") -> list[Path]:
-    """Where the tokens (or the mask) of shards lie, without suffix."""
-    return [directory / f"{what}-{name}" for name in names]
+def prefixes(directory: Path, names: Sequence[str], stem: str = "tokens") -> list[Path]:
+    """Paths of the tokens (or, with the stem mask, of the masks) of shards, without suffix."""
+    return [directory / f"{stem}-{name}" for name in names]

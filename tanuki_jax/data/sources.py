@@ -1,12 +1,12 @@
-"""Rows of text, dialogues, pairs or tokens from files of any format of `formats`, whole or part by part."""
+"""Reads rows of text, dialogues, pairs or tokens from files of any format of `formats`, whole or in parts."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Hashable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -17,20 +17,20 @@ from tanuki_jax.errors import UserError
 
 
 class Fields(NamedTuple):
-    """Which fields of a record are read: names, with dots where they are nested (meta.lang)."""
+    """Which fields of a record are read: names, with dots for nested ones (meta.lang)."""
 
     text: str = "text"
     language: str = ""  # a field that holds the language tag; empty = none
-    row_format: str = "auto"  # a name of conversation.FORMATS where rows can be read in several ways
+    row_format: str = "auto"  # a name of conversation.FORMATS, for rows that fit several
 
 
 PLAIN = Fields()
 PARSED_FIELDS = Columns()
-KINDS = {"text": "text", "messages": "dialogue", "chosen": "pair", "tokens": "tokens"}  # field of a row that was read -> kind
+KINDS = {"text": "text", "messages": "dialogue", "chosen": "pair", "tokens": "tokens"}  # field of a row -> kind
 
 
 class Row(NamedTuple):
-    """A row, where it stands (for messages), how many bytes of the files were read up to it, and its language tag."""
+    """A row, its place (for messages), how many bytes of the files were read up to it, and its language tag."""
 
     where: str
     fields: dict[str, Any]
@@ -39,48 +39,49 @@ class Row(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What one worker reads: some small files whole, or a range (in units of `formats.size_of`) of a large one."""
+    """What a worker reads at a time: some small files whole, or a range (in units of `formats.size_of`) of a large one."""
 
     paths: tuple[str, ...]
     start: int
     stop: int
-    size: int  # bytes, about
+    size: int  # approximate bytes
 
 
 WHOLE = 1 << 62
-OnBadRow = Callable[[str, str], None]  # told of a bad row: where it stands, and the reason
+OnBadRow: TypeAlias = Callable[[str, str], None]  # called with the place of an invalid row, and the reason
 
 
 def skip_silently(where: str, reason: str) -> None:
-    """A `Bad` that leaves bad rows out without a word."""
+    """An OnBadRow that leaves out invalid rows without a message."""
 
 
-COMMAS = 7  # most commas that the name of a path may have
+MAX_COMMAS = 7  # maximum of commas in the name of a path
 
 
 def split_patterns(patterns: str) -> list[str]:
-    """Comma-separated globs apart; a comma of a path that is there, or that alone makes a glob match, separates nothing."""
-    pieces, found = patterns.split(","), []
+    """Splits globs at commas, except at those of a path that exists, and those without which a glob would match nothing."""
+    pieces, result = patterns.split(","), []
     while pieces:
-        joined = [",".join(pieces[:n]) for n in range(min(len(pieces), COMMAS + 1), 0, -1)]  # the longest first
-        there = [name for name in joined if name and not paths.is_url(name) and os.path.lexists(name)]
-        if there or paths.is_url(pieces[0]) or paths.glob_files(pieces[0]):
-            taken = there[0] if there else pieces[0]
+        joined = [",".join(pieces[:n]) for n in range(min(len(pieces), MAX_COMMAS + 1), 0, -1)]  # the longest first
+        local = [name for name in joined if name and not paths.is_url(name)]
+        existing = [name for name in local if os.path.lexists(name)]
+        if existing:
+            pattern = existing[0]
+        elif paths.is_url(pieces[0]) or paths.glob_files(pieces[0]):
+            pattern = pieces[0]
         else:
-            taken = next(
-                (name for name in joined[:-1] if name and not paths.is_url(name) and paths.glob_files(name)), pieces[0]
-            )
-        pieces = pieces[taken.count(",") + 1 :]
-        found += [taken] if taken else []
-    return found
+            pattern = next((name for name in local if "," in name and paths.glob_files(name)), pieces[0])
+        pieces = pieces[pattern.count(",") + 1 :]
+        result += [pattern] if pattern else []
+    return result
 
 
 def matching_files(patterns: str) -> list[str]:
-    """The files of comma-separated globs, sorted; dataset folders count.  A pattern that matches nothing is an error.
+    """The files of comma-separated globs, sorted, and those of dataset folders.  A pattern without a match is an error.
 
-    A file is there once, however many patterns and links name it; what was left out is told.
+    A file is listed once, however many patterns and links name it; a warning names one that was named again.
     """
-    found: dict[Any, str] = {}
+    first_names: dict[Hashable, str] = {}
     again: list[tuple[str, str]] = []
     for pattern in split_patterns(patterns):
         matches = paths.glob_files(pattern)
@@ -88,48 +89,42 @@ def matching_files(patterns: str) -> list[str]:
             raise UserError(f"data: no such file: {pattern!r}{_unreadable(pattern)}")
         for path in (expanded for match in matches for expanded in _expand(match)):
             key = paths.identity_key(path)
-            if key in found:
-                again.append((path, found[key]))
+            if key in first_names:
+                again.append((path, first_names[key]))
             else:
-                found[key] = path
+                first_names[key] = path
     if again:
         path, first = again[0]
-        told = f"{path} is named twice" if path == first else f"{path} is the same file as {first}"
+        reason = f"{path} is named twice" if path == first else f"{path} is the same file as {first}"
         more = f" ({len(again)} such names are left out)" if len(again) > 1 else ""
-        paths.warn(f"data: {told}, and is read once{more}")
-    if not found:
+        paths.warn(f"data: {reason}, and is read once{more}")
+    if not first_names:
         raise UserError(f"data: no input files given; name {', '.join(formats.SUFFIXES)} files")
-    return list(found.values())
+    return list(first_names.values())
 
 
 def _expand(match: str) -> list[str]:
     """The files of what a glob matched, each of a known format and readable."""
     paths.check(match)
-    found = datasets.expand(match)
-    for path in found:
+    expanded = datasets.expand(match)
+    for path in expanded:
         paths.check(path)
-        folder = formats.format_of(path) != "/tfds" and paths.is_directory(path)
-        if folder:
+        if formats.format_of(path) != "/tfds" and paths.is_directory(path):
             raise UserError(
                 f"data: {path} is a directory, and no dataset that Hugging Face datasets or TFDS wrote; "
                 f"name the files in it, {path}/*.jsonl for example"
             )
         if not formats.format_of(path):
             raise UserError(f"data: {path} is none of {', '.join(formats.SUFFIXES)}; convert it or narrow the pattern")
-    return found
+    return expanded
 
 
 def _unreadable(pattern: str) -> str:
-    """Why a glob may match nothing: a folder on its way that may not be looked into."""
+    """Why a glob may match nothing: a folder in it that may not be read."""
     for folder in reversed(Path(pattern).parents):
         if not paths.is_url(pattern) and folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK):
             return f"; {folder} cannot be looked into, check its permissions"
     return ""
-
-
-def total_bytes(patterns: str) -> int:
-    """Size of all files together."""
-    return sum(map(paths.bytes_of, matching_files(patterns)))
 
 
 def identity(patterns: str) -> str:
@@ -138,7 +133,7 @@ def identity(patterns: str) -> str:
 
 
 def parts(patterns: str, part_bytes: int) -> list[Part]:
-    """All files in parts of about `part_bytes`, in order: the same list wherever it is made."""
+    """All files in parts of about `part_bytes`, in order; the list is the same on every machine."""
     result: list[Part] = []
     small: list[tuple[str, int]] = []
 
@@ -170,51 +165,51 @@ def _units(path: str) -> int:
         return 1
 
 
-def read_rows(patterns: str, fields: Fields = PLAIN, bad: OnBadRow | None = None) -> Iterator[Row]:
-    """All rows of all files, in order.  Text files give {"text"}."""
+def read_rows(patterns: str, fields: Fields = PLAIN, on_bad_row: OnBadRow | None = None) -> Iterator[Row]:
+    """All rows of all files, in order.  A text file is a row {"text"}."""
     before = 0
     for path in matching_files(patterns):
         size = paths.bytes_of(path)
-        for row in read_part(Part((path,), 0, WHOLE, size), fields, bad):
+        for row in read_part(Part((path,), 0, WHOLE, size), fields, on_bad_row):
             if row is not None:
                 yield row._replace(bytes_read=before + row.bytes_read)
         before += size
 
 
-def read_part(part: Part, fields: Fields = PLAIN, bad: OnBadRow | None = None, skip: int = 0) -> Iterator[Row | None]:
-    """The rows of a part after the first `skip`; with `bad`, a bad one is reported there and None takes its place."""
+def read_part(part: Part, fields: Fields = PLAIN, on_bad_row: OnBadRow | None = None, skip: int = 0) -> Iterator[Row | None]:
+    """The rows of a part after the first `skip`; with on_bad_row, an invalid row is reported there and None yielded."""
     before = number = 0
-    wanted = Columns(fields.text.split(".")[0], fields.language.split(".")[0])
+    names = Columns(fields.text.split(".")[0], fields.language.split(".")[0])
     for path in part.paths:
         try:
-            for record in _records(path, part, wanted):
+            for record in _records(path, part, names):
                 number += 1
                 if number <= skip:
                     continue
                 try:
                     row = _row(record, fields, before)
-                    encodings.check(row.fields, wanted, record.where)
+                    encodings.check(row.fields, names, record.where)
                 except UserError as error:
-                    if bad is None:
+                    if on_bad_row is None:
                         raise
-                    bad(record.where, _reason(error, record.where))
+                    on_bad_row(record.where, _reason(error, record.where))
                     yield None
                 else:
                     yield row
-        except UserError as error:  # the file itself is damaged: what came before it is good
-            if bad is None:
+        except UserError as error:  # the file is damaged; the rows before are valid
+            if on_bad_row is None:
                 raise
             number += 1
             if number > skip:
-                bad(path, _reason(error, path))
+                on_bad_row(path, _reason(error, path))
                 yield None
         before += paths.bytes_of(path) if len(part.paths) > 1 else 0
 
 
-def _records(path: str, part: Part, wanted: Container[str]) -> Iterator[formats.Record]:
+def _records(path: str, part: Part, names: Container[str]) -> Iterator[formats.Record]:
     try:
-        yield from formats.READERS[formats.format_of(path)](path, part.start, part.stop, wanted)
-    except OSError as error:  # gone, or its disk is
+        yield from formats.READERS[formats.format_of(path)](path, part.start, part.stop, names)
+    except OSError as error:  # the file is gone, or its disk
         raise UserError(f"data: {path} cannot be read: {error.strerror or error}") from error
 
 
@@ -226,39 +221,45 @@ def _row(record: formats.Record, fields: Fields, before: int) -> Row:
     value, where = record.value, record.where
     if isinstance(value, UserError):
         raise value
-    # A column has a value in every row; where a row had none, it is a null.
-    value = _parse(value, where) if isinstance(value, bytes) else _plain(value, where)
-    language = _field(value, fields.language) if fields.language else ""
+    row = _parse(value, where) if isinstance(value, bytes) else _plain_fields(value, where)
+    language = _field(row, fields.language) if fields.language else ""
     if fields.text != "text":
-        if not isinstance(found := _field(value, fields.text), str):
-            raise UserError(f"data: {where} has no text in {fields.text!r} (fields: {', '.join(value)})")
-        value = {"text": found}
+        text = _field(row, fields.text)
+        if not isinstance(text, str):
+            raise UserError(f"data: {where} has no text in {fields.text!r} (fields: {', '.join(row)})")
+        row = {"text": text}
     try:
-        value = {
-            **{name: item for name, item in value.items() if name not in PARSED_FIELDS},
-            **read_fields(value, fields.row_format),
+        row = {
+            **{name: item for name, item in row.items() if name not in PARSED_FIELDS},
+            **read_fields(row, fields.row_format),
         }
     except UserError as error:
         raise UserError(f"data: {where}: {error}") from error
-    return Row(where, value, before + record.bytes_read, language if isinstance(language, str) else "")
+    return Row(where, row, before + record.bytes_read, language if isinstance(language, str) else "")
 
 
-def _field(value: Any, name: str) -> Any:
+def _field(value: object, name: str) -> object:
+    """A field of a record; None where there is none."""
     for part in name.split("."):
         value = value.get(part) if isinstance(value, dict) else None
     return value
 
 
-def _plain(value: Any, where: str) -> Any:
+def _plain_fields(fields: Mapping[str, object], where: str) -> dict[str, object]:
+    """The fields of a record of a columnar file, as JSON would give them; nulls, which stand for missing ones, left out."""
+    return {name: item if name == "tokens" else _plain(item, where) for name, item in fields.items() if item is not None}
+
+
+def _plain(value: object, where: str) -> object:
     """A value of a columnar file as JSON would give it: bytes as text, arrays as lists, nulls left out."""
     if isinstance(value, bytes):
         return _decode(value, where)
     if isinstance(value, dict):
-        return {name: item if name == "tokens" else _plain(item, where) for name, item in value.items() if item is not None}
+        return _plain_fields(value, where)
     if isinstance(value, np.ndarray | np.generic):
         return _plain(value.tolist(), where)
     if isinstance(value, list) and value and all(isinstance(item, tuple) and len(item) == 2 for item in value):
-        return _plain(dict(value), where)  # a map of Arrow's
+        return _plain_fields(dict(value), where)  # an Arrow map
     return [_plain(item, where) for item in value] if isinstance(value, list | tuple) else value
 
 
@@ -271,15 +272,16 @@ def _decode(data: bytes, where: str) -> str:
     return encodings.decode(data, where)
 
 
-def _parse(line: bytes, where: str) -> dict[str, Any]:
+def _parse(line: bytes, where: str) -> dict[str, object]:
     text = _decode(line, where)
     try:
-        fields = json.loads(text, object_pairs_hook=_once)
+        fields = json.loads(text, object_pairs_hook=_unique)
     except UserError as error:
         raise UserError(f"data: {where} {error}") from error
     except json.JSONDecodeError as error:
-        if found := encodings.problem(text):
-            raise UserError(f"data: {where} {found}") from error
+        reason = encodings.problem(text)
+        if reason:
+            raise UserError(f"data: {where} {reason}") from error
         raise UserError(f"data: {where} is not JSON: {error.msg} at column {error.colno}") from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
         raise UserError(f"data: {where} is not JSON that can be read: {error}") from error
@@ -295,14 +297,16 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
     return fields
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object without its nulls, which columns cannot tell from fields that are not there.
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object without its nulls, which columnar files cannot tell from missing fields.
 
-    None of its keys may stand there twice: JSON readers would take either.
+    A key may not occur twice: JSON readers differ in which value they use.
     """
     value = dict(pairs)
     if len(value) < len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise UserError(f"has the key {twice!r} twice in one object; keep one of them")
+        names: set[str] = set()
+        for name, _ in pairs:
+            if name in names:
+                raise UserError(f"has the key {name!r} twice in one object; keep one of them")
+            names.add(name)
     return {name: item for name, item in value.items() if item is not None}

@@ -2,7 +2,7 @@
 
 .idx: magic "MMIDIDX\\0\\0", uint64 version 1, uint8 dtype code, uint64 sequences, uint64 documents + 1, then
 int32 lengths of sequences, int64 byte offsets of sequences, int64 first sequences of documents, and nothing or int8 modes.
-Ours have one sequence a document; those of others may have several.  Opening costs the same whatever the store's size.
+Our stores have one sequence per document; others may have several.  Opening costs the same whatever the store's size.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import mmap
 import struct
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from tanuki_jax.errors import UserError
 
@@ -23,7 +23,7 @@ MAGIC = b"MMIDIDX\x00\x00"
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float32, 8: np.uint16}
 CODES = {np.dtype(v): k for k, v in DTYPES.items()}
 HEADER = 9 + 8 + 1 + 8 + 8
-CHECK_ROWS = 1_000_000  # sequences up to which the whole index is checked at opening
+CHECK_ROWS = 1_000_000  # sequences up to which the whole index is checked when a store is opened
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -57,9 +57,12 @@ class StoreWriter:
             f.write(np.arange(len(lengths) + 1, dtype=np.int64).tobytes())
 
 
-def _map_file(path: Path, dtype: Any, offset: int, count: int) -> np.ndarray:
-    """Part of a file as a read-only array.  Reads are random, so the system is told not to read ahead: that costs
-    milliseconds a window where the file is not in memory yet."""
+def _map_file(path: Path, dtype: DTypeLike, offset: int, count: int) -> np.ndarray:
+    """Part of a file as a read-only array.
+
+    Reads are random, so the system is told not to read ahead: that costs milliseconds per window of a file that is not
+    cached.
+    """
     if not count:
         return np.zeros(0, dtype)
     with path.open("rb") as f:
@@ -91,20 +94,20 @@ class _Shard:
         if size not in (expected, expected + self.sequences):
             problem = "is cut short" if size < expected else "has another length than its header says"
             raise UserError(f"token store: {index} {problem}: {size} bytes, expected {expected}; prepare it again")
-        self.size, rest = divmod(tokens.stat().st_size, self.dtype.itemsize)
+        self.size, remainder = divmod(tokens.stat().st_size, self.dtype.itemsize)
         indexed = (int(self.pointers[-1]) // self.dtype.itemsize + int(self.lengths[-1])) if self.sequences else 0
         if self.documents <= CHECK_ROWS:
-            known = self.first
-            if known[0] != 0 or known[-1] != self.sequences or (np.diff(known) < 0).any():
+            first = self.first
+            if first[0] != 0 or first[-1] != self.sequences or (np.diff(first) < 0).any():
                 raise UserError(f"token store: {index} does not say where its documents begin; prepare it again")
-        if 0 < self.sequences <= CHECK_ROWS:  # an index that is quickly read is checked whole
+        if 0 < self.sequences <= CHECK_ROWS:  # a short index is checked whole
             ends = np.cumsum(self.lengths, dtype=np.int64)
             whole = bool((self.pointers == (ends - self.lengths) * self.dtype.itemsize).all())
             indexed = int(ends[-1]) if whole else -1
-        if rest or self.size != indexed:
+        if remainder or self.size != indexed:
             raise UserError(f"token store: {tokens} holds {self.size} tokens, its index {indexed}; prepare it again")
 
-    def _map(self, dtype: Any, offset: int, count: int) -> np.ndarray:
+    def _map(self, dtype: DTypeLike, offset: int, count: int) -> np.ndarray:
         return _map_file(Path(f"{self.prefix}.idx"), dtype, HEADER + offset, count)
 
     @functools.cached_property
@@ -129,6 +132,7 @@ class _Shard:
 
     @property
     def starts(self) -> np.ndarray:
+        """Byte at which each document begins, int64."""
         return np.append(self.pointers, self.size * self.dtype.itemsize)[self.first[:-1]]
 
     def offset(self, document: int) -> int:
@@ -137,14 +141,15 @@ class _Shard:
         return int(self.pointers[sequence]) // self.dtype.itemsize if sequence < self.sequences else self.size
 
     def begins(self, low: int, high: int) -> np.ndarray:
-        """First tokens, in (low, high), of the documents that begin there."""
+        """First tokens of the documents that begin in (low, high)."""
         item = self.dtype.itemsize
         a, b = (bisect.bisect_left(self.pointers, edge) for edge in (low * item + 1, high * item))
         i, j = (bisect.bisect_left(self.first, edge, hi=self.documents) for edge in (a, b))
         return self.pointers[self.first[i:j]] // item
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k in ("prefix", "sequences", "documents", "dtype", "size", "simple")}
+    def __getstate__(self) -> dict[str, object]:
+        """What is pickled: not the memory maps, which are opened again."""
+        return {name: getattr(self, name) for name in ("prefix", "sequences", "documents", "dtype", "size")}
 
 
 class Store:
@@ -163,7 +168,7 @@ class Store:
                     f"token store: {shard.prefix}.bin holds {shard.dtype.name}, {prefixes[0]}.bin {self.dtype.name}; "
                     "prepare them together"
                 )
-        # First token and first document of each shard, and the ends of the last.
+        # First token and first document of each shard, and the end of the last one.
         self._token_starts = np.cumsum([0, *(shard.size for shard in self.shards)], dtype=np.int64)
         self._document_starts = np.cumsum([0, *(shard.documents for shard in self.shards)], dtype=np.int64)
         self.size, self.documents = int(self._token_starts[-1]), int(self._document_starts[-1])
@@ -191,16 +196,16 @@ class Store:
         return shard.tokens[shard.offset(index) : shard.offset(index + 1)]
 
     def boundaries(self, start: int, stop: int) -> np.ndarray:
-        """First tokens, in (start, stop), of the documents that begin there; int64, rising."""
-        found = []
+        """First tokens of the documents that begin in (start, stop), int64, ascending."""
+        begins = []
         k = self._shard(self._token_starts, start)
         while k < len(self.shards) and self._token_starts[k] < stop:
             shard, base = self.shards[k], int(self._token_starts[k])
-            found.append(shard.begins(start - base, stop - base) + base)
+            begins.append(shard.begins(start - base, stop - base) + base)
             k += 1
-        result = found[0] if len(found) == 1 else np.concatenate([np.zeros(0, np.int64), *found])
-        fresh = result[1:] != result[:-1]  # empty documents begin where the next one does
-        return result if fresh.all() else np.concatenate([result[:1], result[1:][fresh]])
+        result = begins[0] if len(begins) == 1 else np.concatenate([np.zeros(0, np.int64), *begins])
+        differs = result[1:] != result[:-1]  # empty documents begin where the next one does
+        return result if differs.all() else np.concatenate([result[:1], result[1:][differs]])
 
     @functools.cached_property
     def offsets(self) -> np.ndarray:

@@ -7,21 +7,30 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from tanuki_jax.data import traced
 from tanuki_jax.data.traced import Traced
 from tanuki_jax.errors import UserError
 
-# Jinja's filters that only cut, choose or replace.
-BLOCKS = itertools.count(1)  # a number for each {% generation %} block that is run
-KEEPING = frozenset(("trim", "string", "first", "last", "default", "d", "replace", "reverse", "min", "max", "random", "attr"))
+if TYPE_CHECKING:  # jinja2 is imported where it is needed
+    import jinja2
+    from jinja2 import nodes
+    from jinja2.compiler import Frame
+    from jinja2.parser import Parser
+    from jinja2.runtime import Context
+
+BLOCK_NUMBERS = itertools.count(1)  # a number for each {% generation %} block that is run
+# Jinja's filters that only cut, choose or replace, so that the parts of a traced text keep their origin.
+ORIGIN_KEEPING = frozenset(
+    ("trim", "string", "first", "last", "default", "d", "replace", "reverse", "min", "max", "random", "attr")
+)
 
 
-def render(source: str, values: Mapping[str, Any]) -> Traced:
-    """What the template writes for `values`; a template that refuses them, or cannot be run, is a UserError."""
+def render(source: str, values: Mapping[str, object]) -> Traced:
+    """The text that the template writes for `values`; a template that refuses them, or cannot be run, is a UserError."""
     from jinja2.exceptions import TemplateError
 
     template = compile_template(source)
@@ -31,7 +40,7 @@ def render(source: str, values: Mapping[str, Any]) -> Traced:
         raise UserError(f"the chat template refuses this conversation: {error}") from error
     except (TemplateError, RecursionError, OverflowError) as error:
         raise UserError(f"chat_template: {error}; it cannot be run on this conversation") from error
-    except Exception as error:  # a template is anybody's program
+    except Exception as error:  # a template is a program of its own
         raise UserError(f"chat_template: {error} ({type(error).__name__}); it cannot be run on this conversation") from error
 
 
@@ -41,7 +50,7 @@ class Refusal(Exception):
 
 @functools.lru_cache(maxsize=32)
 def mentions(source: str) -> frozenset[str]:
-    """Every name, attribute and string constant of a template: the parts of a message that it may look at are among them."""
+    """Every name, attribute and string constant of a template; the fields of a message that it may read are among them."""
     from jinja2 import nodes
 
     tree = _environment().parse(source)
@@ -60,7 +69,7 @@ def strings(source: str) -> frozenset[str]:
 
 
 @functools.lru_cache(maxsize=32)
-def compile_template(source: str) -> Any:
+def compile_template(source: str) -> jinja2.Template:
     """The compiled template."""
     from jinja2.exceptions import TemplateSyntaxError
 
@@ -75,7 +84,7 @@ def compile_template(source: str) -> Any:
 
 
 @functools.cache
-def _environment() -> Any:
+def _environment() -> jinja2.Environment:
     from jinja2 import nodes
     from jinja2.ext import Extension, loopcontrols
     from jinja2.nativetypes import NativeCodeGenerator
@@ -84,7 +93,7 @@ def _environment() -> Any:
     class Generator(NativeCodeGenerator):
         """Writes values as they are, without str() around them; `~` joins them as output is joined."""
 
-        def visit_Concat(self, node: nodes.Concat, frame: Any) -> None:
+        def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
             self.write("environment.concat((")
             for argument in node.nodes:
                 self.visit(argument, frame)
@@ -92,18 +101,18 @@ def _environment() -> Any:
             self.write("))")
 
     class Generation(Extension):
-        """transformers' {% generation %}, which marks what the assistant says."""
+        """transformers' {% generation %}, which marks the text of the assistant."""
 
         tags = {"generation"}
 
-        def parse(self, parser: Any) -> Any:
+        def parse(self, parser: Parser) -> nodes.Node:
             line = next(parser.stream).lineno
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
             return nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
 
         def _mark(self, caller: Callable[[], str]) -> Traced:
             text = traced.join((caller(),))
-            number = next(BLOCKS)
+            number = next(BLOCK_NUMBERS)
             return Traced(text, (run._replace(generated=number) for run in text._runs))
 
     class Environment(ImmutableSandboxedEnvironment):
@@ -113,21 +122,21 @@ def _environment() -> Any:
         intercepted_binops = frozenset(["%"])
         concat = staticmethod(traced.join)
 
-        def getattr(self, obj: Any, attribute: str) -> Any:
-            # A method of the template's own text ('\n'.join, '...'.format) has to trace what it is given.
+        def getattr(self, obj: object, attribute: str) -> object:
+            # A method of the template's own text ('\n'.join, '...'.format) has to trace its arguments.
             return super().getattr(Traced(obj) if type(obj) is str else obj, attribute)
 
-        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        def call_binop(self, context: Context, operator: str, left: object, right: object) -> object:
             return traced.apply(functools.partial(super().call_binop, context, operator), (left, right))
 
-        def wrap_str_format(self, value: Any) -> Callable[..., Any] | None:
+        def wrap_str_format(self, value: object) -> Callable[..., str] | None:
             form = super().wrap_str_format(value)
             if form is None:
                 return None
             return lambda *values, **named: traced.apply(lambda *v, **n: str.__str__(form(*v, **n)), values, named)
 
     environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
-    environment.filters = {name: _tracing(filter, name in KEEPING) for name, filter in environment.filters.items()}
+    environment.filters = {name: _trace_filter(filter, name in ORIGIN_KEEPING) for name, filter in environment.filters.items()}
     environment.filters["join"] = _join_filter()
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise
@@ -135,23 +144,26 @@ def _environment() -> Any:
     return environment
 
 
-def _tracing(filter: Callable[..., Any], keeps: bool) -> Callable[..., Any]:
-    """A filter of Jinja's; unless it keeps the origin of each character, its result belongs to what it was made from."""
+def _trace_filter(filter: Callable[..., object], keeps: bool) -> Callable[..., object]:
+    """A filter of Jinja's; unless it keeps the origin of each character, its result belongs to the texts it was made from."""
 
-    @functools.wraps(filter)  # Jinja's marks of what a filter is passed are attributes
-    def apply(*arguments: Any, **named: Any) -> Any:
-        if keeps and isinstance(result := filter(*arguments, **named), Traced):
+    @functools.wraps(filter)  # Jinja marks filters that take the environment or the context with attributes
+    def apply(*arguments: object, **named: object) -> object:
+        result = filter(*arguments, **named)
+        if keeps and isinstance(result, Traced):
             return result
-        return traced.apply(filter, arguments, named)
+        return traced.trace_result(result, filter, arguments, named)
 
     return apply
 
 
-def _join_filter() -> Callable[..., Any]:
+def _join_filter() -> Callable[..., object]:
     from jinja2.filters import make_attrgetter, pass_environment
 
     @pass_environment
-    def join(environment: Any, value: Any, d: str = "", attribute: str | int | None = None) -> Traced:
+    def join(
+        environment: jinja2.Environment, value: Iterable[object], d: str = "", attribute: str | int | None = None
+    ) -> Traced:
         items = value if attribute is None else map(make_attrgetter(environment, attribute), value)
         return traced.join(items, str(d))
 
@@ -159,13 +171,13 @@ def _join_filter() -> Callable[..., Any]:
 
 
 def _tojson(
-    value: Any,
+    value: object,
     ensure_ascii: bool = False,
     indent: int | None = None,
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> Traced:
-    return traced.to_json(value, sort_keys, ensure_ascii=ensure_ascii, indent=indent, separators=separators)
+    return traced.to_json(value, sort_keys, ensure_ascii, indent, separators)
 
 
 def _raise(message: str) -> NoReturn:

@@ -1,6 +1,6 @@
 """The run-time tokenizer: tokenizer.json, read so that no text can produce a special token.
 
-What transformers makes of a directory is made of it here: BOS by the tokenizer's own post-processor, prefix spaces, templates.
+A directory is read as transformers reads it: BOS by the tokenizer's own post-processor, prefix spaces, chat templates.
 """
 
 from __future__ import annotations
@@ -12,25 +12,28 @@ import shutil
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import tokenizers
 
 from tanuki_jax import files
 from tanuki_jax.errors import UserError
 
-Span = tuple[int, int]  # characters [start, stop)
+Span: TypeAlias = tuple[int, int]  # characters [start, stop)
+JsonObject: TypeAlias = dict[str, Any]
 
 NEWLINE_CUT = {"type": "Split", "pattern": {"Regex": "\n"}, "behavior": "Isolated", "invert": False}
-PART = 1 << 15  # characters of a text that are encoded together, where newlines cut it
-# Of a directory that may hold weights too: what belongs to its tokenizer, and how its publisher samples and stops.
+PART_CHARACTERS = 1 << 15  # characters of a text that are encoded together, where it is cut at newlines
+# The tokenizer's files in a directory that may also hold weights, and generation_config.json with the publisher's stop ids.
 FILES = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
     *("chat_template*", "additional_chat_templates", "generation_config.json"),
 )
-NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")  # transformers' names
+NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 STAND_INS = range(0xF0000, 0x10F000, 0x1000)  # private-use characters that stand for special tokens, a block at a time
-LONGEST = 1 << 20  # the same for a line, or where newlines do not cut: longer ones are cut there, which a round trip survives
+MAX_PART_CHARACTERS = (
+    1 << 20
+)  # the same where there is no newline to cut at; a cut anywhere may change tokens, not the decoded text
 
 
 class Tokenizer:
@@ -45,22 +48,18 @@ class Tokenizer:
                     "`tanuki tokenizer train` makes one"
                 )
         self.directory = directory
-        self._config = files.read_json(directory / "tokenizer_config.json")
-        if not isinstance(self._config, dict):
-            raise UserError(f"tokenizer: {directory / 'tokenizer_config.json'} is not a dictionary of settings")
-        named = files.read_json(path) if (path := directory / "special_tokens_map.json").is_file() else {}
-        given = {name: value for name, value in self._config.items() if value is not None}
-        self._config = {**(named if isinstance(named, dict) else {}), **given}
+        self._config = _read_config(directory)
         self._json = _as_transformers(files.read_json(directory / "tokenizer.json"), self._config)
         self._tokenizer = self._load(self._json)
         self._tokenizer.encode_special_tokens = True  # their spelling in text is text
-        # Where a newline is always a token of its own, the ids of a text are those of its lines, one after another.
+        # Where a newline is always a token, the ids of a text are the ids of its lines, concatenated.
         self._cuts_at_newlines = self._json.get("pre_tokenizer") == NEWLINE_CUT
         added = self._tokenizer.get_added_tokens_decoder()
         self.special = {a.content: i for i, a in added.items() if a.special}
         self.added = {a.content: i for i, a in added.items()}
+        self.special_ids, self.added_ids = frozenset(self.special.values()), frozenset(self.added.values())
         self.named = _named_tokens(self._config)
-        _check_all_there(directory, self._config, self._tokenizer)
+        _check_tokens(directory, self._config, self._tokenizer)
         self.bos_token, eos_token = self.named.get("bos_token", ""), self.named.get("eos_token", "")
         if eos_token not in self.special:
             raise UserError(f"tokenizer: {directory} has no eos_token among its special tokens; every text must end with one")
@@ -68,12 +67,12 @@ class Tokenizer:
         self.bos, self.pad = self.special.get(self.bos_token), self.special.get(self.named.get("pad_token", ""))
         self.chat_templates = _chat_templates(directory, self._config)
         self.chat_template = self.chat_templates.get("default", "")
-        self.generation_eos = _generation_eos(directory, set(added))
+        self.generation_eos = _generation_eos(directory, frozenset(added))
         self.vocab_size: int = self._tokenizer.get_vocab_size()
         texts = [self.chat_template] if self.chat_templates.keys() <= {"default"} else [sorted(self.chat_templates.items())]
         self.fingerprint = files.fingerprint(directory / "tokenizer.json", *texts)
 
-    def _load(self, data: dict[str, Any]) -> tokenizers.Tokenizer:
+    def _load(self, data: JsonObject) -> tokenizers.Tokenizer:
         try:
             loaded = tokenizers.Tokenizer.from_str(json.dumps(data))
         except Exception as error:  # the library raises nothing narrower
@@ -94,8 +93,8 @@ class Tokenizer:
         return ids, [start for start, _ in _spans(encoding)]
 
     def encode_prompt(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Ids as transformers' tokenizer(text) gives them: spelt special tokens are those tokens, and BOS or EOS is added
-        where the post-processor of tokenizer.json does so (beside which transformers 5 does not look at add_bos_token)."""
+        """Ids as transformers' tokenizer(text) gives them: spelt special tokens become special tokens, and BOS or EOS is added
+        where the post-processor of tokenizer.json does so (transformers 5 then ignores add_bos_token)."""
         ids: list[int] = self._published.encode(_encodable(text), add_special_tokens=add_special_tokens).ids
         return ids
 
@@ -104,7 +103,7 @@ class Tokenizer:
     ) -> tuple[list[int], list[Span]]:
         """Ids of a rendered chat, as transformers gives them, and the characters of each.
 
-        A special token, or one of `controls`, that touches any of the `quoted` spans (ascending) is text like any other.
+        A special token, or one of `controls`, that touches any of the `quoted` spans (ascending) is encoded as plain text.
         """
         ids, spans = self._encode_chat(text)
         placed = self._placed_controls(text, ids, spans, controls)
@@ -114,7 +113,7 @@ class Tokenizer:
         return self._encode_quoted(text, written, controls)
 
     def quoted_controls(self, text: str, quoted: Sequence[Span], controls: frozenset[int]) -> list[Span]:
-        """Where a text makes special tokens, or `controls`, in a way that touches any of the `quoted` spans."""
+        """Where a text spells special tokens, or `controls`, that touch any of the `quoted` spans."""
         return [span for span, _ in self._placed_controls(text, *self._encode_chat(text), controls) if _touches(span, quoted)]
 
     def _encode_chat(self, text: str) -> tuple[list[int], list[Span]]:
@@ -124,15 +123,18 @@ class Tokenizer:
     def _placed_controls(
         self, text: str, ids: Sequence[int], spans: Sequence[Span], controls: frozenset[int]
     ) -> list[tuple[Span, int]]:
-        """Special tokens, and `controls`, with their characters; not what stands for characters that the model cannot spell."""
-        unknown, known = self.special.get(_unknown(self._json["model"]) or ""), {*self.special.values(), *controls}
-        placed = [(span, token) for token, span in zip(ids, spans, strict=True) if token in known]
+        """Special tokens, and `controls`, with their characters; without <unk> for characters that the model cannot spell."""
+        unknown, candidates = self.special.get(_unknown(self._json["model"]) or ""), self.special_ids | controls
+        placed = [(span, token) for token, span in zip(ids, spans, strict=True) if token in candidates]
         return [(span, token) for span, token in placed if token != unknown or text[slice(*span)].strip() == self.piece(token)]
 
     def _encode_quoted(
         self, text: str, written: Sequence[tuple[Span, int]], controls: frozenset[int]
     ) -> tuple[list[int], list[Span]]:
-        """The same where text spells special tokens: only those that are `written` are; a character stands for each."""
+        """Ids and characters where quoted text spells special tokens: only those in `written` become tokens.
+
+        A character that no text holds stands in for each of them.
+        """
         block = next((b for b in STAND_INS if not any(b <= ord(c) < b + STAND_INS.step for c in text)), None)
         if block is None:
             raise UserError("text has characters of every block of the private-use planes; remove them")
@@ -151,20 +153,20 @@ class Tokenizer:
 
     @functools.cached_property
     def _chat(self) -> tokenizers.Tokenizer:
-        """As transformers loads it, without the post-processor, which may only add tokens or trim offsets here."""
+        """As transformers loads it, without the post-processor, which could only add tokens or trim offsets."""
         return self._load({**self._json, "post_processor": None})
 
     @functools.cached_property
     def _published(self) -> tokenizers.Tokenizer:
-        """As transformers loads it, with what it adds to a text."""
+        """As transformers loads it, with the post-processor that adds BOS or EOS."""
         return self._load(self._json)
 
     @functools.lru_cache(maxsize=4)  # noqa: B019 - a tokenizer lives as long as its process
     def _with_stand_ins(
         self, block: int, controls: frozenset[int]
     ) -> tuple[tokenizers.Tokenizer, dict[int, str], dict[int, int]]:
-        """A tokenizer for which the special tokens and `controls` are text; the character of `block` that stands for each;
-        and the right id of each that this tokenizer gives otherwise."""
+        """A tokenizer for which the special tokens and `controls` are text, the character of `block` that stands for each, and
+        the right id for each id that this tokenizer changes."""
         names = {name for name, token in self.added.items() if name in self.special or token in controls}
         loaded, originals = self._without(frozenset(names))
         stand_ins = {self.added[name]: chr(block + number) for number, name in enumerate(sorted(names))}
@@ -172,13 +174,13 @@ class Tokenizer:
         return loaded, stand_ins, originals | {loaded.token_to_id(char) or 0: token for token, char in stand_ins.items()}
 
     def _without(self, names: frozenset[str]) -> tuple[tokenizers.Tokenizer, dict[int, int]]:
-        """A tokenizer that does not know these tokens, neither beside its model nor in it; and the ids that have moved."""
+        """A tokenizer without these tokens, among the added ones and in its model; and new id -> id where they differ."""
         model = self._json["model"]
         vocab = model.get("vocab")
-        hidden = names - {_unknown(model)}  # which stands for what the model cannot spell
-        if isinstance(vocab, list):  # Unigram: a piece no text can hold stands in its place
-            vocab = [[f"\U0010ffff{i}" if piece in hidden else piece, *rest] for i, (piece, *rest) in enumerate(vocab)]
-        elif model.get("type") != "BPE":  # whose pieces come out of merges alone
+        hidden = names - {_unknown(model)}  # <unk> stays: it stands for what the model cannot spell
+        if isinstance(vocab, list):  # Unigram: a piece that no text can hold takes its place
+            vocab = [[f"\U0010ffff{i}" if piece in hidden else piece, *score] for i, (piece, *score) in enumerate(vocab)]
+        elif model.get("type") != "BPE":  # BPE makes pieces by merges alone
             vocab = {f"\U0010ffff{i}" if piece in hidden else piece: i for piece, i in vocab.items()}
         added = [a for a in self._json["added_tokens"] if a["content"] not in names]
         data = {**self._json, "model": {**model, "vocab": vocab}, "post_processor": None, "added_tokens": added}
@@ -188,10 +190,9 @@ class Tokenizer:
 
     @functools.cached_property
     def _text(self) -> tuple[tokenizers.Tokenizer, dict[int, int]]:
-        """What encodes text, in which no special token can be spelt, and the ids that it gives otherwise.
+        """The tokenizer of plain text, in which no special token can be spelt, and new id -> id where they differ.
 
-        Where the model itself holds them as pieces (Unigram as SentencePiece's are converted), the library's own switch is
-        not enough.
+        The library's own switch is not enough where the model holds special tokens as pieces (converted SentencePiece models).
         """
         names = frozenset(self.special) - {_unknown(self._json["model"])}
         spelt = ((self.special[name], self._tokenizer.encode(name, add_special_tokens=False).ids) for name in names)
@@ -200,7 +201,7 @@ class Tokenizer:
         return self._tokenizer, {}
 
     def encode_batch(self, texts: Sequence[str]) -> list[array]:
-        """Ids of many texts, uint32, on all cores; long texts are cut so that the cores share them."""
+        """Ids of many texts, uint32, encoded on all cores; long texts are cut so that several cores share one."""
         parts: list[str] = []
         counts = []
         for text in texts:
@@ -219,12 +220,12 @@ class Tokenizer:
         return result
 
     def _parts(self, text: str) -> list[str]:
-        """A text in parts, cut before newlines where that changes no token, and at LONGEST characters."""
-        size = PART if self._cuts_at_newlines else LONGEST
+        """A text in parts, cut before newlines where that changes no token, and at MAX_PART_CHARACTERS characters."""
+        size = PART_CHARACTERS if self._cuts_at_newlines else MAX_PART_CHARACTERS
         parts, start = [], 0
         while len(text) - start > size:
-            end = text.find("\n", start + size, start + LONGEST) if self._cuts_at_newlines else -1
-            end = end if end > start else min(start + LONGEST, len(text))
+            end = text.find("\n", start + size, start + MAX_PART_CHARACTERS) if self._cuts_at_newlines else -1
+            end = end if end > start else min(start + MAX_PART_CHARACTERS, len(text))
             parts.append(text[start:end])
             start = end
         return [*parts, text[start:]]
@@ -244,7 +245,7 @@ class Tokenizer:
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copies a tokenizer's own files into a new directory, whole or not at all; nothing where there is no tokenizer.json."""
+    """Copies a tokenizer's files into a new directory, all or none; does nothing where there is no tokenizer.json."""
     if (source / "tokenizer.json").is_file() and not target.is_dir():
         with files.atomic_path(target) as temporary:
             temporary.mkdir()
@@ -255,12 +256,23 @@ def copy_tokenizer(source: Path, target: Path) -> None:
                     shutil.copy(file, temporary)
 
 
-def _check_all_there(directory: Path, config: dict[str, Any], loaded: tokenizers.Tokenizer) -> None:
-    """An error about a token that transformers would add beside tokenizer.json, with an id of its own."""
+def _read_config(directory: Path) -> JsonObject:
+    """tokenizer_config.json over special_tokens_map.json, where there is one."""
+    config = files.read_json(directory / "tokenizer_config.json")
+    if not isinstance(config, dict):
+        raise UserError(f"tokenizer: {directory / 'tokenizer_config.json'} is not a dictionary of settings")
+    path = directory / "special_tokens_map.json"
+    special = files.read_json(path) if path.is_file() else {}
+    settings = {name: value for name, value in config.items() if value is not None}
+    return {**(special if isinstance(special, dict) else {}), **settings}
+
+
+def _check_tokens(directory: Path, config: JsonObject, loaded: tokenizers.Tokenizer) -> None:
+    """An error about a token that tokenizer.json does not have, so that transformers would add it with a new id."""
     path = directory / "added_tokens.json"
-    beside = files.read_json(path) if path.is_file() else {}
+    added = files.read_json(path) if path.is_file() else {}
     decoder, extra = config.get("added_tokens_decoder"), config.get("extra_special_tokens")
-    listed: list[Any] = [*(beside if isinstance(beside, dict) else ()), *(config.get("additional_special_tokens") or ())]
+    listed: list[object] = [*(added if isinstance(added, dict) else ()), *(config.get("additional_special_tokens") or ())]
     listed += decoder.values() if isinstance(decoder, dict) else ()
     listed += extra.values() if isinstance(extra, dict) else extra if isinstance(extra, list) else ()
     for text in filter(None, map(_spelling, listed)):
@@ -271,36 +283,36 @@ def _check_all_there(directory: Path, config: dict[str, Any], loaded: tokenizers
             )
 
 
-def _unknown(model: dict[str, Any]) -> str | None:
-    """The piece that stands for what a model cannot spell."""
+def _unknown(model: JsonObject) -> str | None:
+    """The piece that stands for what a model cannot spell, <unk>."""
     vocab, number = model.get("vocab"), model.get("unk_id")
     return vocab[number][0] if isinstance(vocab, list) and isinstance(number, int) else model.get("unk_token")
 
 
-def _named_tokens(config: dict[str, Any]) -> dict[str, str]:
-    """The special tokens that have names, as transformers hands them to a chat template: bos_token, eos_token, ..."""
+def _named_tokens(config: JsonObject) -> dict[str, str]:
+    """The special tokens that have names, as transformers passes them to a chat template: bos_token, eos_token, ..."""
     extra = config.get("extra_special_tokens")
     named = {**config, **(extra if isinstance(extra, dict) else {})}
-    spellings = {name: _spelling(value) for name, value in named.items() if name in NAMED or name.endswith("_token")}
+    spellings = {name: _spelling(value) for name, value in named.items() if name in NAMED_TOKENS or name.endswith("_token")}
     return {name: text for name, text in spellings.items() if text}
 
 
-def _spelling(token: Any) -> str:
-    """A special token of tokenizer_config.json: text, a dictionary with `content`, or nothing."""
+def _spelling(token: object) -> str:
+    """The text of a special token of tokenizer_config.json, which is text or a dictionary with `content`; else empty."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) else ""
 
 
-def _generation_eos(directory: Path, known: set[int]) -> tuple[int, ...]:
-    """eos_token_id of the publisher's generation_config.json, one or several; ids that are no added tokens are not its."""
+def _generation_eos(directory: Path, added: frozenset[int]) -> tuple[int, ...]:
+    """eos_token_id of the publisher's generation_config.json, one or several; only added tokens count."""
     path = directory / "generation_config.json"
     config = files.read_json(path) if path.is_file() else {}
     value = config.get("eos_token_id") if isinstance(config, dict) else None
-    return tuple(token for token in (value if isinstance(value, list) else [value]) if token in known)
+    return tuple(token for token in (value if isinstance(value, list) else [value]) if token in added)
 
 
-def _chat_templates(directory: Path, config: dict[str, Any]) -> dict[str, str]:
-    """Chat templates by name, from where transformers takes them: files go before tokenizer_config.json."""
+def _chat_templates(directory: Path, config: JsonObject) -> dict[str, str]:
+    """Chat templates by name, where transformers looks for them: files first, then tokenizer_config.json."""
     named = {path.stem: _text(path) for path in sorted((directory / "additional_chat_templates").glob("*.jinja"))}
     if (directory / "chat_template.jinja").is_file():
         named["default"] = _text(directory / "chat_template.jinja")
@@ -318,11 +330,11 @@ def _chat_templates(directory: Path, config: dict[str, Any]) -> dict[str, str]:
         ) from error
 
 
-def _as_transformers(data: Any, config: dict[str, Any]) -> dict[str, Any]:
-    """tokenizer.json as transformers' class for it reads it.
+def _as_transformers(data: object, config: JsonObject) -> JsonObject:
+    """tokenizer.json as the class that transformers chooses for it reads it.
 
-    LlamaTokenizer takes vocabulary and merges alone and makes the rest itself (transformers 5, tokenization_llama.py), unless
-    the file is byte-level.  Tokens that have names (eos_token, ...) are special whatever the file says.
+    LlamaTokenizer takes only vocabulary and merges from the file and builds the rest itself (transformers 5,
+    tokenization_llama.py), unless the file is byte-level.  Tokens that have names (eos_token, ...) are always special.
     """
     if not isinstance(data, dict) or not isinstance(data.get("model"), dict):
         raise UserError("tokenizer: tokenizer.json is not what the tokenizers library writes; fetch it again")
@@ -335,7 +347,7 @@ def _as_transformers(data: Any, config: dict[str, Any]) -> dict[str, Any]:
     prefix = config.get("add_prefix_space") is not False
     scheme = ("always" if config.get("legacy") else "first") if prefix else "never"
     metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
-    decoders: list[dict[str, Any]] = [
+    decoders: list[JsonObject] = [
         {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
         {"type": "ByteFallback"},
         {"type": "Fuse"},
@@ -346,7 +358,7 @@ def _as_transformers(data: Any, config: dict[str, Any]) -> dict[str, Any]:
     return {**data, "model": model, "normalizer": None, "pre_tokenizer": metaspace, "decoder": decoder}
 
 
-def _spans(encoding: Any) -> list[Span]:
+def _spans(encoding: tokenizers.Encoding) -> list[Span]:
     """The characters of each token."""
     spans: list[Span] = []
     run = -1

@@ -1,7 +1,7 @@
-"""Text that remembers where each of its characters came from, through everything that a chat template does with it.
+"""Strings that know where each of their characters came from, through everything that a chat template does with them.
 
 A `Traced` is a `str` in every respect.  Slices, sums, strips, splits and replacements keep the origin of each character;
-what an operation makes anew from traced text belongs to that text as a whole.
+text that an operation derives from traced text (upper, escape) belongs to that text as a whole.
 """
 
 from __future__ import annotations
@@ -11,31 +11,31 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, SupportsIndex
+from typing import Any, NamedTuple, SupportsIndex, TypeAlias
 
-Source = tuple[int | str, ...]  # (number of the message, field) or (argument of the template,)
+Source: TypeAlias = tuple[int | str, ...]  # (number of the message, field) or (argument of the template,)
 
 
 class Run(NamedTuple):
-    """`length` characters from `offset` on of the text `source`; without an offset they were made from it.
+    """`length` characters of the text `source` from `offset` on; without an offset, characters derived from it.
 
-    A length of 0 marks where an empty text stands.
+    A length of 0 marks the place of an empty text.
     """
 
     length: int
     source: Source | None = None  # None: the template's own text
     offset: int | None = None
-    generated: int = 0  # number of the {% generation %} block that it stands in; 0 = none
+    generated: int = 0  # number of the {% generation %} block around it; 0 = none
 
 
-LINEAR_SEARCH_RUNS = 8  # runs that are looked through one by one
+LINEAR_SEARCH_RUNS = 8  # up to so many runs are searched one by one
 
 
 class Traced(str):
     """A string with the origin of its characters as runs, in order."""
 
     _runs: tuple[Run, ...]
-    _stops: list[int]  # where each run ends; there once it has been asked for
+    _stops: list[int]  # where each run ends; set when it is first needed
 
     def __new__(cls, text: str, runs: Iterable[Run] | None = None) -> Traced:
         self = super().__new__(cls, text)
@@ -87,10 +87,10 @@ class Traced(str):
     def __radd__(self, other: str) -> Traced:
         return join((other, self)) if isinstance(other, str) else NotImplemented
 
-    def __mod__(self, other: Any) -> Any:
+    def __mod__(self, other: object) -> str:
         return apply(str.__mod__, (self, other))
 
-    def __rmod__(self, other: Any) -> Any:
+    def __rmod__(self, other: object) -> str:
         return apply(str.__mod__, (other, self)) if isinstance(other, str) else NotImplemented
 
     def __mul__(self, count: SupportsIndex) -> Traced:
@@ -99,13 +99,13 @@ class Traced(str):
     __rmul__ = __mul__
 
     def _pieces(self, pieces: Iterable[str], skip: int = 0) -> list[Traced]:
-        """Parts of this string that str's own method found, in order, `skip` characters between them."""
-        found, at = [], 0
+        """The pieces into which a method of str has cut this string, in order, `skip` characters between them."""
+        parts, at = [], 0
         for piece in pieces:
             at = str.index(self, piece, at)
-            found.append(self.part(at, at + len(piece)))
+            parts.append(self.part(at, at + len(piece)))
             at += len(piece) + skip
-        return found
+        return parts
 
     def strip(self, chars: str | None = None) -> Traced:
         return self.lstrip(chars).rstrip(chars)
@@ -141,10 +141,10 @@ class Traced(str):
 
     def replace(self, old: str, new: str, count: SupportsIndex = -1) -> Traced:
         if not old:
-            return derive(str.replace(self, old, new, count), (self, new))
+            return join([derive_text(str.replace(self, old, new, count), (self, new))])
         return join(self.split(old, count), new)
 
-    def join(self, pieces: Iterable[Any]) -> Traced:
+    def join(self, pieces: Iterable[str]) -> Traced:
         listed = list(pieces)
         str.join(self, listed)  # raises what str raises
         return join(listed, self)
@@ -153,11 +153,11 @@ class Traced(str):
         return str.encode(str.__str__(self), encoding, errors)
 
 
-def _derived_method(name: str) -> Callable[..., Any]:
-    own = getattr(str, name)
+def _derived_method(name: str) -> Callable[..., object]:
+    str_method = getattr(str, name)
 
-    def method(self: Traced, *arguments: Any, **named: Any) -> Any:
-        return apply(own, (self, *arguments), named)
+    def method(self: Traced, *arguments: object, **named: object) -> object:
+        return apply(str_method, (self, *arguments), named)
 
     method.__name__ = name
     return method
@@ -171,13 +171,13 @@ for _name in (
     setattr(Traced, _name, _derived_method(_name))
 
 
-def join(values: Iterable[Any], separator: str = "") -> Traced:
-    """The texts of all values one after another, with their origins."""
+def join(values: Iterable[object], separator: str = "") -> Traced:
+    """The texts of all values, joined, with their origins."""
     texts: list[str] = []
     runs: list[Run] = []
     for number, value in enumerate(values):
         for text in (separator, value) if number and separator else (value,):
-            piece = text if isinstance(text, str) else derive(str(text), (text,))
+            piece = text if isinstance(text, str) else derive_text(str(text), (text,))
             texts.append(piece)
             for run in piece._runs if isinstance(piece, Traced) else (Run(len(piece)),):
                 if run.length or run.source:
@@ -186,39 +186,52 @@ def join(values: Iterable[Any], separator: str = "") -> Traced:
 
 
 def _append(runs: list[Run], run: Run) -> None:
-    """Adds a run, together with the last where it goes on with it."""
+    """Appends a run, merged with the last one if it continues that."""
     if runs:
         last = runs[-1]
-        goes_on = last.offset + last.length if last.offset is not None else None
-        if (run.source, run.offset, run.generated) == (last.source, goes_on, last.generated) and last.length:
+        next_offset = last.offset + last.length if last.offset is not None else None
+        if (run.source, run.offset, run.generated) == (last.source, next_offset, last.generated) and last.length:
             runs[-1] = last._replace(length=last.length + run.length)
             return
     runs.append(run)
 
 
-def apply(function: Callable[..., Any], arguments: tuple[Any, ...], named: Mapping[str, Any] | None = None) -> Any:
-    """function(*arguments), traced where it only sets its texts into another, as formats do; else derived as a whole.
+def apply(
+    function: Callable[..., object], arguments: tuple[object, ...], named: Mapping[str, object] | None = None
+) -> Any:  # what the function returns
+    """function(*arguments, **named), traced."""
+    named = named or {}
+    return trace_result(function(*arguments, **named), function, arguments, named)
 
-    It is called once more with a character in the place of each traced text; what then stands around these is its own.
+
+def trace_result(
+    result: object, function: Callable[..., object], arguments: tuple[object, ...], named: Mapping[str, object]
+) -> object:
+    """The result of function(*arguments, **named), traced.
+
+    A function that only puts its texts into another one, as formats do, keeps their origins.  This is found out by a second
+    call with one character in the place of each traced text.  Any other result is derived from its arguments as a whole.
     """
-    named = dict(named or {})
-    result = function(*arguments, **named)
     if not isinstance(result, str):
         return derive(result, (*arguments, *named.values()))
+    plain = str.__str__(result)
     texts = [text for text in _texts((arguments, list(named.values()))) if any(run.source for run in text._runs)]
+    if not texts:
+        return plain
     marks = {id(text): chr(0x100000 + number) for number, text in enumerate(texts[:0xFFFF])}
     try:
-        marked = function(*_with_marks(arguments, marks), **_with_marks(named, marks))
-    except Exception:  # it looks into the texts
-        marked = ""
-    back = {marks[id(text)]: text for text in texts}
-    pieces = join(back.get(piece, piece) for piece in re.split(f"([{''.join(marks.values())}])", marked)) if marks else ""
-    if texts and str.__str__(pieces) == str.__str__(result):
-        return pieces
-    return derive(str.__str__(result), (*arguments, *named.values()))
+        marked = function(*_with_marks(arguments, marks), **_with_marks(dict(named), marks))
+    except Exception:  # it does not accept the marks in place of the texts
+        marked = None
+    if isinstance(marked, str):
+        originals = {marks[id(text)]: text for text in texts if id(text) in marks}
+        pieces = join(originals.get(piece, piece) for piece in re.split(f"([{''.join(marks.values())}])", marked))
+        if str.__str__(pieces) == plain:
+            return pieces
+    return derive_text(plain, (*arguments, *named.values()))
 
 
-def _with_marks(value: Any, marks: Mapping[int, str]) -> Any:
+def _with_marks(value: Any, marks: Mapping[int, str]) -> Any:  # a value of the same type
     if isinstance(value, Traced):
         return marks.get(id(value), str.__str__(value))
     if isinstance(value, dict):
@@ -226,20 +239,27 @@ def _with_marks(value: Any, marks: Mapping[int, str]) -> Any:
     return type(value)(_with_marks(item, marks) for item in value) if isinstance(value, list | tuple) else value
 
 
-def derive(result: Any, arguments: Iterable[Any]) -> Any:
-    """What was made from `arguments` by an operation that does not trace: as a whole it belongs to the first traced one."""
-    if not isinstance(result, str) or isinstance(result, Traced):
-        return [derive(item, arguments) for item in result] if isinstance(result, list) else result
-    texts = [text for text in _texts(tuple(arguments)) if any(run.source for run in text._runs)]
-    if not texts or not result:
-        return result
-    if len(texts) == 1 and len(texts[0]) == len(result):  # upper, lower, ...
-        return Traced(result, texts[0]._runs)
-    sources = list(dict.fromkeys(run.source for text in texts for run in text._runs if run.source))
-    return Traced(result, (Run(len(result), sources[0]), *(Run(0, source) for source in sources[1:])))
+def derive(result: object, arguments: Iterable[object]) -> object:
+    """A result with its texts derived from `arguments`; lists are copied."""
+    if isinstance(result, list):
+        return [derive(item, arguments) for item in result]
+    return derive_text(result, arguments) if isinstance(result, str) else result
 
 
-def _texts(value: Any) -> Iterator[Traced]:
+def derive_text(text: str, arguments: Iterable[object]) -> str:
+    """A text that an operation which does not trace made from `arguments`: as a whole it belongs to the first traced one."""
+    if isinstance(text, Traced):
+        return text
+    texts = [argument for argument in _texts(tuple(arguments)) if any(run.source for run in argument._runs)]
+    if not texts or not text:
+        return text
+    if len(texts) == 1 and len(texts[0]) == len(text):  # upper, lower, ...
+        return Traced(text, texts[0]._runs)
+    sources = list(dict.fromkeys(run.source for argument in texts for run in argument._runs if run.source))
+    return Traced(text, (Run(len(text), sources[0]), *(Run(0, source) for source in sources[1:])))
+
+
+def _texts(value: object) -> Iterator[Traced]:
     if isinstance(value, Traced):
         yield value
     elif isinstance(value, dict):
@@ -250,8 +270,8 @@ def _texts(value: Any) -> Iterator[Traced]:
             yield from _texts(item)
 
 
-def trace(value: Any, source: Source) -> Any:
-    """A copy of a JSON value in which every string, keys included, is traced to where it stands: source, key, number, ..."""
+def trace(value: object, source: Source) -> object:
+    """A copy of a JSON value in which every string, keys included, is traced to its path: source, key, number, ..."""
     if isinstance(value, str):
         return Traced.of(value, source)
     if isinstance(value, dict):
@@ -275,19 +295,25 @@ def spans_of(text: Traced) -> list[tuple[tuple[int, int], Run]]:
 _LITERAL = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
 
 
-def to_json(value: Any, sort_keys: bool = False, **options: Any) -> Traced:
-    """json.dumps, traced: what stands for a string, quotes included, belongs to it."""
-    text = json.dumps(value, sort_keys=sort_keys, **options)
+def to_json(
+    value: object,
+    sort_keys: bool = False,
+    ensure_ascii: bool = True,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+) -> Traced:
+    """json.dumps, traced: the literal of a string, quotes included, belongs to the string."""
+    text = json.dumps(value, sort_keys=sort_keys, ensure_ascii=ensure_ascii, indent=indent, separators=separators)
     pieces: list[str] = []
     at = 0
     for literal, string in zip(_LITERAL.finditer(text), _strings(value, sort_keys), strict=True):
-        pieces += [text[at : literal.start()], derive(literal.group(), (string,))]
+        pieces += [text[at : literal.start()], derive_text(literal.group(), (string,))]
         at = literal.end()
     return join([*pieces, text[at:]])
 
 
-def _strings(value: Any, sort_keys: bool) -> Iterator[Any]:
-    """The strings of a JSON value in the order in which json.dumps writes them; a key that is no string, as it is."""
+def _strings(value: object, sort_keys: bool) -> Iterator[object]:
+    """The strings of a JSON value in the order in which json.dumps writes them; a key that is not a string, as it is."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):

@@ -1,14 +1,15 @@
-"""Which characters of a rendered conversation the assistant says: from behind the prompt to the token that ends its turn."""
+"""Which characters of a rendered conversation are trained: from the generation prompt to the token that ends a turn."""
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from tanuki_jax.data import traced
-from tanuki_jax.data.rendering import Messages, render_chat
+from tanuki_jax.data.conversation import Message, Messages, RowFields
+from tanuki_jax.data.rendering import render_chat
 from tanuki_jax.data.tokenizer import Span, Tokenizer
 from tanuki_jax.data.traced import Traced
 from tanuki_jax.errors import UserError
@@ -17,14 +18,14 @@ Placed = tuple[Span, int]  # a token and its characters
 
 
 class TurnFormat(NamedTuple):
-    """How a template writes a turn of the assistant, as a few example conversations show it."""
+    """How a template writes a turn of the assistant, read off a few example conversations."""
 
-    prompts: tuple[str, ...]  # what add_generation_prompt adds; and as much of it as stands before an answer, too
-    stop_ids: tuple[int, ...]  # what ends an answer or a tool call, eos included; ascending
+    prompts: tuple[str, ...]  # what add_generation_prompt adds, and the part of it that also stands before an answer
+    stop_ids: tuple[int, ...]  # the tokens that end an answer or a tool call, eos included; ascending
 
 
-USER: dict[str, Any] = {"role": "user", "content": "alpha"}
-ANSWER: dict[str, Any] = {"role": "assistant", "content": "beta"}
+USER: Message = {"role": "user", "content": "alpha"}
+ANSWER: Message = {"role": "assistant", "content": "beta"}
 CALLS = [
     {"type": "function", "function": {"name": "gamma", "arguments": arguments}}
     for arguments in ({"delta": "1"}, '{"delta": 1}')
@@ -39,11 +40,11 @@ def turn_format(tokenizer: Tokenizer) -> TurnFormat:
     answered = str.__str__(_example(tokenizer, [USER, ANSWER]) or "")
     shared = len(_common_prefix(prompted, unprompted))
     prompts = (prompted[shared:], _common_prefix(prompted, answered)[shared:])
-    calls: list[dict[str, Any]] = [{"role": "assistant", "content": "", "tool_calls": [call]} for call in CALLS]
+    calls: list[Message] = [{"role": "assistant", "content": "", "tool_calls": [call]} for call in CALLS]
     stops = {tokenizer.eos, *tokenizer.generation_eos}
-    for said, more in ((ANSWER, [USER, ANSWER]), *((call, [RESULT, ANSWER]) for call in calls)):
-        last = _tail(_example(tokenizer, [USER, said]), 1)
-        between = _tail(_example(tokenizer, [USER, said, *more]), 1)
+    for reply, more in ((ANSWER, [USER, ANSWER]), *((call, [RESULT, ANSWER]) for call in calls)):
+        last = _tail(_example(tokenizer, [USER, reply]), 1)
+        between = _tail(_example(tokenizer, [USER, reply, *more]), 1)
         stops.update(_end_of_turn(tokenizer, last, between))
     return TurnFormat(tuple(prompt for prompt in prompts if prompt.strip()), tuple(sorted(stops)))
 
@@ -52,12 +53,13 @@ def _end_of_turn(tokenizer: Tokenizer, last: str, between: str) -> list[int]:
     """The token that ends a turn, from what follows it at the end of a conversation and before the next message.
 
     That is the last special token of what both have in common; else the last at the end of a conversation; else (GLM-4) the
-    next message's first.  Where none is special, another added token.
+    first of the next message.  Where none is special, it is another added token.
     """
-    for known in (tokenizer.special, tokenizer.added):
-        shared, ending, middle = (_controls(tokenizer, t, known) for t in (_common_prefix(last, between), last, between))
-        if found := shared[-1:] or ending[-1:] or middle[:1]:
-            return [token for _, token in found]
+    for candidates in (tokenizer.special_ids, tokenizer.added_ids):
+        shared, ending, middle = (_controls(tokenizer, t, candidates) for t in (_common_prefix(last, between), last, between))
+        ends = shared[-1:] or ending[-1:] or middle[:1]
+        if ends:
+            return [token for _, token in ends]
     return []
 
 
@@ -85,20 +87,20 @@ def _common_prefix(a: str, b: str) -> str:
     return a[:n]
 
 
-def _controls(tokenizer: Tokenizer, text: str, known: Mapping[str, int]) -> list[tuple[Span, int]]:
-    """Which of the known tokens a template's text spells, and where; white space (Gemma has tokens of it) is none."""
-    tokens = set(known.values())
+def _controls(tokenizer: Tokenizer, text: str, candidates: frozenset[int]) -> list[Placed]:
+    """Which of the candidate tokens a template's text spells, and where; tokens of white space (Gemma's) do not count."""
     ids, spans = tokenizer.encode_rendered(text)
-    return [(span, token) for token, span in zip(ids, spans, strict=True) if token in tokens and text[slice(*span)].strip()]
+    placed = zip(spans, ids, strict=True)
+    return [(span, token) for span, token in placed if token in candidates and text[slice(*span)].strip()]
 
 
 def _speaks(source: traced.Source) -> bool:
-    """Whether characters are of what a message says, rather than its role or name."""
+    """Whether characters come from what a message says, rather than from its role or name."""
     return source[1:2] not in (("role",), ("name",), ("weight",))
 
 
-def is_trained(message: Mapping[str, Any]) -> bool:
-    """Whether what a message says is to be learnt: its weight is not 0."""
+def is_trained(message: RowFields) -> bool:
+    """Whether what a message says is trained: its weight is not 0."""
     return message.get("weight") is None or bool(message["weight"])
 
 
@@ -109,7 +111,8 @@ def trained_spans(
     trained = [i for i, m in enumerate(messages) if m["role"] == "assistant" and is_trained(m)]
     if any(run.generated for run in traced.runs_of(rendered)):
         return _marked_spans(rendered, trained, turn, added)
-    text = str.__str__(rendered)
+    text, special = str.__str__(rendered), tokenizer.special_ids
+    rendering = _Rendering(text, turn.prompts, tuple(map(tokenizer.piece, turn.stop_ids)), added, special)
     sourced = [_Part(*span, run.source, run.offset) for span, run in traced.spans_of(rendered) if run.source]
     spoken = {part.source[0] for part in sourced if part.stop > part.start and _speaks(part.source)}
     sourced = [part for part in sourced if part.stop > part.start or part.source[0] not in spoken]
@@ -119,7 +122,7 @@ def trained_spans(
     for group, after in zip(groups, [*(group[0].start for group in groups[1:]), len(text)], strict=True):
         number = group[0].source[0]
         if number in trained:
-            result += _turns(tokenizer, text, messages[int(number)], group, before, after, turn, added)
+            result += _turn_spans(rendering, messages[int(number)], group, before, after)
         before = group[-1].stop
     return result
 
@@ -133,55 +136,64 @@ class _Part(NamedTuple):
     offset: int | None
 
 
-def _turns(
-    tokenizer: Tokenizer,
-    text: str,
-    message: Mapping[str, Any],
-    parts: Sequence[_Part],
-    before: int,
-    after: int,
-    turn: TurnFormat,
-    added: Sequence[Placed],
-) -> list[Span]:
-    """The turn that a message is in text[before:after]; several, where the template ends one and prompts for the next."""
-    stops = [tokenizer.piece(token) for token in turn.stop_ids]
+class _Rendering(NamedTuple):
+    """A rendered conversation, and what marks the turns in it."""
+
+    text: str
+    prompts: tuple[str, ...]  # as in TurnFormat
+    stops: tuple[str, ...]  # spellings of the tokens that end a turn
+    added: Sequence[Placed]  # special and other added tokens
+    special: frozenset[int]
+
+
+def _turn_spans(rendering: _Rendering, message: RowFields, parts: Sequence[_Part], before: int, after: int) -> list[Span]:
+    """The turn of a message in text[before:after]; several, where the template ends one and prompts for the next."""
+    text = rendering.text
     result: list[Span] = []
     begun: int | None = None
     for part, following in zip(parts, [*(p.start for p in parts[1:]), after], strict=True):
         if begun is None and not _speaks(part.source):
             continue
         if begun is None:
-            begun = _start(text, message, part, before, turn, added)
-        between = text[part.stop : following]
-        found = min(((at, at + len(stop)) for stop in stops if (at := between.find(stop)) >= 0), default=None)
-        if found:
-            result.append((begun, part.stop + found[1]))
-            begun, before = None, part.stop + found[1]
-            if not any(prompt in text[before:following] for prompt in turn.prompts):
+            begun = _turn_start(rendering, message, part, before)
+        end = _first_end(text[part.stop : following], rendering.stops)
+        if end is not None:
+            result.append((begun, part.stop + end))
+            begun, before = None, part.stop + end
+            if not any(prompt in text[before:following] for prompt in rendering.prompts):
                 return result
-    if begun is not None:  # no token that ends turns: the next message's first, which a model that is trained on it stops at
-        special = set(tokenizer.special.values())
+    if begun is not None:  # no token ends the turn: the first of the next message does, and a model trained on it stops there
         stop = parts[-1].stop
-        result.append((begun, next((b for (a, b), token in added if stop <= a < after and token in special), stop)))
+        ends = (b for (a, b), token in rendering.added if stop <= a < after and token in rendering.special)
+        result.append((begun, next(ends, stop)))
     return result
 
 
-def _start(text: str, message: Mapping[str, Any], part: _Part, before: int, turn: TurnFormat, added: Sequence[Placed]) -> int:
-    """Where a turn begins to be trained: behind the generation prompt, or at the first of what is said."""
-    for prompt in turn.prompts:
-        if (at := text.rfind(prompt, before, part.start)) >= 0:
+def _first_end(text: str, stops: Sequence[str]) -> int | None:
+    """Where the first of the stops in a text ends; of several that begin there, the shortest."""
+    begins = ((text.find(stop), len(stop)) for stop in stops)
+    first = min(((at, at + size) for at, size in begins if at >= 0), default=None)
+    return first[1] if first else None
+
+
+def _turn_start(rendering: _Rendering, message: RowFields, part: _Part, before: int) -> int:
+    """Where the trained part of a turn begins: after the generation prompt, or with the first words of the message."""
+    text = rendering.text
+    for prompt in rendering.prompts:
+        at = text.rfind(prompt, before, part.start)
+        if at >= 0:
             return at + len(prompt)
     whole, start, offset = message.get(str(part.source[1])), part.start, part.offset
     if not isinstance(whole, str) or not offset:
         return start
     while offset > 0 and start > before and text[start - 1] == whole[offset - 1]:
-        start, offset = start - 1, offset - 1  # <think> of a content that the template has taken apart and put together again
-    start = next((b for (a, b), _ in added if a < start < b), start)
+        start, offset = start - 1, offset - 1  # <think> of a content that the template split and joined again
+    start = next((b for (a, b), _ in rendering.added if a < start < b), start)
     return start + len(text[start : part.start]) - len(text[start : part.start].lstrip())
 
 
 def _marked_spans(rendered: Traced, trained: Sequence[int], turn: TurnFormat, added: Sequence[Placed]) -> list[Span]:
-    """What {% generation %} marks, and the token that ends the turn where it follows at once."""
+    """What {% generation %} marks, and the token that ends the turn if it follows at once."""
     text = str.__str__(rendered)
     stops = [span for span, token in added if token in turn.stop_ids]
     result: list[Span] = []

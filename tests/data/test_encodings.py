@@ -94,7 +94,7 @@ def test_nul_and_escape_are_reported_in_texts_and_in_messages_of_every_format(tm
         write_rows(path, rows)
         reported: list[tuple[str, str]] = []
         part = sources.Part((str(path),), 0, sources.WHOLE, 1)
-        found = list(sources.read_part(part, bad=lambda *told, into=reported: into.append(told)))
+        found = list(sources.read_part(part, on_bad_row=lambda *told, into=reported: into.append(told)))
         assert [row is not None for row in found] == [True, False, True]
         [(where, reason)] = reported
         assert name in where and ("NUL" in reason or "ESC" in reason)
@@ -130,7 +130,7 @@ def test_a_string_column_that_is_no_utf_8_is_one_bad_row(tmp_path, name, nested)
     write_bad_parquet(tmp_path / name, nested)
     with pytest.raises(UserError, match=rf"{name}, row 1 is not valid UTF-8"):
         list(sources.read_rows(str(tmp_path / name)))
-    assert len(list(sources.read_rows(str(tmp_path / name), bad=sources.skip_silently))) == 2
+    assert len(list(sources.read_rows(str(tmp_path / name), on_bad_row=sources.skip_silently))) == 2
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])

@@ -288,7 +288,7 @@ def test_every_format_is_read_from_a_url(tmp_path, memory, name):
         parts = sources.parts(f"{memory}/*", part_bytes)
         assert [row.fields["text"] for part in parts for row in sources.read_part(part)] == TEXTS + TEXTS[:9]
     sizes = [fsspec.filesystem("memory").size(f"/corpus/{i}-{name}") for i in range(2)]
-    assert sources.total_bytes(memory) == sum(sizes)
+    assert sum(map(paths.bytes_of, sources.matching_files(memory))) == sum(sizes)
 
 
 def test_a_text_file_is_read_from_a_url(memory):
@@ -383,7 +383,7 @@ def test_a_record_that_is_neither_json_nor_an_example_is_an_error_that_names_it(
     write_array_record(tmp_path / name, [b'{"text": "a"}', b"\xff\xff\xff", b'{"text": "b"'], bytes)
     bad = []
     rows = list(
-        sources.read_part(sources.Part((str(tmp_path / name),), 0, sources.WHOLE, 1), bad=lambda *told: bad.append(told))
+        sources.read_part(sources.Part((str(tmp_path / name),), 0, sources.WHOLE, 1), on_bad_row=lambda *told: bad.append(told))
     )
     assert [row and row.fields["text"] for row in rows] == ["a", None, None]
     assert [where for where, _ in bad] == [f"{tmp_path / name}, record {i}" for i in (1, 2)]

@@ -12,7 +12,7 @@ SEQ_LEN = st.integers(1, 24)
 DOCUMENTS = st.lists(st.lists(st.integers(1, 500), max_size=12), min_size=1, max_size=12).filter(any)
 SHARDS = st.lists(st.lists(st.lists(st.integers(1, 500), max_size=12), max_size=6), min_size=1, max_size=4)
 VOCAB = 501
-quick = settings(max_examples=50, deadline=None)
+quick = settings(max_examples=30, deadline=None)
 
 
 @pytest.fixture(scope="module")

@@ -9,13 +9,13 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tanuki_jax.data import sources
+from tanuki_jax.data import paths, sources
 from tanuki_jax.errors import UserError
 
 ROWS = [{"text": "狸\n山"}, {"text": "moon", "meta": {"n": 1}}]
 JSONL = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()
 ZIPPED = gzip.compress(JSONL * 500, mtime=0)
-quick = settings(max_examples=50, deadline=None)
+quick = settings(max_examples=40, deadline=None)
 
 
 def read(patterns):
@@ -61,7 +61,7 @@ def test_the_bytes_read_grow_to_the_size_of_all_files(tmp_path):
     for name, data in (("a.jsonl", JSONL * 500), ("b.jsonl.gz", ZIPPED), ("c.txt", b"abc")):
         (tmp_path / name).write_bytes(data)
     found = [row.bytes_read for row in read(f"{tmp_path}/*")]
-    assert found == sorted(found) and found[-1] == sources.total_bytes(f"{tmp_path}/*") == len(JSONL * 500) + len(ZIPPED) + 3
+    assert found == sorted(found) and found[-1] == len(JSONL * 500) + len(ZIPPED) + 3
 
 
 BAD = {
@@ -160,9 +160,9 @@ def test_skip_passes_over_exactly_that_many_records_and_what_they_reported(tmp_p
     (tmp_path / "z.jsonl").write_bytes(JSONL + b"moon\n" + JSONL)
     part = whole(tmp_path / name, tmp_path / "z.jsonl", tmp_path / "z.jsonl")
     rows, bad = reported(part)
-    for skip in {*range(8), *range(max(0, len(rows) - 12), len(rows) + 2)}:
-        rest, reports = reported(part, skip=skip)
-        assert rest == rows[skip:] and reports == bad[len(bad) - rest.count(None) :]
+    for skip in {*range(4), *range(max(0, len(rows) - 8), len(rows) + 2)}:  # the damage is among the last eight rows
+        remaining, reports = reported(part, skip=skip)
+        assert remaining == rows[skip:] and reports == bad[len(bad) - remaining.count(None) :]
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------------
@@ -171,7 +171,7 @@ def test_skip_passes_over_exactly_that_many_records_and_what_they_reported(tmp_p
 def in_parts(patterns, part_bytes, fields=sources.PLAIN):
     parts = sources.parts(str(patterns), part_bytes)
     assert parts == sources.parts(str(patterns), part_bytes)
-    assert sum(part.size for part in parts) <= sources.total_bytes(str(patterns))
+    assert sum(part.size for part in parts) <= sum(map(paths.bytes_of, sources.matching_files(str(patterns))))
     return [list(sources.read_part(part, fields)) for part in parts]
 
 
@@ -232,7 +232,7 @@ def test_parts_of_array_record_are_ranges_of_records(tmp_path, part_bytes):
 def test_files_that_are_read_whole_share_parts_up_to_their_size(tmp_path):
     for i in range(10):
         (tmp_path / f"{i}.txt").write_text("x" * 100)
-        (tmp_path / f"{i}.jsonl.gz").write_bytes(ZIPPED)
+        (tmp_path / f"{i}.jsonl.gz").write_bytes(gzip.compress(JSONL * 20, mtime=0))
     parts = sources.parts(f"{tmp_path}/*.txt", 350)
     assert [len(part.paths) for part in parts] == [3, 3, 3, 1] and [part.size for part in parts] == [300] * 3 + [100]
     assert [path for part in parts for path in part.paths] == sources.matching_files(f"{tmp_path}/*.txt")

@@ -16,7 +16,7 @@ DOCUMENTS = [[5, 6, 7], [], [65_000], list(range(100))]
 DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # Megatron-LM's codes of integers
 FLOATS = {6: "<f8", 7: "<f4"}
 SEQUENCES = st.lists(st.lists(st.lists(st.integers(0, 100), max_size=4), max_size=3), max_size=5)  # of documents
-quick = settings(max_examples=50, deadline=None)
+quick = settings(max_examples=30, deadline=None)
 
 
 def flat(lists):
@@ -113,7 +113,7 @@ def test_a_store_of_floats_is_refused_by_the_name_of_its_file(tmp_path, code):
 
 
 @pytest.mark.parametrize("checked", [1_000_000, 2], ids=["an index that is checked", "a larger one"])
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(documents=SEQUENCES)
 @example(documents=[[[1], [2]], []])  # as many sequences as documents
 @example(documents=[[[1]], [[2], [3]], [], [[4]], [[5]], [[6]]])

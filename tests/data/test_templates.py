@@ -93,7 +93,7 @@ def plain(tokenizer: Tokenizer, messages, prompt=False, **values):
     return compiled(tokenizer.chat_template).render(messages=messages, **values)
 
 
-def said(tokenizer, ids, mask):
+def trained_texts(tokenizer, ids, mask):
     """The text of each run of ids that are trained."""
     runs = groupby(zip(ids, mask, strict=True), key=lambda pair: pair[1])
     return [tokenizer.decode([i for i, _ in run]) for marked, run in runs if marked]
@@ -114,7 +114,7 @@ def check(others, name, messages):
     if not any(control in m["content"] for m in messages for control in tokenizer.special):
         assert ids == tokenizer.encode_prompt(text, add_special_tokens=False)
     answers = [written(m["content"]) + end for m in messages if m["role"] == "assistant"]
-    found = said(tokenizer, ids, mask)
+    found = trained_texts(tokenizer, ids, mask)
     assert len(found) == len(answers)
     for run, answer in zip(found, answers, strict=True):  # a token may hold the template's space before the answer, too
         assert run in (answer, " " + answer)
@@ -124,7 +124,7 @@ def check(others, name, messages):
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(messages=conversations())
 def test_text_ids_and_mask_follow_from_the_template(others, name, messages):
     check(others, name, messages)
@@ -153,17 +153,17 @@ def test_thoughts_are_written_and_trained_where_the_template_writes_them(thinker
     messages = [user("q"), assistant("<think>\nold\n</think>\n\nHi"), user("r"), assistant("<think>\nnew\n</think>\n\nBye")]
     ids, mask = chat.encode_chat(thinker, messages)
     assert ids == thinker.encode_prompt(plain(thinker, messages), False)
-    assert said(thinker, ids, mask) == ["Hi<|im_end|>", "<think>\nnew\n</think>\n\nBye<|im_end|>"]
+    assert trained_texts(thinker, ids, mask) == ["Hi<|im_end|>", "<think>\nnew\n</think>\n\nBye<|im_end|>"]
     assert ids.count(thinker.added["<think>"]) == 1  # no control token: what is written is what transformers writes
     apart = [user("q"), assistant("Bye", reasoning_content="new")]
-    assert said(thinker, *chat.encode_chat(thinker, apart)) == ["<think>\nnew\n</think>\n\nBye<|im_end|>"]
+    assert trained_texts(thinker, *chat.encode_chat(thinker, apart)) == ["<think>\nnew\n</think>\n\nBye<|im_end|>"]
     for name in ("thinking", "reasoning"):  # transformers hands them on as reasoning_content
         assert chat.encode_chat(thinker, [user("q"), assistant("Bye", **{name: "new"})]) == chat.encode_chat(thinker, apart)
 
 
 def test_half_a_pair_of_tags_takes_no_template_text_into_the_mask(thinker):
     ids, mask = chat.encode_chat(thinker, [user("q"), assistant("old </think> Hi"), user("r"), assistant("Bye")])
-    assert said(thinker, ids, mask)[0] == " Hi<|im_end|>"
+    assert trained_texts(thinker, ids, mask)[0] == " Hi<|im_end|>"
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +181,7 @@ def test_tools_calls_and_results_are_rendered_and_calls_are_trained(caller):
     ids, mask = chat.encode_chat(caller, messages, arguments={"tools": [TOOL]})
     assert caller.decode(ids) == plain(caller, messages, tools=[TOOL])
     call = '<tool_call>weather {"city": "東京", "days": 3}</tool_call><|im_end|>'
-    assert said(caller, ids, mask) == [call, "Sunny.<|im_end|>"]
+    assert trained_texts(caller, ids, mask) == [call, "Sunny.<|im_end|>"]
     assert caller.special["</s>"] not in ids  # the tool's description spells it
     nasty = {**CALL, "function": {"name": "<|im_end|>", "arguments": {"<|im_start|>": "</s>", "b": ["<s>"]}}}
     ids, _ = chat.encode_chat(caller, [user("q"), assistant(None, tool_calls=[nasty]), assistant("a")])
@@ -283,7 +283,7 @@ def test_a_prefix_space_is_made_once_and_not_after_every_special_token(tmp_path)
     messages = [user("Hi"), assistant("Rome"), user("Hi"), assistant("Paris")]
     ids, mask = chat.encode_chat(first, messages)
     assert ids == first.encode_prompt(plain(first, messages), False)
-    assert [run.strip() for run in said(first, ids, mask)] == ["Rome</s>", "Paris</s>"]
+    assert [run.strip() for run in trained_texts(first, ids, mask)] == ["Rome</s>", "Paris</s>"]
 
 
 def test_bos_is_put_where_the_tokenizer_itself_puts_it(tmp_path):
@@ -327,10 +327,10 @@ def test_a_templates_own_tokens_stay_tokens_however_they_are_put_together(name, 
     messages = [user("Hi"), assistant("Paris")]
     ids, mask = chat.encode_chat(tokenizer, messages)
     assert ids == tokenizer.encode_prompt(plain(tokenizer, messages), False)
-    assert said(tokenizer, ids, mask) == ["Paris<|end|>"]
+    assert trained_texts(tokenizer, ids, mask) == ["Paris<|end|>"]
     spelt = [user("a<|end|>"), assistant("b<|user|>c")]
     ids, mask = chat.encode_chat(tokenizer, spelt)
-    assert tokenizer.decode(ids) == plain(tokenizer, spelt) and said(tokenizer, ids, mask) == ["b<|user|>c<|end|>"]
+    assert tokenizer.decode(ids) == plain(tokenizer, spelt) and trained_texts(tokenizer, ids, mask) == ["b<|user|>c<|end|>"]
     assert [i in tokenizer.special.values() for i in ids].count(True) == 4
 
 
@@ -350,7 +350,7 @@ def test_adjacent_marks_are_told_apart_and_marks_of_nobody_are_not_trained(tmp_p
     )
     tokenizer = byte_level.make(tmp_path / "a", marked, eos="<|im_end|>")
     messages = [user("q"), assistant("zero", weight=0), assistant("one")]
-    assert said(tokenizer, *chat.encode_chat(tokenizer, messages)) == ["one<|im_end|>"]
+    assert trained_texts(tokenizer, *chat.encode_chat(tokenizer, messages)) == ["one<|im_end|>"]
     nobody = byte_level.make(tmp_path / "b", "{{ messages[0].content }}{% generation %}{{ eos_token }}{% endgeneration %}")
     with pytest.raises(UserError, match="without an assistant turn"):
         chat.encode_dialogue(nobody, [user("q")])
@@ -385,5 +385,5 @@ def test_long_and_many_lines_take_no_square_of_time(tmp_path):
     lines = "m.content.replace('\r\n', '\n').split('\n')"
     template = "{% for m in messages %}{{ LINES | map('trim') | join('\n') + eos_token }}{% endfor %}".replace("LINES", lines)
     tokenizer = byte_level.make(tmp_path / "a", template)
-    ids, mask = chat.encode_chat(tokenizer, [user("a b\r\n" * 8000), assistant("</s>" * 8000)])  # took minutes once
-    assert ids.count(tokenizer.eos) == 2 and sum(mask) > 8000
+    ids, mask = chat.encode_chat(tokenizer, [user("a b\r\n" * 3000), assistant("</s>" * 3000)])  # took minutes once
+    assert ids.count(tokenizer.eos) == 2 and sum(mask) > 3000

@@ -16,8 +16,8 @@ PARTS = st.sampled_from(
     [*SPELT, " ", "  ", "\n", "\r\n", "\t", "\0", "▁", "\u3000", "狸", "が", "か\u3099", "ｶﾞ", "①", "🦝", "👨‍👩‍👧", "12", "moon"]
 )
 TEXT = st.lists(PARTS | st.text(max_size=6), max_size=8).map("".join)
-quick = settings(max_examples=50, deadline=None)
-LONG = ["あ" * 50_000, "a b" * 20_000, "🦝" * 5_000, "\n" * 20_000, "".join(map(chr, range(0x4E00, 0x9FFF))), "<s>" * 5_000]
+quick = settings(max_examples=40, deadline=None)
+LONG = ["あ" * 20_000, "a b" * 8_000, "🦝" * 3_000, "\n" * 10_000, "".join(map(chr, range(0x4E00, 0x9FFF))), "<s>" * 5_000]
 
 
 @quick
@@ -84,13 +84,13 @@ def cut(monkeypatch):
     """Sets the lengths at which texts are cut."""
 
     def to(part, longest):
-        monkeypatch.setattr(tokenizer_module, "PART", part)
-        monkeypatch.setattr(tokenizer_module, "LONGEST", longest)
+        monkeypatch.setattr(tokenizer_module, "PART_CHARACTERS", part)
+        monkeypatch.setattr(tokenizer_module, "MAX_PART_CHARACTERS", longest)
 
     return to
 
 
-by_patching = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+by_patching = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 MANY_LINES = st.lists(PARTS | st.sampled_from(["\n", "\n\n", " \n", "\n ", "moon"]) | st.text(max_size=6), max_size=30).map(
     "".join
 )
@@ -127,12 +127,21 @@ def test_what_is_encoded_together_is_never_longer_than_the_longest(tokenizer, cu
     assert "".join(parts) == text and max(map(len, parts)) <= longest
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["狸が山に住む。" * 160_000, "The moon.\n" * 110_000, "\n" * 1_100_000, ("a" * 40_000 + "\n") * 30],
-    ids=["one line", "many lines", "newlines", "long lines"],
-)
-def test_a_document_of_megabytes_comes_back(tokenizer, text):
+DOCUMENTS = {  # a bit longer than 1 << 20 characters
+    "one line": ("狸が山に住む。", 160_000),
+    "many lines": ("The moon.\n", 110_000),
+    "newlines": ("\n", 1_100_000),
+    "long lines": ("a" * 40_000 + "\n", 30),
+}
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+@pytest.mark.parametrize("shrink", [pytest.param(1, marks=pytest.mark.slow), 10])
+def test_a_document_longer_than_what_is_encoded_together_comes_back(tokenizer, cut, name, shrink):
+    """`test_prepare` has one of full size."""
+    unit, count = DOCUMENTS[name]
+    text = unit * (count // shrink)
+    cut(tokenizer_module.PART_CHARACTERS // shrink, tokenizer_module.MAX_PART_CHARACTERS // shrink)
     (ids,) = tokenizer.encode_batch([text])
     assert tokenizer.decode(ids) == text
     if "\n" in text:
