@@ -213,8 +213,8 @@ def _memmap_loop(prefix: Path, steps: int) -> Iterator[dict[str, np.ndarray]]:
 
 def _ours(prefix: Path, steps: int, reset: bool, sources: int) -> Iterator[dict[str, np.ndarray]]:
     from tanuki_jax.data import loader as room
+    from tanuki_jax.data.layouts import Windows
     from tanuki_jax.data.mixture import StagedMixture
-    from tanuki_jax.data.packing import Windows
     from tanuki_jax.data.store import Store
 
     rows = Windows(Store(prefix), SEQ_LEN, reset, 65_024)
@@ -307,11 +307,11 @@ def _sparse_shard(prefix: Path, tokens: int, documents: int) -> None:
 HUGE = """
 import sys, time, resource, pathlib
 began = time.monotonic()
-from tanuki_jax.data import loader, packing
+from tanuki_jax.data import loader, layouts, packing
 from tanuki_jax.data.mixture import StagedMixture
 from tanuki_jax.data.store import Store
 store = Store(*sorted({p.with_suffix("") for p in pathlib.Path(sys.argv[1]).glob("*.bin")}))
-rows = packing.Windows(store, 4096, True, 65_024)
+rows = layouts.Windows(store, 4096, True, 65_024)
 steps = len(rows) // 64
 mixed = loader.mixed_rows([loader.Source(rows, 1)], StagedMixture([[1.0]], [0], steps * 64))
 next(loader.host_batches(mixed, 64, range(64), 0, 1))

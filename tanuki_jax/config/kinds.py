@@ -1,7 +1,6 @@
 """The one table of stage kinds.  Checks, plan, dataset, program and docs read it; nothing else asks for a kind by name.
 
-A new kind is an entry here and a loss in train/losses.py; with rows of its own, also a layout (data/packing.py and
-recipe/dataset.py).
+A new kind is an entry here and a loss in train/losses.py; with rows of its own, also a layout (data/layouts.py).
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ class StageKind:
 
     doc: str
     rows: tuple[str, ...] = ()  # kinds of rows that its sources may hold (data/sources.py)
-    layout: str = ""  # how rows of S tokens are made of them: a name in LAYOUTS (recipe/dataset.py)
+    layout: str = ""  # how rows of S tokens are made of them: a name in LAYOUTS (data/layouts.py)
     loss: str = ""  # a name in LOSSES (train/losses.py)
     weight: str = "target_tokens"  # what the loss divides by; its metric
     batch: Mapping[str, BatchArray] = field(default_factory=dict)  # arrays beside the five of every batch

@@ -8,8 +8,8 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from tanuki_jax.data import packing
-from tanuki_jax.data.packing import Example, Rows
+from tanuki_jax.data import layouts, packing
+from tanuki_jax.data.layouts import Example, Rows
 from tanuki_jax.data.prepare import Manifest, open_store
 from tanuki_jax.data.store import Store
 from tanuki_jax.data.tokenizer import Tokenizer
@@ -81,14 +81,14 @@ def _rows(
 ) -> tuple[Rows, float, str]:
     """Rows as a stage packs them, the share of padding, and the stage's description of them."""
     if mask is None:
-        windows = packing.Windows(tokens, seq_len, True, vocab_size)
+        windows = layouts.Windows(tokens, seq_len, True, vocab_size)
         return windows, 0.0, windows.describe(source)
     pairs, lengths = manifest.kind == "pair", tokens.lengths
     packed = packing.pack(tokens, mask, seq_len, pairs)
-    rows: Rows = packing.PackedDialogues(tokens, mask, packed, seq_len)
+    rows: Rows = layouts.PackedDialogues(tokens, mask, packed, seq_len)
     if pairs:
         widest = int(np.diff(packed.starts).max(initial=1))
-        rows = packing.PackedPairs(tokens, mask, packed, seq_len, widest, np.zeros((len(lengths) // 2, 2), np.float32))
+        rows = layouts.PackedPairs(tokens, mask, packed, seq_len, widest, np.zeros((len(lengths) // 2, 2), np.float32))
     padding = packing.padding(packed, lengths, seq_len, pairs)
     return rows, padding, packing.describe_packing(packed, lengths, seq_len, pairs, source)
 

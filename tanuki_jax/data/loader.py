@@ -12,8 +12,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tanuki_jax import parallel
+from tanuki_jax.data.layouts import Example
 from tanuki_jax.data.mixture import StagedMixture
-from tanuki_jax.data.packing import Example
 
 PREFETCH = 4  # batches read ahead
 ON_DEVICE = 2  # batches that are transferred to the devices ahead of the step
@@ -23,7 +23,7 @@ MAX_ROWS = 1 << 62
 class Source(NamedTuple):
     """Rows with an order: in each epoch runs of `run` neighbouring rows are shuffled again."""
 
-    rows: Any  # packing.Rows; stages also read the fields of the kind that theirs are
+    rows: Any  # layouts.Rows; stages also read the fields of the kind that theirs are
     seed: int
     run: int = 1
 

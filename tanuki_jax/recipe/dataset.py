@@ -4,29 +4,26 @@ from __future__ import annotations
 
 import functools
 import math
-import sys
-import zipfile
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import grain
 import numpy as np
 
 from tanuki_jax import config, files
 from tanuki_jax.config import STAGE_KINDS
-from tanuki_jax.config.schema import Recipe, Stage
-from tanuki_jax.data import loader, packing
+from tanuki_jax.config.schema import Recipe
+from tanuki_jax.data import layouts, loader
+from tanuki_jax.data.layouts import LAYOUTS, Rows, StageSource
 from tanuki_jax.data.mixture import ORDER, StagedMixture
-from tanuki_jax.data.prepare import Manifest, open_store
-from tanuki_jax.data.store import Store
+from tanuki_jax.data.prepare import open_store
 from tanuki_jax.errors import UserError
 from tanuki_jax.recipe.artifacts import Artifacts
 
 MIN_BLOCKS = 16  # least blocks of a source; fewer would hardly be an order of their own
-Rows: TypeAlias = packing.Windows | packing.PackedDialogues | packing.PackedPairs
 
 
 @dataclass(frozen=True)
@@ -39,7 +36,7 @@ class StageDataset:
     steps: int
     rows_per_step: int
     fingerprint: str
-    held_out: Mapping[str, packing.HeldOutRows]  # rows for validation
+    held_out: Mapping[str, layouts.HeldOutRows]  # rows for validation
 
     @property
     def sources(self) -> tuple[Rows, ...]:
@@ -47,9 +44,9 @@ class StageDataset:
         return tuple(source.rows for source in self.order)
 
     @property
-    def pairs(self) -> tuple[packing.PackedPairs, ...]:
+    def pairs(self) -> tuple[layouts.PackedPairs, ...]:
         """The rows of each source of a preference stage."""
-        return tuple(rows for rows in self.sources if isinstance(rows, packing.PackedPairs))
+        return tuple(rows for rows in self.sources if isinstance(rows, layouts.PackedPairs))
 
     @functools.cached_property
     def rows(self) -> grain.MapDataset:
@@ -119,32 +116,17 @@ def make_dataset(recipe: Recipe, stage: str, artifacts: Artifacts, cache: Path) 
         *([ORDER] if depends_on_order else []),
     )
     held_out = {
-        name: packing.HeldOutRows(r)
+        name: layouts.HeldOutRows(r)
         for name, r in zip(names, rows, strict=True)
-        if isinstance(r, packing.Windows) and recipe.validation.tokens
+        if isinstance(r, layouts.Windows) and recipe.validation.tokens
     }
     return StageDataset(names, order, mixture, steps, options.batch_size, fingerprint, held_out)
 
 
 def _of_one_shape(rows: Sequence[Rows]) -> list[Rows]:
     """The rows of all sources, with room for as many pairs as any row of any of them holds."""
-    max_pairs = max((r.max_pairs for r in rows if isinstance(r, packing.PackedPairs)), default=0)
-    return [replace(r, max_pairs=max_pairs) if isinstance(r, packing.PackedPairs) else r for r in rows]
-
-
-# --- layouts: how rows of S tokens are made of a source -------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Source:
-    """A token store, and the stage that reads it."""
-
-    name: str
-    stage: str
-    options: Stage
-    manifest: Manifest
-    tokens: Store
-    mask: Store | None  # None for text
+    max_pairs = max((r.max_pairs for r in rows if isinstance(r, layouts.PackedPairs)), default=0)
+    return [replace(r, max_pairs=max_pairs) if isinstance(r, layouts.PackedPairs) else r for r in rows]
 
 
 def _open_source(recipe: Recipe, stage: str, name: str, artifacts: Artifacts, cache: Path) -> SourceRows:
@@ -157,84 +139,21 @@ def _open_source(recipe: Recipe, stage: str, name: str, artifacts: Artifacts, ca
             f"stage {stage}: source {name!r} holds {manifest.kind} rows; "
             f"a {options.kind} stage needs {' or '.join(kind.rows)} rows"
         )
-    source = _Source(name, stage, options, manifest, tokens, mask)
-    return SourceRows(manifest.content, LAYOUTS[kind.layout](source, recipe, cache))
-
-
-def _open_windows(source: _Source, recipe: Recipe, cache: Path) -> packing.Windows:
-    options, held_out = source.options, recipe.validation.tokens
-    if 0 < held_out < options.seq_len:
-        raise UserError(
-            f"config: validation.tokens is {held_out}, less than one row of stage {source.stage} ({options.seq_len} tokens); "
-            "raise it, or set it to 0"
-        )
-    windows = packing.Windows(source.tokens, options.seq_len, options.reset_attention, recipe.model.vocab_size, held_out)
-    if not len(windows):
-        raise UserError(
-            f"stage {source.stage}: source {source.name!r} has too little text for one row of {options.seq_len} tokens"
-            f"{' beside validation.tokens' if held_out else ''}; add data or lower seq_len"
-        )
-    print(f"stage {source.stage}: {windows.describe(source.name)}", file=sys.stderr)
-    return windows
-
-
-def _open_dialogues(source: _Source, recipe: Recipe, cache: Path) -> packing.PackedDialogues:
-    assert source.mask is not None
-    packed = _load_packing(source, cache, pairs=False)
-    return packing.PackedDialogues(source.tokens, source.mask, packed, source.options.seq_len)
-
-
-def _open_pairs(source: _Source, recipe: Recipe, cache: Path) -> packing.PackedPairs:
-    assert source.mask is not None
-    packed = _load_packing(source, cache, pairs=True)
-    reference = np.zeros((source.manifest.documents // 2, 2), np.float32)
-    max_pairs = int(np.diff(packed.starts).max())
-    return packing.PackedPairs(source.tokens, source.mask, packed, source.options.seq_len, max_pairs, reference)
-
-
-LAYOUTS: Mapping[str, Callable[[_Source, Recipe, Path], Rows]] = {
-    "windows": _open_windows,
-    "dialogues": _open_dialogues,
-    "pairs": _open_pairs,
-}
-
-
-def _load_packing(source: _Source, cache: Path, pairs: bool) -> packing.Packing:
-    """The pack index of dialogues or pairs, from the cache where it is there; says what it wastes."""
-    stage, name, options, lengths = source.stage, source.name, source.options, source.tokens.lengths
-    assert source.mask is not None
-    units = len(lengths) // 2 if pairs else len(lengths)
-    fingerprint = files.fingerprint(source.manifest.content, options.kind, options.seq_len, units)
-    path = cache / f"pack-{fingerprint}.npz"
-    packed = _read_packing(path, units)
-    if packed is None:
-        packed = packing.pack(source.tokens, source.mask, options.seq_len, pairs)
-        with files.disk_errors(cache, "data"), files.atomic_path(path) as temporary, temporary.open("wb") as f:
-            np.savez(f, starts=packed.starts, units=packed.units, dropped=packed.dropped)
-    print(f"stage {stage}: {packing.describe_packing(packed, lengths, options.seq_len, pairs, name)}", file=sys.stderr)
-    if not len(packed.units):
-        raise UserError(
-            f"stage {stage}: no {'pair' if pairs else 'answer'} of source {name!r} fits into {options.seq_len} "
-            "tokens; raise seq_len"
-        )
-    return packed
-
-
-def _read_packing(path: Path, units: int) -> packing.Packing | None:
-    """A pack index from the cache; none where it is not there or damaged, which is said."""
-    if not path.is_file():
-        return None
-    try:
-        with np.load(path) as saved:
-            packed = packing.Packing(saved["starts"], saved["units"], int(saved["dropped"]))
-        sound = packed.starts[0] == 0 and packed.starts[-1] == len(packed.units) == units - packed.dropped
-        if sound and np.array_equal(np.unique(packed.units), np.sort(packed.units)) and (packed.units < units).all():
-            return packed
-        reason = "its numbers do not fit the data"
-    except (OSError, ValueError, KeyError, IndexError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        reason = str(error) or type(error).__name__
-    print(f"data: {path} is damaged ({reason}) and made anew", file=sys.stderr)
-    return None
+    source = StageSource(
+        name,
+        stage,
+        options.kind,
+        manifest.content,
+        manifest.documents,
+        tokens,
+        mask,
+        options.seq_len,
+        options.reset_attention,
+        recipe.model.vocab_size,
+        recipe.validation.tokens,
+        cache,
+    )
+    return SourceRows(manifest.content, LAYOUTS[kind.layout](source))
 
 
 # --- where a source goes on, and in which order ---------------------------------------------------------------------

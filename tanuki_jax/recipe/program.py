@@ -33,7 +33,7 @@ def make_program(recipe: Recipe, stage: str, steps: int, mesh: jax.sharding.Mesh
     kind, optimizer = STAGE_KINDS[options.kind], make_optimizer(options.optimizer)
     abstract, shardings = placement.state_shardings(cfg, optimizer, mesh, options.loss, options.lora)
     train_step = make_train_step(
-        losses.make_loss(kind.loss, cfg, options.loss, config.stage_sources(options), options.lora.dropout),
+        losses.make_loss(options.kind, cfg, options.loss, config.stage_sources(options), options.lora.dropout),
         make_update(
             optimizer,
             make_schedule(options.optimizer, steps),

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from tanuki_jax import checkpoint, config, files, model, multihost
-from tanuki_jax.data import loader, packing
+from tanuki_jax.data import layouts, loader
 from tanuki_jax.progress import Progress
 from tanuki_jax.recipe.dataset import StageDataset
 from tanuki_jax.recipe.initial_state import InitialState
@@ -47,7 +47,7 @@ def _is_whole(path: Path, pairs: int) -> bool:
 
 
 def _source_logprobs(
-    cfg: config.ModelConfig, params: Params, rows: packing.PackedPairs, batch_size: int, mesh: jax.sharding.Mesh
+    cfg: config.ModelConfig, params: Params, rows: layouts.PackedPairs, batch_size: int, mesh: jax.sharding.Mesh
 ) -> np.ndarray:
     """Log-probabilities [pairs, 2] of one source; the rows are walked in order, the last batch filled up with repetitions."""
     compute = jax.jit(lambda p, batch: pair_scores(model.dropless(cfg), p, batch)[0].logprobs)

@@ -9,7 +9,7 @@ import jax
 
 from tanuki_jax import config, model, multihost
 from tanuki_jax.data import loader
-from tanuki_jax.data.packing import Example, HeldOutRows
+from tanuki_jax.data.layouts import Example, HeldOutRows
 from tanuki_jax.data.tokenizer import Tokenizer, byte_of
 from tanuki_jax.train import losses
 from tanuki_jax.train.next_token import Params

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from tanuki_jax import config, parallel
 from tanuki_jax.data import loader
+from tanuki_jax.data.layouts import Windows
 from tanuki_jax.data.mixture import StagedMixture
-from tanuki_jax.data.packing import Windows
 from tanuki_jax.data.store import Store, StoreWriter
 from tanuki_jax.errors import UserError
 

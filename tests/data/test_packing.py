@@ -3,7 +3,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tanuki_jax.data.packing import HeldOutRows, PackedDialogues, PackedPairs, Windows, best_fit
+from tanuki_jax.data.layouts import HeldOutRows, PackedDialogues, PackedPairs, Windows
+from tanuki_jax.data.packing import best_fit
 from tanuki_jax.data.store import Store, StoreWriter
 from tanuki_jax.errors import UserError
 

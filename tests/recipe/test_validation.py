@@ -9,7 +9,7 @@ import pytest
 
 from tanuki_jax import checkpoint, config, parallel
 from tanuki_jax.cli.main import main
-from tanuki_jax.data.packing import HeldOutRows, Windows
+from tanuki_jax.data.layouts import HeldOutRows, Windows
 from tanuki_jax.data.prepare import open_store
 from tanuki_jax.data.store import Store, StoreWriter
 from tanuki_jax.data.tokenizer import byte_of

@@ -42,7 +42,9 @@ def train_step(state, batch):
 
 
 def run(this, batches=lambda first: iter(range(first, 1000)), step=train_step, probes=()):
-    return run_loop(this, ABSTRACT, fresh_state, step, lambda first, number: batches(first), eval_hooks=[EvalHook(*p) for p in probes])
+    return run_loop(
+        this, ABSTRACT, fresh_state, step, lambda first, number: batches(first), eval_hooks=[EvalHook(*p) for p in probes]
+    )
 
 
 def rows(directory):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tanuki_jax import config
-from tanuki_jax.data import chat, packing
+from tanuki_jax.data import chat, layouts, packing
 from tanuki_jax.data.conversation import read_fields
 from tanuki_jax.data.tokenizer import Tokenizer
 from tanuki_jax.train import losses
@@ -62,9 +62,9 @@ def batch(docs, rows, length=LENGTH, reference=None):
     packed = packing.Packing(np.cumsum([0, *map(len, rows)]), np.array([u for row in rows for u in row], int), 0)
     stores = [Documents(column) for column in zip(*docs, strict=True)]
     if reference is None:
-        made = packing.PackedDialogues(*stores, packed, length)
+        made = layouts.PackedDialogues(*stores, packed, length)
     else:
-        made = packing.PackedPairs(*stores, packed, length, max(map(len, rows)), reference)
+        made = layouts.PackedPairs(*stores, packed, length, max(map(len, rows)), reference)
     examples = [made[r] for r in range(len(rows))]
     return {name: jnp.asarray(np.stack([e[name] for e in examples])) for name in examples[0]}
 
