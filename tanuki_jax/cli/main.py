@@ -266,54 +266,65 @@ def _fields(options: argparse.Namespace) -> Any:
 def _tokenizer_train(options: argparse.Namespace) -> None:
     from tanuki_jax import files
     from tanuki_jax.data import prepare, sources
+    from tanuki_jax.recipe.train_tokenizer import HOOKS, user_errors
+    from tokenization.options import TrainOptions
     from tokenization.train import train
     from tokenization.vocab_size import check_vocab_size
 
-    how = {
-        "boundary": options.boundary,
-        "dictionary": options.dictionary,
-        "language_weights": _shares(options.language_weights),
-    }
-    with files.atomic_path(_new_output(options.output)) as temporary:
+    train_options = TrainOptions(
+        options.vocab_size,
+        options.character_coverage,
+        options.boundary,
+        options.dictionary,
+        _parse_language_weights(options.language_weights),
+    )
 
-        def texts() -> Iterator[tuple[str, str]]:
-            return ((row.language, prepare.text_of(row)) for row in sources.read_rows(options.input, _fields(options)))
+    def texts() -> Iterator[tuple[str, str]]:
+        return ((row.language, prepare.text_of(row)) for row in sources.read_rows(options.input, _fields(options)))
 
-        check_vocab_size(texts(), options.vocab_size, options.character_coverage, **how)
-        trained = train(texts(), temporary, options.vocab_size, options.character_coverage, **how)
+    with user_errors(), files.atomic_path(_new_output(options.output)) as temporary:
+        check_vocab_size(texts(), train_options, HOOKS)
+        trained = train(texts(), temporary, train_options, HOOKS)
     print(f"{options.output}: {trained}")
     if trained.pieces < options.vocab_size:
         print(f"the text has too few distinct units for {options.vocab_size:,} pieces; it gave all it has", file=sys.stderr)
 
 
-def _shares(text: str) -> dict[str, float]:
-    allowed, found = range_of(Tokenizer, "language_weights"), {}
+def _parse_language_weights(text: str) -> dict[str, float]:
+    allowed, weights = range_of(Tokenizer, "language_weights"), {}
     for part in filter(None, text.split(",")):
         name, _, share = part.partition("=")
         try:
             value = float(share)
         except ValueError as error:
             raise UserError(f"--language_weights: {text!r} must be like ja=0.65,en=0.35") from error
-        if name in found or value not in allowed:
-            told = "it is there twice" if name in found else f"it must be {allowed.describe()}"
-            raise UserError(f"--language_weights: {part!r} of {text!r}: {told}")
-        found[name] = value
-    return found
+        if name in weights or value not in allowed:
+            reason = "it is there twice" if name in weights else f"it must be {allowed.describe()}"
+            raise UserError(f"--language_weights: {part!r} of {text!r}: {reason}")
+        weights[name] = value
+    return weights
 
 
 def _tokenizer_report(options: argparse.Namespace) -> None:
+    from tanuki_jax import files
     from tanuki_jax.data import prepare, sources
+    from tanuki_jax.data.tokenizer import Tokenizer
+    from tanuki_jax.recipe.train_tokenizer import user_errors
     from tokenization import report
+    from tokenization.encoders import open_encoder
 
     paths = [options.tokenizer, *map(Path, filter(None, options.compare.split(",")))]
     domains = {
         pattern: (prepare.text_of(row) for row in sources.read_rows(pattern, _fields(options)))
         for pattern in sources.split_patterns(options.input)
     }
-    found = report.report([report.open_encoder(path) for path in paths], domains, options.boundary)
-    if options.plot:
-        report.picture(found, options.plot)
-    _print(options, found, report.table(found))
+    with user_errors():
+        figures = report.report([open_encoder(path, Tokenizer) for path in paths], domains, options.boundary)
+        if options.plot:
+            file_format = report.plot_format(options.plot)
+            with files.atomic_path(options.plot) as temporary:
+                report.plot(figures, temporary, file_format)
+    _print(options, figures, report.table(figures))
 
 
 def _data_prepare(options: argparse.Namespace) -> None:

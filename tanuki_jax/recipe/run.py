@@ -246,7 +246,7 @@ def format_stage_summary(entry: dict[str, Any]) -> str:
     if entry["final_loss"] is not None:
         parts.append(f"loss of the last step {entry['final_loss']:.3f}")
     if scores:
-        parts.append(f"exact answers {scores['exact']:.1%} of {scores['prompts']} held-out prompts")
+        parts.append(f"exact answers {scores['exact_match']:.1%} of {scores['prompts']} held-out prompts")
     if found := entry.get("learning_rate_range"):
         lowest, steepest, suggested = (f"{found[name]:g}" for name in ("lowest_at", "steepest_at", "suggested"))
         parts.append(f"learning rate: lowest loss at {lowest}, steepest fall at {steepest}, try {suggested}")
