@@ -74,10 +74,12 @@ def main() -> None:
 
 def _tokenizer_line(name: str, pattern: str, workdir: Path) -> str:
     from tanuki_jax.data import sources
-    from tokenization.report import open_encoder, report
+    from tanuki_jax.data.tokenizer import Tokenizer
+    from tokenization.encoders import open_encoder
+    from tokenization.report import report
 
     texts = (row.fields["text"] for row in sources.read_rows(pattern))
-    encoder = open_encoder(workdir / "stages/pretrain/tokenizer")
+    encoder = open_encoder(workdir / "stages/pretrain/tokenizer", Tokenizer)
     found = report([encoder], {name: texts})["domains"][name][encoder.name]
     changed = round(found["lines"] * (1 - found["round_trip"]))
     return f"| {name} | {found['lines']:,} | {changed} | {found['characters_per_token']:.3f} | {found['byte_fallback']:.2%} |"

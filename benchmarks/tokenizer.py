@@ -117,12 +117,14 @@ def train(options: argparse.Namespace, boundary: str) -> tuple[float, float, str
 def report(options: argparse.Namespace, levels: list[str], tests: dict[str, Path]) -> dict[str, str]:
     """The table of tanuki tokenizer report over all levels and test sets, and its picture."""
     from tanuki_jax.data import sources
+    from tanuki_jax.data.tokenizer import Tokenizer
     from tokenization import report as reports
+    from tokenization.encoders import open_encoder
 
     paths = [*(options.workdir / boundary for boundary in levels), *map(Path, filter(None, options.compare.split(",")))]
     domains = {name: (row.fields["text"] for row in sources.read_rows(str(path))) for name, path in tests.items()}
-    found = reports.report([reports.open_encoder(path) for path in paths], domains)
-    reports.picture(found, options.workdir / "tokenizers.svg")
+    found = reports.report([open_encoder(path, Tokenizer) for path in paths], domains)
+    reports.plot(found, options.workdir / "tokenizers.svg", "svg")
     (options.workdir / "report.json").write_text(json.dumps(found, ensure_ascii=False, indent=1), encoding="utf-8")
     return {"table": reports.table(found)}
 

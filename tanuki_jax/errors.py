@@ -1,4 +1,4 @@
-"""Exceptions that end a command with one message; this imports nothing, so that every room and the command line may use it."""
+"""Exceptions that end a command with one message.  This module imports nothing, so that every package may import it."""
 
 
 class UserError(Exception):
@@ -6,8 +6,8 @@ class UserError(Exception):
 
 
 class Preempted(Exception):
-    """The run was told to stop, and all of it is saved; the same command goes on (exit code 75)."""
+    """The run was asked to stop, and all of it is saved; the same command goes on (exit code 75)."""
 
 
 class PeerLost(Exception):
-    """Another process of the run did not come where all meet; all are to be started again (exit code 77)."""
+    """Another process of the run did not reach a meeting point; all are to be started again (exit code 77)."""

@@ -1,4 +1,4 @@
-"""How far long work has come, on stderr."""
+"""Progress of long work, on stderr."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ SIZES = (("MB", 1e6), ("kB", 1e3), ("bytes", 1.0))  # a smaller unit where the w
 
 
 class Progress:
-    """Work done, rate and time left: one line that renews itself on a terminal, else a line now and then.
+    """Work done and time left: one line that renews itself on a terminal, else a line every ten seconds.
 
-    total: what there is to do; 0 where it is not known, or nothing: no line then says "of".  Work beyond it counts as the
-      new total, for a file may have grown.
-    unit: what is counted, divided by `scale` (1e6 and "MB" for bytes, of which fewer are shown in a smaller unit).
+    total: the amount of work; 0 where it is unknown, or nothing: lines then show no total.  Work beyond it becomes the new
+      total, since a file may have grown.
+    unit: of the amount divided by `scale` (1e6 and "MB" for bytes; small amounts are shown in a smaller unit).
     """
 
     def __init__(self, name: str, total: int, unit: str = "", scale: float = 1, quiet: bool = False) -> None:
@@ -28,36 +28,38 @@ class Progress:
         self._first: tuple[float, int] | None = None
 
     def show(self, done: int, text: str = "") -> None:
-        """Reports that `done` of `total` is done."""
-        now, known = time.monotonic(), self.total > 0
-        if known:
+        """Reports that `done` of `total` is done; `text` is shown besides."""
+        now, has_total = time.monotonic(), self.total > 0
+        if has_total:
             self.total = max(self.total, done)
-        finished = known and done >= self.total
+        finished = has_total and done >= self.total
         if self._first is None:
             self._first = (now, done)
-        if self._ended or not (known or done > 0):  # the last line has been shown, or there is nothing to do
+        if self._ended or not (has_total or done > 0):  # the last line has been shown, or there is nothing to do
             return
-        short = finished and now - self._start < 1.0  # what took no time needs no line
+        short = finished and now - self._start < 1.0  # quick work needs no line
         if self.quiet or short or (now < self._next and not finished):
             return
         line = f"{self.name}  {self._count(done)}  {text}{text and '  '}{duration(now - self._start)} gone"
-        if known:
+        if has_total:
             line += f", {self._left(done, now, self._first)} left"
-        renews = self._live and known  # else the line would stay open, for nobody says when the work ends
+        renews = self._live and has_total  # else the line would stay open, since the end is unknown
         start, end = ("\r\033[K", "\n" if finished else "") if renews else ("", "\n")
         print(f"{start}{line}", end=end, file=sys.stderr, flush=True)
         self._ended = finished
         self._next = now + (0.5 if renews else 10.0)
 
     def _count(self, done: int) -> str:
-        whole = f"/{self.total / self.scale:,.0f}" if self.total else ""
-        return f"{done / self.scale:,.0f}{whole}{self.unit and ' ' + self.unit}"
+        of_total = f"/{self.total / self.scale:,.0f}" if self.total else ""
+        return f"{done / self.scale:,.0f}{of_total}{self.unit and ' ' + self.unit}"
 
     def _left(self, done: int, now: float, first: tuple[float, int]) -> str:
         if done >= self.total:
             return duration(0)
-        since, at = first
-        return duration((self.total - done) * (now - since) / (done - at)) if done > at and now > since else "?"
+        start, start_done = first
+        if done <= start_done or now <= start:
+            return "?"
+        return duration((self.total - done) * (now - start) / (done - start_done))
 
 
 def duration(seconds: float) -> str:

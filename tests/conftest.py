@@ -32,6 +32,7 @@ import jax
 import pytest
 from hypothesis import settings
 
+from tanuki_jax.data.chat import TEMPLATE
 from tanuki_jax.data.tokenizer import Tokenizer
 
 settings.register_profile("tests", deadline=None)  # a busy machine is no fault
@@ -61,8 +62,10 @@ def few_programs():
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory):
     """A small tokenizer trained on TEXTS."""
+    from tokenization.options import Hooks, TrainOptions
     from tokenization.train import train
 
     directory = tmp_path_factory.mktemp("tokenizer")
-    train([("", text) for text in TEXTS], directory, vocab_size=512, character_coverage=1.0, boundary="morpheme")
+    options = TrainOptions(vocab_size=512, character_coverage=1.0, boundary="morpheme")
+    train([("", text) for text in TEXTS], directory, options, Hooks(chat_template=TEMPLATE))
     return Tokenizer(directory)

@@ -1,20 +1,18 @@
-"""How good tokenizers are on given text: compression, losslessness, boundaries, special tokens, vocabulary use."""
+"""Measures tokenizers on given text: compression, losslessness, boundaries, special tokens, vocabulary use."""
 
 from __future__ import annotations
 
-import bisect
-import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, NotRequired, TypedDict
 
-from tanuki_jax.data.tokenizer import Tokenizer, byte_of
-from tanuki_jax.errors import UserError
+from tokenization.encoders import Encoder, SentencePieceModel, is_byte_piece
+from tokenization.errors import TokenizationError
 from tokenization.segment import Segmenter
 
-SHOWN = 5  # examples of what is wrong
-COUNTED_SAMPLE = ("tokens", "fallback", "exact", "crossing", "special", "agree")
-SHARES = ("byte_fallback", "round_trip", "crossing", "agreement")
+MAX_EXAMPLES = 5  # disagreements that are shown
+PERCENTAGES = ("byte_fallback", "round_trip", "crossing", "agreement")
 COLUMNS = {
     "characters_per_token": "chars/token",
     "bytes_per_token": "bytes/token",
@@ -27,117 +25,109 @@ COLUMNS = {
 }
 
 
-class Encoder(NamedTuple):
-    """A tokenizer of any make: what the report asks of it."""
+class DomainFigures(TypedDict):
+    """Figures of one tokenizer on one domain; texts are measured line by line.
 
-    name: str
-    encode: Callable[[str], tuple[list[int], list[int]]]  # ids, and the character at which each begins
-    decode: Callable[[list[int]], str]
-    pieces: list[str]  # of each id, with real spaces
-    special: set[int]
-    sentencepiece: Any = None  # the model beside tokenizer.json, where there is one
+    characters_per_token and bytes_per_token: higher is better.  fertility: tokens per MeCab morpheme.  byte_fallback: share of
+    tokens that spell a byte.  round_trip: share of lines that come back exactly.  crossing: share of tokens that go over the
+    boundary of a unit.  special: special tokens that text gave.  agreement: share of lines to which tokenizer.json and the
+    SentencePiece model next to it give the same ids, with its `disagreements`.
+    """
 
-
-def open_encoder(path: Path) -> Encoder:
-    """A directory with tokenizer.json, a tokenizer.json (or any .json of the tokenizers library), or a SentencePiece .model."""
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"tokenizer report: no such tokenizer: {path}")
-    if path.is_dir():
-        model = path / "tokenizer.model"
-        ours = Tokenizer(path)
-        pieces = [ours.piece(i) for i in range(ours.vocab_size)]
-        loaded = _load_model(model) if model.is_file() else None
-        return Encoder(path.name, ours.encode_with_offsets, ours.decode, pieces, set(ours.special.values()), loaded)
-    if path.suffix == ".model":
-        processor = _load_model(path)
-
-        def encode(text: str) -> tuple[list[int], list[int]]:
-            found = processor.encode(text, return_type="proto").pieces
-            at = list(itertools.accumulate((len(c.encode()) for c in text), initial=0))  # byte of each character
-            return [p.id for p in found], [bisect.bisect_right(at, p.begin) - 1 for p in found]
-
-        size = processor.get_piece_size()
-        special = {i for i in range(size) if processor.is_control(i) or processor.is_unknown(i)}
-        special |= {i for i in range(size) if _looks_special(processor.id_to_piece(i)) and not processor.is_byte(i)}
-        pieces = [processor.id_to_piece(i).replace("\u2581", " ") for i in range(size)]
-        return Encoder(path.name, encode, processor.decode, pieces, special)
-    import tokenizers
-
-    try:
-        raw = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing narrower
-        raise UserError(f"tokenizer report: {path} cannot be read: {error}") from error
-
-    def encode_raw(text: str) -> tuple[list[int], list[int]]:
-        found = raw.encode(text, add_special_tokens=False)
-        return found.ids, [start for start, _ in found.offsets]
-
-    special = {i for i, token in raw.get_added_tokens_decoder().items() if token.special}
-    pieces = [raw.id_to_token(i) or "" for i in range(raw.get_vocab_size())]
-    return Encoder(path.stem, encode_raw, lambda ids: raw.decode(ids, skip_special_tokens=False), pieces, special)
+    lines: int
+    characters: int
+    tokens: int
+    characters_per_token: float
+    bytes_per_token: float
+    fertility: float
+    byte_fallback: float
+    round_trip: float
+    crossing: float
+    special: int
+    agreement: NotRequired[float]
+    disagreements: NotRequired[list[str]]
 
 
-def _looks_special(piece: str) -> bool:
-    return len(piece) > 2 and piece.startswith("<") and piece.endswith(">") and byte_of(piece) is None
+class VocabularyFigures(TypedDict):
+    """Figures of one vocabulary.
+
+    japanese: pieces with kana or kanji.  split_alone: share of the Japanese pieces of several characters that MeCab cuts when
+    it sees them alone.  used: ids that the texts used.  injected: special tokens that their own spelling gave.
+    """
+
+    pieces: int
+    japanese: int
+    split_alone: float
+    used: int
+    injected: int
 
 
-def _load_model(path: Path) -> Any:
-    import sentencepiece
+class Report(TypedDict):
+    """Figures by domain and tokenizer, and by tokenizer."""
 
-    try:
-        return sentencepiece.SentencePieceProcessor(model_file=str(path))
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"tokenizer report: {path} is not a SentencePiece model: {error}") from error
+    boundary: str
+    domains: dict[str, dict[str, DomainFigures]]
+    vocabulary: dict[str, VocabularyFigures]
+
+
+@dataclass
+class _Totals:
+    """Sizes of a domain's texts."""
+
+    lines: int = 0
+    characters: int = 0
+    bytes: int = 0
+    morphemes: int = 0
+
+
+@dataclass
+class _Tally:
+    """What is counted of one tokenizer on one domain."""
+
+    tokens: int = 0
+    byte_pieces: int = 0
+    exact: int = 0
+    special: int = 0
+    crossing: int = 0
+    agreeing: int = 0
+    disagreements: list[str] = field(default_factory=list)
 
 
 def report(
     encoders: Iterable[Encoder], domains: Mapping[str, Iterable[str]], boundary: str = "bunsetsu", dictionary: str = "ipadic"
-) -> dict[str, Any]:
-    """{"domains": {domain: {tokenizer: figures}}, "vocabulary": {tokenizer: figures}}; texts are measured line by line.
+) -> Report:
+    """Measures each tokenizer on the texts of each domain.
 
-    Of a domain: characters_per_token and bytes_per_token (higher is better); fertility: tokens per MeCab morpheme;
-    byte_fallback: share of tokens that spell a byte; round_trip: share of lines that come back exactly; crossing: share of
-    tokens that go over a boundary of the boundary's units; special: special tokens that text gave; agreement: share of lines to
-    which tokenizer.json and the SentencePiece model beside it give the same ids, with its `disagreements`.
-    Of a vocabulary: pieces; japanese: pieces with kana or kanji; split_alone: share of the Japanese pieces of several
-    characters that MeCab cuts when it sees them alone; used: ids that the texts used; injected: special tokens that their
-    own spelling gave.
+    boundary: of the units of which `crossing` counts the boundaries.
     """
     encoders, morphemes = _unique_names(encoders), Segmenter("morpheme", dictionary)
     segmenter = Segmenter(boundary, dictionary)
     used: dict[str, set[int]] = {encoder.name: set() for encoder in encoders}
-    found: dict[str, Any] = {}
+    result: dict[str, dict[str, DomainFigures]] = {}
     for domain, texts in domains.items():
-        rows = {
-            encoder.name: dict.fromkeys(("tokens", "fallback", "exact", "crossing", "special", "agree"), 0)
-            for encoder in encoders
-        }
-        wrong: dict[str, list[str]] = {encoder.name: [] for encoder in encoders}
-        characters = size = words = lines = 0
+        totals, tallies = _Totals(), {encoder.name: _Tally() for encoder in encoders}
         for text in texts:
             for line in text.splitlines(keepends=True):
-                lines, characters, size = lines + 1, characters + len(line), size + len(line.encode())
-                shown = line.replace("\0", "\ufffd")  # MeCab stops at NUL
-                words += len(morphemes.units(shown.rstrip("\n")))
-                inner = _boundaries(segmenter, shown)
+                visible = line.replace("\0", "\ufffd")  # MeCab stops at NUL
+                totals.lines += 1
+                totals.characters += len(line)
+                totals.bytes += len(line.encode())
+                totals.morphemes += len(morphemes.units(visible.rstrip("\n")))
+                unit_starts = _unit_starts(segmenter, visible)
                 for encoder in encoders:
-                    _measure(encoder, line, inner, rows[encoder.name], used[encoder.name], wrong[encoder.name])
-        if not lines:
-            raise UserError(f"tokenizer report: {domain} has no text")
-        found[domain] = {
-            encoder.name: _figures(rows[encoder.name], wrong[encoder.name], lines, characters, size, words, encoder)
-            for encoder in encoders
-        }
+                    used[encoder.name].update(_measure(encoder, line, unit_starts, tallies[encoder.name]))
+        if not totals.lines:
+            raise TokenizationError(f"tokenizer report: {domain} has no text")
+        result[domain] = {encoder.name: _figures(encoder, tallies[encoder.name], totals) for encoder in encoders}
     return {
         "boundary": boundary,
-        "domains": found,
+        "domains": result,
         "vocabulary": {encoder.name: _vocabulary(encoder, used[encoder.name], morphemes) for encoder in encoders},
     }
 
 
 def _unique_names(encoders: Iterable[Encoder]) -> list[Encoder]:
-    """Encoders of one name get numbers."""
+    """The encoders, those of one name with numbers."""
     result: list[Encoder] = []
     for encoder in encoders:
         same = sum(other.name.partition(" #")[0] == encoder.name for other in result)
@@ -145,68 +135,68 @@ def _unique_names(encoders: Iterable[Encoder]) -> list[Encoder]:
     return result
 
 
-def _boundaries(segmenter: Segmenter, line: str) -> set[int]:
+def _unit_starts(segmenter: Segmenter, line: str) -> set[int]:
     """Characters of a line at which a unit begins; white space that MeCab swallows at the end is left out."""
-    starts, at = set(), 0
+    starts, position = set(), 0
     for unit in segmenter.units(line):
-        at = line.find(unit, at)
-        if at < 0:
+        position = line.find(unit, position)
+        if position < 0:
             break
-        starts.add(at)
-        at += len(unit)
+        starts.add(position)
+        position += len(unit)
     return starts
 
 
-def _measure(encoder: Encoder, line: str, inner: set[int], row: dict[str, int], used: set[int], wrong: list[str]) -> None:
+def _measure(encoder: Encoder, line: str, unit_starts: set[int], tally: _Tally) -> list[int]:
+    """Adds a line to the tally; returns its ids."""
     ids, starts = encoder.encode(line)
-    row["tokens"] += len(ids)
-    row["fallback"] += sum(byte_of(encoder.pieces[i]) is not None for i in ids)
-    row["exact"] += encoder.decode(ids) == line
-    row["special"] += sum(i in encoder.special for i in ids)
-    ends = [*starts[1:], len(line)]
-    row["crossing"] += sum(any(at in inner for at in range(a + 1, b)) for a, b in zip(starts, ends, strict=True))
-    used.update(ids)
+    tally.tokens += len(ids)
+    tally.byte_pieces += sum(is_byte_piece(encoder.pieces[i]) for i in ids)
+    tally.exact += encoder.decode(ids) == line
+    tally.special += sum(i in encoder.special for i in ids)
+    spans = zip(starts, [*starts[1:], len(line)], strict=True)
+    tally.crossing += sum(any(c in unit_starts for c in range(start + 1, stop)) for start, stop in spans)
     if encoder.sentencepiece is not None:
-        theirs = encoder.sentencepiece.encode(line)
-        row["agree"] += theirs == ids
-        if theirs != ids and len(wrong) < SHOWN:
-            wrong.append(_why(encoder, line, ids, theirs))
+        other_ids = encoder.sentencepiece.encode(line)
+        tally.agreeing += other_ids == ids
+        if other_ids != ids and len(tally.disagreements) < MAX_EXAMPLES:
+            tally.disagreements.append(_explain(encoder.pieces, encoder.sentencepiece, line, (ids, other_ids)))
+    return ids
 
 
-def _why(encoder: Encoder, line: str, ours: list[int], theirs: list[int]) -> str:
-    """What two segmentations of a line differ in, and the reason."""
+def _explain(pieces: list[str], model: SentencePieceModel, line: str, readings: tuple[list[int], list[int]]) -> str:
+    """The first difference between two segmentations of a line, and its reason."""
     if "\u2581" in line:
         return f"{line[:40]!r}: U+2581, which SentencePiece writes for a space"
-    first = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), 0)
-    score = encoder.sentencepiece.get_score
-    gap = abs(sum(map(score, ours)) - sum(map(score, theirs)))
-    kind = "equal scores" if gap < 1e-3 else f"scores {gap:.4f} apart"
-    pieces = [[encoder.pieces[i] for i in ids[first : first + 4]] for ids in (ours, theirs)]
-    return f"{''.join(pieces[0])!r}: {pieces[0]} and {pieces[1]}, {kind}"
+    first = next((i for i, (a, b) in enumerate(zip(*readings, strict=False)) if a != b), 0)
+    scores = [sum(map(model.get_score, ids)) for ids in readings]
+    gap = abs(scores[0] - scores[1])
+    reason = "equal scores" if gap < 1e-3 else f"scores {gap:.4f} apart"
+    ours, theirs = [[pieces[i] for i in ids[first : first + 4]] for ids in readings]
+    return f"{''.join(ours)!r}: {ours} and {theirs}, {reason}"
 
 
-def _figures(
-    row: dict[str, int], wrong: list[str], lines: int, characters: int, size: int, words: int, encoder: Encoder
-) -> dict[str, Any]:
-    tokens = max(row["tokens"], 1)
-    figures: dict[str, Any] = {
-        "lines": lines,
-        "characters": characters,
-        "tokens": row["tokens"],
-        "characters_per_token": round(characters / tokens, 4),
-        "bytes_per_token": round(size / tokens, 4),
-        "fertility": round(row["tokens"] / max(words, 1), 4),
-        "byte_fallback": round(row["fallback"] / tokens, 6),
-        "round_trip": row["exact"] / lines,
-        "crossing": round(row["crossing"] / tokens, 6),
-        "special": row["special"],
+def _figures(encoder: Encoder, tally: _Tally, totals: _Totals) -> DomainFigures:
+    tokens = max(tally.tokens, 1)
+    figures: DomainFigures = {
+        "lines": totals.lines,
+        "characters": totals.characters,
+        "tokens": tally.tokens,
+        "characters_per_token": round(totals.characters / tokens, 4),
+        "bytes_per_token": round(totals.bytes / tokens, 4),
+        "fertility": round(tally.tokens / max(totals.morphemes, 1), 4),
+        "byte_fallback": round(tally.byte_pieces / tokens, 6),
+        "round_trip": tally.exact / totals.lines,
+        "crossing": round(tally.crossing / tokens, 6),
+        "special": tally.special,
     }
     if encoder.sentencepiece is not None:
-        figures |= {"agreement": row["agree"] / lines, "disagreements": wrong}
+        figures["agreement"] = tally.agreeing / totals.lines
+        figures["disagreements"] = tally.disagreements
     return figures
 
 
-def _vocabulary(encoder: Encoder, used: set[int], morphemes: Segmenter) -> dict[str, Any]:
+def _vocabulary(encoder: Encoder, used: set[int], morphemes: Segmenter) -> VocabularyFigures:
     japanese = [p for p in encoder.pieces if is_japanese(p)]
     longer = [p for p in japanese if len(p.strip()) > 1]
     split = sum(len(morphemes.units(p.strip())) > 1 for p in longer)
@@ -228,65 +218,67 @@ def is_japanese(piece: str) -> bool:
 # --- for people -------------------------------------------------------------------------------------------------------------
 
 
-def table(found: dict[str, Any]) -> str:
+def table(result: Report) -> str:
     """The figures of a report as text."""
-    width = max(len(name) for name in (*found["domains"], *(f"  {n}" for n in found["vocabulary"])))
+    width = max(len(name) for name in (*result["domains"], *(f"  {n}" for n in result["vocabulary"])))
 
     def line(name: str, cells: Iterable[str]) -> str:
         return f"{name:{width}s} " + " ".join(f"{cell:>11s}" for cell in cells)
 
     lines = [line("", COLUMNS.values())]
-    for domain, rows in found["domains"].items():
+    for domain, rows in result["domains"].items():
         lines.append(domain)
         for name, row in rows.items():
             lines.append(line(f"  {name}", (_cell(column, row.get(column)) for column in COLUMNS)))
-            lines += [f"{'':{width}s}  differs: {why}" for why in row.get("disagreements", ())]
+            lines += [f"{'':{width}s}  differs: {reason}" for reason in row.get("disagreements", ())]
     lines.append(line("vocabulary", ("pieces", "Japanese", "split alone", "used", "injected")))
-    for name, row in found["vocabulary"].items():
-        counts = [f"{row[key]:,}" for key in ("pieces", "japanese", "used", "injected")]
-        lines.append(line(f"  {name}", (*counts[:2], f"{row['split_alone']:.1%}", *counts[2:])))
-    lines.append(f"crossing: tokens over a boundary of {found['boundary']} units; split alone: by MeCab, of Japanese pieces")
+    for name, figures in result["vocabulary"].items():
+        counts = [f"{n:,}" for n in (figures["pieces"], figures["japanese"], figures["used"], figures["injected"])]
+        lines.append(line(f"  {name}", (*counts[:2], f"{figures['split_alone']:.1%}", *counts[2:])))
+    lines.append(f"crossing: tokens over a boundary of {result['boundary']} units; split alone: by MeCab, of Japanese pieces")
     return "\n".join(lines)
 
 
-def _cell(column: str, value: Any) -> str:
-    if value is None:
+def _cell(column: str, value: object) -> str:
+    if not isinstance(value, int | float):
         return "-"
-    if column in SHARES:
+    if column in PERCENTAGES:
         return f"{value:.3%}"
     return f"{value:.3f}" if isinstance(value, float) else f"{value:,}"
 
 
-def picture(found: dict[str, Any], path: Path) -> None:
-    """Draws compression by domain and tokenizer; the suffix of `path` says the format (.svg, .png, .pdf)."""
+def plot_format(path: Path) -> str:
+    """The format that the suffix of a plot's file names."""
     if path.suffix not in (".svg", ".png", ".pdf"):
-        raise UserError(f"--plot: {path} must end with .svg, .png or .pdf")
+        raise TokenizationError(f"--plot: {path} must end with .svg, .png or .pdf")
+    return path.suffix.removeprefix(".")
+
+
+def plot(result: Report, file: Path | IO[bytes], file_format: str) -> None:
+    """Draws compression by domain and tokenizer to a file, as svg, png or pdf."""
     import matplotlib
 
-    matplotlib.use("svg" if path.suffix == ".svg" else "agg")
+    matplotlib.use("svg" if file_format == "svg" else "agg")
     import matplotlib.pyplot as plt
     import matplotlib_fontja
 
-    from tanuki_jax import files
-
     matplotlib_fontja.japanize()
-    names, domains = list(found["vocabulary"]), list(found["domains"])
-    figure, grid = plt.subplots(1, 2, figsize=(max(8, 2.2 * len(domains)), 3.6))
-    quantities = (
-        ("characters_per_token", "文字/トークン (characters per token)", 1),
-        ("byte_fallback", "バイト (byte fallback), %", 100),
-    )
-    for axes, (key, label, scale) in zip(grid, quantities, strict=True):
-        for k, name in enumerate(names):
-            heights = [scale * found["domains"][domain][name][key] for domain in domains]
-            places = [i + (k - (len(names) - 1) / 2) * 0.8 / len(names) for i in range(len(domains))]
-            bars = axes.bar(places, heights, 0.8 / len(names), label=name)
-            axes.bar_label(bars, fmt="%.2f", fontsize=7)
+    names, domains = list(result["vocabulary"]), list(result["domains"])
+    figure, (compression, fallback) = plt.subplots(1, 2, figsize=(max(8, 2.2 * len(domains)), 3.6))
+    for k, name in enumerate(names):
+        figures = [result["domains"][domain][name] for domain in domains]
+        positions = [i + (k - (len(names) - 1) / 2) * 0.8 / len(names) for i in range(len(domains))]
+        for axes, heights in (
+            (compression, [row["characters_per_token"] for row in figures]),
+            (fallback, [100 * row["byte_fallback"] for row in figures]),
+        ):
+            axes.bar_label(axes.bar(positions, heights, 0.8 / len(names), label=name), fmt="%.2f", fontsize=7)
+    compression.set_ylabel("文字/トークン (characters per token)")
+    fallback.set_ylabel("バイト (byte fallback), %")
+    for axes in (compression, fallback):
         axes.set_xticks(range(len(domains)), domains, rotation=20, ha="right")
-        axes.set_ylabel(label)
         axes.spines[["top", "right"]].set_visible(False)
-    grid[0].legend(frameon=False, fontsize=8)
+    compression.legend(frameon=False, fontsize=8)
     figure.tight_layout()
-    with files.atomic_path(path) as temporary:
-        figure.savefig(temporary, format=path.suffix.removeprefix("."), bbox_inches="tight")
+    figure.savefig(file, format=file_format, bbox_inches="tight")
     plt.close(figure)

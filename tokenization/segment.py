@@ -1,7 +1,7 @@
 """Cuts text into the units that no piece may cross, and counts them: in parallel, in bounded memory.
 
 The boundary says what a unit is: one MeCab morpheme (the paper's rule), a predicate with its auxiliaries, or a bunsetsu (a
-content word with what leans on it).  White space before a unit belongs to it, and always begins a new one.
+content word with the words that attach to it).  White space before a unit belongs to it, and always begins a new one.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ import multiprocessing
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
+from typing import TypeAlias
 
-from tanuki_jax.files import lock
+from tokenization.errors import TokenizationError
 
-LEVELS = ("morpheme", "predicate", "bunsetsu", "none")
+BOUNDARIES = ("morpheme", "predicate", "bunsetsu", "none")
 # Surface with the white space before it, part of speech, its two finer classes, and the dictionary form.
 NODE = '-F "%M\\t%f[0],%f[1],%f[2],%f[6]\\n" -U "%M\\t%f[0],%f[1],%f[2],*\\n" -E "\\n"'
 INNER_SPACE = re.compile(r"(?<=\S)(?=\s)")
-BATCH = 4_000_000  # characters that a worker counts at one time
-MOST_UNITS = 8_000_000  # distinct units of a language kept in memory (about 1 GB); beyond, the rarest are forgotten
+BATCH_CHARACTERS = 4_000_000  # that a worker counts at one time
+MAX_UNITS = 8_000_000  # distinct units of a language kept in memory (about 1 GB); beyond, the rarest are forgotten
 
 
 class Segmenter:
@@ -31,12 +32,12 @@ class Segmenter:
     def __init__(self, boundary: str = "bunsetsu", dictionary: str = "ipadic") -> None:
         import MeCab
 
-        if boundary not in LEVELS[:3]:
-            raise ValueError(f"boundary {boundary!r} has no units; it must be one of {', '.join(LEVELS[:3])}")
-        leans: dict[str, Callable[[str, str], bool]]
-        leans = {"morpheme": _never, "predicate": _in_predicate, "bunsetsu": _in_bunsetsu}
-        self._leans = leans[boundary]
-        self._tagger = MeCab.Tagger(f"{_dictionary(dictionary)} {NODE}")
+        if boundary not in BOUNDARIES[:3]:
+            raise ValueError(f"boundary {boundary!r} has no units; it must be one of {', '.join(BOUNDARIES[:3])}")
+        rules: dict[str, Callable[[str, str], bool]]
+        rules = {"morpheme": _never_attaches, "predicate": _attaches_to_predicate, "bunsetsu": _attaches_to_bunsetsu}
+        self._attaches = rules[boundary]
+        self._tagger = MeCab.Tagger(f"{_dictionary_arguments(dictionary)} {NODE}")
 
     def units(self, line: str) -> list[str]:
         """The units of one line; joined they give the line without white space before a tab or its end."""
@@ -45,57 +46,55 @@ class Segmenter:
         for i, cell in enumerate(line.split("\t")):
             if i:
                 result.append("\t")
-            before = ""
+            previous = ""
             for node in self._tagger.parse(cell).split("\n"):
                 surface, tab, tags = node.rpartition("\t")
                 if not tab:
                     continue
                 if INNER_SPACE.search(surface):  # MeCab may join an unknown symbol and the wide space after it
                     *starts, surface = INNER_SPACE.split(surface)
-                    lean = before and not starts[0][0].isspace() and self._leans(before, tags)
-                    result += [result.pop() + starts[0] if lean else starts[0], *starts[1:]]
-                if before and not surface[0].isspace() and self._leans(before, tags):
+                    attaches = previous and not starts[0][0].isspace() and self._attaches(previous, tags)
+                    result += [result.pop() + starts[0] if attaches else starts[0], *starts[1:]]
+                if previous and not surface[0].isspace() and self._attaches(previous, tags):
                     result[-1] += surface
                 else:
                     result.append(surface)
-                before = tags
+                previous = tags
         return result
 
 
-def _dictionary(name: str) -> str:
+def _dictionary_arguments(name: str) -> str:
     if name == "ipadic":
         import ipadic
 
         return ipadic.MECAB_ARGS
-    from tanuki_jax.errors import UserError
-
     try:
         import unidic_lite
     except ImportError as error:
-        raise UserError("tokenizer: the UniDic dictionary is not installed; pip install unidic-lite") from error
+        raise TokenizationError("tokenizer: the UniDic dictionary is not installed; pip install unidic-lite") from error
     return f'-r "{os.devnull}" -d "{unidic_lite.DICDIR}"'
 
 
-# --- which morpheme leans on the one before it: tags are part of speech, finer class, finest class, dictionary form --------
+# --- which morpheme attaches to the one before it: tags are part of speech, finer class, finest class, dictionary form -----
 
 
-def _never(before: str, tags: str) -> bool:
+def _never_attaches(previous: str, tags: str) -> bool:
     return False
 
 
 @functools.cache
-def _in_predicate(before: str, tags: str) -> bool:
+def _attaches_to_predicate(previous: str, tags: str) -> bool:
     """Auxiliaries, dependent verbs and te-forms, after a verb, an adjective or another of them."""
-    head, (pos, kind, _, form) = before.split(","), tags.split(",")
+    head, (pos, kind, _, form) = previous.split(","), tags.split(",")
     chain = head[0] in ("動詞", "形容詞", "助動詞") or (head[0] == "助詞" and head[1] == "接続助詞")
     dependent = pos == "助動詞" or (pos in ("動詞", "形容詞") and kind in ("非自立", "接尾", "非自立可能"))
     return chain and (dependent or (pos == "助詞" and kind == "接続助詞" and form in ("て", "で", "ば", "ちゃ", "じゃ")))
 
 
 @functools.cache
-def _in_bunsetsu(before: str, tags: str) -> bool:
+def _attaches_to_bunsetsu(previous: str, tags: str) -> bool:
     """Particles, auxiliaries, suffixes and dependent words; what follows a prefix; the する of a verbal noun."""
-    head, (pos, kind, finer, form) = before.split(","), tags.split(",")
+    head, (pos, kind, finer, form) = previous.split(","), tags.split(",")
     if head[0] in ("記号", "補助記号", "空白"):
         return False
     if pos in ("助詞", "助動詞", "接尾辞") or head[0] in ("接頭詞", "接頭辞"):
@@ -107,48 +106,58 @@ def _in_bunsetsu(before: str, tags: str) -> bool:
 
 # --- counting ---------------------------------------------------------------------------------------------------------
 
-Counts = dict[str, collections.Counter[str]]  # language -> unit -> how often
+Counts: TypeAlias = dict[str, collections.Counter[str]]  # language -> unit -> occurrences
+Batch: TypeAlias = tuple[str, list[str]]  # a language and texts
+BatchCounts: TypeAlias = tuple[str, collections.Counter[str]]
 
 
 def count_units(
-    texts: Iterable[tuple[str, str]], boundary: str = "bunsetsu", dictionary: str = "ipadic", workers: int = 0
+    texts: Iterable[tuple[str, str]],
+    boundary: str = "bunsetsu",
+    dictionary: str = "ipadic",
+    workers: int = 0,
+    init_worker: Callable[[], None] | None = None,
 ) -> tuple[Counts, int]:
-    """How often each unit occurs in (language, text) pairs, and how many occurrences of rare units were forgotten.
+    """Occurrences of each unit in (language, text) pairs, and the number of occurrences of rare units that were forgotten.
 
-    Beyond MOST_UNITS distinct units of a language those seen once are forgotten, then those seen twice, and so on; forgotten
-    ones are counted.  Only the input on its way to the workers (default: one for each core) is held besides.
+    Beyond MAX_UNITS distinct units of a language those seen once are forgotten, then those seen twice, and so on; forgotten
+    ones are counted.  Besides, only the input on its way to the workers (default: one per core) is in memory.  `init_worker`
+    is called first in every worker process.
     """
     counts: Counts = {}
     forgotten = 0
-    for language, found in _count_batch(_batches(texts), boundary, dictionary, workers or os.cpu_count() or 1):
+    batches = _batches(texts)
+    head = list(itertools.islice(batches, 2))
+    workers = workers or os.cpu_count() or 1
+    if len(head) < 2 or workers < 2:  # small input is not worth a process
+        results: Iterator[BatchCounts] = (
+            (language, _count(batch, boundary, dictionary)) for language, batch in itertools.chain(head, batches)
+        )
+    else:
+        results = _count_in_workers(itertools.chain(head, batches), boundary, dictionary, workers, init_worker)
+    for language, units in results:
         total = counts.setdefault(language, collections.Counter())
-        total.update(found)
+        total.update(units)
         rare = 1
-        while len(total) > MOST_UNITS:
+        while len(total) > MAX_UNITS:
             dropped = [unit for unit, n in total.items() if n <= rare]
             forgotten += sum(total.pop(unit) for unit in dropped)
             rare += 1
     return counts, forgotten
 
 
-def _count_batch(
-    batches: Iterator[tuple[str, list[str]]], boundary: str, dictionary: str, workers: int
-) -> Iterator[tuple[str, collections.Counter[str]]]:
-    """The counts of each batch, in order; the first batches are counted here, since small input is not worth a process."""
-    head = list(itertools.islice(batches, 2))
-    if len(head) < 2 or workers < 2:
-        for language, texts in (*head, *batches):
-            yield language, _count(texts, boundary, dictionary)
-        return
-    pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), lock.end_with_parent)
-    with pool:
-        waiting: collections.deque = collections.deque()
-        for language, texts in (*head, *batches):
-            waiting.append((language, pool.submit(_count, texts, boundary, dictionary)))
-            if len(waiting) > workers:
-                language, future = waiting.popleft()
+def _count_in_workers(
+    batches: Iterable[Batch], boundary: str, dictionary: str, workers: int, init_worker: Callable[[], None] | None
+) -> Iterator[BatchCounts]:
+    """The counts of each batch, in order."""
+    with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), init_worker) as pool:
+        pending: collections.deque[tuple[str, concurrent.futures.Future[collections.Counter[str]]]] = collections.deque()
+        for language, texts in batches:
+            pending.append((language, pool.submit(_count, texts, boundary, dictionary)))
+            if len(pending) > workers:
+                language, future = pending.popleft()
                 yield language, future.result()
-        for language, future in waiting:
+        for language, future in pending:
             yield language, future.result()
 
 
@@ -156,7 +165,7 @@ def _count(texts: list[str], boundary: str, dictionary: str) -> collections.Coun
     segmenter = _segmenter(boundary, dictionary)
     counts: collections.Counter[str] = collections.Counter()
     for text in texts:
-        for line in lines(text):
+        for line in split_lines(text):
             counts.update(segmenter.units(line))
     return counts
 
@@ -166,19 +175,19 @@ def _segmenter(boundary: str, dictionary: str) -> Segmenter:
     return Segmenter(boundary, dictionary)
 
 
-def lines(text: str) -> list[str]:
+def split_lines(text: str) -> list[str]:
     """The lines of a text without NUL, which SentencePiece's input cannot hold; long ones are kept whole."""
     return text.replace("\0", "").splitlines()
 
 
-def _batches(texts: Iterable[tuple[str, str]]) -> Iterator[tuple[str, list[str]]]:
-    """Texts of one language together, about BATCH characters each."""
-    held: dict[str, list[str]] = {}
+def _batches(texts: Iterable[tuple[str, str]]) -> Iterator[Batch]:
+    """Texts of one language together, about BATCH_CHARACTERS characters each."""
+    pending: dict[str, list[str]] = {}
     size: collections.Counter[str] = collections.Counter()
     for language, text in texts:
-        held.setdefault(language, []).append(text)
+        pending.setdefault(language, []).append(text)
         size[language] += len(text)
-        if size[language] >= BATCH:
-            yield language, held.pop(language)
+        if size[language] >= BATCH_CHARACTERS:
+            yield language, pending.pop(language)
             size[language] = 0
-    yield from held.items()
+    yield from pending.items()

@@ -1,1 +1,1 @@
-"""The command line: one file for the verbs, one for their flags, one for a conversation."""
+"""The command line: the process (`main`), the verbs, their flags (`parser`), a conversation (`chat`)."""

@@ -1,5 +1,7 @@
 """`python -m tanuki_jax.cli` is `tanuki`."""
 
+import sys
+
 from tanuki_jax.cli.main import command
 
-command()
+sys.exit(command())

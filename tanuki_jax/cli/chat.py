@@ -8,67 +8,71 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from tanuki_jax import config, files, model
 from tanuki_jax.data.chat import encode_chat
 from tanuki_jax.data.tokenizer import Tokenizer, byte_of
 from tanuki_jax.errors import UserError
+from tanuki_jax.model.transformer import Params
 
 HINT = "日本語でも英語でもどうぞ。 /new begins a new conversation, /quit (or end of input) leaves."
 OFFER = "このモデルが正しく答えた質問: Questions that this model has answered rightly:"
-CONTEXT = 16  # ids of a prompt that are decoded with what follows
-EXIT_HINT = 1.0  # seconds within which a second Ctrl-C leaves
+CONTEXT = 16  # ids of a prompt that are decoded together with the answer's
+EXIT_SECONDS = 1.0  # within which a second Ctrl-C leaves
 
 
-def chat(
-    cfg: config.ModelConfig,
-    params: Any,
-    tokenizer: Tokenizer,
-    sampling: model.Sampling,
-    seed: int,
-    questions: Sequence[str] = (),
-    longest: int = 0,
-) -> None:
-    """Reads questions from stdin and answers on stdout as the answers come, every turn with all turns before it.
+class ChatModel(NamedTuple):
+    """A model to talk to."""
 
-    Stdout has nothing but answers where it or stdin is no terminal.  Ctrl-C ends an answer; twice, or where a question is
+    cfg: config.ModelConfig
+    params: Params
+    tokenizer: Tokenizer
+    max_seq_len: int = 0  # tokens that a conversation may have; 0 = any number
+
+
+def chat(talker: ChatModel, sampling: model.Sampling, seed: int, questions: Sequence[str] = ()) -> None:
+    """Reads questions from stdin and prints answers on stdout token by token, each turn with all turns before it.
+
+    Where stdin or stdout is no terminal, stdout has nothing but answers.  Ctrl-C ends an answer; twice, or while a question is
     awaited, it leaves.
 
     Args:
-      questions: what the hint offers to ask.
-      longest: tokens that a conversation may have; 0 = any number.
+      questions: offered by the hint.
     """
     _print_hint(HINT)
     for offer in (OFFER, *questions) if questions else ():
         _print_hint(offer)
+    max_seq_len = talker.max_seq_len
     messages: list[dict[str, str]] = []
-    stopped = -EXIT_HINT
+    interrupted_at = -EXIT_SECONDS
     while (line := _read_question()) is not None:
         if line.strip() == "/new":
             messages = []
         if not line.strip() or line.strip() == "/new":
             continue
-        asked = [*messages, {"role": "user", "content": line}]
-        prompt, _ = encode_chat(tokenizer, asked, add_generation_prompt=True)
-        room = longest - len(prompt) if longest else sampling.max_new_tokens
-        if room < 1:
-            _print_hint(f"no room for an answer: {len(prompt):,} of {longest:,} tokens that this model knows; /new begins anew")
-            continue
-        limited = dataclasses.replace(sampling, max_new_tokens=min(room, sampling.max_new_tokens))
-        ids = model.stream(cfg, params, prompt, limited, (seed + len(asked)) % 2**32)
-        answer, end = _say(tokenizer, prompt, ids, limited.max_new_tokens)
-        if end == "interrupted":
-            if time.monotonic() - stopped < EXIT_HINT:
-                return
-            stopped = time.monotonic()
-        elif end == "cut":
-            why = (
-                f"--max_new_tokens={sampling.max_new_tokens}" if limited == sampling else f"this model knows {longest:,} tokens"
+        turns = [*messages, {"role": "user", "content": line}]
+        prompt, _ = encode_chat(talker.tokenizer, turns, add_generation_prompt=True)
+        left = max_seq_len - len(prompt) if max_seq_len else sampling.max_new_tokens
+        if left < 1:
+            _print_hint(
+                f"no room for an answer: {len(prompt):,} of {max_seq_len:,} tokens that this model knows; /new begins anew"
             )
-            _print_hint(f"(the answer is cut here: {why})")
+            continue
+        limited = dataclasses.replace(sampling, max_new_tokens=min(left, sampling.max_new_tokens))
+        ids = model.stream(talker.cfg, talker.params, prompt, limited, (seed + len(turns)) % 2**32)
+        answer, end = _print_answer(talker.tokenizer, prompt, ids, limited.max_new_tokens)
+        if end == "interrupted":
+            if time.monotonic() - interrupted_at < EXIT_SECONDS:
+                return
+            interrupted_at = time.monotonic()
+        elif end == "cut":
+            limit = f"this model knows {max_seq_len:,} tokens"
+            if limited == sampling:
+                limit = f"--max_new_tokens={sampling.max_new_tokens}"
+            _print_hint(f"(the answer is cut here: {limit})")
         if answer:
-            messages = [*asked, {"role": "assistant", "content": answer}]
+            messages = [*turns, {"role": "assistant", "content": answer}]
 
 
 def _print_hint(text: str) -> None:
@@ -89,37 +93,38 @@ def _read_question() -> str | None:
     return None if not line or line.strip() == "/quit" else line.rstrip("\n")
 
 
-def _say(tokenizer: Tokenizer, prompt: Sequence[int], ids: Iterator[int], limit: int) -> tuple[str, str]:
-    """Prints an answer as it comes; returns it, and how it ended: "interrupted", "cut" (after `limit` tokens) or ""."""
-    answer, seen, end = "", [0] * 0, ""
+def _print_answer(tokenizer: Tokenizer, prompt: Sequence[int], ids: Iterator[int], limit: int) -> tuple[str, str]:
+    """Prints an answer token by token; returns it and its end: "interrupted", "cut" (after `limit` tokens) or ""."""
+    answer, end, count = "", "", 0
+
+    def counted() -> Iterator[int]:
+        nonlocal count
+        for token in ids:
+            count += 1
+            yield token
+
     try:
-        for piece in text_pieces(tokenizer, prompt, _stored_questions(ids, seen)):
+        for piece in text_pieces(tokenizer, prompt, counted()):
             answer += piece
             print(piece, end="", flush=True)
     except KeyboardInterrupt:
         end = "interrupted"
     print(flush=True)
-    return answer, end or ("cut" if len(seen) == limit else "")
-
-
-def _stored_questions(ids: Iterator[int], seen: list[int]) -> Iterator[int]:
-    for token in ids:
-        seen.append(token)
-        yield token
+    return answer, end or ("cut" if count == limit else "")
 
 
 def text_pieces(tokenizer: Tokenizer, prompt: Sequence[int], ids: Iterable[int]) -> Iterator[str]:
-    """What each id adds to the text of those before it; what is a part of a character waits until the character is whole.
+    """The text that each id adds to that of the ids before it; part of a character waits until the character is whole.
 
-    Ids are decoded together with the end of the prompt, since the first of a text may lose its space.  Bytes that no
-    character begins with become U+FFFD each, and spoil nothing else.
+    Ids are decoded together with the end of the prompt, since the first of a text may lose its space.  Bytes that begin no
+    character become U+FFFD each, and spoil nothing else.
     """
-    everything = list(prompt[-CONTEXT:])
-    told = tokenizer.decode(everything)
+    context = list(prompt[-CONTEXT:])
+    decoded = tokenizer.decode(context)
     spelling = codecs.getincrementaldecoder("utf-8")("replace")  # characters that are spelt as pieces <0xE7>, <0x8B>, <0xB8>
     for token in ids:
-        everything.append(token)
-        text = tokenizer.decode(everything)
+        context.append(token)
+        text = tokenizer.decode(context)
         piece = tokenizer.piece(token)
         byte = byte_of(piece)
         if byte is not None and tokenizer.decode([token]) != piece:
@@ -127,19 +132,20 @@ def text_pieces(tokenizer: Tokenizer, prompt: Sequence[int], ids: Iterable[int])
         elif text.endswith("\ufffd"):  # a part of a character, in a vocabulary of bytes
             continue
         else:
-            new = spelling.decode(b"", final=True) + text[len(told) :]
+            new = spelling.decode(b"", final=True) + text[len(decoded) :]
             spelling.reset()
-        told = text
+        decoded = text
         if new:
             yield new
-    if rest := spelling.decode(b"", final=True) + tokenizer.decode(everything)[len(told) :]:
-        yield rest
+    remainder = spelling.decode(b"", final=True) + tokenizer.decode(context)[len(decoded) :]
+    if remainder:
+        yield remainder
 
 
-def stored_suggestions(stage_directory: Path) -> list[str]:
-    """The questions that a finished stage has shown to answer rightly, one after the other; none of any other checkpoint."""
+def stored_questions(stage_directory: Path) -> list[str]:
+    """The questions that a finished stage has answered rightly, one after the other; none of any other checkpoint."""
     try:
-        found = files.read_json(stage_directory / "done.json")["questions"]
+        questions = files.read_json(stage_directory / "done.json")["questions"]
     except (OSError, KeyError, TypeError, UserError):
-        return []  # what somebody else has put there is no reason not to talk
-    return [text for text in found if isinstance(text, str)] if isinstance(found, list) else []
+        return []  # a foreign or damaged file is no reason not to talk
+    return [text for text in questions if isinstance(text, str)] if isinstance(questions, list) else []

@@ -1,4 +1,4 @@
-"""The machine that a command runs on: what JAX may start there, and how `tanuki` is called."""
+"""The machine that a command runs on: which platform JAX may start there, and how to call `tanuki`."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from pathlib import Path
 
 DEVICES = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia*", "/dev/dxg", "/dev/kfd", "/dev/dri/render*")
 PCI = "/sys/bus/pci/devices"
-GOOGLE = "0x1ae0"
-NO_CHIP = ("0x01", "0x02")  # PCI classes of storage and network, which Google's other devices are
+GOOGLE = "0x1ae0"  # PCI vendor
+OTHER_CLASSES = ("0x01", "0x02")  # PCI classes of Google's other devices: storage and network
 
 
 def choose_platform() -> None:
     """Keeps JAX from starting libtpu on a machine without any accelerator, before JAX is imported.
 
-    There libtpu would ask the network which TPU this is, complain that nobody answers, and lock other processes out.  Where
-    JAX_PLATFORMS is set, libtpu is not installed, or there is a sign of an accelerator, nothing changes.
+    There libtpu would query the network for the TPU's type, print errors, and lock other processes out.  Where JAX_PLATFORMS
+    is set, libtpu is not installed, or there is a sign of an accelerator, nothing changes.
     """
     if sys.platform != "linux" or "JAX_PLATFORMS" in os.environ or importlib.util.find_spec("libtpu") is None:
         return
@@ -29,20 +29,20 @@ def choose_platform() -> None:
 
 
 def has_tpu(devices: str = PCI) -> bool:
-    """Whether a PCI device is Google's and may be a chip, though no driver has made a file of it yet."""
-    for home in map(Path, glob.glob(f"{devices}/*")):
+    """Whether a PCI device is Google's and may be a chip, even if no driver has created a device file yet."""
+    for device in map(Path, glob.glob(f"{devices}/*")):
         try:
-            vendor, kind = ((home / name).read_text(encoding="ascii").strip() for name in ("vendor", "class"))
+            vendor, pci_class = ((device / name).read_text(encoding="ascii").strip() for name in ("vendor", "class"))
         except (OSError, ValueError):
             continue
-        if vendor == GOOGLE and not kind.startswith(NO_CHIP):
+        if vendor == GOOGLE and not pci_class.startswith(OTHER_CLASSES):
             return True
     return False
 
 
 def program() -> str:
-    """What to type for `tanuki` from any directory; that of a virtual environment is on PATH only once it is activated."""
-    mine, found = Path(sys.executable).parent / "tanuki", shutil.which("tanuki")
-    if found and (not mine.exists() or Path(found).samefile(mine)):
+    """The shell word for `tanuki` from any directory; a virtual environment's is on PATH only once it is activated."""
+    script, on_path = Path(sys.executable).parent / "tanuki", shutil.which("tanuki")
+    if on_path and (not script.exists() or Path(on_path).samefile(script)):
         return "tanuki"
-    return shlex.quote(str(mine)) if mine.exists() else f"{shlex.quote(sys.executable)} -m tanuki_jax.cli"
+    return shlex.quote(str(script)) if script.exists() else f"{shlex.quote(sys.executable)} -m tanuki_jax.cli"

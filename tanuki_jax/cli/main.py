@@ -1,38 +1,35 @@
-"""`tanuki <verb>`: parses, calls one function of a room, prints.  Heavy imports happen inside the verbs."""
+"""`tanuki <verb>`: parses the flags, runs the verb, and turns errors into messages and exit codes."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import gc
-import json
 import logging
 import os
-import shlex
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 from tanuki_jax.cli import jax_platform
 from tanuki_jax.cli.parser import make_parser, split_config
-from tanuki_jax.config.schema import Tokenizer, range_of
+from tanuki_jax.cli.verbs import WORK
 from tanuki_jax.errors import PeerLost, Preempted, UserError
 from tanuki_jax.files import lock
 
-PREEMPTED = 75  # EX_TEMPFAIL: try again
-PEER_LOST = 77  # another process of the run is gone: start all again
+PREEMPTED = 75  # exit code EX_TEMPFAIL: try again
+PEER_LOST = 77  # exit code: another process of the run is gone; start all again
 STREAMING = {"upcycle", "import", "export"}  # verbs from file to file
-STATUS = ("UNKNOWN:", "UNAVAILABLE:", "INTERNAL:", "ABORTED:", "CANCELLED:", "DEADLINE_EXCEEDED:")  # XLA's, in any exception
+LOG_FORMAT = "%(asctime)s %(levelname)s process %(process)d %(name)s: %(message)s"
+XLA_STATUS = ("UNKNOWN:", "UNAVAILABLE:", "INTERNAL:", "ABORTED:", "CANCELLED:", "DEADLINE_EXCEEDED:")  # begin its messages
 
 
 def command() -> int:
-    """What `tanuki` runs: `main`, in a process with huge pages that looks for garbage seldom, and not at all when it ends.
+    """Entry point of `tanuki`: `main`, on huge pages, with a higher GC threshold, and GC frozen at exit.
 
-    JAX and its like make some 100,000 objects that stay.  To look through them takes a sixth of the time that it takes to
-    import them, and 0.3 seconds at the end.
+    JAX and similar libraries create some 100,000 objects that live as long as the process.  Scanning them takes a sixth of
+    their import time, and 0.3 seconds at the end.
     """
     _tune_malloc()
     gc.set_threshold(100_000)
@@ -44,10 +41,10 @@ def command() -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         parser = make_parser()
-        config_flags, others = split_config(given)
+        config_flags, others = split_config(arguments)
         options = parser.parse_args(others)
         if not hasattr(options, "work"):
             parser.print_help()
@@ -55,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if config_flags and options.verb not in ("run", "train", "plan"):
             raise UserError(f"tanuki {options.verb}: takes no --config")
         options.config_flags = config_flags
-        _silence_warnings()
+        _configure_logging()
         jax_platform.choose_platform()
         with _hold_output(options):
             WORK[options.work](options)
@@ -72,20 +69,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _exit(PEER_LOST)
         return PEER_LOST
     except BrokenPipeError:
-        if given[:1] not in (["run"], ["train"]):
-            return 0  # whoever reads the answer has read enough
+        if arguments[:1] not in (["run"], ["train"]):
+            return 0  # the reader of the answer has read enough
         _exit(1)
     except KeyboardInterrupt:
-        resumes = given[:1] in (["run"], ["train"], ["data"])
-        what = "the same command goes on from where it was" if resumes else "no output was written"
-        print(f"\ntanuki: interrupted; {what}", file=sys.stderr)
+        resumes = arguments[:1] in (["run"], ["train"], ["data"])
+        effect = "the same command goes on from where it was" if resumes else "no output was written"
+        print(f"\ntanuki: interrupted; {effect}", file=sys.stderr)
         _exit(130)
         return 130
     except Exception as error:
         if not _several_processes():
             raise
         traceback.print_exception(error)
-        _exit(PEER_LOST if _is_of_a_peer(error) else 1)
+        _exit(PEER_LOST if _caused_by_peer(error) else 1)
     return 1
 
 
@@ -94,55 +91,57 @@ def _several_processes() -> bool:
     return jax is not None and jax.distributed.is_initialized() and jax.process_count() > 1
 
 
-def _is_of_a_peer(error: Exception) -> bool:
-    """Whether a collective or a barrier failed, most likely for another process is gone, and not what this one asked for."""
+def _caused_by_peer(error: Exception) -> bool:
+    """Whether a collective or a barrier failed, most likely because another process is gone."""
     if any(sign in str(error) for sign in ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")):
         return False
-    waits = isinstance(error, sys.modules["jax"].errors.JaxRuntimeError | TimeoutError) or str(error).startswith(STATUS)
-    return waits or type(error).__module__.startswith("orbax")
+    waited = isinstance(error, sys.modules["jax"].errors.JaxRuntimeError | TimeoutError) or str(error).startswith(XLA_STATUS)
+    return waited or type(error).__module__.startswith("orbax")
 
 
 def _exit(code: int) -> None:
-    """Ends one of several processes at once: JAX's own shutdown would wait for the others, who may wait for this one."""
+    """Ends one of several processes at once: JAX's own shutdown would wait for the others, which may wait for this one."""
     if _several_processes():
         sys.stdout.flush()
         sys.stderr.flush()
         if sys.modules["jax"].process_index() == 0:
-            time.sleep(1)  # the others meet here: without it JAX would end them before they have said why
+            time.sleep(1)  # hosts the coordinator: without it JAX would end the others before they print their message
         os._exit(code)
 
 
 def _tune_malloc() -> None:
-    """Starts this process again with malloc on huge pages (Linux): XLA's large CPU buffers then cost far fewer page faults.
+    """Restarts this process with malloc on huge pages (Linux): XLA's large CPU buffers then cost far fewer page faults.
 
-    What streams weights from file to file frees as much as it takes, so there malloc keeps 256 MiB of it, and takes what is
-    larger than 32 MiB by itself.  Measured by benchmarks/cpu_step.py and benchmarks/interop.py.  Set TANUKI_HUGE_PAGES=0 to
-    leave malloc alone.
+    Verbs that stream weights from file to file free as much as they allocate, so there malloc keeps 256 MiB of it, and maps
+    only blocks above 32 MiB by themselves.  Measured by benchmarks/cpu_step.py and benchmarks/interop.py.  Set
+    TANUKI_HUGE_PAGES=0 to leave malloc alone.
     """
-    wanted = os.environ.get("TANUKI_HUGE_PAGES", "1") != "0" and "GLIBC_TUNABLES" not in os.environ
-    if wanted and sys.platform == "linux":
-        keeping = f":glibc.malloc.mmap_threshold={32 << 20}:glibc.malloc.trim_threshold={256 << 20}"
-        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1" + (keeping if STREAMING.intersection(sys.argv[1:2]) else "")
+    enabled = os.environ.get("TANUKI_HUGE_PAGES", "1") != "0" and "GLIBC_TUNABLES" not in os.environ
+    if enabled and sys.platform == "linux":
+        streaming = f":glibc.malloc.mmap_threshold={32 << 20}:glibc.malloc.trim_threshold={256 << 20}"
+        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1" + (streaming if STREAMING.intersection(sys.argv[1:2]) else "")
         os.execv(sys.executable, [sys.executable, "-m", "tanuki_jax.cli", *sys.argv[1:]])
 
 
-def _silence_warnings() -> None:
-    """Keeps libraries' own reports of an error off the screen: what matters of it is raised, and becomes one message."""
+def _configure_logging() -> None:
+    """Logs to stderr, and keeps libraries' own reports of an error off the screen: an error that matters is raised."""
+    logging.basicConfig(format=LOG_FORMAT, level=logging.WARNING)
+    logging.getLogger("tanuki_jax").setLevel(logging.INFO)
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    sys.unraisablehook = _unraisable
+    sys.unraisablehook = _print_unraisable
 
 
-def _unraisable(found: Any) -> None:
-    if "Event loop is closed" not in str(found.exc_value):  # Orbax's threads, when a save or restore has failed
-        sys.__unraisablehook__(found)
+def _print_unraisable(unraisable: sys.UnraisableHookArgs) -> None:
+    if "Event loop is closed" not in str(unraisable.exc_value):  # Orbax's threads, when a save or restore has failed
+        sys.__unraisablehook__(unraisable)
 
 
 @contextlib.contextmanager
 def _hold_output(options: argparse.Namespace) -> Iterator[None]:
-    """Holds the lock on what a verb writes, and takes it before anything slow is imported.
+    """Holds the lock on the output of a verb, and takes it before anything slow is imported.
 
-    Of several processes of a run, the first one takes it once it knows its number.
+    Of several processes of a run, process 0 takes it once it knows its number.
     """
     with contextlib.ExitStack() as stack:
         if options.work == "run" and not os.environ.get("TANUKI_COORDINATOR"):
@@ -152,266 +151,3 @@ def _hold_output(options: argparse.Namespace) -> Iterator[None]:
             stack.enter_context(lock.signals())
             stack.enter_context(lock.output(options.output))
         yield
-
-
-def _new_output(output: Path) -> Path:
-    """The output of which its lock is held: it must not be there, and what a killed command left of it goes."""
-    from tanuki_jax import files
-
-    if output.exists():
-        raise UserError(f"--output: {output} is there already; name a new directory or remove it")
-    files.remove_unfinished(output)
-    return output
-
-
-def _run(options: argparse.Namespace) -> None:
-    from tanuki_jax import config
-    from tanuki_jax.recipe.run import run_recipe
-
-    loaded = config.load(options.config_flags)
-    run_recipe(loaded, options.workdir, getattr(options, "stage", ""), options.allow_data_change)
-    last = options.workdir / "stages" / (getattr(options, "stage", "") or list(loaded.stages)[-1])
-    print(f"report: {shlex.quote(str((options.workdir / 'report.html').absolute()))}")
-    print(f"chat:   {jax_platform.program()} chat --checkpoint={shlex.quote(str(last.absolute()))}")
-
-
-def _plan(options: argparse.Namespace) -> None:
-    os.environ["JAX_PLATFORMS"] = "cpu"  # compiling for a slice must not wait for the devices of this machine
-    from tanuki_jax import config, plan
-
-    recipe, topology = config.load(options.config_flags), plan.parse(options.topology)
-    if options.stage and options.stage not in recipe.stages:
-        raise UserError(f"--stage: the recipe has no stage {options.stage!r}; it has {', '.join(recipe.stages)}")
-    if options.explain_sharding:
-        print(plan.explain(recipe, options.stage, topology))
-        return
-    found = (plan.search if options.search else plan.plan)(recipe, options.stage, topology)
-    _print(options, found, plan.table(found))
-    problems = plan.problems(found)
-    if problems:
-        raise UserError("\ntanuki: ".join(problems))
-
-
-def _prefetch_weights(directory: Path) -> None:
-    """Has the weights of a directory read while libraries are imported: Hugging Face's, or the newest step's."""
-    from tanuki_jax import files
-
-    with contextlib.suppress(OSError):
-        steps = [*directory.glob("checkpoints/*/params"), *directory.glob("params")]
-        newest = max(steps, key=lambda path: path.stat().st_mtime, default=None)
-        ours = [path for path in newest.parent.rglob("*") if "optimizer" not in path.parts] if newest else []
-        files.advise_willneed([path for path in (*directory.glob("*.safetensors"), *ours) if path.is_file()])
-
-
-def _upcycle(options: argparse.Namespace) -> None:
-    os.environ["JAX_PLATFORMS"] = "cpu"  # from file to file: an accelerator would only be in the way
-    for path in () if options.dry_run else options.checkpoint.split(","):
-        _prefetch_weights(Path(path))
-    from tanuki_jax.upcycle import stream
-
-    shape = {name: getattr(options, name) for name in ("n_experts", "top_k", "expert_d_ff", "first_dense", "moe_every")}
-    shape |= {
-        "normalized_gate": not options.no_normalized_gate,
-        "gate_scale": options.gate_scale,
-        "router_bias": options.router_bias,
-    }
-    settings = {n: getattr(options, n) for n in ("strategy", "noise_std", "drop_ratio", "router_init", "router_std")}
-    job = stream.plan(options.checkpoint.split(","), shape, settings, options.seed, options.param_dtype)
-    if options.dry_run:
-        print(stream.format_prediction(job, options.output))
-        return
-    print(stream.run(job, _new_output(options.output)))
-
-
-def _import(options: argparse.Namespace) -> None:
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    _prefetch_weights(options.hf)
-    from tanuki_jax import interop
-
-    if options.vocab_size and (interop.is_peft(options.hf) or options.base):
-        raise UserError("--vocab_size: adapters have no vocabulary; set it where their base is imported")
-    if options.param_dtype and (interop.is_peft(options.hf) or options.base):
-        raise UserError("--param_dtype: adapters become float32, which holds every value of theirs")
-    if interop.is_peft(options.hf):
-        if not options.base:
-            raise UserError("import: adapters need --base, the checkpoint of ours that they lie on")
-        print(interop.import_adapters(options.hf, options.base, _new_output(options.output)))
-    else:
-        print(interop.import_huggingface(options.hf, _new_output(options.output), options.vocab_size, options.param_dtype))
-
-
-def _export(options: argparse.Namespace) -> None:
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    _prefetch_weights(options.checkpoint)
-    from tanuki_jax import interop
-
-    if options.format == "peft" and options.vocab_size:
-        raise UserError("--vocab_size: adapters have no vocabulary; set it where their base is exported")
-    if options.format == "peft" and options.param_dtype:
-        raise UserError("--param_dtype: adapters are float32; it is for --format=hf")
-    if options.format == "peft":
-        print(interop.export_adapters(options.checkpoint, _new_output(options.output), options.base_name))
-    else:
-        print(
-            interop.export_huggingface(options.checkpoint, _new_output(options.output), options.vocab_size, options.param_dtype)
-        )
-
-
-def _fields(options: argparse.Namespace) -> Any:
-    from tanuki_jax.data.sources import Fields
-
-    return Fields(options.text_field, options.language_field, options.row_format)
-
-
-def _tokenizer_train(options: argparse.Namespace) -> None:
-    from tanuki_jax import files
-    from tanuki_jax.data import prepare, sources
-    from tokenization.train import train
-    from tokenization.vocab_size import check_vocab_size
-
-    how = {
-        "boundary": options.boundary,
-        "dictionary": options.dictionary,
-        "language_weights": _shares(options.language_weights),
-    }
-    with files.atomic_path(_new_output(options.output)) as temporary:
-
-        def texts() -> Iterator[tuple[str, str]]:
-            return ((row.language, prepare.text_of(row)) for row in sources.read_rows(options.input, _fields(options)))
-
-        check_vocab_size(texts(), options.vocab_size, options.character_coverage, **how)
-        trained = train(texts(), temporary, options.vocab_size, options.character_coverage, **how)
-    print(f"{options.output}: {trained}")
-    if trained.pieces < options.vocab_size:
-        print(f"the text has too few distinct units for {options.vocab_size:,} pieces; it gave all it has", file=sys.stderr)
-
-
-def _shares(text: str) -> dict[str, float]:
-    allowed, found = range_of(Tokenizer, "language_weights"), {}
-    for part in filter(None, text.split(",")):
-        name, _, share = part.partition("=")
-        try:
-            value = float(share)
-        except ValueError as error:
-            raise UserError(f"--language_weights: {text!r} must be like ja=0.65,en=0.35") from error
-        if name in found or value not in allowed:
-            told = "it is there twice" if name in found else f"it must be {allowed.describe()}"
-            raise UserError(f"--language_weights: {part!r} of {text!r}: {told}")
-        found[name] = value
-    return found
-
-
-def _tokenizer_report(options: argparse.Namespace) -> None:
-    from tanuki_jax.data import prepare, sources
-    from tokenization import report
-
-    paths = [options.tokenizer, *map(Path, filter(None, options.compare.split(",")))]
-    domains = {
-        pattern: (prepare.text_of(row) for row in sources.read_rows(pattern, _fields(options)))
-        for pattern in sources.split_patterns(options.input)
-    }
-    found = report.report([report.open_encoder(path) for path in paths], domains, options.boundary)
-    if options.plot:
-        report.picture(found, options.plot)
-    _print(options, found, report.table(found))
-
-
-def _data_prepare(options: argparse.Namespace) -> None:
-    from tanuki_jax.data import prepare
-    from tanuki_jax.data.tokenizer import Tokenizer
-
-    tokenizer, output = Tokenizer(options.tokenizer), _new_output(options.output)
-    how = prepare.Options(_fields(options), options.skip_invalid, options.shard_characters)
-    manifest: prepare.Manifest | None
-    if options.executor == "local":
-        manifest = prepare.prepare(options.input, tokenizer, output, how, options.workers)
-    else:
-        from tanuki_jax.data import cluster
-
-        manifest = cluster.prepare(options.input, tokenizer, output, how, options.workers or 2, options.executor, options.slurm)
-    if manifest:
-        print(f"{options.output}: {manifest}")
-
-
-def _data_inspect(options: argparse.Namespace) -> None:
-    from tanuki_jax.data.inspect import inspect
-    from tanuki_jax.data.tokenizer import Tokenizer
-
-    found = inspect(options.data, Tokenizer(options.tokenizer), options.rows, options.seq_len)
-    _print(options, found, found["text"])
-
-
-def _score(options: argparse.Namespace) -> None:
-    from tanuki_jax import checkpoint
-    from tanuki_jax.data import sources
-    from tanuki_jax.data.tokenizer import Tokenizer
-    from tanuki_jax.evaluate.score import score_rows
-
-    rows = [row.fields for row in sources.read_rows(options.input)]
-    loaded = checkpoint.load(options.checkpoint)
-    scored = score_rows(loaded.cfg, loaded.params, Tokenizer(loaded.tokenizer_directory), rows)
-    total, tokens = sum(r["logprob"] for r in scored), sum(r["tokens"] for r in scored)
-    lines = [f"{r['logprob']:14.4f} {r['tokens']:8d}" for r in scored]
-    _print(
-        options,
-        {"rows": scored},
-        "\n".join([f"{'logprob':>14s} {'tokens':>8s}", *lines, f"{total:14.4f} {tokens:8d}  total"]),
-    )
-
-
-def _sampling(options: argparse.Namespace, tokenizer: Any) -> Any:
-    from tanuki_jax.data.chat import stop_ids
-    from tanuki_jax.model import Sampling
-
-    return Sampling(options.max_new_tokens, options.temperature, options.top_p, stop_ids(tokenizer))
-
-
-def _generate(options: argparse.Namespace) -> None:
-    from tanuki_jax import checkpoint, model
-    from tanuki_jax.data.tokenizer import Tokenizer
-
-    loaded = checkpoint.load(options.checkpoint)
-    tokenizer = Tokenizer(loaded.tokenizer_directory)
-    prompt = tokenizer.encode_prompt(options.prompt) or [tokenizer.eos if tokenizer.bos is None else tokenizer.bos]
-    [ids] = model.generate(loaded.cfg, loaded.params, [prompt], _sampling(options, tokenizer), options.seed)
-    text = tokenizer.decode_after(prompt, ids)
-    _print(options, {"prompt": options.prompt, "text": text, "tokens": len(ids)}, options.prompt + text)
-
-
-def _chat(options: argparse.Namespace) -> None:
-    from tanuki_jax import checkpoint
-    from tanuki_jax.cli.chat import chat, stored_suggestions
-    from tanuki_jax.data.tokenizer import Tokenizer
-
-    loaded = checkpoint.load(options.checkpoint)
-    tokenizer = Tokenizer(loaded.tokenizer_directory)
-    newest = checkpoint.locate(options.checkpoint) == checkpoint.locate(loaded.stage_directory)
-    chat(
-        loaded.cfg,
-        loaded.params,
-        tokenizer,
-        _sampling(options, tokenizer),
-        options.seed,
-        questions=stored_suggestions(loaded.stage_directory) if newest else (),  # they were answered by the newest step
-        longest=checkpoint.max_seq_len(loaded.meta),
-    )
-
-
-def _print(options: argparse.Namespace, document: Any, text: str) -> None:
-    print(json.dumps(document, ensure_ascii=False) if options.json else text)
-
-
-WORK: dict[str, Callable[[argparse.Namespace], None]] = {
-    "run": _run,
-    "plan": _plan,
-    "upcycle": _upcycle,
-    "import": _import,
-    "export": _export,
-    "tokenizer_train": _tokenizer_train,
-    "tokenizer_report": _tokenizer_report,
-    "data_prepare": _data_prepare,
-    "data_inspect": _data_inspect,
-    "score": _score,
-    "generate": _generate,
-    "chat": _chat,
-}

@@ -1,14 +1,14 @@
-"""The command line's verbs and flags, and what they say of themselves."""
+"""The command line's verbs and flags, with their help."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn, TypeAlias
 
 from tanuki_jax.config.ranges import AMOUNT, SEED, TEMPERATURE, TOP_P, Range
-from tanuki_jax.config.schema import CHOICES, Model, Scoring, Tokenizer, Upcycle, range_of
+from tanuki_jax.config.schema import CHOICES, Model, Recipe, Scoring, Source, Tokenizer, Upcycle, range_of
 from tanuki_jax.errors import UserError
 
 HELP = """\
@@ -23,6 +23,10 @@ Any key of a config can be set as --config.a.b=value.  `tanuki <verb> --help` sa
 """
 
 
+CONFIG_EPILOG = "--config=FILE.py[:argument] names the recipe; --config.a.b=value sets one of its keys."
+SHARD_CHARACTERS = 100_000_000
+
+
 class Parser(argparse.ArgumentParser):
     """Bad flags get one line and exit code 1, like any other bad input."""
 
@@ -30,137 +34,297 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{self.prog}: {message}; see {self.prog} --help")
 
 
+Verbs: TypeAlias = "argparse._SubParsersAction[Parser]"
+
+
 def make_parser() -> Parser:
-    """All verbs; the parsed options name what does the work as `work`."""
+    """All verbs; the parsed options name the function that does the work as `work` (a key of verbs.VERBS)."""
     parser = Parser(prog="tanuki", description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", metavar="<verb>")
+    _add_run_and_train(verbs)
+    _add_plan(verbs)
+    _add_upcycle(verbs)
+    _add_import_and_export(verbs)
+    _add_tokenizer(verbs)
+    _add_data(verbs)
+    _add_score(verbs)
+    _add_generate_and_chat(verbs)
+    return parser
 
-    def verb(where: Any, name: str, work: str, text: str) -> argparse.ArgumentParser:
-        made = where.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-        made.set_defaults(work=work)
-        return made
 
+def _add_verb(verbs: Verbs, name: str, work: str, text: str) -> argparse.ArgumentParser:
+    parser = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    parser.set_defaults(work=work)
+    return parser
+
+
+# --- one function per verb --------------------------------------------------------------------------------------------
+
+
+def _add_run_and_train(verbs: Verbs) -> None:
     for name, text in (("run", "run or resume a whole recipe"), ("train", "run or resume one stage of a recipe")):
-        made = verb(verbs, name, "run", text)
-        made.add_argument("--workdir", type=path, required=True, help="where everything is written")
-        made.add_argument("--allow_data_change", action="store_true", help="resume although the training data changed")
-        made.epilog = "--config=FILE.py[:argument] names the recipe; --config.a.b=value sets one of its keys."
+        parser = _add_verb(verbs, name, "run", text)
+        parser.add_argument("--workdir", type=path, required=True, help="where everything is written")
+        parser.add_argument("--allow_data_change", action="store_true", help="resume although the training data changed")
+        parser.epilog = CONFIG_EPILOG
         if name == "train":
-            made.add_argument("--stage", type=stage, required=True, help="name of the stage")
+            parser.add_argument("--stage", type=stage, required=True, help="name of the stage")
 
-    made = verb(
-        verbs, "plan", "plan", "compile a recipe's train steps for a TPU slice that need not be here: memory, speed, days"
-    )
-    made.add_argument("--topology", required=True, help="v5p-256, v6e-256, v5e-256, 2xv5p-256 for two slices, ...")
-    made.add_argument("--stage", default="", help="one stage; without it every stage of the recipe")
-    made.add_argument(
+
+def _add_plan(verbs: Verbs) -> None:
+    text = "compile a recipe's train steps for a TPU slice that need not be here: memory, speed, days"
+    parser = _add_verb(verbs, "plan", "plan", text)
+    parser.add_argument("--topology", required=True, help="v5p-256, v6e-256, v5e-256, 2xv5p-256 for two slices, ...")
+    parser.add_argument("--stage", default="", help="one stage; without it every stage of the recipe")
+    parser.add_argument(
         "--search", action="store_true", help="try gradient_accumulation_steps x remat x mesh, and rank what fits"
     )
-    made.add_argument(
+    parser.add_argument(
         "--explain_sharding", action="store_true", help="how every parameter and activation is split; no compilation"
     )
-    made.epilog = "--config=FILE.py[:argument] names the recipe; --config.a.b=value sets one of its keys."
-    _add(made, "json")
+    parser.epilog = CONFIG_EPILOG
+    _add_json(parser)
 
-    _upcycle(verb(verbs, "upcycle", "upcycle", "turn a dense checkpoint into a mixture of experts"))
 
-    made = verb(verbs, "import", "import", "a Hugging Face model, or PEFT's adapters, to a checkpoint; streamed, exact")
-    made.add_argument(
+def _add_upcycle(verbs: Verbs) -> None:
+    """Flags of `tanuki upcycle`; docs/upcycling.md has more."""
+    parser = _add_verb(verbs, "upcycle", "upcycle", "turn a dense checkpoint into a mixture of experts")
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        help="a dense stage's directory, or a Hugging Face Llama directory; several, comma-separated, give the experts in turn",
+    )
+    _add_output(parser)
+    text = "the dense FFN; with noise (default, Tanuki); partly drawn anew (Drop-Upcycling); split (virtual groups)"
+    _add_choice(parser, Upcycle, "strategy", text)
+    _add_key(parser, Upcycle, "noise_std", "noise: absolute standard deviation on every FFN weight")
+    _add_key(parser, Upcycle, "drop_ratio", "drop: share of the inner dimensions that is drawn anew")
+    _add_choice(parser, Upcycle, "router_init", "the new router's distribution")
+    _add_key(parser, Upcycle, "router_std", "standard deviation of the new router; Tanuki: 1")
+    _add_key(parser, Model, "n_experts", "experts of each block", default=8)
+    _add_key(parser, Model, "top_k", "experts that a token visits")
+    _add_key(parser, Model, "expert_d_ff", "groups: inner width of an expert, a divisor of the dense one; 0 = the same")
+    _add_key(parser, Model, "first_dense", "layers at the beginning that stay dense")
+    _add_key(parser, Model, "moe_every", "of the other layers every n-th becomes a mixture")
+    parser.add_argument(
+        "--no_normalized_gate",
+        dest="normalized_gate",
+        action="store_false",
+        default=Model.normalized_gate,
+        help="Mixtral's gate instead of Tanuki's normalised one",
+    )
+    _add_key(parser, Model, "gate_scale", "lambda of the normalised gate")
+    parser.add_argument(
+        "--router_bias",
+        action="store_true",
+        default=Model.router_bias,
+        help="with a bias of each expert for loss-free balancing, at 0",
+    )
+    parser.add_argument("--param_dtype", choices=CHOICES["param_dtype"], help="of the output; the checkpoint's without it")
+    _add_seed(parser)
+    parser.add_argument("--dry_run", action="store_true", help="only print what would come out, with time and memory")
+    parser.epilog = (
+        "Layer by layer: memory holds one dense layer and one expert.  A few random tokens go through both models on the way, "
+        "and the difference of their logits is printed: the order of sums alone for copy, and for groups of 2, 4, 8, ... "
+        "parts; other numbers of parts round the weights."
+    )
+
+
+def _add_import_and_export(verbs: Verbs) -> None:
+    text = "a Hugging Face model, or PEFT's adapters, to a checkpoint; streamed, exact"
+    parser = _add_verb(verbs, "import", "import", text)
+    parser.add_argument(
         "--hf", type=path, required=True, help="directory of a Llama, Mixtral or Tanuki (config.json) or of adapter_config.json"
     )
-    made.add_argument("--base", type=path, help="for adapters: the checkpoint of ours that they lie on")
-    made.add_argument(
+    parser.add_argument("--base", type=path, help="for adapters: the checkpoint of ours that they lie on")
+    parser.add_argument(
         "--param_dtype", choices=CHOICES["param_dtype"], default="", help="cast all weights; without it they come as they are"
     )
-    _vocabulary(made)
-    _add(made, "output")
-    made = verb(verbs, "export", "export", "a checkpoint to a Hugging Face directory; streamed, exact")
-    _add(made, "checkpoint", "output")
-    made.add_argument(
+    _add_padded_vocab_size(parser)
+    _add_output(parser)
+    parser = _add_verb(verbs, "export", "export", "a checkpoint to a Hugging Face directory; streamed, exact")
+    _add_checkpoint(parser)
+    _add_output(parser)
+    parser.add_argument(
         "--format",
         choices=("hf", "peft"),
         default="hf",
         help="hf: all weights, adapters merged into them (default); peft: the adapters alone",
     )
-    made.add_argument("--base_name", default="", help="peft: the model that adapter_config.json names")
-    made.add_argument(
+    parser.add_argument("--base_name", default="", help="peft: the model that adapter_config.json names")
+    parser.add_argument(
         "--param_dtype",
         choices=CHOICES["param_dtype"],
         default="",
         help="hf: cast the matrices; without it they stay as they are",
     )
-    _vocabulary(made)
+    _add_padded_vocab_size(parser)
 
+
+def _add_tokenizer(verbs: Verbs) -> None:
     tokenizer = verbs.add_parser("tokenizer", help="train a tokenizer, or report on one").add_subparsers(
-        dest="what", required=True, metavar="train|report"
+        dest="subverb", required=True, metavar="train|report"
     )
-    made = verb(tokenizer, "train", "tokenizer_train", "MeCab-bounded SentencePiece from text to tokenizer.json")
-    _add(made, "input", "output", "fields")
-    _key(made, Tokenizer, "vocab_size", "pieces")
-    _key(made, Tokenizer, "character_coverage", "share of characters with a piece of their own")
-    made.add_argument(
+    parser = _add_verb(tokenizer, "train", "tokenizer_train", "MeCab-bounded SentencePiece from text to tokenizer.json")
+    _add_input(parser)
+    _add_output(parser)
+    _add_fields(parser)
+    _add_key(parser, Tokenizer, "vocab_size", "pieces")
+    _add_key(parser, Tokenizer, "character_coverage", "share of characters with a piece of their own")
+    _add_choice(parser, Tokenizer, "boundary", "what no piece may cross (default %(default)s; the paper: morpheme)")
+    _add_choice(parser, Tokenizer, "dictionary", "of MeCab (default %(default)s)")
+    parser.add_argument("--language_weights", default="", help="share of the vocabulary of each language: ja=0.65,en=0.35")
+
+    text = "compression, round trip, boundaries and vocabulary use of tokenizers"
+    parser = _add_verb(tokenizer, "report", "tokenizer_report", text)
+    _add_tokenizer_directory(parser)
+    _add_input(parser)
+    _add_fields(parser)
+    _add_json(parser)
+    parser.add_argument("--compare", default="", help="other tokenizers, comma-separated: directories, tokenizer.json, .model")
+    parser.add_argument(
         "--boundary",
-        choices=CHOICES["boundary"],
+        choices=[boundary for boundary in CHOICES["boundary"] if boundary != "none"],
         default=Tokenizer.boundary,
-        help="what no piece may cross (default %(default)s; the paper: morpheme)",
-    )
-    made.add_argument(
-        "--dictionary", choices=CHOICES["dictionary"], default=Tokenizer.dictionary, help="of MeCab (default %(default)s)"
-    )
-    made.add_argument("--language_weights", default="", help="share of the vocabulary of each language: ja=0.65,en=0.35")
-    made = verb(tokenizer, "report", "tokenizer_report", "compression, round trip, boundaries and vocabulary use of tokenizers")
-    _add(made, "tokenizer", "input", "fields", "json")
-    made.add_argument("--compare", default="", help="other tokenizers, comma-separated: directories, tokenizer.json, .model")
-    made.add_argument(
-        "--boundary",
-        choices=("morpheme", "predicate", "bunsetsu"),
-        default="bunsetsu",
         help="units whose boundaries are watched",
     )
-    made.add_argument("--plot", type=path, help="draw compression and byte fallback there (.svg, .png)")
+    parser.add_argument("--plot", type=path, help="draw compression and byte fallback there (.svg, .png)")
 
+
+def _add_data(verbs: Verbs) -> None:
     data = verbs.add_parser("data", help="make a token store, or look into one").add_subparsers(
-        dest="what", required=True, metavar="prepare|inspect"
+        dest="subverb", required=True, metavar="prepare|inspect"
     )
-    made = verb(data, "prepare", "data_prepare", "from text, dialogues, pairs or tokens to a token store; resumable")
-    _add(made, "input", "tokenizer", "output", "fields")
-    made.add_argument("--skip_invalid", action="store_true", help="leave out bad rows, and count and list them")
-    made.add_argument(
+    text = "from text, dialogues, pairs or tokens to a token store; resumable"
+    parser = _add_verb(data, "prepare", "data_prepare", text)
+    _add_input(parser)
+    _add_tokenizer_directory(parser)
+    _add_output(parser)
+    _add_fields(parser)
+    parser.add_argument(
+        "--skip_invalid",
+        action="store_true",
+        default=Source.skip_invalid,
+        help="leave out invalid rows, and count and list them",
+    )
+    parser.add_argument(
         "--workers", type=number(int, Range(0, 10_000)), default=0, help="processes; 0 = as many as are of use (default)"
     )
-    made.add_argument(
+    parser.add_argument(
         "--shard_characters",
         type=number(int, Range(1, 10**12)),
-        default=100_000_000,
+        default=SHARD_CHARACTERS,
         help="text of a shard, what a kill loses (default %(default)s)",
     )
-    made.add_argument(
+    parser.add_argument(
         "--executor", choices=("local", "ray", "slurm"), default="local", help="where workers run; ray and slurm: docs/data.md"
     )
-    made.add_argument("--slurm", default="", help="options of the jobs, comma-separated: partition=cpu,time=24:00:00,...")
-    made.epilog = "Killed, the same command goes on from the last finished shard; the result has the same bytes."
-    made = verb(data, "inspect", "data_inspect", "what a token store holds")
-    made.add_argument("--data", type=path, required=True, help="directory of the token store")
-    _add(made, "tokenizer", "json")
-    made.add_argument("--rows", type=number(int, AMOUNT), default=3, help="documents or rows shown (default %(default)s)")
-    made.add_argument(
+    parser.add_argument("--slurm", default="", help="options of the jobs, comma-separated: partition=cpu,time=24:00:00,...")
+    parser.epilog = "Killed, the same command goes on from the last finished shard; the result has the same bytes."
+    parser = _add_verb(data, "inspect", "data_inspect", "what a token store holds")
+    parser.add_argument("--data", type=path, required=True, help="directory of the token store")
+    _add_tokenizer_directory(parser)
+    _add_json(parser)
+    parser.add_argument("--rows", type=number(int, AMOUNT), default=3, help="documents or rows shown (default %(default)s)")
+    parser.add_argument(
         "--seq_len", type=number(int, Range(0, 2**27)), default=0, help="show rows of so many tokens, as a stage packs them"
     )
 
-    made = verb(verbs, "score", "score", "log-probabilities of given texts")
-    _add(made, "checkpoint", "input", "json")
-    made = verb(verbs, "generate", "generate", "continue a text")
-    _add(made, "checkpoint", "sampling", "json")
-    made.add_argument("--prompt", required=True, help="the text to continue")
-    made = verb(verbs, "chat", "chat", "talk to a trained model")
-    _add(made, "checkpoint", "sampling")
-    made.epilog = "/new begins a new conversation, /quit or the end of input leaves; Ctrl-C ends an answer, twice it leaves."
-    return parser
+
+def _add_score(verbs: Verbs) -> None:
+    parser = _add_verb(verbs, "score", "score", "log-probabilities of given texts")
+    _add_checkpoint(parser)
+    _add_input(parser)
+    _add_json(parser)
 
 
-def split_config(given: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The flags of the config, each as `--config.key=value` also where a space stands for the sign, and the others."""
-    ours, others, left = [], [], list(given)
+def _add_generate_and_chat(verbs: Verbs) -> None:
+    parser = _add_verb(verbs, "generate", "generate", "continue a text")
+    _add_checkpoint(parser)
+    _add_sampling(parser)
+    _add_json(parser)
+    parser.add_argument("--prompt", required=True, help="the text to continue")
+    parser = _add_verb(verbs, "chat", "chat", "talk to a trained model")
+    _add_checkpoint(parser)
+    _add_sampling(parser)
+    parser.epilog = "/new begins a new conversation, /quit or the end of input leaves; Ctrl-C ends an answer, twice it leaves."
+
+
+# --- flags that mean the same everywhere ------------------------------------------------------------------------------
+
+
+def _add_input(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--input", required=True, help="comma-separated globs of .txt, .jsonl[.gz|.zst], .parquet, ... (docs/data.md)"
+    )
+
+
+def _add_fields(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--text_field", default=Source.text, help="field with the text, a.b if nested (default %(default)s)")
+    parser.add_argument("--language_field", default="", help="field with the language tag, meta.lang for example")
+    _add_choice(parser, Source, "row_format", "how rows that can be read in several ways are read (docs/data.md)")
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", type=path, required=True, help="directory to write; it must not be there yet")
+
+
+def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", type=path, required=True, help="a stage's directory (its newest step) or one step's")
+
+
+def _add_tokenizer_directory(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tokenizer", type=path, required=True, help="directory with tokenizer.json")
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+
+
+def _add_seed(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--seed", type=number(int, SEED), default=Recipe.seed, help="of everything random (default %(default)s)"
+    )
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    _add_key(parser, Scoring, "max_new_tokens", "longest answer", default=256)
+    parser.add_argument("--temperature", type=number(float, TEMPERATURE), default=0.0, help="0 = the likeliest token (default)")
+    parser.add_argument("--top_p", type=number(float, TOP_P), default=1.0, help="share of the probability that is sampled from")
+    _add_seed(parser)
+
+
+def _add_padded_vocab_size(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--vocab_size",
+        type=number(int, Range(0, 2**24)),
+        default=0,
+        help="rows of embedding and head: less cuts padding off, more adds zeros; 0 = as is",
+    )
+
+
+def _add_key(parser: argparse.ArgumentParser, schema: type, name: str, text: str, default: float | None = None) -> None:
+    """A flag that is a numeric key of the schema: its type, range and, where no other is given, its default."""
+    schema_default = getattr(schema, name)
+    parser.add_argument(
+        f"--{name}",
+        type=number(type(schema_default), range_of(schema, name)),
+        default=schema_default if default is None else default,
+        help=f"{text} (default %(default)s)",
+    )
+
+
+def _add_choice(parser: argparse.ArgumentParser, schema: type, name: str, text: str) -> None:
+    """A flag that is a key of the schema with a few possible values: these, and its default."""
+    parser.add_argument(f"--{name}", choices=CHOICES[name], default=getattr(schema, name), help=text)
+
+
+# --- reading flags ----------------------------------------------------------------------------------------------------
+
+
+def split_config(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The flags of the config, each as `--config.key=value` even where a space stands for the equals sign, and the others."""
+    config_flags, others, left = [], [], list(arguments)
     while left:
         flag = left.pop(0)
         if flag != "--config" and not flag.startswith(("--config=", "--config.")):
@@ -168,12 +332,12 @@ def split_config(given: Sequence[str]) -> tuple[list[str], list[str]]:
             continue
         if "=" not in flag and left and not left[0].startswith("--"):
             flag += f"={left.pop(0)}"
-        ours.append(flag)
-    return ours, others
+        config_flags.append(flag)
+    return config_flags, others
 
 
 def number(kind: type[int] | type[float], allowed: Range) -> Callable[[str], float]:
-    """What argparse makes a flag's number with, in the range of the config's key."""
+    """A flag's type for argparse: a number in a range."""
 
     def parse(text: str) -> float:
         try:
@@ -195,7 +359,7 @@ def stage(text: str) -> str:
 
 
 def path(text: str) -> Path:
-    """A file or directory that can be looked for."""
+    """A path that the file system accepts."""
     if not text or "\0" in text:
         raise argparse.ArgumentTypeError("a path holds no NUL" if text else "it is empty; name a file or directory")
     try:
@@ -203,99 +367,3 @@ def path(text: str) -> Path:
     except OSError as error:
         raise argparse.ArgumentTypeError(f"{text[:80]!r}: {error.strerror}") from None
     return Path(text)
-
-
-def _upcycle(made: argparse.ArgumentParser) -> None:
-    """Flags of `tanuki upcycle`; docs/upcycling.md says more."""
-    made.add_argument(
-        "--checkpoint",
-        required=True,
-        help="a dense stage's directory, or a Hugging Face Llama directory; several, comma-separated, give the experts in turn",
-    )
-    _add(made, "output")
-    made.add_argument(
-        "--strategy",
-        choices=CHOICES["strategy"],
-        default=Upcycle.strategy,
-        help="the dense FFN; with noise (default, Tanuki); partly drawn anew (Drop-Upcycling); split (virtual groups)",
-    )
-
-    _key(made, Upcycle, "noise_std", "noise: absolute standard deviation on every FFN weight")
-    _key(made, Upcycle, "drop_ratio", "drop: share of the inner dimensions that is drawn anew")
-    made.add_argument(
-        "--router_init", choices=CHOICES["router_init"], default=Upcycle.router_init, help="the fresh router's distribution"
-    )
-    _key(made, Upcycle, "router_std", "standard deviation of the fresh router; Tanuki: 1")
-    _key(made, Model, "n_experts", "experts of each block", 8)
-    _key(made, Model, "top_k", "experts that a token visits")
-    _key(made, Model, "expert_d_ff", "groups: inner width of an expert, a divisor of the dense one; 0 = the same")
-    _key(made, Model, "first_dense", "layers at the beginning that stay dense")
-    _key(made, Model, "moe_every", "of the other layers every n-th becomes a mixture")
-    made.add_argument("--no_normalized_gate", action="store_true", help="Mixtral's gate instead of Tanuki's normalised one")
-    _key(made, Model, "gate_scale", "lambda of the normalised gate")
-    made.add_argument("--router_bias", action="store_true", help="with a bias of each expert for loss-free balancing, at 0")
-    made.add_argument("--param_dtype", choices=CHOICES["param_dtype"], help="of the output; the checkpoint's without it")
-    _add(made, "seed")
-    made.add_argument("--dry_run", action="store_true", help="only say what would come out, in what time and memory")
-    made.epilog = (
-        "Layer by layer: memory holds one dense layer and one expert.  A few random tokens go through both models on the way, "
-        "and how far their logits differ is told: the order of sums alone for copy, and for groups of 2, 4, 8, ... parts; "
-        "other numbers of parts round the weights."
-    )
-
-
-def _vocabulary(made: Any) -> None:
-    made.add_argument(
-        "--vocab_size",
-        type=number(int, Range(0, 2**24)),
-        default=0,
-        help="rows of embedding and head: less cuts padding off, more adds zeros; 0 = as is",
-    )
-
-
-def _key(made: Any, group: Any, name: str, text: str, default: float | None = None) -> None:
-    """A flag that is a numeric key of the schema: its type, range and, where no other is given, its default."""
-    held = getattr(group, name)
-    made.add_argument(
-        f"--{name}",
-        type=number(type(held), range_of(group, name)),
-        default=held if default is None else default,
-        help=f"{text} (default %(default)s)",
-    )
-
-
-def _add(parser: argparse.ArgumentParser, *names: str) -> None:
-    """Flags that mean the same everywhere."""
-    for name in names:
-        if name == "input":
-            parser.add_argument(
-                "--input", required=True, help="comma-separated globs of .txt, .jsonl[.gz|.zst], .parquet, ... (docs/data.md)"
-            )
-        elif name == "fields":
-            parser.add_argument("--text_field", default="text", help="field with the text, a.b if nested (default %(default)s)")
-            parser.add_argument("--language_field", default="", help="field with the language tag, meta.lang for example")
-            parser.add_argument(
-                "--row_format",
-                choices=CHOICES["row_format"],
-                default="auto",
-                help="how rows that can be read in several ways are read (docs/data.md)",
-            )
-        elif name == "output":
-            parser.add_argument("--output", type=path, required=True, help="directory to write; it must not be there yet")
-        elif name == "checkpoint":
-            parser.add_argument(
-                "--checkpoint", type=path, required=True, help="a stage's directory (its newest step) or one step's"
-            )
-        elif name == "tokenizer":
-            parser.add_argument("--tokenizer", type=path, required=True, help="directory with tokenizer.json")
-        elif name == "json":
-            parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
-        elif name == "sampling":
-            most = number(int, range_of(Scoring, "max_new_tokens"))
-            hot, share = number(float, TEMPERATURE), number(float, TOP_P)
-            parser.add_argument("--max_new_tokens", type=most, default=256, help="longest answer (default %(default)s)")
-            parser.add_argument("--temperature", type=hot, default=0.0, help="0 = the likeliest token (default)")
-            parser.add_argument("--top_p", type=share, default=1.0, help="share of the probability that is sampled from")
-            _add(parser, "seed")
-        elif name == "seed":
-            parser.add_argument("--seed", type=number(int, SEED), default=0, help="of everything random (default %(default)s)")

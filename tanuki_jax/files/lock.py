@@ -1,9 +1,9 @@
-"""One writer at a time: a lock is a small file that says who holds it and is renewed while the holder lives.
+"""One writer at a time: a lock is a small file that names its holder and is renewed while the holder lives.
 
-It is made by a hard link, which is atomic on NFS, too; where there are no links, by a file that must be new.  Whoever finds it
-held ends with an error that names the holder.  A holder that is dead is replaced: on the same machine the process is looked
-for; elsewhere the lock is watched, so that no clocks are compared.  Only who holds the lock on a lock may remove it, so that of
-several that find a dead holder one takes its place.
+It is created by a hard link, which is atomic on NFS, too; where there are no links, by a file that must be new.  A process
+that finds it held ends with an error that names the holder.  A dead holder is replaced: on the same machine its process is
+looked up; elsewhere the lock is watched, so that no clocks are compared.  Only the holder of the lock on a lock may remove it,
+so that of several processes that find a dead holder one takes its place.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import logging
 import multiprocessing
 import os
 import shlex
@@ -22,30 +23,34 @@ import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import TypeAlias
 
 from tanuki_jax.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 RENEW = 5.0  # seconds between two renewals
 STALE = 75.0  # seconds that the lock of a holder elsewhere is watched; NFS and gcsfuse may show what was there a minute ago
 NEAR = 15.0  # the same for one in another container of this machine
-POLL = 0.5  # seconds between two looks
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a write says where there is no room
+POLL = 0.5  # seconds between two checks
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a write where there is no space
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV, errno.EACCES)
-ENDING = ("SIGTERM", "SIGHUP")
+END_SIGNALS = ("SIGTERM", "SIGHUP")
 
 
 @dataclass(frozen=True)
 class Holder:
-    """What a lock says of the process that holds it."""
+    """The process that holds a lock, as the lock's file names it."""
 
     token: str  # of this lock alone
     host: str
-    boot: str  # of the machine's kernel; with `namespace` it tells whether `pid` means anything here
+    boot: str  # of the machine's kernel; with `namespace` it shows whether `pid` means anything here
     namespace: str
     pid: int
-    started: str  # in the kernel's ticks since boot, for numbers of processes are used again
+    started: str  # in the kernel's ticks since boot, since process numbers are reused
     since: str
     command: str
 
@@ -59,11 +64,11 @@ class _HeldLock:
 
     path: Path
     what: str
-    me: Holder
-    made: list[Path]  # directories that were made for it
+    holder: Holder
+    new_directories: list[Path]  # created for it
     thread: int = field(default_factory=threading.get_ident)
     stop: threading.Event = field(default_factory=threading.Event)
-    lost: str = ""  # how, where it is no longer ours
+    lost: str = ""  # the reason, where it is no longer ours
 
 
 _held: dict[str, _HeldLock] = {}  # by the path of the file
@@ -71,12 +76,12 @@ _tokens: set[str] = set()  # of locks that are held or being taken
 
 
 def workdir(directory: Path) -> contextlib.AbstractContextManager[None]:
-    """The lock on a run's directory, which is made; `hold` says the rest."""
+    """The lock on a run's directory, which is created; see `hold`."""
     return hold(Path(directory) / ".lock", f"--workdir: {directory}", f"--workdir: cannot write to {directory}")
 
 
 def output(path: Path) -> contextlib.AbstractContextManager[None]:
-    """The lock on a file or directory that is going to be written; it lies beside it.  `hold` says the rest."""
+    """The lock on a file or directory that is going to be written, and next to which it lies; see `hold`."""
     path = Path(path)
     whole = path if path.name not in ("", "..") else path.resolve()
     return hold(whole.with_name(f".{whole.name}.lock"), f"--output: {path}", f"cannot write {path}")
@@ -87,25 +92,27 @@ def hold(path: Path, what: str, cannot: str = "") -> Iterator[None]:
     """Holds the lock in the file `path`, however that is spelt; a thread that holds it already goes on.
 
     Args:
-      what: it protects, for messages.
-      cannot: what is said where it cannot be written.
+      what: the thing that it protects, for messages.
+      cannot: beginning of the message where it cannot be written.
 
     Raises:
       UserError: another process or thread holds it, or it cannot be written.
     """
     path = Path(os.path.realpath(path.parent)) / path.name
-    mine = _held.get(str(path))
-    if mine and mine.me.pid == os.getpid() and mine.thread == threading.get_ident():
+    held = _held.get(str(path))
+    if held and held.holder.pid == os.getpid() and held.thread == threading.get_ident():
         yield
         return
-    lock = _HeldLock(path, what, _this_holder(), [])
+    lock = _HeldLock(path, what, _current_holder(), [])
     try:
         _take(lock)
     except BaseException as error:
         _remove_directories(lock)
         if isinstance(error, OSError):
-            full = f"checkpoint: the disk of {path.parent} is full; free some space and run the same command again"
-            raise UserError(full if error.errno in FULL else f"{cannot or f'cannot write {path}'}: {error.strerror}") from error
+            reason = f"{cannot or f'cannot write {path}'}: {error.strerror}"
+            if error.errno in DISK_FULL:
+                reason = f"checkpoint: the disk of {path.parent} is full; free some space and run the same command again"
+            raise UserError(reason) from error
         raise
     threading.Thread(target=_renew, args=(lock,), name="lock", daemon=True).start()
     try:
@@ -115,87 +122,90 @@ def hold(path: Path, what: str, cannot: str = "") -> Iterator[None]:
 
 
 def check(look: bool = True) -> None:
-    """An error where a lock of this process is another's by now; to be asked before anything is written that others could see.
+    """An error where a lock of this process has been lost; to be called before anything is written that others could see.
 
-    look: at the files, and not only at what the last renewal found.
+    look: read the locks' files again, instead of relying on the last renewal.
     """
     for lock in list(_held.values()):
-        if lock.me.pid == os.getpid():
-            with contextlib.suppress(OSError):  # of a file system that does not answer: what is written next will say so
-                _ = look and _is_ours(lock)
+        if lock.holder.pid == os.getpid():
+            if look:
+                with contextlib.suppress(OSError):  # a file system that does not answer; the next write will fail, too
+                    _is_ours(lock)
             if lock.lost:
                 raise UserError(f"{lock.what}: the lock {lock.path} {lock.lost}; this process ends and writes nothing more")
 
 
 @contextlib.contextmanager
 def signals() -> Iterator[None]:
-    """While inside, SIGTERM and SIGHUP give the locks back before they end the process.
+    """While inside, SIGTERM and SIGHUP release the locks before they end the process.
 
-    Not for one of several processes: there JAX listens, of which Python does not know.
+    Not for one of several processes of a run: there JAX handles SIGTERM, without Python's knowledge.
     """
     main = threading.current_thread() is threading.main_thread()
-    numbers = [getattr(signal, name) for name in ENDING if main and hasattr(signal, name)]
-    taken = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
-    for number in taken:
-        signal.signal(number, _end)
+    numbers = [getattr(signal, name) for name in END_SIGNALS if main and hasattr(signal, name)]
+    numbers = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, _release_and_end)
     try:
         yield
     finally:
-        for number in taken:
+        for number in numbers:
             signal.signal(number, signal.SIG_DFL)
 
 
 def end_with_parent() -> None:
-    """Ends this process, a worker, as soon as the one that started it is gone: what works for a lock must not outlive it."""
+    """Ends this process, a worker, as soon as its parent is gone: it works under the parent's lock and must not outlive it."""
 
-    def wait(parent: Any) -> None:
+    def wait(parent: BaseProcess) -> None:
         parent.join()
         os._exit(1)
 
-    if parent := multiprocessing.parent_process():
+    parent = multiprocessing.parent_process()
+    if parent:
         threading.Thread(target=wait, args=(parent,), name="parent", daemon=True).start()
 
 
-# --- taking, renewing and giving back ---------------------------------------------------------------------------------
+# --- taking, renewing and releasing -------------------------------------------------------------------------------------
 
 
 def _take(lock: _HeldLock) -> None:
-    """Makes the lock's file, or raises UserError where another holds it."""
-    text = json.dumps(asdict(lock.me), ensure_ascii=False)
-    own = lock.path.with_name(f"{lock.path.name}.{lock.me.token}")
-    _tokens.add(lock.me.token)  # first, so that another thread sees that its holder lives
+    """Creates the lock's file, or raises UserError where another holds it."""
+    text = json.dumps(asdict(lock.holder), ensure_ascii=False)
+    private = lock.path.with_name(f"{lock.path.name}.{lock.holder.token}")
+    _tokens.add(lock.holder.token)  # before the file exists, so that another thread sees that its holder lives
     try:
-        _write_own(lock, own, text)
-        while not _create(lock.path, own, text):
-            if (found := _read(lock.path)) and not _is_free(lock, found):
-                raise UserError(_refusal(lock, found[0]))
-        own.unlink(missing_ok=True)
+        _write_private(lock, private, text)
+        while not _create(lock.path, private, text):
+            state = _read(lock.path)
+            if state and not _is_free(lock, state):
+                raise UserError(_refusal(lock, state[0]))
+        private.unlink(missing_ok=True)
     except BaseException:
-        _tokens.discard(lock.me.token)
+        _tokens.discard(lock.holder.token)
         with contextlib.suppress(OSError):
-            own.unlink(missing_ok=True)
+            private.unlink(missing_ok=True)
         raise
     _held[str(lock.path)] = lock
 
 
-def _write_own(lock: _HeldLock, own: Path, text: str) -> None:
-    """Writes a file that nobody else has, in a directory that is made."""
-    for attempt in range(9):  # who gives a lock back removes directories that it made and that are empty
+def _write_private(lock: _HeldLock, private: Path, text: str) -> None:
+    """Writes a file that no other process writes, and creates its directory."""
+    for attempt in range(9):  # a process that releases a lock removes empty directories that it created
         try:
-            lock.made += _make_directories(lock.path.parent)
-            own.write_text(text, encoding="utf-8")
+            lock.new_directories += _make_directories(lock.path.parent)
+            private.write_text(text, encoding="utf-8")
             break
         except FileNotFoundError:
             if attempt == 8:
                 raise
 
 
-def _create(path: Path, own: Path, text: str) -> bool:
-    """Whether `path` could be made, with the text of `own`."""
+def _create(path: Path, private: Path, text: str) -> bool:
+    """Whether `path` could be created, with the text of `private`."""
     try:
-        path.hardlink_to(own)
+        path.hardlink_to(private)
     except FileExistsError:
-        return own.stat().st_nlink == 2  # it was made, but NFS lost the answer and asked again
+        return private.stat().st_nlink == 2  # it was created, but NFS lost the answer and asked again
     except OSError as error:
         if error.errno not in NO_LINKS:
             raise
@@ -203,10 +213,8 @@ def _create(path: Path, own: Path, text: str) -> bool:
             with path.open("x", encoding="utf-8") as f:
                 f.write(text)
         except OSError as second:
-            if second.errno not in (
-                errno.EEXIST,
-                errno.ESTALE,
-            ):  # gcsfuse learns only when it is closed that another was faster
+            # gcsfuse learns only when the file is closed that another process was faster
+            if second.errno not in (errno.EEXIST, errno.ESTALE):
                 raise
             return False
     return True
@@ -221,109 +229,112 @@ def _renew(lock: _HeldLock) -> None:
 
 
 def _is_ours(lock: _HeldLock) -> bool:
-    found = _read(lock.path)
-    if found and found[0] and found[0].token == lock.me.token:
+    state = _read(lock.path)
+    if state and state[0] and state[0].token == lock.holder.token:
         return True
     if not lock.stop.is_set():
-        lost = f"was taken over by {found[0] or 'another'}" if found else "was removed"
-        lock.lost = lock.lost or lost
+        reason = f"was taken over by {state[0] or 'another'}" if state else "was removed"
+        lock.lost = lock.lost or reason
     return False
 
 
 def _release(lock: _HeldLock) -> None:
     lock.stop.set()
-    _tokens.discard(lock.me.token)
+    _tokens.discard(lock.holder.token)
     if _held.get(str(lock.path)) is lock:
         del _held[str(lock.path)]
     with contextlib.suppress(OSError):
-        if (found := _read(lock.path)) and found[0] and found[0].token == lock.me.token:
+        state = _read(lock.path)
+        if state and state[0] and state[0].token == lock.holder.token:
             lock.path.unlink()
     _remove_directories(lock)
 
 
 def _make_directories(directory: Path) -> list[Path]:
-    """Makes a directory and those above it; returns the new ones, the innermost first."""
+    """Creates a directory and its parents; returns the new ones, the innermost first."""
     new = [path for path in (directory, *directory.parents) if not path.exists()]
     directory.mkdir(parents=True, exist_ok=True)
     return new
 
 
 def _remove_directories(lock: _HeldLock) -> None:
-    """Those that were made for a lock and are empty: a command that ends in an error leaves nothing."""
+    """Removes those that were created for a lock and are empty: a command that ends in an error leaves nothing."""
     with contextlib.suppress(OSError):
-        for directory in lock.made:
+        for directory in lock.new_directories:
             directory.rmdir()
 
 
-def _end(number: int, frame: Any) -> None:
+def _release_and_end(number: int, frame: FrameType | None) -> None:
     for lock in list(_held.values()):
-        if lock.me.pid == os.getpid():  # a fork has a copy of its parent's
+        if lock.holder.pid == os.getpid():  # a fork has a copy of its parent's
             _release(lock)
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
 
 
-# --- who holds a lock -------------------------------------------------------------------------------------------------
+# --- the holder of a lock ---------------------------------------------------------------------------------------------
 
-LockState = tuple[Holder | None, int]  # what a lock says, None where that cannot be read, and when it was renewed
+LockState: TypeAlias = tuple[Holder | None, int]  # the holder, None where it cannot be read, and the time of renewal in ns
 
 
 def _read(path: Path) -> LockState | None:
-    """What a lock says, None where there is none; the file is opened, since NFS then asks the server."""
+    """The state of a lock, None where there is none; the file is opened, since NFS then asks the server."""
     for attempt in range(9):
         try:
             with path.open("rb") as f:
-                when, text = os.fstat(f.fileno()).st_mtime_ns, f.read()
+                renewed, text = os.fstat(f.fileno()).st_mtime_ns, f.read()
             break
         except FileNotFoundError:
             return None
-        except OSError as error:  # it was removed or renewed just now
+        except OSError as error:  # it has just been removed or renewed
             if error.errno != errno.ESTALE or attempt == 8:
                 raise
             time.sleep(POLL)
     try:
         holder = Holder(**json.loads(text))
     except (ValueError, TypeError):
-        return None, when
-    return (holder if isinstance(holder.pid, int) and holder.pid > 0 else None), when
+        return None, renewed
+    return (holder if isinstance(holder.pid, int) and holder.pid > 0 else None), renewed
 
 
-def _is_free(lock: _HeldLock, found: LockState) -> bool:
-    """Whether a lock that was found has no holder any more; then it is removed."""
-    holder = found[0]
-    lives = _is_alive(holder) if holder else None
-    if lives is None:
-        _log(f"{lock.what} is locked by {holder or 'another process'}, which cannot be looked for here; watching its lock")
-        near = holder and holder.boot and holder.boot == lock.me.boot
-        lives = _is_renewed(lock.path, found, NEAR if near else STALE)
-    if not lives:
+def _is_free(lock: _HeldLock, state: LockState) -> bool:
+    """Whether the holder of an existing lock is gone; then the lock is removed."""
+    holder = state[0]
+    alive = _is_alive(holder) if holder else None
+    if alive is None:
+        logger.warning(
+            "%s is locked by %s, which cannot be looked for here; watching its lock", lock.what, holder or "another process"
+        )
+        same_machine = holder and holder.boot and holder.boot == lock.holder.boot
+        alive = _is_renewed(lock.path, state, NEAR if same_machine else STALE)
+    if not alive:
         with hold(lock.path.with_name(f"{lock.path.name}~"), lock.what):
-            if _read(lock.path) == found:
+            if _read(lock.path) == state:
                 lock.path.unlink()
                 if holder:  # which may have been killed while it took the lock
                     lock.path.with_name(f"{lock.path.name}.{holder.token}").unlink(missing_ok=True)
-                _log(f"{lock.what}: taken over from {holder or 'another process'}, which is gone")
-    return not lives
+                logger.warning("%s: taken over from %s, which is gone", lock.what, holder or "another process")
+    return not alive
 
 
-def _is_renewed(path: Path, found: LockState, seconds: float) -> bool:
+def _is_renewed(path: Path, state: LockState, seconds: float) -> bool:
     """Watches a lock until it is renewed, the time is over, or another has taken its place."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         time.sleep(POLL)
         now = _read(path)
-        if not now or now[0] != found[0]:
+        if not now or now[0] != state[0]:
             return False
-        if now[1] != found[1]:
+        if now[1] != state[1]:
             return True
     return False
 
 
 def _is_alive(holder: Holder) -> bool | None:
-    """Whether a holder lives; None where this cannot be seen from here."""
+    """Whether a holder lives; None where that cannot be seen from here."""
     if (holder.host, holder.boot, holder.namespace) != _place():
         return None
-    if holder.pid == os.getpid():  # of a run in this process that is over, or of another with the same number
+    if holder.pid == os.getpid():  # a run in this process that is over, or another process with the same number
         return holder.token in _tokens
     try:
         os.kill(holder.pid, 0)
@@ -334,10 +345,11 @@ def _is_alive(holder: Holder) -> bool | None:
     return _started(holder.pid) in (holder.started, None)
 
 
-def _this_holder() -> Holder:
+def _current_holder() -> Holder:
     host, boot, namespace = _place()
-    name = Path(sys.argv[0]).name
-    command = shlex.join(["tanuki" if name in ("cli.py", "tanuki") else name, *sys.argv[1:]])
+    script = Path(sys.argv[0])
+    name = "tanuki" if script.parts[-2:] == ("cli", "__main__.py") else script.name
+    command = shlex.join([name, *sys.argv[1:]])
     since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
     shown = " ".join(command.split())[:300]
     return Holder(uuid.uuid4().hex, host, boot, namespace, os.getpid(), _started(os.getpid()) or "", since, shown)
@@ -353,12 +365,12 @@ def _place() -> tuple[str, str, str]:
 
 
 def _started(pid: int) -> str | None:
-    """When a process began, "gone" for one that only waits for its parent, None where this cannot be seen."""
+    """The start time of a process, "gone" for a zombie, None where that cannot be seen."""
     try:
-        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (OSError, ValueError):
         return None
-    return "gone" if state in "ZX" else rest[18]
+    return "gone" if state in "ZX" else fields[18]
 
 
 def _refusal(lock: _HeldLock, holder: Holder | None) -> str:
@@ -366,7 +378,3 @@ def _refusal(lock: _HeldLock, holder: Holder | None) -> str:
         f"{lock.what} is in use by {holder or 'another process'}; wait for it, or end it: "
         f"the same command then takes its place (its lock is {lock.path})"
     )
-
-
-def _log(text: str) -> None:
-    print(f"tanuki: {text}", file=sys.stderr, flush=True)

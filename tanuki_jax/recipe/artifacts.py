@@ -137,19 +137,20 @@ def _tokenizer(recipe: Recipe, located: dict[str, tuple[str, str]], where: Path)
     if output.is_dir():
         _remove_damaged(output, Tokenizer)
     if not output.is_dir():
+        from tanuki_jax.recipe.train_tokenizer import HOOKS, user_errors
+        from tokenization.options import TrainOptions
         from tokenization.train import train
 
+        train_options = TrainOptions(
+            options.vocab_size,
+            options.character_coverage,
+            options.boundary,
+            options.dictionary,
+            options.language_weights,
+        )
         texts = chain.from_iterable(_texts(recipe.data[n], located[n][0], options.max_bytes) for n in names)
-        with lock.output(output), files.atomic_path(output) as temporary:
-            trained = train(
-                texts,
-                temporary,
-                options.vocab_size,
-                options.character_coverage,
-                options.boundary,
-                options.dictionary,
-                options.language_weights,
-            )
+        with user_errors(), lock.output(output), files.atomic_path(output) as temporary:
+            trained = train(texts, temporary, train_options, HOOKS)
         print(f"tokenizer: {trained}", file=sys.stderr, flush=True)
     return output
 

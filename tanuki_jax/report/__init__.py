@@ -1,1 +1,1 @@
-"""What a run writes for people: the page report.html, and metrics for trackers."""
+"""What a run writes for people: the page report.html, and live metrics for trackers."""

@@ -103,7 +103,7 @@ def router_loss(
         "moe/z_loss": (z / L, weight),
         "moe/load": (load_LE, load_LE.sum(axis=1, keepdims=True)),
         "moe/dropped": (dropped_L.sum(), load_LE.sum()),
-        "moe/gate": (gate_Ln, gate_Ln.sum(axis=1, keepdims=True)),
+        "moe/top_gate_hist": (gate_Ln, gate_Ln.sum(axis=1, keepdims=True)),
     }
     if cfg.capacity_factor:
         metrics["moe/overflow"] = (dropped_L, load_LE.sum(axis=1))

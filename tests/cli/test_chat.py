@@ -7,7 +7,8 @@ import jax
 import pytest
 
 from tanuki_jax import model
-from tanuki_jax.cli.chat import HINT, OFFER, chat, stored_suggestions, text_pieces
+from tanuki_jax.cli import chat as chat_module
+from tanuki_jax.cli.chat import HINT, OFFER, ChatModel, chat, stored_questions, text_pieces
 from tanuki_jax.data.chat import encode_chat
 from tanuki_jax.data.tokenizer import Tokenizer, byte_of
 from tanuki_jax.errors import UserError
@@ -21,14 +22,14 @@ SAMPLING = Sampling(max_new_tokens=6)
 
 @pytest.fixture
 def talk(tokenizer, monkeypatch, capsys):
-    """Gives what is typed to the chat; returns the lines of its answers, and keeps what it says besides."""
+    """Gives typed lines to the chat; returns its answers, and keeps its other lines in `hints`."""
 
-    def run(typed, sampling=SAMPLING, seed=0, **options):
+    def run(typed, sampling=SAMPLING, seed=0, max_seq_len=0, questions=()):
         monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
-        assert chat(CFG, PARAMS, tokenizer, sampling, seed, **options) is None
+        assert chat(ChatModel(CFG, PARAMS, tokenizer, max_seq_len), sampling, seed, questions) is None
         out, err = capsys.readouterr()
         assert err.startswith(HINT + "\n")
-        run.told = err.splitlines()[1:]
+        run.hints = err.splitlines()[1:]
         return out
 
     return run
@@ -64,7 +65,7 @@ def test_blank_lines_are_not_questions(talk, tokenizer):
 
 @pytest.mark.parametrize("typed", ["", "\n", "/quit", "/quit\n", "/new\n"])
 def test_the_end_of_input_ends_the_conversation_without_a_word(talk, typed):
-    assert talk(typed) == "" and talk.told == []
+    assert talk(typed) == "" and talk.hints == []
 
 
 def test_a_last_line_without_its_newline_is_answered(talk, tokenizer):
@@ -95,7 +96,7 @@ def test_what_is_said_is_on_the_screen_before_the_next_token_is_made(talk, monke
 
     monkeypatch.setattr(model, "stream", streamed)
     monkeypatch.setattr(sys, "stdin", io.StringIO("月は?"))
-    chat(CFG, PARAMS, tokenizer, SAMPLING, 0)
+    chat(ChatModel(CFG, PARAMS, tokenizer), SAMPLING, 0)
     assert "".join(on_screen) == "狸が山の奥で月を" and len(on_screen) > 3 and all(on_screen)
 
 
@@ -157,16 +158,24 @@ def test_characters_of_a_byte_level_tokenizer_are_whole(tmp_path):
 
 def test_an_answer_that_is_cut_says_so_and_why(talk):
     talk("月は?\n")
-    assert talk.told == ["(the answer is cut here: --max_new_tokens=6)"]
+    assert talk.hints == ["(the answer is cut here: --max_new_tokens=6)"]
 
 
 def test_a_full_conversation_is_one_line_and_new_begins_anew(talk, tokenizer):
     length = len(encode_chat(tokenizer, [{"role": "user", "content": "月は?"}], add_generation_prompt=True)[0])
     expected = answer(tokenizer, "月は?")
-    assert talk("月は?\n月は?\n/new\n月は?\n", longest=length + 6) == f"{expected}\n" * 2
-    assert len(talk.told) == 3 and "no room for an answer" in talk.told[1] and f"of {length + 6:,} tokens" in talk.told[1]
-    assert talk("月は?\n", longest=length + 2)
-    assert talk.told == [f"(the answer is cut here: this model knows {length + 2:,} tokens)"]
+    assert talk("月は?\n月は?\n/new\n月は?\n", max_seq_len=length + 6) == f"{expected}\n" * 2
+    assert len(talk.hints) == 3 and "no room for an answer" in talk.hints[1] and f"of {length + 6:,} tokens" in talk.hints[1]
+    assert talk("月は?\n", max_seq_len=length + 2)
+    assert talk.hints == [f"(the answer is cut here: this model knows {length + 2:,} tokens)"]
+
+
+@pytest.fixture
+def sigint_raises():
+    """SIGINT raises KeyboardInterrupt; a shell starts its background processes with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def interrupting(after, monkeypatch):
@@ -184,7 +193,7 @@ def interrupting(after, monkeypatch):
 
 
 @pytest.mark.parametrize("after", [0, 3])
-def test_an_interrupt_ends_the_answer_and_not_the_conversation(talk, tokenizer, monkeypatch, after):
+def test_an_interrupt_ends_the_answer_and_not_the_conversation(talk, tokenizer, monkeypatch, sigint_raises, after):
     whole = answer(tokenizer, "月は?")
     interrupting(after, monkeypatch)
     first, *others = talk("月は?\n/new\n月は?\n").removesuffix(whole + "\n").split("\n")
@@ -197,6 +206,7 @@ def test_two_interrupts_leave(talk, monkeypatch):
         yield
 
     monkeypatch.setattr(model, "stream", streamed)
+    monkeypatch.setattr(chat_module, "EXIT_SECONDS", 100.0)  # a busy machine may take a second from one answer to the next
     assert talk("a\nb\nc\nd\n") == "\n\n"
 
 
@@ -212,7 +222,7 @@ def test_an_interrupt_where_a_question_is_awaited_leaves(talk, monkeypatch):
 def test_input_that_is_no_text_is_one_line(tokenizer, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n"), "utf-8"))
     with pytest.raises(UserError, match="not UTF-8"):
-        chat(CFG, PARAMS, tokenizer, SAMPLING, 0)
+        chat(ChatModel(CFG, PARAMS, tokenizer), SAMPLING, 0)
 
 
 @pytest.mark.parametrize("out", [False, True])
@@ -231,16 +241,16 @@ def test_the_prompt_of_a_terminal_is_not_in_what_is_piped(talk, monkeypatch, out
 
 def test_a_finished_stage_offers_its_questions(tmp_path):
     (tmp_path / "done.json").write_text(json.dumps({"questions": ["平均は?", "Mean?"]}))
-    assert stored_suggestions(tmp_path) == ["平均は?", "Mean?"]
+    assert stored_questions(tmp_path) == ["平均は?", "Mean?"]
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", "{}", '{"questions": 3}', '{"questions": [1, null]}'])
 def test_a_checkpoint_of_somebody_else_offers_nothing(tmp_path, content):
     if content is not None:
         (tmp_path / "done.json").write_text(content)
-    assert stored_suggestions(tmp_path) == []
+    assert stored_questions(tmp_path) == []
 
 
 def test_the_hint_shows_what_is_offered(talk):
     talk("", questions=["平均は?", "Mean?"])
-    assert talk.told == [OFFER, "平均は?", "Mean?"]
+    assert talk.hints == [OFFER, "平均は?", "Mean?"]

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from tanuki_jax import files
-from tanuki_jax.cli.main import _prefetch_weights, main
+from tanuki_jax.cli.main import main
+from tanuki_jax.cli.verbs import _prefetch_weights
 from tests import tiny_recipe
 from tests.tiny_recipe import CONFIG, STAGES, times
 
@@ -39,7 +40,7 @@ def write(path, text):
 def test_help_of_every_verb_imports_nothing_heavy():
     code = f"""
 import sys
-from tanuki_jax.cli.main import _read_soon, main
+from tanuki_jax.cli.main import main
 for verb in ["", *{VERBS!r}]:
     try:
         main([*verb.split(), "--help"])

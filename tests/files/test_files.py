@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tanuki_jax import files
+from tanuki_jax.files import direct_io
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
@@ -148,7 +149,7 @@ def test_a_disk_that_fails_is_an_error(tmp_path, monkeypatch, call, size):
             raise left.pop()
         return real(*arguments)
 
-    monkeypatch.setattr(files.os, call, fails)
+    monkeypatch.setattr(direct_io.os, call, fails)
     with pytest.raises(OSError, match="Input/output"), files.direct_writer(tmp_path / "file", size) as append:
         append(memoryview(bytes(size)))
     assert not [thread for thread in threading.enumerate() if "ThreadPool" in thread.name]
@@ -164,18 +165,18 @@ def test_an_error_of_who_appends_comes_through(tmp_path):
 def test_what_is_read_soon_is_all_of_the_files_small_ones_first_up_to_a_limit(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        files.os, "posix_fadvise", lambda number, at, size, _: asked.append((os.fstat(number).st_size, at, size))
+        direct_io.os, "posix_fadvise", lambda number, at, size, _: asked.append((os.fstat(number).st_size, at, size))
     )
-    monkeypatch.setattr(files, "READAHEAD_BYTES", 3 * files.ADVICE)
-    sizes = dict(large=files.ADVICE + 5, small=7, larger=5 * files.ADVICE)
+    monkeypatch.setattr(direct_io, "READAHEAD_BYTES", 3 * direct_io.ADVICE)
+    sizes = dict(large=direct_io.ADVICE + 5, small=7, larger=5 * direct_io.ADVICE)
     for name, size in sizes.items():
         with (tmp_path / name).open("wb") as f:
             f.truncate(size)
-    files._advise([tmp_path / name for name in sizes])
-    assert [size for size, at, _ in asked if at == 0] == [7, files.ADVICE + 5, 5 * files.ADVICE]
-    assert sum(min(size, at + step) - at for size, at, step in asked if size != sizes["larger"]) == files.ADVICE + 12
+    direct_io._advise([tmp_path / name for name in sizes])
+    assert [size for size, at, _ in asked if at == 0] == [7, direct_io.ADVICE + 5, 5 * direct_io.ADVICE]
+    assert sum(min(size, at + step) - at for size, at, step in asked if size != sizes["larger"]) == direct_io.ADVICE + 12
     assert len([at for size, at, _ in asked if size == sizes["larger"]]) == 2
-    files._advise([tmp_path / "gone"])  # of which nobody hears
+    direct_io._advise([tmp_path / "gone"])  # of which nobody hears
     assert (tmp_path / "small").read_bytes() == bytes(7)
 
 
@@ -208,20 +209,20 @@ def test_a_file_system_that_knows_no_direct_writes_takes_others(tmp_path, monkey
     direct = set()
 
     def opened(path, flags, *more):
-        if flags & files.O_DIRECT and refuses == "open":
+        if flags & direct_io.O_DIRECT and refuses == "open":
             raise OSError(errno.EINVAL, "Invalid argument")
         number = real["open"](path, flags, *more)
-        if flags & files.O_DIRECT:
+        if flags & direct_io.O_DIRECT:
             direct.add(number)
         return number
 
     def written(number, data, at):
-        if refuses == "write" and number in direct and fcntl.fcntl(number, fcntl.F_GETFL) & files.O_DIRECT:
+        if refuses == "write" and number in direct and fcntl.fcntl(number, fcntl.F_GETFL) & direct_io.O_DIRECT:
             raise OSError(errno.EINVAL, "Invalid argument")
         return real["pwrite"](number, data[:5000], at)  # as a system call may
 
-    monkeypatch.setattr(files.os, "open", opened)
-    monkeypatch.setattr(files.os, "pwrite", written)
+    monkeypatch.setattr(direct_io.os, "open", opened)
+    monkeypatch.setattr(direct_io.os, "pwrite", written)
     content = os.urandom(2 * files.PIECE + 20_001)
     with files.direct_writer(tmp_path / "file", len(content)) as append:
         append(memoryview(content))
@@ -232,6 +233,6 @@ def test_a_disk_without_room_says_so_past_the_page_cache_too(tmp_path, monkeypat
     def full(number, data, at):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(files.os, "pwrite", full)
+    monkeypatch.setattr(direct_io.os, "pwrite", full)
     with pytest.raises(OSError, match="No space left"), files.direct_writer(tmp_path / "file", 3) as append:
         append(memoryview(b"abc"))

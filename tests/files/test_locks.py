@@ -88,6 +88,7 @@ def test_of_two_that_prepare_one_store_one_does_so_as_if_alone(place, tokenizer)
     assert contents(place / "store") == contents(place / "alone") and not hidden(place)
 
 
+@pytest.mark.slow
 def test_of_two_that_train_one_tokenizer_one_does_so_as_if_alone(place):
     flags = ["tokenizer", "train", f"--input={write_rows(place / 'a.jsonl', 3000)}", "--vocab_size=400", "--boundary=none"]
     one_of(tanuki(*flags, "--output=tok", cwd=place), tanuki(*flags, f"--output={place}/../link/tok"))
@@ -212,10 +213,10 @@ def children(pid):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for children in /proc")
-def test_a_killed_prepare_takes_its_workers_along_and_is_taken_over(place, tokenizer, capfd):
+def test_a_killed_prepare_takes_its_workers_along_and_is_taken_over(place, tokenizer, caplog):
     for name in "ab":
-        write_rows(place / f"{name}.jsonl", 12_000)
-    flags = ["data", "prepare", f"--input={place}/?.jsonl", f"--tokenizer={tokenizer.directory}", "--shard_characters=100000"]
+        write_rows(place / f"{name}.jsonl", 5_000)
+    flags = ["data", "prepare", f"--input={place}/?.jsonl", f"--tokenizer={tokenizer.directory}", "--shard_characters=40000"]
     process = tanuki(*flags, f"--output={place / 'store'}", "--workers=2")
     workers = set()
     while not list(place.glob(".store.partial/*.json")) or len(list(place.glob(".store.partial/0*.json"))) < 2:
@@ -230,7 +231,7 @@ def test_a_killed_prepare_takes_its_workers_along_and_is_taken_over(place, token
     assert (place / ".store.lock").is_file()
     for output in ("store", "alone"):
         assert main([*flags, f"--output={place / output}", "--workers=1"]) == 0
-    assert f"taken over from process {process.pid} on " in capfd.readouterr().err
+    assert f"taken over from process {process.pid} on " in caplog.text
     assert contents(place / "store") == contents(place / "alone") and not hidden(place)
     process.communicate()
 
@@ -324,7 +325,7 @@ def test_moments_come_from_a_stage_or_from_one_of_its_steps(tmp_path):
 def test_moments_of_a_checkpoint_without_any_are_an_error(tmp_path):
     checkpoint.save_params(tmp_path, {"w": jnp.ones(4)}, {"model": {}})
     before = tree(tmp_path)
-    with pytest.raises(UserError, match="has no optimizer state of this model; set carry='params'"):
+    with pytest.raises(UserError, match="has no optimizer state of this model; set restore='params'"):
         initial_state.load_moments(tmp_path / "checkpoints/0", STATE)
     assert tree(tmp_path) == before
 
@@ -355,9 +356,9 @@ def test_a_stage_that_starts_from_a_step_of_elsewhere_leaves_it_as_it_is(home, t
     shutil.copytree(home / "alone", tmp_path / "source", copy_function=shutil.copy)
     step = tmp_path / "source/stages/pretrain/checkpoints/6"
     before = tree(tmp_path / "source")
-    for carry in ("params", "all"):
-        flags = [f"--config.stages.pretrain.init_from={step}", f"--config.stages.pretrain.carry={carry}"]
-        process = tanuki("run", f"--config={home / 'c.py'}", f"--workdir={tmp_path / carry}", *flags)
+    for restore in ("params", "all"):
+        flags = [f"--config.stages.pretrain.init_from={step}", f"--config.stages.pretrain.restore={restore}"]
+        process = tanuki("run", f"--config={home / 'c.py'}", f"--workdir={tmp_path / restore}", *flags)
         assert process.communicate(timeout=300)[1] is not None and process.returncode == 0
     assert tree(tmp_path / "source") == before
 

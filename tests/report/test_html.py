@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tanuki_jax.report import experts, html
+from tanuki_jax.report import experts, html, plots, svg
 from tests import tiny_recipe
 
 TEMPLATE = Path(html.__file__).with_name("report.html.jinja").read_text(encoding="utf-8")
@@ -61,7 +61,7 @@ def test_pictures_keep_their_size_and_their_letters_can_be_read(page):
     assert re.search(r"\.picture svg \{[^}]*max-width: none", page)
     pictures = [given for tag, given, _ in Page(page).found if tag == "svg"]
     assert all(float(given["width"].removesuffix("pt")) > 350 for given in pictures)  # not drawn for a stamp
-    code = "".join(Path(module.__file__).read_text(encoding="utf-8") for module in (html, experts))
+    code = "".join(Path(module.__file__).read_text(encoding="utf-8") for module in (plots, experts))
     assert min(map(float, re.findall(r"fontsize=([\d.]+)", code))) >= 9  # points: 12 pixels
 
 
@@ -73,7 +73,7 @@ def test_a_recipe_may_have_the_name_of_what_stands_for_the_font(page):
     "places", [[0.5], [0.1, 0.5, 0.9], [0.5] * 5, [0.0] * 9 + [1.0], [0.2, 0.99, 1.0, 1.0], [i / 300 for i in range(20)]]
 )
 def test_names_are_moved_apart_and_stay_in_the_picture(places):
-    moved = html.spread_labels(places, 0.05)
+    moved = plots.spread_labels(places, 0.05)
     assert all(b - a >= 0.05 - 1e-9 for a, b in zip(moved, moved[1:], strict=False)) and max(moved) <= 1 and min(moved) >= 0
     if all(b - a >= 0.05 for a, b in zip(places, places[1:], strict=False)):
         assert moved == places
@@ -90,11 +90,11 @@ def test_names_are_moved_apart_and_stay_in_the_picture(places):
     ],
 )
 def test_a_long_name_keeps_what_tells_it_from_others(name, text):
-    assert experts.short(name) == text
+    assert svg.shorten(name) == text
 
 
 def scored(*pairs):
-    return [{"name": f"s{i}", "scores": {"exact": exact, "pair_accuracy": pair}} for i, (exact, pair) in enumerate(pairs)]
+    return [{"name": f"s{i}", "scores": {"exact_match": exact, "pair_accuracy": pair}} for i, (exact, pair) in enumerate(pairs)]
 
 
 @pytest.mark.parametrize("pairs", [[(1.0, 1.0)], [(0.96, 1.0), (1.0, 0.96)], [(0.0, 0.0), (0.5, 0.5), (0.5, 0.51)]])
@@ -105,9 +105,9 @@ def test_two_numbers_of_a_stage_do_not_cover_one_another(monkeypatch, pairs):
         texts = [t for t in figure.axes[0].texts if t.get_text().isdigit()]
         figure.canvas.draw()
         boxes.extend(text.get_window_extent() for text in texts)
-        html.plt.close(figure)
+        svg.plt.close(figure)
 
-    monkeypatch.setattr(html, "_svg", measure)
-    html._score_picture(scored(*pairs))
+    monkeypatch.setattr(plots, "to_svg", measure)
+    plots.plot_scores(scored(*pairs))
     assert len(boxes) == 2 * len(pairs)
     assert not [(a, b) for i, a in enumerate(boxes) for b in boxes[:i] if a.overlaps(b)]

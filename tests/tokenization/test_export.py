@@ -9,7 +9,9 @@ from tanuki_jax.data.chat import TEMPLATE
 from tanuki_jax.data.tokenizer import Tokenizer
 from tests.conftest import TEXTS
 from tokenization.export import export
-from tokenization.train import CONTROLS, train
+from tokenization.options import Hooks, TrainOptions
+from tokenization.train import train
+from tokenization.vocabulary import CONTROLS
 
 
 @pytest.fixture(scope="module", params=["of one text", "of two languages"])
@@ -21,7 +23,8 @@ def tokenizer(request, tokenizer, tmp_path_factory):
     texts = [("en" if text.isascii() else "ja", text) for text in TEXTS]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "cpu_count", lambda: 1)  # so little text is not worth a process
-        train(texts, directory, 800, 1.0, language_weights={"ja": 0.5, "en": 0.5})
+        options = TrainOptions(800, 1.0, language_weights={"ja": 0.5, "en": 0.5})
+        train(texts, directory, options, Hooks(chat_template=TEMPLATE))
     return Tokenizer(directory)
 
 
@@ -69,7 +72,7 @@ def test_tokenizer_json_alone_is_enough_for_the_tokenizers_library(tokenizer):
 
 
 def test_exporting_again_writes_the_same_files(tokenizer, saved, tmp_path):
-    assert export(tokenizer.directory / "tokenizer.model", tmp_path) == tokenizer.vocab_size
+    assert export(tokenizer.directory / "tokenizer.model", tmp_path, TEMPLATE) == tokenizer.vocab_size
     assert {p.stem: json.loads(p.read_text(encoding="utf-8")) for p in tmp_path.glob("*.json")} == saved
 
 

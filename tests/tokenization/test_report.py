@@ -1,3 +1,4 @@
+import functools
 import itertools
 import json
 import warnings
@@ -8,15 +9,20 @@ import MeCab
 import pytest
 import sentencepiece
 
-from tanuki_jax.data.tokenizer import byte_of
+from tanuki_jax.cli.main import main
+from tanuki_jax.data.tokenizer import Tokenizer, byte_of
 from tanuki_jax.errors import UserError
 from tests.conftest import TEXTS
-from tokenization.report import SHOWN, is_japanese, open_encoder, picture, report, table
+from tokenization import encoders
+from tokenization.errors import TokenizationError
+from tokenization.options import TrainOptions
+from tokenization.report import MAX_EXAMPLES, is_japanese, plot, plot_format, report, table
 from tokenization.segment import Segmenter
 from tokenization.train import train
 
 SAMPLE = [*TEXTS[:6], "見たことのない漢字: 鵺 🦝🦝", "two\nlines"]
 LINES = [line for text in SAMPLE for line in text.splitlines(keepends=True)]
+open_encoder = functools.partial(encoders.open_encoder, open_directory=Tokenizer)
 KINDS = {"directory": "", "json": "tokenizer.json", "model": "tokenizer.model"}
 
 
@@ -24,7 +30,7 @@ KINDS = {"directory": "", "json": "tokenizer.json", "model": "tokenizer.model"}
 def home(tmp_path_factory):
     """A tokenizer whose pieces are as long as a bunsetsu."""
     directory = tmp_path_factory.mktemp("report") / "bunsetsu"
-    train([("", text) for text in TEXTS], directory, vocab_size=512, character_coverage=1.0)
+    train([("", text) for text in TEXTS], directory, TrainOptions(512, 1.0))
     return directory
 
 
@@ -150,7 +156,7 @@ def test_two_tokenizers_whose_directories_have_one_name_are_told_apart(home, tok
 
 @pytest.mark.parametrize("texts", [[], [""]])
 def test_no_text_is_an_error_that_names_the_domain(home, texts):
-    with pytest.raises(UserError, match="nothing has no text"):
+    with pytest.raises(TokenizationError, match="nothing has no text"):
         report([open_encoder(home)], {"ja": ["狸"], "nothing": texts})
 
 
@@ -200,7 +206,7 @@ class Other:
 def test_the_scores_of_two_readings_say_whether_it_was_a_tie(home, gap, reason):
     encoder = open_encoder(home)
     figures, _ = measured(encoder._replace(sentencepiece=Other(encoder, gap)), ["狸がこんにちは\n"] * 9)
-    assert figures["agreement"] == 0 and len(figures["disagreements"]) == SHOWN
+    assert figures["agreement"] == 0 and len(figures["disagreements"]) == MAX_EXAMPLES
     assert figures["disagreements"][0] == (
         f"'狸がこんにちは\\n': ['狸が', 'こんにちは', '\\n'] and ['狸', 'が', 'こ', 'ん'], {reason}"
     )
@@ -250,16 +256,17 @@ def test_the_picture_is_drawn_with_japanese_letters(found, tmp_path, suffix, beg
     path = tmp_path / f"picture{suffix}"
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a letter that the font lacks is a warning
-        picture(found, path)
+        plot(found, path, plot_format(path))
     data = path.read_bytes()
     assert data.startswith(begin) and len(data) > 5000 and [p.name for p in tmp_path.iterdir()] == [path.name]
     if suffix == ".svg":
         assert b"<svg" in data and all(word in data.decode() for word in ("文字/トークン", "日本語", "loose.model"))
 
 
-def test_a_picture_that_cannot_be_drawn_leaves_the_one_before(found, tmp_path, monkeypatch):
+def test_a_picture_that_cannot_be_drawn_leaves_the_one_before(home, tmp_path, monkeypatch):
     from matplotlib.figure import Figure
 
+    (tmp_path / "text.txt").write_text("\n".join(SAMPLE), encoding="utf-8")
     path = tmp_path / "picture.png"
     path.write_text("before")
 
@@ -269,8 +276,13 @@ def test_a_picture_that_cannot_be_drawn_leaves_the_one_before(found, tmp_path, m
 
     monkeypatch.setattr(Figure, "savefig", broken)
     with pytest.raises(OSError, match="disk full"):
-        picture(found, path)
-    assert path.read_text() == "before" and [p.name for p in tmp_path.iterdir()] == ["picture.png"]
+        main(["tokenizer", "report", f"--tokenizer={home}", f"--input={tmp_path}/text.txt", f"--plot={path}"])
+    assert path.read_text() == "before" and sorted(p.name for p in tmp_path.iterdir()) == ["picture.png", "text.txt"]
+
+
+def test_a_picture_of_another_format_is_refused():
+    with pytest.raises(TokenizationError, match="--plot: picture.gif must end with .svg, .png or .pdf"):
+        plot_format(Path("picture.gif"))
 
 
 # --- reading tokenizers -------------------------------------------------------------------------------------------------
@@ -289,7 +301,7 @@ def test_a_picture_that_cannot_be_drawn_leaves_the_one_before(found, tmp_path, m
 def test_what_is_no_tokenizer_is_an_error_that_names_it(tmp_path, name, content, message):
     if content is not None:
         (tmp_path / name).write_text(content)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(TokenizationError, match=message):
         open_encoder(tmp_path / name)
 
 
@@ -300,7 +312,7 @@ def test_a_directory_without_a_tokenizer_or_with_a_broken_model_is_an_error(home
         (tmp_path / name).write_bytes((home / name).read_bytes())
     assert open_encoder(tmp_path).sentencepiece is None
     (tmp_path / "tokenizer.model").write_text("狸")
-    with pytest.raises(UserError, match="tokenizer.model is not a SentencePiece model"):
+    with pytest.raises(TokenizationError, match="tokenizer.model is not a SentencePiece model"):
         open_encoder(tmp_path)
 
 

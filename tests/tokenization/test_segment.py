@@ -11,8 +11,8 @@ from tests.conftest import TEXTS
 from tokenization import segment
 from tokenization.segment import Segmenter, count_units
 
-LEVELS = ("morpheme", "predicate", "bunsetsu")
-SEGMENTERS = {boundary: Segmenter(boundary) for boundary in LEVELS}
+BOUNDARIES = ("morpheme", "predicate", "bunsetsu")
+SEGMENTERS = {boundary: Segmenter(boundary) for boundary in BOUNDARIES}
 # A line: no line ends, as count_units cuts there; MeCab is told nothing of NUL.
 PARTS = [
     "狸",
@@ -43,7 +43,7 @@ def starts(units):
     return set(itertools.accumulate(map(len, units)))
 
 
-@pytest.mark.parametrize("boundary", LEVELS)
+@pytest.mark.parametrize("boundary", BOUNDARIES)
 @settings(max_examples=50, deadline=None)
 @given(line=LINE)
 def test_units_joined_are_the_line_but_for_spaces_that_no_word_follows(boundary, line):
@@ -52,12 +52,12 @@ def test_units_joined_are_the_line_but_for_spaces_that_no_word_follows(boundary,
 
 @settings(max_examples=100, deadline=None)
 @given(LINE)
-def test_units_of_a_coarser_level_are_whole_morphemes(line):
+def test_units_of_a_coarser_boundary_are_whole_morphemes(line):
     morphemes = starts(SEGMENTERS["morpheme"].units(line))
-    assert all(starts(SEGMENTERS[boundary].units(line)) <= morphemes for boundary in LEVELS)
+    assert all(starts(SEGMENTERS[boundary].units(line)) <= morphemes for boundary in BOUNDARIES)
 
 
-@pytest.mark.parametrize("boundary", LEVELS)
+@pytest.mark.parametrize("boundary", BOUNDARIES)
 @settings(max_examples=50, deadline=None)
 @given(line=LINE)
 def test_white_space_always_begins_a_unit(boundary, line):
@@ -94,7 +94,7 @@ def test_units_are_mecabs_morphemes_with_the_space_before_them(line, units):
         ("bunsetsu", "東京の|学校で|勉強しているので|、|とても|楽しかったです|。"),
     ],
 )
-def test_a_level_says_how_much_is_one_unit(boundary, units):
+def test_a_boundary_says_how_much_is_one_unit(boundary, units):
     assert SEGMENTERS[boundary].units(SENTENCE) == units.split("|")
 
 
@@ -104,21 +104,21 @@ def test_a_level_says_how_much_is_one_unit(boundary, units):
         ("食べなければならない日", "食べなければならない|日"),
         ("美しい山を見ませんでした。", "美しい|山を|見ませんでした|。"),
         ("お茶と新製品的なもの", "お茶と|新製品的な|もの"),
-        ("食べ ない", "食べ| ない"),  # what leans on a word leans on none before a space
+        ("食べ ない", "食べ| ない"),  # nothing attaches across a space
         ("、が", "、|が"),
     ],
 )
-def test_a_bunsetsu_is_a_content_word_with_what_leans_on_it(line, units):
+def test_a_bunsetsu_is_a_content_word_with_the_words_attached_to_it(line, units):
     assert SEGMENTERS["bunsetsu"].units(line) == units.split("|")
 
 
-def test_the_default_level_is_the_bunsetsu():
+def test_the_default_boundary_is_the_bunsetsu():
     assert Segmenter().units(SENTENCE) == SEGMENTERS["bunsetsu"].units(SENTENCE)
     assert count_units([("", SENTENCE)]) == count_units([("", SENTENCE)], "bunsetsu")
 
 
 @pytest.mark.parametrize("boundary", ["none", "word"])
-def test_a_level_without_units_is_refused(boundary):
+def test_a_boundary_without_units_is_refused(boundary):
     with pytest.raises(ValueError, match=f"'{boundary}'.*morpheme, predicate, bunsetsu"):
         Segmenter(boundary)
 
@@ -138,14 +138,14 @@ def test_text_without_units_has_no_counts():
     assert not any(count_units([("ja", "\n"), ("en", "")])[0].values())
 
 
-@pytest.mark.parametrize("boundary", LEVELS)
+@pytest.mark.parametrize("boundary", BOUNDARIES)
 def test_small_batches_give_the_counts_of_all_text_at_once(monkeypatch, boundary):
     texts = [(("ja", "en")[i % 2], text) for i, text in enumerate(TEXTS)]
     expected = {language: collections.Counter() for language, _ in texts}
     for language, text in texts:
         expected[language].update(unit for line in text.splitlines() for unit in SEGMENTERS[boundary].units(line))
     assert count_units(texts, boundary) == (expected, 0)
-    monkeypatch.setattr(segment, "BATCH", 100)
+    monkeypatch.setattr(segment, "BATCH_CHARACTERS", 100)
     assert count_units(texts, boundary, workers=1) == (expected, 0)
 
 
@@ -154,7 +154,7 @@ def test_processes_count_the_same(monkeypatch):
     expected = count_units(texts, workers=1)
     pools, pool = [], concurrent.futures.ProcessPoolExecutor
     monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", lambda *args: pools.append(args[0]) or pool(*args))
-    monkeypatch.setattr(segment, "BATCH", 1000)
+    monkeypatch.setattr(segment, "BATCH_CHARACTERS", 1000)
     assert count_units(iter(texts), workers=2) == expected and pools == [2]
 
 
@@ -164,7 +164,7 @@ def test_a_long_line_is_counted_whole():
 
 
 def test_the_rarest_units_are_forgotten_and_counted_where_memory_ends(monkeypatch):
-    monkeypatch.setattr(segment, "MOST_UNITS", 3)
+    monkeypatch.setattr(segment, "MAX_UNITS", 3)
     text = " ".join(word for n, word in enumerate(["狸", "山", "川", "月", "魚"], 1) for _ in range(n))
     whole = collections.Counter(unit for unit in SEGMENTERS["morpheme"].units(text))
     counts, forgotten = count_units([("ja", text), ("en", "moon")], "morpheme")
@@ -176,10 +176,10 @@ def test_the_rarest_units_are_forgotten_and_counted_where_memory_ends(monkeypatc
 
 
 def test_what_is_kept_is_never_counted_too_often(monkeypatch):
-    monkeypatch.setattr(segment, "BATCH", 50)
+    monkeypatch.setattr(segment, "BATCH_CHARACTERS", 50)
     texts = [("", text) for text in TEXTS]
     whole, _ = count_units(texts, workers=1)
-    monkeypatch.setattr(segment, "MOST_UNITS", 40)
+    monkeypatch.setattr(segment, "MAX_UNITS", 40)
     counts, forgotten = count_units(texts, workers=1)
     assert len(counts[""]) <= 40 and counts[""] <= whole[""]
     assert forgotten == whole[""].total() - counts[""].total()
