@@ -38,7 +38,7 @@ def init_checkpoint(recipe: Recipe, name: str, workdir: Path) -> Path | None:
     return stage_dir(workdir, parent) if parent in recipe.stages else Path(parent)
 
 
-def inherited_meta(recipe: Recipe, name: str, workdir: Path) -> dict[str, Any]:
+def inherited_meta(recipe: Recipe, name: str, workdir: Path) -> checkpoint.Meta:
     """What the stage's meta takes over from the checkpoint that it starts from; where that is gone, from its own last one."""
     for place in filter(None, (init_checkpoint(recipe, name, workdir), stage_dir(workdir, name))):
         with contextlib.suppress(UserError):  # who loads the weights will say what is wrong

@@ -105,7 +105,7 @@ def run_stage(
         print(f"stage {name}: {told}", file=sys.stderr, flush=True)
     train_step, abstract, shardings = program(recipe, name, data.steps, mesh)
     optimizer = make_optimizer(this.optimizer)
-    meta = {
+    meta: checkpoint.Meta = {
         **inherited_meta(recipe, name, workdir),
         "stage": name,
         "model": config.to_dict(cfg),
@@ -147,7 +147,7 @@ def run_stage(
             state = dataclasses.replace(state, opt_state=moments)
         return state
 
-    def check_meta(saved: dict[str, Any]) -> None:
+    def check_meta(saved: checkpoint.Meta) -> None:
         checkpoint.check_architecture(str(home), saved["model"], cfg)
         _check_capacity(name, cfg, saved, meta)
         if saved["data_fingerprint"] != data.fingerprint and not allow_data_change:
@@ -172,7 +172,7 @@ def run_stage(
     return entry
 
 
-def _check_capacity(name: str, cfg: config.ModelConfig, saved: dict[str, Any], now: dict[str, Any]) -> None:
+def _check_capacity(name: str, cfg: config.ModelConfig, saved: checkpoint.Meta, now: checkpoint.Meta) -> None:
     """With a capacity, an error where the tokens among which experts share their room are others than before.
 
     They are those of one microbatch on one device.
@@ -180,7 +180,7 @@ def _check_capacity(name: str, cfg: config.ModelConfig, saved: dict[str, Any], n
     if not (cfg.n_experts and cfg.capacity_factor):
         return
 
-    def parts(meta: dict[str, Any]) -> dict[str, int]:
+    def parts(meta: checkpoint.Meta) -> dict[str, int]:
         axes = {f"mesh.{axis}": size for axis, size in meta.get("mesh", {}).items() if axis != "tensor"}
         return {
             f"stages.{name}.gradient_accumulation_steps": meta["recipe"]["stages"][name]["gradient_accumulation_steps"],
@@ -221,7 +221,12 @@ def _upcycle(recipe: Recipe, name: str, workdir: Path, mesh: jax.sharding.Mesh) 
         )
         params = convert(loaded, derive_key(recipe.seed, name, "upcycle"))
         state = _upcycled_state(recipe, name, parent, params, mesh) if this.restore == "all" else None
-    meta = {"stage": name, "model": config.to_dict(cfg), "recipe": config.to_dict(recipe), "data_fingerprint": ""}
+    meta: checkpoint.Meta = {
+        "stage": name,
+        "model": config.to_dict(cfg),
+        "recipe": config.to_dict(recipe),
+        "data_fingerprint": "",
+    }
     meta |= inherited_meta(recipe, name, workdir)
     if state:
         checkpoints = checkpoint.Checkpoints(home)

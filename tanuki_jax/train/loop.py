@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tanuki_jax import config, files, multihost
-from tanuki_jax.checkpoint import Checkpoints
+from tanuki_jax.checkpoint import Checkpoints, Meta
 from tanuki_jax.errors import Preempted, UserError
 from tanuki_jax.progress import Progress
 from tanuki_jax.train.goodput import Clock
@@ -36,7 +36,7 @@ class Job:
     steps: int
     tokens_per_step: int
     flops_per_token: float
-    meta: dict[str, Any]  # saved in every checkpoint
+    meta: Meta  # saved in every checkpoint
     tensorboard: bool = False
     counters: Callable[[int], dict[str, float]] = lambda batches: {}  # of so many batches; logged beside a step's metrics
     observe: Callable[[dict[str, Any]], None] = lambda row: None  # sees every row of metrics.jsonl
@@ -57,7 +57,7 @@ def run_loop(
     fresh_state: Callable[[], State],
     train_step: Callable[[State, Any], tuple[State, dict[str, jax.Array]]],
     batches: Callable[[int, Callable[[int], int]], Iterator[Any]],
-    check_meta: Callable[[dict[str, Any]], None] = lambda meta: None,
+    check_meta: Callable[[Meta], None] = lambda meta: None,
     probes: Sequence[tuple[int, Callable[[Any], dict[str, Any]]]] = (),
 ) -> State:
     """Runs or resumes a stage to its last step and returns the state.
