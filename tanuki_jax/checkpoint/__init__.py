@@ -1,35 +1,30 @@
-"""Checkpoints: the only room that imports Orbax.
+"""Checkpoints: the only package that imports Orbax.
 
 A stage's directory holds `checkpoints/<step>/{params, optimizer, meta}` and `tokenizer/`.  `meta` has the step, the resolved
-model and stage, and the fingerprint of the data, so that resume, export and serving need nothing else.  Saves are
-asynchronous and atomic (Orbax writes to a temporary name and renames); a checkpoint restores on any mesh.  One of adapters
-holds them alone and names the checkpoint that they lie on.  What came from files has an `id` in its meta, a new one each time,
-so that nothing that was computed from it is taken for another's.
+model and stage, and the fingerprint of the data, so that resume, export and serving need nothing else (`meta.py`).  Saves are
+asynchronous and atomic (Orbax writes to a temporary name and renames); a checkpoint restores on any mesh.  A checkpoint of
+adapters holds them alone and names the checkpoint that they lie on.  What came from files has an `id` in its meta, a new one
+each time, so that results that were cached for one import are not taken for another's.
 """
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tanuki_jax.checkpoint.lazy import Block, LazyArray, LazyCheckpoint, block_indices, open_lazy
+from tanuki_jax.checkpoint.meta import AdapterMeta, Meta, StageRecord, inherited_meta, lineage, max_seq_len
 from tanuki_jax.checkpoint.restore import (
     Adapters,
     Loaded,
     adapters_meta,
     check_architecture,
     check_sums,
-    inherited_meta,
-    lineage,
     load,
     load_adapters,
     load_for,
-    max_seq_len,
-    parameter_shardings,
     read_meta,
-    replicated,
     save_params,
-    sharded_like,
-    single_device,
 )
+from tanuki_jax.checkpoint.sharding import parameter_shardings, replicated, sharded_like, single_device
 from tanuki_jax.config.init_from import locate
 
 if TYPE_CHECKING:
@@ -37,6 +32,7 @@ if TYPE_CHECKING:
     from tanuki_jax.checkpoint.streaming import save_streaming
 
 __all__ = [
+    "AdapterMeta",
     "Adapters",
     "Block",
     "Checkpoints",
@@ -44,6 +40,8 @@ __all__ = [
     "LazyArray",
     "LazyCheckpoint",
     "Loaded",
+    "Meta",
+    "StageRecord",
     "adapters_meta",
     "block_indices",
     "check_architecture",
@@ -65,15 +63,15 @@ __all__ = [
     "single_device",
 ]
 
-LATER = {
+LAZY_MODULES = {  # of what needs Orbax, whose import takes a tenth of a second
     "KEEP_ALL": "manager",
     "Checkpoints": "manager",
     "save_streaming": "streaming",
-}  # whose import takes a tenth of a second
+}
 
 
-def __getattr__(name: str) -> Any:
-    """What needs Orbax, imported when it is first asked for."""
-    if name in LATER:
-        return getattr(importlib.import_module(f"{__name__}.{LATER[name]}"), name)
+def __getattr__(name: str) -> object:
+    """Imports what needs Orbax when it is first asked for."""
+    if name in LAZY_MODULES:
+        return getattr(importlib.import_module(f"{__name__}.{LAZY_MODULES[name]}"), name)
     raise AttributeError(name)

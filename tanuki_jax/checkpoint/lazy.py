@@ -1,4 +1,4 @@
-"""Checkpoints of any size, read a layer at a time, and the blocks that they are written in that way."""
+"""Checkpoints of any size, read a layer at a time; and the blocks in which such checkpoints are written."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tensorstore
 
 from tanuki_jax import config, files, model
 from tanuki_jax.checkpoint import checksums
-from tanuki_jax.checkpoint.restore import base_of, check_sums, read_meta, without_adapter
+from tanuki_jax.checkpoint.meta import Meta, without_adapter
+from tanuki_jax.checkpoint.restore import base_of, check_sums, read_meta
 from tanuki_jax.config.init_from import locate
 from tanuki_jax.errors import UserError
 
@@ -22,7 +22,7 @@ Block = tuple[str, tuple[int, ...], np.ndarray]  # name, leading indices, array
 
 @dataclasses.dataclass(frozen=True)
 class LazyArray:
-    """An array that lies in a file; `read(i)` reads row i of its first axis (a layer), `read()` all of it."""
+    """An array that lies in files; `read(i)` reads row i of its first axis (a layer), `read()` all of it."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -31,29 +31,29 @@ class LazyArray:
 
 @dataclasses.dataclass(frozen=True)
 class LazyCheckpoint:
-    """A checkpoint's parameters by path, "layers/attn/q" say, none of which has been read yet.
+    """A checkpoint's parameters by path, "layers/attn/q" for example, none of which has been read yet.
 
-    What is read is compared with its check sum where it is a whole file.  `verified()` compares all other files, once, and is
-    an error where they differ: to be asked before anyone sees what was made of the checkpoint.
+    Files that are read as a whole are compared with their check sums then.  `verify()` compares all others, once, and raises
+    where they differ: to be called before anything that was made of the checkpoint is published.
     """
 
     cfg: config.ModelConfig
     tree: dict[str, LazyArray]
-    meta: dict[str, Any]
+    meta: Meta
     stage_directory: Path
-    verified: Callable[[], None] = lambda: None
-    losses: list[np.ndarray] = dataclasses.field(default_factory=list)  # of adapters, each time that a matrix was merged
+    verify: Callable[[], None] = lambda: None
+    losses: list[np.ndarray] = dataclasses.field(default_factory=list)  # of adapters, one per matrix that was merged
 
     @property
-    def told_loss(self) -> str:
-        """What rounding has lost of adapters, by all that was read; empty where there is nothing to tell."""
+    def merge_loss_message(self) -> str:
+        """What rounding has lost of adapters, in all that was read so far; empty where it is nothing to speak of."""
         return model.lora.describe_merge_loss(sum(self.losses), self.cfg.param_dtype) if self.losses else ""
 
     @property
     def tokenizer_directory(self) -> Path:
         """Where the tokenizer lies: in a directory of its own, or beside the weights."""
-        own = self.stage_directory / "tokenizer"
-        return own if own.is_dir() else self.stage_directory
+        subdirectory = self.stage_directory / "tokenizer"
+        return subdirectory if subdirectory.is_dir() else self.stage_directory
 
 
 def open_lazy(path: str | Path, param_dtype: str = "") -> LazyCheckpoint:
@@ -62,39 +62,38 @@ def open_lazy(path: str | Path, param_dtype: str = "") -> LazyCheckpoint:
     Matrices have the dtype in which they were saved, or `param_dtype`, and norms are float32.
     """
     stage_directory, step = locate(path)
-    reading = checksums.ChecksumVerifier(stage_directory / "checkpoints" / str(step))
-    verified = functools.cache(lambda: check_sums(stage_directory, step, "params", reading.right))
     meta = read_meta(stage_directory, step)
     cfg = config.read_model(meta)
     cfg = dataclasses.replace(cfg, param_dtype=param_dtype or cfg.param_dtype)
     if "adapter" in meta:
         base, losses = open_lazy(base_of(stage_directory, meta), cfg.param_dtype), list[np.ndarray]()
+        arrays = _StepArrays(stage_directory, step)
         scales, ranks = meta["adapter"]["scales"], meta["adapter"]["ranks"]
-        sides = _open(stage_directory, step, [f"lora/{name}/{side}" for name in ranks for side in "ab"], reading, verified)
-        tree = dict(base.tree)
+        merged = {}
         for name in ranks:
-            a, b = sides[f"lora/{name}/a"], sides[f"lora/{name}/b"]
-            tree[name] = _merge(name, tree[name], a, b, np.array(scales[name]), losses)
+            a, b = arrays.open(f"lora/{name}/a"), arrays.open(f"lora/{name}/b")
+            merged[name] = _merge(name, base.tree[name], a, b, np.array(scales[name]), losses)
 
-        def both() -> None:
-            verified()
-            base.verified()
+        def verify_both() -> None:
+            arrays.verify()
+            base.verify()
 
-        return LazyCheckpoint(cfg, tree, without_adapter(meta), stage_directory, both, losses)
-    names = [name for name, _, _ in model.named_parameters(cfg)]
-    found = _open(stage_directory, step, names, reading, verified)
-    tree = {name: _cast(stored, model.parameter_dtype(cfg, name)) for name, stored in found.items()}
-    return LazyCheckpoint(cfg, tree, meta, stage_directory, verified)
+        return LazyCheckpoint(cfg, base.tree | merged, without_adapter(meta), stage_directory, verify_both, losses)
+    arrays = _StepArrays(stage_directory, step)
+    tree = {name: _cast(arrays.open(name), model.parameter_dtype(cfg, name)) for name, _, _ in model.named_parameters(cfg)}
+    return LazyCheckpoint(cfg, tree, meta, stage_directory, arrays.verify)
 
 
 def _cast(stored: LazyArray, dtype: str) -> LazyArray:
-    """The array in another dtype: a cast that was asked for, or norms of before they were always float32."""
+    """The array in another dtype: a cast that was asked for, or norms from before they were always float32."""
     if stored.dtype == dtype:
         return stored
     return LazyArray(stored.shape, dtype, lambda *row: stored.read(*row).astype(dtype))
 
 
 def _merge(name: str, base: LazyArray, a: LazyArray, b: LazyArray, scale_L: np.ndarray, losses: list[np.ndarray]) -> LazyArray:
+    """The array with its adapter added; what rounding loses of it is appended to `losses`."""
+
     def read(*row: int) -> np.ndarray:
         scale, w = np.float32(scale_L[row[0]] if row else scale_L), base.read(*row)
         exact, change = model.lora.delta(name, w, a.read(*row), b.read(*row), scale)
@@ -106,68 +105,91 @@ def _merge(name: str, base: LazyArray, a: LazyArray, b: LazyArray, scale_L: np.n
     return LazyArray(base.shape, base.dtype, read)
 
 
-def _open(
-    stage_directory: Path, step: int, names: list[str], reading: checksums.ChecksumVerifier, verified: Callable[[], None]
-) -> dict[str, LazyArray]:
-    """Arrays of the item `params` of a step, by path.  Where one cannot be read, check sums say best why."""
-    home = stage_directory / "checkpoints" / str(step) / "params"
-    try:
-        written = files.read_json(home / "_METADATA")
-    except (OSError, UserError) as error:
-        verified()
-        raise UserError(f"checkpoint: {stage_directory} step {step} cannot be read: {str(error).splitlines()[0]}") from error
-    driver = "zarr3" if written.get("use_zarr3") else "zarr"
+class _StepArrays:
+    """The arrays of the item `params` of a step.  Where one cannot be read, the check sums give the best explanation."""
 
-    def opened(name: str) -> LazyArray:
-        mapped = {"driver": "file", "file_io_mode": {"mode": "memmap"}}  # half the time of reading
-        plain = {**mapped, "path": f"{home}/{name.replace('/', '.')}/"}
-        packed = {"driver": "ocdbt", "base": {**mapped, "path": f"{home}/"}, "path": f"{name.replace('/', '.')}/"}
-        store = packed if (home / "manifest.ocdbt").is_file() else plain
+    def __init__(self, stage_directory: Path, step: int) -> None:
+        self._step = f"{stage_directory} step {step}"
+        self._directory = stage_directory / "checkpoints" / str(step) / "params"
+        self._checksums = checksums.ChecksumVerifier(self._directory.parent)
+        self.verify = functools.cache(lambda: check_sums(stage_directory, step, "params", self._checksums.verified))
         try:
-            array = tensorstore.open({"driver": driver, "kvstore": store, "fill_missing_data_reads": False}, read=True).result()
-        except ValueError as error:
-            verified()
-            raise UserError(f"checkpoint: {stage_directory} step {step} has no parameter {name}, or it is damaged") from error
+            metadata = files.read_json(self._directory / "_METADATA")
+        except (OSError, UserError) as error:
+            self.verify()
+            raise UserError(f"checkpoint: {self._step} cannot be read: {str(error).splitlines()[0]}") from error
+        self._driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
+        self._is_ocdbt = (self._directory / "manifest.ocdbt").is_file()
 
-        blocks = None if store is packed else _block_file(home / name.replace("/", "."))
+    def open(self, name: str) -> LazyArray:
+        """The array of a parameter; an error where there is none."""
+        try:
+            array = tensorstore.open(self._spec(name), read=True).result()
+        except ValueError as error:
+            self.verify()
+            raise UserError(f"checkpoint: {self._step} has no parameter {name}, or it is damaged") from error
+        blocks = None if self._is_ocdbt else _BlockFiles.of(self._directory / name.replace("/", "."))
 
         def read(*row: int) -> np.ndarray:
+            path = blocks.path(row) if blocks else None
             try:
-                if blocks and (path := blocks(row)):
-                    block = np.asarray(np.memmap(path, array.dtype.numpy_dtype, "r", shape=array.shape[len(row) :]))
-                    if reading.differs(in_step(path), block):
-                        verified()
-                    return block
+                if path:
+                    return self._read_file(path, array.dtype.numpy_dtype, array.shape[len(row) :])
                 return array[row].read().result() if row else array.read().result()
             except (ValueError, OSError) as error:
-                verified()
-                raise UserError(f"checkpoint: {name} in {home} is damaged: {str(error).splitlines()[0]}") from error
+                self.verify()
+                raise UserError(f"checkpoint: {name} in {self._directory} is damaged: {str(error).splitlines()[0]}") from error
 
         return LazyArray(tuple(array.shape), array.dtype.name, read)
 
-    return {name: opened(name) for name in names}
+    def _spec(self, name: str) -> dict[str, object]:
+        """What TensorStore opens."""
+        mapped = {"driver": "file", "file_io_mode": {"mode": "memmap"}}  # takes half the time of reading
+        inside, path = f"{name.replace('/', '.')}/", f"{self._directory}/"
+        store = (
+            {"driver": "ocdbt", "base": {**mapped, "path": path}, "path": inside}
+            if self._is_ocdbt
+            else {**mapped, "path": path + inside}
+        )
+        return {"driver": self._driver, "kvstore": store, "fill_missing_data_reads": False}
+
+    def _read_file(self, path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+        """A block that is a file of plain numbers."""
+        block = np.asarray(np.memmap(path, dtype, "r", shape=shape))
+        if self._checksums.differs(in_step(path), block):
+            self.verify()
+        return block
 
 
-def _block_file(directory: Path) -> Callable[[tuple[int, ...]], Path | None] | None:
-    """Where a block lies by its leading indices, if it is a file of plain numbers, as `save_streamed` writes them."""
-    try:
-        how = files.read_json(directory / ".zarray")
-    except OSError:
-        return None
-    if how.get("compressor") or how.get("filters") or how.get("order") != "C":
-        return None
-    shape, chunk = how["shape"], how["chunks"]
+@dataclasses.dataclass(frozen=True)
+class _BlockFiles:
+    """An array whose blocks are files of plain numbers, as `save_streaming` writes them."""
 
-    def path(row: tuple[int, ...]) -> Path | None:
-        if chunk != [*(1,) * len(row), *shape[len(row) :]] or not all(shape):
+    directory: Path
+    shape: list[int]
+    chunk: list[int]
+    separator: str
+
+    @classmethod
+    def of(cls, directory: Path) -> _BlockFiles | None:
+        """Those of a directory; None where its files are compressed or in another order."""
+        try:
+            zarray = files.read_json(directory / ".zarray")
+        except OSError:
             return None
-        return directory / file_of(row, len(shape), how.get("dimension_separator", "."))
+        if zarray.get("compressor") or zarray.get("filters") or zarray.get("order") != "C":
+            return None
+        return cls(directory, zarray["shape"], zarray["chunks"], zarray.get("dimension_separator", "."))
 
-    return path
+    def path(self, row: tuple[int, ...]) -> Path | None:
+        """The file that holds just what is read at these leading indices; None where there is none."""
+        if self.chunk != [*(1,) * len(row), *self.shape[len(row) :]] or not all(self.shape):
+            return None
+        return self.directory / file_of(row, len(self.shape), self.separator)
 
 
 def file_of(row: tuple[int, ...], axes: int, separator: str = ".") -> str:
-    """What zarr calls the chunk that begins at these leading indices and holds all of the other axes."""
+    """The name zarr gives to the chunk at these leading indices that spans all other axes."""
     return separator.join(map(str, [*row, *(0,) * (axes - len(row))]))
 
 

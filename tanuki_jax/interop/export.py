@@ -1,22 +1,21 @@
 """Our checkpoints as Hugging Face directories: Llama, Mixtral, or Tanuki's own class; streamed, exact, whole or not at all.
 
 A dense model is a Llama and a mixture with the plain gate a Mixtral, with which transformers and vLLM compute what we do.  The
-normalised gate cannot be folded into Mixtral's weights (its mean can, its deviation for each token cannot), so such a model is
+normalised gate cannot be folded into Mixtral's weights (its mean can, its deviation per token cannot), so such a model is
 written with the small modelling file beside it, to be loaded with `trust_remote_code=True`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
 import shutil
 import struct
 import sys
-import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,41 +23,47 @@ from tanuki_jax import checkpoint, config, files, model
 from tanuki_jax.checkpoint import LazyCheckpoint
 from tanuki_jax.errors import UserError
 from tanuki_jax.files import lock
-from tanuki_jax.interop.huggingface import (
-    DOWN,
-    DTYPES,
-    EXPERT,
-    GATE_UP,
-    INDEX,
-    LAYER,
-    OUTER,
-    ROUTER,
-    ROUTER_FUSED,
-    Name,
-    published_shape,
-    sizes_of,
-    transpose,
-)
+from tanuki_jax.interop import layout
+from tanuki_jax.interop.layout import EXPERT, FUSED, LAYER, OUTER, ROUTER, ROUTER_FUSED, Name
 from tanuki_jax.interop.settings import ARCHITECTURES, export_tokenizer, kind_published, settings_of
 from tanuki_jax.interop.vocabulary import resize
+from tanuki_jax.interop.weights import DTYPES, INDEX
 from tanuki_jax.progress import Progress
 
 AHEAD, THREADS = 10, 2  # pieces that are made while one is written, the tiny ones of norms among them
-PIECE = 4 << 20  # bytes of one, at most: transposed in memory that the last one left in the cache, twice as fast as the whole
+PIECE = 4 << 20  # bytes of one, at most: what is transposed within the cache takes half the time
 SHARD = 4_000_000_000  # bytes of a file, at most, unless one tensor is larger
 
 
-Read = Callable[[], np.ndarray]
-Part = list[Read]  # an array of ours in the pieces in which it is written; the first is empty, and reads it for the others
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """An array of ours (of one layer, of one expert) that a published tensor, or part of one, is made of."""
+
+    name: Name
+    shape: tuple[int, ...]  # as published
+    dtype: str
+    read: Callable[[], np.ndarray]
+
+    def pieces(self) -> list[slice]:
+        """The published rows in pieces of at most PIECE bytes."""
+        rows = self.shape[0]
+        count = math.ceil(math.prod(self.shape) * np.dtype(self.dtype).itemsize / PIECE)
+        return [slice(rows * i // count, rows * (i + 1) // count) for i in range(count)]
 
 
-class Tensor(NamedTuple):
-    """A published tensor, and how its contents are read: part by part."""
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A published tensor, and the arrays whose contents it holds one behind the other."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str
-    parts: list[Part]
+    parts: Sequence[Part]
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in a file."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
 def export_huggingface(path: Path, output: Path, vocab_size: int = 0, param_dtype: str = "") -> str:
@@ -77,9 +82,9 @@ def export_huggingface(path: Path, output: Path, vocab_size: int = 0, param_dtyp
         if kind == "tanuki":
             shutil.copy(Path(__file__).with_name("modeling_tanuki.py"), temporary)
         (temporary / "README.md").write_text(_card(opened, kind), encoding="utf-8")
-        opened.verified()
+        opened.verify()
     total, active = model.count_parameters(opened.cfg)
-    how = ", load with trust_remote_code=True (the normalised gate is no Mixtral)" if kind == "tanuki" else ""
+    loading = ", load with trust_remote_code=True (the normalised gate is no Mixtral)" if kind == "tanuki" else ""
     counts = f"{total:,} parameters" + (f", {active:,} active" if active != total else "")
     if opened.cfg.param_dtype != saved:
         counts += f", cast from {saved} to {opened.cfg.param_dtype}"
@@ -87,9 +92,9 @@ def export_huggingface(path: Path, output: Path, vocab_size: int = 0, param_dtyp
         exact = exact.replace("exact", "rounded", 1)
     if len({tensor.dtype for tensor in tensors}) > 1:
         counts += ", norms in float32, for bfloat16 would round them"
-    if opened.told_loss:
-        print(f"export: {opened.told_loss}; --param_dtype=float32 or --format=peft keeps it", file=sys.stderr)
-    return f"{output}: {ARCHITECTURES[kind]}{how}; {counts}, {len(tensors)} tensors, {size / 1e9:,.2f} GB, {exact}"
+    if opened.merge_loss_message:
+        print(f"export: {opened.merge_loss_message}; --param_dtype=float32 or --format=peft keeps it", file=sys.stderr)
+    return f"{output}: {ARCHITECTURES[kind]}{loading}; {counts}, {len(tensors)} tensors, {size / 1e9:,.2f} GB, {exact}"
 
 
 def _norm_dtype(opened: LazyCheckpoint) -> str:
@@ -120,82 +125,46 @@ def kind_of(cfg: config.ModelConfig) -> str:
 
 def _tensors(opened: LazyCheckpoint, kind: str) -> Iterator[Tensor]:
     """All tensors in the order in which a token meets them."""
-    cfg, tree = opened.cfg, opened.tree
-    sizes = sizes_of(cfg) | {"F": cfg.expert_d_ff or cfg.d_ff if cfg.n_experts else cfg.d_ff}
+    cfg, tree, sizes = opened.cfg, opened.tree, layout.axis_sizes(opened.cfg)
     dtypes = {False: cfg.param_dtype, True: _norm_dtype(opened)}
 
-    def one(path: str, name: Name, theirs: str, *at: int) -> Tensor:
-        return Tensor(theirs, published_shape(name, sizes), dtypes[model.is_vector(path)], [part(path, name, *at)])
-
     def part(path: str, name: Name, *at: int) -> Part:
-        rows, *rest = published_shape(name, sizes)
-        count = math.ceil(rows * math.prod(rest) * np.dtype(tree[path].dtype).itemsize / PIECE)
         dtype = dtypes[model.is_vector(path)]
-        whole = _shared(lambda: tree[path].read(*at).astype(dtype, copy=False), count + 1)
-        pieces = [slice(0), *(slice(rows * i // count, rows * (i + 1) // count) for i in range(count))]
-        return [functools.partial(_rows, name, whole, piece) for piece in pieces]
+        read = lambda: tree[path].read(*at).astype(dtype, copy=False)  # noqa: E731
+        return Part(name, layout.published_shape(name, sizes), dtype, read)
 
-    def fused(layer: int) -> Iterator[Tensor]:
-        E, F, D = cfg.n_experts, sizes["F"], cfg.d_model
+    def single(path: str, name: Name, theirs: str, *at: int) -> Tensor:
+        only = part(path, name, *at)
+        return Tensor(theirs, only.shape, only.dtype, [only])
 
-        def of_all(*names: str) -> list[Part]:
-            return [part(f"layers/{name}", EXPERT[name], layer, number) for number in range(E) for name in names]
-
-        yield Tensor(f"model.layers.{layer}.{GATE_UP}", (E, 2 * F, D), dtypes[False], of_all("moe/gate", "moe/up"))
-        yield Tensor(f"model.layers.{layer}.{DOWN}", (E, D, F), dtypes[False], of_all("moe/down"))
-
-    yield one("embed/table", OUTER["embed/table"], OUTER["embed/table"].theirs)
+    yield single("embed/table", OUTER["embed/table"], OUTER["embed/table"].theirs)
     for layer in range(cfg.n_layers):
+        prefix = f"model.layers.{layer}"
         for path, name in LAYER.items():
             if not (cfg.n_experts and path.startswith("mlp/")):
-                yield one(f"layers/{path}", name, f"model.layers.{layer}.{name.theirs}", layer)
+                yield single(f"layers/{path}", name, f"{prefix}.{name.theirs}", layer)
         if cfg.n_experts:
             router = ROUTER if kind == "mixtral" else ROUTER_FUSED
-            yield one("layers/moe/router", router, f"model.layers.{layer}.{router.theirs}", layer)
+            yield single("layers/moe/router", router, f"{prefix}.{router.theirs}", layer)
         if kind == "mixtral":
             for number in range(cfg.n_experts):
                 for path, name in EXPERT.items():
-                    theirs = f"model.layers.{layer}.{name.theirs.format(number)}"
-                    yield one(f"layers/{path}", name, theirs, layer, number)
+                    yield single(f"layers/{path}", name, f"{prefix}.{name.theirs.format(number)}", layer, number)
         elif kind == "tanuki":
-            yield from fused(layer)
+            for fused in FUSED:
+                parts = [part(f"layers/{p}", EXPERT[p], layer, number) for number in range(cfg.n_experts) for p in fused.parts]
+                yield Tensor(f"{prefix}.{fused.theirs}", layout.fused_shape(fused, sizes), dtypes[False], parts)
     for path in ("norm_final", "head"):
-        yield one(path, OUTER[path], OUTER[path].theirs)
+        yield single(path, OUTER[path], OUTER[path].theirs)
 
 
-def _shared(read: Read, count: int) -> Read:
-    """What is read once for `count` calls, from any thread, and let go with the last of them."""
-    lock, left = threading.Lock(), count
-    held: list[np.ndarray] = []
-
-    def call() -> np.ndarray:
-        nonlocal left
-        with lock:
-            if not held:
-                held.append(read())
-            left -= 1
-            return held[0] if left else held.pop()
-
-    return call
-
-
-def _in_order(parts: Iterable[Part]) -> Iterator[Read]:
-    """All pieces in order, but that every part is read while the one before it is written."""
-    rest: list[Read] = []
-    for first, *pieces in parts:
-        yield first
-        yield from rest
-        rest = pieces
-    yield from rest
-
-
-def _rows(name: Name, read: Read, rows: slice) -> np.ndarray:
-    """Rows of an array of ours in the published layout."""
-    array = read()
-    if not name.transposed:
-        return np.ascontiguousarray(array[rows])
-    inward = array.shape[:1] if name.axes[0] == "D" else array.shape[:-1]
-    return transpose(array.reshape(math.prod(inward), -1)[:, rows])
+def _pieces(parts: Sequence[Part]) -> Iterator[Callable[[], np.ndarray]]:
+    """What makes the contents of all parts, piece by piece; a part is read while the one before it is written."""
+    arrays = files.prefetch((part.read for part in parts), 1, threads=1)
+    for part in parts:
+        array = next(arrays)
+        for rows in part.pieces():
+            yield functools.partial(layout.to_published, part.name, array, rows)
 
 
 def _write(directory: Path, tensors: list[Tensor]) -> int:
@@ -204,34 +173,49 @@ def _write(directory: Path, tensors: list[Tensor]) -> int:
     The format (a JSON header with the offset of every tensor, then the bytes) is written here, since the library holds a whole
     file in memory.
     """
-    letters = {ours: theirs for theirs, ours in DTYPES.items()}
-    sizes = {t.name: int(np.prod(t.shape)) * np.dtype(t.dtype).itemsize for t in tensors}
-    shards: list[list[Tensor]] = [[]]
-    for tensor in tensors:
-        if shards[-1] and sum(sizes[t.name] for t in shards[-1]) + sizes[tensor.name] > SHARD:
-            shards.append([])
-        shards[-1].append(tensor)
-    total, done = sum(sizes.values()), 0
-    progress, index = Progress("export", total, "MB", 1e6), {}
+    shards = _shards(tensors)
+    total, done = sum(tensor.nbytes for tensor in tensors), 0
+    progress = Progress("export", total, "MB", 1e6)
+    index: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        at = 0
-        for tensor in shard:
-            offsets = [at, at + sizes[tensor.name]]
-            header[tensor.name] = {"dtype": letters[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
-            at, index[tensor.name] = offsets[1], file
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        with files.direct_writer(directory / file, 8 + len(text) + at, depth=8) as append:
-            append(memoryview(struct.pack("<Q", len(text)) + text))
-            for piece in files.prefetch(_in_order(part for tensor in shard for part in tensor.parts), AHEAD, THREADS):
+        header = _header(shard)
+        size = len(header) + sum(tensor.nbytes for tensor in shard)
+        with files.direct_writer(directory / file, size, depth=8) as append:
+            append(memoryview(header))
+            parts = [part for tensor in shard for part in tensor.parts]
+            for piece in files.prefetch(_pieces(parts), AHEAD, THREADS):
                 append(piece.reshape(-1).view(np.uint8).data)
                 done += piece.nbytes
                 progress.show(done)
+        index |= {tensor.name: file for tensor in shard}
     if len(shards) > 1:
         files.write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
     return total
+
+
+def _shards(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """The tensors of every file, in order."""
+    shards: list[list[Tensor]] = [[]]
+    for tensor in tensors:
+        if shards[-1] and sum(t.nbytes for t in shards[-1]) + tensor.nbytes > SHARD:
+            shards.append([])
+        shards[-1].append(tensor)
+    return shards
+
+
+def _header(tensors: Iterable[Tensor]) -> bytes:
+    """The beginning of a safetensors file: the length of the JSON, then the JSON, padded to a multiple of 8."""
+    letters = {ours: theirs for theirs, ours in DTYPES.items()}
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for tensor in tensors:
+        offsets = [at, at + tensor.nbytes]
+        header[tensor.name] = {"dtype": letters[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+        at = offsets[1]
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
 
 
 def _card(opened: LazyCheckpoint, kind: str) -> str:
@@ -259,7 +243,8 @@ def _card(opened: LazyCheckpoint, kind: str) -> str:
             data = ", ".join(f"{source} {'/'.join(f'{w:g}' for w in weights)}" for source, weights in stage["mixture"].items())
             lines.append(f"| {name} | {stage['kind']} | {budget} | {data} |")
     done = opened.stage_directory / "done.json"
-    if done.is_file() and (scores := files.read_json(done)["entry"].get("scores")):
+    scores = files.read_json(done)["entry"].get("scores") if done.is_file() else None
+    if scores:
         shown = {key: value for key, value in scores.items() if isinstance(value, int | float) and key != "seconds"}
         lines += ["", "## Scores", "", "| score | value |", "|---|---|", *(f"| {k} | {v} |" for k, v in shown.items())]
     return "\n".join(lines) + "\n"

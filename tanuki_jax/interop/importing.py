@@ -18,18 +18,18 @@ from tanuki_jax.interop.huggingface import open_huggingface
 from tanuki_jax.interop.vocabulary import check_rows, resize
 from tanuki_jax.progress import Progress
 
-SLOW = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")  # tokenizers of other libraries
+SLOW = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")  # what other libraries read: "slow" tokenizers
 BITS = {"float16": 11, "bfloat16": 8, "float32": 24, "float64": 53}  # of a number's precision
-SHOWN = ("vocab_size", "n_layers", "d_model", "rope_theta")  # of a model, to whoever writes a config for it
+SHOWN = ("vocab_size", "n_layers", "d_model", "rope_theta")  # keys of the model that the config's lines name
 
 
 def import_huggingface(path: Path, output: Path, vocab_size: int = 0, param_dtype: str = "") -> str:
     """Writes a Llama, Mistral, Mixtral or Tanuki directory as step 0 of a stage.
 
-    Returns what it is, and the lines of a config that begins with it; what is to be known of its tokenizer is said on stderr.
+    Returns what it is, and the lines of a config that begins with it; notes on its tokenizer go to stderr.
     """
-    found = open_huggingface(path, param_dtype) if param_dtype else open_huggingface(path)
-    opened, exact = resize(found, vocab_size, "import")
+    published = open_huggingface(path, param_dtype) if param_dtype else open_huggingface(path)
+    opened, exact = resize(published, vocab_size, "import")
     cfg = opened.cfg
     check_rows(path, cfg.vocab_size)
     notes = tokenizer_notes(path)
@@ -46,29 +46,37 @@ def import_huggingface(path: Path, output: Path, vocab_size: int = 0, param_dtyp
                 progress.show(done)
 
     with lock.output(output), files.disk_errors(output), files.atomic_path(output) as temporary:
-        meta = {**opened.meta, "stage": "import", "model": config.to_dict(cfg), "data_fingerprint": "", "id": uuid.uuid4().hex}
+        meta: checkpoint.Meta = {
+            **opened.meta,
+            "stage": "import",
+            "model": config.to_dict(cfg),
+            "data_fingerprint": "",
+            "id": uuid.uuid4().hex,
+        }
         checkpoint.save_streaming(temporary, cfg, blocks(), meta)
         copy_tokenizer(path, temporary / "tokenizer")
     for note in notes:
         print(f"import: {note}", file=sys.stderr)
     counts = f"{total:,} parameters" + (f", {active:,} active" if active != total else "")
-    cast = [casts(opened.meta["cast"], cfg.param_dtype)] if "cast" in opened.meta else []
-    how = ", ".join([*cast, *([] if cast and exact == "exact" else [exact])])
-    return f"{output}: {counts}, {cfg.param_dtype}, {how}\n{_lines(output, cfg, checkpoint.max_seq_len(meta))}"
+    changes = [describe_cast(opened.meta["cast"], cfg.param_dtype)] if "cast" in opened.meta else []
+    if not changes or exact != "exact":
+        changes.append(exact)
+    lines = _config_lines(output, cfg, checkpoint.max_seq_len(meta))
+    return f"{output}: {counts}, {cfg.param_dtype}, {', '.join(changes)}\n{lines}"
 
 
-def casts(dtypes: list[str], to: str) -> str:
+def describe_cast(dtypes: list[str], target: str) -> str:
     """What a cast did to the numbers."""
-    rounded = [dtype for dtype in dtypes if BITS[dtype] > BITS[to]]
-    told = f"cast from {' and '.join(dtypes)} to {to}"
+    cast = f"cast from {' and '.join(dtypes)} to {target}"
+    rounded = [dtype for dtype in dtypes if BITS[dtype] > BITS[target]]
     if not rounded:
-        return f"{told}, which holds every value"
-    lost = ", ".join(f"{to} has {BITS[dtype] - BITS[to]} bits of mantissa fewer than {dtype}" for dtype in rounded)
-    return f"{told}, no longer exact: {lost}"
+        return f"{cast}, which holds every value"
+    lost = ", ".join(f"{target} has {BITS[dtype] - BITS[target]} bits of mantissa fewer than {dtype}" for dtype in rounded)
+    return f"{cast}, no longer exact: {lost}"
 
 
 def tokenizer_notes(path: Path) -> list[str]:
-    """What is to be known of the tokenizer in a published model's directory."""
+    """What users must know about the tokenizer in a published model's directory."""
     if (path / "tokenizer.json").is_file():
         try:
             tokenizer = Tokenizer(path)
@@ -92,19 +100,20 @@ def tokenizer_notes(path: Path) -> list[str]:
     ]
 
 
-def _lines(output: Path, cfg: config.ModelConfig, longest: int) -> str:
+def _config_lines(output: Path, cfg: config.ModelConfig, longest: int) -> str:
     """The lines of a config that a stage from this checkpoint needs."""
     shape = ", ".join(f"{name} {getattr(cfg, name)}" for name in SHOWN)
-    home = files.absolute(output)
-    has = (home / "tokenizer" / "tokenizer.json").is_file()
-    tokenizer = [] if has else ['c.tokenizer.path = "DIRECTORY WITH tokenizer.json"  # this checkpoint has none']
+    directory = files.absolute(output)
+    has_tokenizer = (directory / "tokenizer" / "tokenizer.json").is_file()
+    tokenizer = [] if has_tokenizer else ['c.tokenizer.path = "DIRECTORY WITH tokenizer.json"  # this checkpoint has none']
+    sections = "c.model and c.tokenizer" if has_tokenizer else "c.model"
     return "\n".join(
         [
-            f"in a config, where what is left out of c.model{' and c.tokenizer' * has} is this checkpoint's ({shape}, ...):",
+            f"in a config, where what is left out of {sections} is this checkpoint's ({shape}, ...):",
             'c.data = dict(chats="chats.jsonl")',
             *tokenizer,
             "c.stages.sft = config.stage(",
-            f'    "sft", init_from={str(home)!r}, mixture=dict(chats=(1.0,)),',
+            f'    "sft", init_from={str(directory)!r}, mixture=dict(chats=(1.0,)),',
             f"    seq_len={min(longest, 2048)}, batch_size=8, epochs=1.0,",
             ")",
         ]

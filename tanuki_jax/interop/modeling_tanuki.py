@@ -12,12 +12,12 @@ class TanukiConfig(MixtralConfig):
 
     model_type = "tanuki"
 
-    def __init__(self, gate_scale=1.0, **settings):
+    def __init__(self, gate_scale: float = 1.0, **settings: object) -> None:
         super().__init__(**settings)
         self.gate_scale = gate_scale
 
 
-def normalized_gate(router, hidden_states):
+def normalized_gate(router: torch.nn.Module, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Router logits as z-scores over the experts, unbiased deviation, in float32; softmax over the top-k."""
     hidden_states = hidden_states.reshape(-1, hidden_states.shape[-1])
     logits = torch.nn.functional.linear(hidden_states.float(), router.weight.float())
@@ -32,7 +32,7 @@ class TanukiForCausalLM(MixtralForCausalLM):
 
     config_class = TanukiConfig
 
-    def __init__(self, config):
+    def __init__(self, config: TanukiConfig) -> None:
         super().__init__(config)
         for layer in self.model.layers:
             router = layer.mlp.gate

@@ -11,25 +11,28 @@ from __future__ import annotations
 import collections
 import re
 import uuid
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from tanuki_jax import checkpoint, config, files, model
 from tanuki_jax.data.tokenizer import copy_tokenizer
 from tanuki_jax.errors import UserError
 from tanuki_jax.files import lock
+from tanuki_jax.interop import layout
+from tanuki_jax.interop.config_json import Settings, read_settings
 from tanuki_jax.interop.export import kind_of
-from tanuki_jax.interop.huggingface import EXPERT, LAYER, ROUTER, ROUTER_FUSED
+from tanuki_jax.interop.layout import EXPERT, LAYER, ROUTER, ROUTER_FUSED
 
 DTYPES = ("float32", "bfloat16", "float16")  # of which float32 holds every value
 PREFIX, WEIGHTS, SETTINGS = "base_model.model.", "adapter_model.safetensors", "adapter_config.json"
 FUSED, INNER = "mlp.experts", "mlp.experts.base_layer"  # of down, and of gate and up, which PEFT wraps first
 RENAMED = {"w2": "down_proj", "gate": "gate.weight"}  # of a Mixtral's module, from transformers 4 to 5
 # Keys of adapter_config.json that change the function computed, with the values that are read here.
-PLAIN: dict[str, tuple[Any, ...]] = {
+SUPPORTED_VALUES: dict[str, tuple[object, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none", None),
     "use_dora": (False, None),
@@ -44,8 +47,15 @@ PLAIN: dict[str, tuple[Any, ...]] = {
     "velora_config": (None,),
     "arrow_config": (None,),
 }
-# Ways to begin that take something out of the base, which is not in the files.
-IGNORED_KEYS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Initialisations that take something out of the base, which is not in the files.
+UNSUPPORTED_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+class Sides(NamedTuple):
+    """Both sides of the adapters of one path, stacked over layers: A [L, ..., r] and B [L, r, ...]."""
+
+    a: np.ndarray
+    b: np.ndarray
 
 
 # --- out ------------------------------------------------------------------------------------------------------------
@@ -55,54 +65,47 @@ def export_adapters(path: Path, output: Path, base_name: str = "") -> str:
     """Writes the adapters of a checkpoint as a PEFT directory and says what they are."""
     from safetensors.numpy import save_file
 
-    found = checkpoint.load_adapters(path)
-    kind = kind_of(found.cfg)
-    flat = {name: _evenly(sides, scale_L) for name, sides, scale_L in model.lora.adapters({**found.params, **found.scales})}
+    loaded = checkpoint.load_adapters(path)
+    kind = kind_of(loaded.cfg)
+    adapters, scales = {}, {}
+    for matrix, arrays, scale_L in model.lora.adapters({**loaded.params, **loaded.scales}):
+        adapters[matrix.removeprefix("layers/")], scales[matrix] = _with_one_scale(arrays, scale_L)
+    experts = {name: sides for name, sides in adapters.items() if name in EXPERT}
+    if experts:
+        _check_experts(loaded.ranks)
     tensors: dict[str, np.ndarray] = {}
     names: dict[str, list[str]] = {}  # path of ours -> what PEFT calls its target
-    experts = {
-        name.removeprefix("layers/"): sides
-        for name, (sides, _) in flat.items()
-        if "/moe/" in name and not name.endswith("router")
-    }
-    if experts:
-        _check_experts(found.ranks)
-    for name, (sides, _) in flat.items():
-        short = name.removeprefix("layers/")
-        if short not in EXPERT:
-            theirs = (LAYER | {"moe/router": ROUTER_FUSED if kind == "tanuki" else ROUTER})[short].theirs
-            stem = theirs.removesuffix(".weight")
-            if not (short == "moe/router" and kind == "tanuki"):
-                names[name] = [stem.rsplit(".", 1)[-1]]
-            for layer, (a, b) in enumerate(zip(*_sides(sides), strict=True)):
+    for name, sides in adapters.items():
+        if name not in EXPERT:
+            stem = (LAYER | {"moe/router": ROUTER_FUSED if kind == "tanuki" else ROUTER})[name].stem
+            if not (name == "moe/router" and kind == "tanuki"):
+                names[f"layers/{name}"] = [stem.rsplit(".", 1)[-1]]
+            for layer, (a, b) in enumerate(zip(*sides, strict=True)):
                 tensors |= _pair(f"model.layers.{layer}.{stem}", a.reshape(-1, a.shape[-1]), b.reshape(b.shape[0], -1))
         elif kind == "mixtral":
-            stem = EXPERT[short].theirs.removesuffix(".weight")
-            names[name] = [stem.rsplit(".", 1)[-1]]
-            for layer, of_layer in enumerate(zip(*_sides(sides), strict=True)):
+            stem = EXPERT[name].stem
+            names[f"layers/{name}"] = [stem.rsplit(".", 1)[-1]]
+            for layer, of_layer in enumerate(zip(*sides, strict=True)):
                 for number, (a, b) in enumerate(zip(*of_layer, strict=True)):
                     tensors |= _pair(f"model.layers.{layer}.{stem.format(number)}", a, b)
     if experts and kind == "tanuki":
         tensors |= _fused(experts)
-    settings = _settings(found, kind, names, {name: scale for name, (_, scale) in flat.items()}, base_name)
+    settings = _settings(loaded, kind, names, scales, base_name)
+    metadata = {"format": "pt", "base_fingerprint": loaded.meta["adapter"]["base_fingerprint"]}
     with lock.output(output), files.disk_errors(output), files.atomic_path(output) as temporary:
         temporary.mkdir()
-        save_file(tensors, temporary / WEIGHTS, {"format": "pt", "base_fingerprint": found.meta["adapter"]["base_fingerprint"]})
+        save_file(tensors, temporary / WEIGHTS, metadata)
         files.write_json(temporary / SETTINGS, settings)
     count = sum(t.size for t in tensors.values())
-    return f"{output}: PEFT adapters of {found.base}; {count:,} parameters, {len(tensors)} tensors, exact"
+    return f"{output}: PEFT adapters of {loaded.base}; {count:,} parameters, {len(tensors)} tensors, exact"
 
 
-def _evenly(sides: dict[str, Any], scale_L: Any) -> tuple[dict[str, np.ndarray], float]:
-    """Adapters of one scale in all layers; where a layer's own is smaller, it goes into its B."""
-    a, b, scale_L = (np.asarray(x) for x in (sides["a"], sides["b"], scale_L))
-    largest = float(scale_L.max())
-    shares = (scale_L / largest).astype(np.float32).reshape(-1, *(1,) * (b.ndim - 1))
-    return {"a": a, "b": b if (shares == 1).all() else b * shares}, largest
-
-
-def _sides(sides: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    return np.asarray(sides["a"]), np.asarray(sides["b"])
+def _with_one_scale(sides: Mapping[str, jax.Array], scale_L: jax.Array) -> tuple[Sides, float]:
+    """Adapters of one scale in all layers; where a layer's scale is smaller, its B makes up for it."""
+    a, b, scales = (np.asarray(x) for x in (sides["a"], sides["b"], scale_L))
+    largest = float(scales.max())
+    shares = (scales / largest).astype(np.float32).reshape(-1, *(1,) * (b.ndim - 1))
+    return Sides(a, b if (shares == 1).all() else b * shares), largest
 
 
 def _pair(stem: str, a: np.ndarray, b: np.ndarray) -> dict[str, np.ndarray]:
@@ -120,7 +123,7 @@ def _check_experts(ranks: dict[str, int]) -> None:
         )
 
 
-def _fused(experts: dict[str, dict[str, Any]]) -> dict[str, np.ndarray]:
+def _fused(experts: Mapping[str, Sides]) -> dict[str, np.ndarray]:
     """Tensors of all layers where the experts are one parameter: gate and up side by side, then down."""
     tensors: dict[str, np.ndarray] = {}
 
@@ -133,30 +136,30 @@ def _fused(experts: dict[str, dict[str, Any]]) -> dict[str, np.ndarray]:
 
     both = "moe/down" in experts
     if "moe/gate" in experts:
-        (gate_a, gate_b), (up_a, up_b) = (_sides(experts[f"moe/{part}"]) for part in ("gate", "up"))
+        (gate_a, gate_b), (up_a, up_b) = experts["moe/gate"], experts["moe/up"]
         upper = np.concatenate([gate_b, np.zeros_like(gate_b)], axis=-1)
         lower = np.concatenate([np.zeros_like(up_b), up_b], axis=-1)
         b = np.concatenate([upper, lower], axis=-2)
         add(INNER if both else FUSED, np.concatenate([gate_a, up_a], axis=-1), b)
     if both:
-        add(FUSED, *_sides(experts["moe/down"]))
+        add(FUSED, *experts["moe/down"])
     return tensors
 
 
 def _settings(
-    found: checkpoint.Adapters, kind: str, names: dict[str, list[str]], scales: dict[str, float], base_name: str
-) -> dict[str, Any]:
+    loaded: checkpoint.Adapters, kind: str, names: dict[str, list[str]], scales: dict[str, float], base_name: str
+) -> Settings:
     """adapter_config.json: the commonest rank and alpha, and patterns for the others."""
-    ranks = {target: found.ranks[path] for path, targets in names.items() for target in targets}
-    alphas = {target: scales[path] * found.ranks[path] for path, targets in names.items() for target in targets}
-    parameters = {}
+    ranks: dict[str, float] = {target: loaded.ranks[path] for path, targets in names.items() for target in targets}
+    alphas = {target: scales[path] * loaded.ranks[path] for path, targets in names.items() for target in targets}
+    parameters: dict[str, float] = {}
     if kind == "tanuki":
         theirs = (("gate", f"{FUSED}.gate_up_proj", 2), ("down", f"{FUSED}.down_proj", 1), ("router", ROUTER_FUSED.theirs, 1))
         for part, name, factor in theirs:
             path = f"layers/moe/{part}"
-            if path in found.ranks:
-                parameters[name] = factor * found.ranks[path]
-                alphas[name] = scales[path] * factor * found.ranks[path]
+            if path in loaded.ranks:
+                parameters[name] = factor * loaded.ranks[path]
+                alphas[name] = scales[path] * factor * loaded.ranks[path]
     ranks |= parameters
     # PEFT's conversion of a Mixtral takes r for the rank of w1 and w3, and looks others up by their new names too.
     rank, ranks = _commonest(ranks, kind)
@@ -182,7 +185,7 @@ def _settings(
     }
 
 
-def _commonest(values: dict[str, Any], kind: str) -> tuple[Any, dict[str, Any]]:
+def _commonest(values: dict[str, float], kind: str) -> tuple[float, dict[str, float]]:
     """The value that most targets have (w1, where there is one), and the names of those that have another."""
     first = values["w1"] if "w1" in values else collections.Counter(values.values()).most_common(1)[0][0]
     if kind == "mixtral":
@@ -202,40 +205,46 @@ def import_adapters(path: Path, base: Path, output: Path) -> str:
     """Writes PEFT's adapters as step 0 of a stage of adapters on `base`, a checkpoint of ours, and says what they are."""
     import safetensors.numpy
 
-    home, step = checkpoint.locate(base)
-    meta = checkpoint.read_meta(home, step)
+    path = Path(path)
+    base_stage, step = checkpoint.locate(base)
+    meta = checkpoint.read_meta(base_stage, step)
     if "adapter" in meta:
         raise UserError(f"import: {base} holds adapters itself; give the checkpoint that they lie on, or export and import it")
-    cfg, settings = config.read_model(meta), _read_settings(Path(path))
+    cfg, settings = config.read_model(meta), _read_settings(path)
     try:
         with safetensors.safe_open(str(path / WEIGHTS), framework="numpy") as opened:
-            told = (opened.metadata() or {}).get("base_fingerprint")
+            base_fingerprint = (opened.metadata() or {}).get("base_fingerprint")
         tensors = safetensors.numpy.load_file(path / WEIGHTS)
     except (safetensors.SafetensorError, OSError) as error:
         raise UserError(f"{path / WEIGHTS} cannot be read: {error}; is the download whole?") from error
     for name, array in tensors.items():
         if array.dtype.name not in DTYPES:
             raise UserError(f"{path / WEIGHTS}: {name} is {array.dtype.name}; {', '.join(DTYPES)} are read, and become float32")
-    if told and told != files.fingerprint(meta):
+    if base_fingerprint and base_fingerprint != files.fingerprint(meta):
         raise UserError(f"import: the adapters in {path} were trained on another model than {base}; give that one as --base")
     count = sum(t.size for t in tensors.values())
-    ranks, params, scales = _ours(Path(path), cfg, settings, tensors)
+    found = _by_matrix(path, cfg, settings, tensors)
+    ranks, params, scales = _stack(path, cfg, found)
     with lock.output(output), files.disk_errors(output), files.atomic_path(output) as temporary:
-        told_of = checkpoint.adapters_meta(temporary, base, ranks, scales)
-        new = {**meta, "stage": "import", "data_fingerprint": "", "id": uuid.uuid4().hex, "adapter": told_of}
-        checkpoint.save_params(temporary, params, new)
-        copy_tokenizer(home / "tokenizer", temporary / "tokenizer")
+        adapter = checkpoint.adapters_meta(temporary, base, ranks, scales)
+        adapters_meta: checkpoint.Meta = {
+            **meta,
+            "stage": "import",
+            "data_fingerprint": "",
+            "id": uuid.uuid4().hex,
+            "adapter": adapter,
+        }
+        checkpoint.save_params(temporary, params, adapters_meta)
+        copy_tokenizer(base_stage / "tokenizer", temporary / "tokenizer")
     return f"{output}: adapters on {base}; {count:,} parameters, exact"
 
 
-def _read_settings(path: Path) -> dict[str, Any]:
-    settings = files.read_json(path / SETTINGS)
-    if not isinstance(settings, dict):
-        raise UserError(f"{path / SETTINGS} is not a dictionary of settings")
-    for key, values in PLAIN.items():
+def _read_settings(path: Path) -> Settings:
+    settings = read_settings(path / SETTINGS)
+    for key, values in SUPPORTED_VALUES.items():
         if settings.get(key, values[0]) not in values:
             raise UserError(f"{path / SETTINGS}: {key} {settings[key]!r} is not supported, {values[0]!r} is")
-    if str(settings.get("init_lora_weights")).startswith(IGNORED_KEYS):
+    if str(settings.get("init_lora_weights")).startswith(UNSUPPORTED_INITS):
         raise UserError(
             f"{path / SETTINGS}: init_lora_weights {settings['init_lora_weights']!r} is not supported, it changes the base; "
             "convert the adapters with PEFT's path_initial_model_for_weight_conversion"
@@ -243,84 +252,113 @@ def _read_settings(path: Path) -> dict[str, Any]:
     return settings
 
 
-def _ours(
-    path: Path, cfg: config.ModelConfig, settings: dict[str, Any], tensors: dict[str, np.ndarray]
-) -> tuple[dict[str, int], Any, dict[str, list[float]]]:
-    """Ranks, parameters and scales in our layout; an error about any tensor that has no place in the model."""
-    single = {name.theirs.removesuffix(".weight"): path for path, name in LAYER.items() if not path.startswith("norm")}
-    single |= {name.theirs.removesuffix(".weight"): "moe/router" for name in (ROUTER, ROUTER_FUSED)}
-    each = {re.escape(name.theirs.removesuffix(".weight")).replace(r"\{\}", r"(\d+)"): path for path, name in EXPERT.items()}
-    # path of ours -> (layer, expert) -> A [in, r], B [r, out], scale
-    found: dict[str, dict[tuple[int, ...], tuple[np.ndarray, np.ndarray, float]]] = {}
+class Adapter(NamedTuple):
+    """The adapter of one matrix: A [in, r], B [r, out]."""
+
+    a: np.ndarray
+    b: np.ndarray
+    scale: float
+
+
+ByMatrix = dict[str, dict[tuple[int, ...], Adapter]]  # path of ours -> (layer,) or (layer, expert) -> adapter
+
+
+def _by_matrix(path: Path, cfg: config.ModelConfig, settings: Settings, tensors: dict[str, np.ndarray]) -> ByMatrix:
+    """The adapters by the matrices that they adapt; an error about any tensor that has no place in the model."""
+    single = {name.stem: ours for ours, name in LAYER.items() if not ours.startswith("norm")}
+    single |= {name.stem: "moe/router" for name in (ROUTER, ROUTER_FUSED)}
+    adapters: ByMatrix = collections.defaultdict(dict)
     for key in sorted(name for name in tensors if ".lora_A." in name):
         match = re.fullmatch(r"(?:base_model\.model\.)?(model\.layers\.(\d+)\.(.+))\.lora_A(?:\.default)?\.weight", key)
         other = key.replace(".lora_A.", ".lora_B.")
         if not match or other not in tensors:
             raise UserError(f"{path / WEIGHTS}: {key} has no place here, or no lora_B beside it")
         (module, layer, stem), a, b = match.groups(), tensors.pop(key).T, tensors.pop(other).T
-        numbered = next(((ours, m) for pattern, ours in each.items() if (m := re.fullmatch(pattern, stem))), None)
+        expert = _match_expert(stem)
         if stem in single:
-            named = f"{module}.weight" if stem == ROUTER_FUSED.theirs.removesuffix(".weight") else module  # a parameter there
-            found.setdefault(single[stem], {})[(int(layer),)] = (a, b, _scale(settings, named, a.shape[1]))
-        elif numbered:
-            ours, expert = numbered[0], int(numbered[1][1])
-            found.setdefault(ours, {})[(int(layer), expert)] = (a, b, _scale(settings, module, a.shape[1]))
+            named = f"{module}.weight" if stem == ROUTER_FUSED.stem else module  # a parameter there
+            adapters[single[stem]][(int(layer),)] = Adapter(a, b, _scale(settings, named, a.shape[1]))
+        elif expert:
+            ours, number = expert
+            adapters[ours][(int(layer), number)] = Adapter(a, b, _scale(settings, module, a.shape[1]))
         elif stem in (FUSED, INNER) and cfg.n_experts and not a.shape[1] % cfg.n_experts:
-            for ours, expert, sides in _apart(cfg, a, b, stem):
+            for ours, number, (expert_a, expert_b) in _split_fused(cfg, a, b, stem):
                 name = "gate_up_proj" if ours != "moe/down" else "down_proj"
-                scale = _scale(settings, f"{module.removesuffix('.base_layer')}.{name}", sides[0].shape[1])
-                found.setdefault(ours, {})[(int(layer), expert)] = (*sides, scale)
+                scale = _scale(settings, f"{module.removesuffix('.base_layer')}.{name}", expert_a.shape[1])
+                adapters[ours][(int(layer), number)] = Adapter(expert_a, expert_b, scale)
         else:
             raise UserError(f"{path / WEIGHTS}: {key} adapts what cannot be adapted here; {', '.join(model.lora.SPLITS)} can")
-    if tensors or not found:
+    if tensors or not adapters:
         raise UserError(
             f"{path / WEIGHTS}: {next(iter(tensors), 'nothing')} is no adapter of a matrix; LoRA's A and B are read"
         )
-    ranks = {f"layers/{name}": max(a.shape[1] for a, _, _ in parts.values()) for name, parts in found.items()}
-    flat, scales = {}, {}
-    for one in model.lora.targets(cfg, ranks):
-        parts = found.pop(one.path.removeprefix("layers/"))
-        inward, outward = np.zeros(one.a[1], np.float32), np.zeros(one.b[1], np.float32)
-        scale_L = np.zeros(one.a[1][0])
-        for at, (a, b, scale) in parts.items():
+    return adapters
+
+
+def _match_expert(stem: str) -> tuple[str, int] | None:
+    """The path of ours and the number of the expert whose module has this name, if any."""
+    for ours, name in EXPERT.items():
+        match = re.fullmatch(re.escape(name.stem).replace(r"\{\}", r"(\d+)"), stem)
+        if match:
+            return ours, int(match[1])
+    return None
+
+
+def _stack(
+    path: Path, cfg: config.ModelConfig, adapters: ByMatrix
+) -> tuple[dict[str, int], dict[str, object], dict[str, list[float]]]:
+    """Ranks, parameters and scales in our layout: one rank per path, smaller ones padded with zeros."""
+    ranks = {f"layers/{name}": max(a.shape[1] for a, _, _ in parts.values()) for name, parts in adapters.items()}
+    flat, scales, unused = {}, {}, set(ranks)
+    for target in model.lora.targets(cfg, ranks):
+        unused.remove(target.path)
+        stacked_a, stacked_b = np.zeros(target.a[1], np.float32), np.zeros(target.b[1], np.float32)
+        scale_L = np.zeros(target.a[1][0])
+        for at, (a, b, scale) in adapters[target.path.removeprefix("layers/")].items():
             rank = a.shape[1]
             try:
-                inward[at][..., :rank] = a.reshape(*inward[at].shape[:-1], rank)
-                outward[at][:rank] = b.reshape(rank, *outward[at].shape[1:])
+                stacked_a[at][..., :rank] = a.reshape(*stacked_a[at].shape[:-1], rank)
+                stacked_b[at][:rank] = b.reshape(rank, *stacked_b[at].shape[1:])
             except (IndexError, ValueError) as error:
                 raise UserError(
-                    f"{path / WEIGHTS}: an adapter of {one.path} is {a.shape[0]} to {b.shape[1]} at {at}, which does not fit "
-                    "the model of --base; is it another base's?"
+                    f"{path / WEIGHTS}: an adapter of {target.path} is {a.shape[0]} to {b.shape[1]} at {at}, which does not "
+                    "fit the model of --base; is it another base's?"
                 ) from error
             scale_L[at[0]] = scale
-        flat[one.path], scales[one.path] = {"a": inward, "b": outward}, scale_L.tolist()
-    if found:
-        raise UserError(f"{path / WEIGHTS}: the model of --base has no {', '.join(found)}; the adapters are for another base")
+        flat[target.path], scales[target.path] = {"a": stacked_a, "b": stacked_b}, scale_L.tolist()
+    if unused:
+        names = ", ".join(name for name in adapters if f"layers/{name}" in unused)
+        raise UserError(f"{path / WEIGHTS}: the model of --base has no {names}; the adapters are for another base")
     return ranks, {"lora": model.lora.to_tree(flat)}, scales
 
 
-def _apart(
-    cfg: config.ModelConfig, a: np.ndarray, b: np.ndarray, stem: str
-) -> list[tuple[str, int, tuple[np.ndarray, np.ndarray]]]:
-    """The adapters that a fused one holds: part, expert, and A [in, R], B [R, out] of each."""
-    E, rank, F = cfg.n_experts, a.shape[1] // cfg.n_experts, cfg.expert_d_ff or cfg.d_ff
+def _split_fused(cfg: config.ModelConfig, a: np.ndarray, b: np.ndarray, stem: str) -> Iterator[tuple[str, int, Sides]]:
+    """The adapters that a fused one holds: path of ours, number of the expert, and A [in, R], B [R, out]."""
+    E, rank, F = cfg.n_experts, a.shape[1] // cfg.n_experts, layout.axis_sizes(cfg)["F"]
     a_EiR = a.reshape(-1, E, rank).transpose(1, 0, 2)
     b_ERo = b.reshape(rank, E, -1).transpose(1, 0, 2)
+    parts = [("moe/gate", slice(0, F)), ("moe/up", slice(F, None))]
     if stem == FUSED and (a_EiR.shape[1], b_ERo.shape[2]) != (cfg.d_model, 2 * F):
-        return [("moe/down", e, (a_EiR[e], b_ERo[e])) for e in range(E)]
-    halves = (("moe/gate", slice(0, F)), ("moe/up", slice(F, None)))
-    return [(part, e, (a_EiR[e], b_ERo[e][:, where])) for part, where in halves for e in range(E)]
+        parts = [("moe/down", slice(None))]
+    for ours, rows in parts:
+        for number in range(E):
+            yield ours, number, Sides(a_EiR[number], b_ERo[number][:, rows])
 
 
-def _scale(settings: dict[str, Any], module: str, rank: int) -> float:
+def _scale(settings: Settings, module: str, rank: int) -> float:
     """alpha / r, by the patterns that PEFT looks up: a name, or a regular expression for its end."""
-    told = _look_up(settings.get("rank_pattern") or {}, module, settings.get("r", 8))
-    alpha = _look_up(settings.get("alpha_pattern") or {}, module, settings.get("lora_alpha", 8))
-    if told != rank:  # a pattern may have been converted with the weights; the tensors are what is true
-        alpha = alpha * rank / told
+    declared = _look_up(settings, "r", "rank_pattern", module)
+    alpha = _look_up(settings, "lora_alpha", "alpha_pattern", module)
+    if declared != rank:  # a pattern may have been converted with the weights; the tensors are what is true
+        alpha = alpha * rank / declared
     return float(alpha) / (rank**0.5 if settings.get("use_rslora") else rank)
 
 
-def _look_up(patterns: dict[str, Any], module: str, default: Any) -> Any:
-    fits: Callable[[str], Any] = lambda p: re.fullmatch(rf"(.*\.)?({p})", module)  # noqa: E731
-    return next((value for pattern, value in patterns.items() if fits(pattern)), default)
+def _look_up(settings: Settings, key: str, patterns_key: str, module: str) -> float:
+    """The value of the first pattern that fits a module, else that of the key itself, else PEFT's default."""
+    patterns, value = settings.get(patterns_key), settings.get(key, 8)
+    if isinstance(patterns, dict):
+        value = next((v for pattern, v in patterns.items() if re.fullmatch(rf"(.*\.)?({pattern})", module)), value)
+    if not isinstance(value, int | float):
+        raise UserError(f"{SETTINGS}: {key} of {module} is {value!r}; it must be a number")
+    return value

@@ -1,4 +1,4 @@
-"""A vocabulary's padding: rows of the embedding and columns of the head that belong to no piece, so that they divide evenly."""
+"""Padding of a vocabulary: rows of the embedding and columns of the head that belong to no piece, to make V divide evenly."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from tanuki_jax.checkpoint import LazyArray, LazyCheckpoint
 from tanuki_jax.errors import UserError
 
 
-def source_vocab_size(home: Path) -> int:
+def source_vocab_size(directory: Path) -> int:
     """Rows that the ids of a directory's tokenizer need; 0 where there is none."""
-    file = home / "tokenizer.json"
+    file = directory / "tokenizer.json"
     if not file.is_file():
         return 0
     try:
@@ -34,19 +34,19 @@ def check_rows(path: Path, rows: int) -> None:
 
 
 def resize(opened: LazyCheckpoint, vocab_size: int, verb: str) -> tuple[LazyCheckpoint, str]:
-    """The checkpoint with V rows, cut or padded with zeros, and what to tell of it; as it is where V is 0.
+    """The checkpoint with `vocab_size` rows, cut or padded with zeros, and how exact that is; as it is where that is 0.
 
     Neither is quite exact: an id that is cut off had a probability, and one that is added has a logit of 0.
     """
     old = opened.cfg.vocab_size
     if vocab_size in (0, old):
         return opened, "exact"
-    home = opened.tokenizer_directory
-    pieces = source_vocab_size(home)
+    directory = opened.tokenizer_directory
+    pieces = source_vocab_size(directory)
     if vocab_size < max(1, pieces):
-        raise UserError(f"{verb}: --vocab_size {vocab_size} is less than the {pieces:,} pieces of the tokenizer in {home}")
+        raise UserError(f"{verb}: --vocab_size {vocab_size} is less than the {pieces:,} pieces of the tokenizer in {directory}")
 
-    def stored(name: str, axis: int) -> LazyArray:
+    def resized(name: str, axis: int) -> LazyArray:
         whole = opened.tree[name]
         shape = tuple(vocab_size if i == axis else n for i, n in enumerate(whole.shape))
 
@@ -56,7 +56,7 @@ def resize(opened: LazyCheckpoint, vocab_size: int, verb: str) -> tuple[LazyChec
 
         return LazyArray(shape, whole.dtype, read)
 
-    tree = opened.tree | {"embed/table": stored("embed/table", 0), "head": stored("head", 1)}
-    how = f"vocabulary cut from {old:,} to {vocab_size:,}" if vocab_size < old else f"padded from {old:,} to {vocab_size:,}"
+    tree = opened.tree | {"embed/table": resized("embed/table", 0), "head": resized("head", 1)}
+    change = f"vocabulary cut from {old:,} to {vocab_size:,}" if vocab_size < old else f"padded from {old:,} to {vocab_size:,}"
     cfg = dataclasses.replace(opened.cfg, vocab_size=vocab_size)
-    return dataclasses.replace(opened, cfg=cfg, tree=tree), f"exact but for the {how}"
+    return dataclasses.replace(opened, cfg=cfg, tree=tree), f"exact but for the {change}"

@@ -7,7 +7,6 @@ import dataclasses
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import optax
@@ -32,7 +31,7 @@ class InitialState:
     base_checkpoint: Path | None  # what the stage's adapters lie on; None without adapters
     adapters: checkpoint.Adapters | None  # the parent's, where they are trained on
     adapter_scales: dict[str, list[float]]  # by what the stage's adapters are multiplied; empty without adapters
-    inherited_meta: dict[str, Any]  # what the stage's checkpoints take over from the one that it starts from
+    inherited_meta: checkpoint.Meta  # what the stage's checkpoints take over from the one that it starts from
 
     @property
     def lora(self) -> config.Lora:
@@ -101,7 +100,7 @@ def resolve_initial_state(recipe: Recipe, stage: str, workdir: Workdir, mesh: ja
     return InitialState(recipe, stage, mesh, cfg, parent, base, adapters, scales, inherited)
 
 
-def inherit_meta(*places: Path | None) -> dict[str, Any]:
+def inherit_meta(*places: Path | None) -> checkpoint.Meta:
     """What a stage's meta takes over from the first of `places` that holds a checkpoint: the one that it starts from, or,
     where that is gone, its own last one."""
     for place in filter(None, places):

@@ -92,7 +92,7 @@ def _make_job(start: InitialState, data: StageDataset, workdir: Workdir, on_metr
     """The stage as the loop sees it, with the meta of its checkpoints."""
     recipe, stage, cfg, stage_dir = start.recipe, start.stage, start.cfg, workdir.stage_dir(start.stage)
     options = recipe.stages[stage]
-    meta = {
+    meta: checkpoint.Meta = {
         **start.inherited_meta,
         "stage": stage,
         "model": config.to_dict(cfg),
@@ -148,7 +148,7 @@ def _fresh_state(start: InitialState, program: StageProgram, frozen: Params) -> 
 # --- what a checkpoint must agree with to be resumed ----------------------------------------------------------------
 
 
-def _check_meta(job: Job, cfg: config.ModelConfig, allow_data_change: bool, saved: dict[str, Any]) -> None:
+def _check_meta(job: Job, cfg: config.ModelConfig, allow_data_change: bool, saved: checkpoint.Meta) -> None:
     """An error where the checkpoint that is resumed is of another architecture, other data or other groups of experts."""
     checkpoint.check_architecture(str(job.directory), saved["model"], cfg)
     _check_capacity(job.name, cfg, saved, job.meta)
@@ -161,7 +161,7 @@ def _check_meta(job: Job, cfg: config.ModelConfig, allow_data_change: bool, save
         )
 
 
-def _check_capacity(stage: str, cfg: config.ModelConfig, saved: dict[str, Any], current: dict[str, Any]) -> None:
+def _check_capacity(stage: str, cfg: config.ModelConfig, saved: checkpoint.Meta, current: checkpoint.Meta) -> None:
     """With a capacity, an error where the tokens that compete for an expert's capacity are grouped otherwise than before.
 
     They are those of one microbatch on one device.
@@ -169,7 +169,7 @@ def _check_capacity(stage: str, cfg: config.ModelConfig, saved: dict[str, Any], 
     if not (cfg.n_experts and cfg.capacity_factor):
         return
 
-    def groups(meta: dict[str, Any]) -> dict[str, int]:
+    def groups(meta: checkpoint.Meta) -> dict[str, int]:
         steps = meta["recipe"]["stages"][stage]["gradient_accumulation_steps"]
         axes = {f"mesh.{axis}": size for axis, size in meta.get("mesh", {}).items() if axis != "tensor"}
         return {f"stages.{stage}.gradient_accumulation_steps": steps, **axes}

@@ -37,8 +37,13 @@ def run_upcycle(recipe: Recipe, stage: str, workdir: Workdir, mesh: jax.sharding
         )
         params = convert(dense, derive_key(recipe.seed, stage, "upcycle"))
         state = _with_moments(recipe, stage, parent, params, mesh) if options.restore == "all" else None
-    meta = {"stage": stage, "model": config.to_dict(cfg), "recipe": config.to_dict(recipe), "data_fingerprint": ""}
-    meta |= inherit_meta(parent, stage_dir)
+    meta: checkpoint.Meta = {
+        "stage": stage,
+        "model": config.to_dict(cfg),
+        "recipe": config.to_dict(recipe),
+        "data_fingerprint": "",
+        **inherit_meta(parent, stage_dir),
+    }
     if state:
         checkpoints = checkpoint.Checkpoints(stage_dir)
         checkpoints.save(0, state, meta)

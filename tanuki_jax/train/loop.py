@@ -6,14 +6,14 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from tanuki_jax import config, files, multihost
-from tanuki_jax.checkpoint import Checkpoints
+from tanuki_jax.checkpoint import Checkpoints, Meta
 from tanuki_jax.errors import Preempted, UserError
 from tanuki_jax.progress import Progress
 from tanuki_jax.train.goodput import Clock
@@ -25,7 +25,6 @@ from tanuki_jax.train.rollback import SkippedBatches
 from tanuki_jax.train.step import State, StepMetrics, TrainStep
 
 SLOW_FACTOR = 0.2  # share of a step for which a process that waits for its input holds the others up
-Meta: TypeAlias = dict[str, Any]  # JSON that a checkpoint holds beside its arrays
 
 
 class EvalHook(NamedTuple):

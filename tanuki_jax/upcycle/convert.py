@@ -2,11 +2,11 @@
 
 copy    every expert is the dense FFN (Komatsuzaki et al. 2022, "Sparse Upcycling").
 noise   plus N(0, noise_std) on every weight of every expert, absolute; Tanuki-8x8B used 1e-3 (its mergekit fork).
-drop    in each expert, a share of the inner dimensions is drawn anew, the same ones in gate, up and down, each matrix from
-        the mean and deviation of what it loses (Nakamura et al. 2025, "Drop-Upcycling", section 3).  The released script
+drop    in each expert, a share of the inner dimensions is redrawn, the same ones in gate, up and down, each matrix from the
+        mean and deviation of what it loses (Nakamura et al. 2025, "Drop-Upcycling", section 3).  The released script
         (conversions/drop_upcycling.py) differs: it draws other dimensions for each of the three matrices, so that most
         dimensions keep a part, and it permutes all of them first.  A permutation that the three share computes the same, and
-        would only blind a comparison of experts, so it is left out.
+        would only make experts harder to compare, so it is left out.
 groups  virtual groups (He et al. 2024; Megatron-LM's upcycling_utils): the FFN is split into G parts, part e mod G for
         expert e, and every G neighbours share their router column, so that a group is chosen together.  With the softmax
         after the top-k each part weighs 1/G of its group, which the factor s = G makes up for.  The published scaling puts
@@ -23,28 +23,36 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from tanuki_jax import config, ops
 from tanuki_jax.errors import UserError
+from tanuki_jax.model.transformer import Params
 from tanuki_jax.upcycle import packed_bf16
 
 FFN = ("gate", "up", "down")
-Weights = dict[str, jax.Array]  # of one FFN: gate, up [D, F], down [F, D]
+Array: TypeAlias = jax.Array | np.ndarray
+Weights: TypeAlias = dict[str, jax.Array]  # of one FFN: gate, up [D, F], down [F, D]
+# Per matrix what `drop` needs: its mean, and per inner dimension [F] two sums.  None for the other strategies.
+Stats: TypeAlias = dict[str, tuple[jax.Array, jax.Array, jax.Array]] | None
+Index: TypeAlias = int | jax.Array
 # Keys of a model that only a mixture has.
 MOE_KEYS = ("n_experts", *config.MOE_KEYS)
 
 
-def upcycle(params: Any, cfg: config.ModelConfig, options: config.Upcycle, key: jax.Array, others: Sequence[Any] = ()) -> Any:
+def upcycle(
+    params: Params, cfg: config.ModelConfig, options: config.Upcycle, key: jax.Array, others: Sequence[Params] = ()
+) -> Params:
     """The mixture's parameters; attention, norms, embedding and head stay as they are.
 
     Args:
       params: dense tree; `layers/mlp/{gate, up [L,D,F], down [L,F,D]}`.
-      cfg: the mixture's shape (`mixture_of`).
+      cfg: the mixture's shape (`moe_config`).
       options: strategy and router.
       key: the only source of randomness; equal on any mesh.
       others: the trees of `experts_from`, of the same shapes.
@@ -61,41 +69,42 @@ def upcycle(params: Any, cfg: config.ModelConfig, options: config.Upcycle, key: 
     if len({str(jax.tree.map(jnp.shape, tree)) for tree in trees}) > 1:
         raise UserError("upcycle: experts_from has checkpoints of other shapes; all must be of one architecture")
     merged = jax.tree.map(mean, *trees) if others else params
-    chosen = jnp.array(config.moe_layers(cfg))
+    moe_layers = jnp.array(config.moe_layers(cfg))
     dtype = params["layers"]["mlp"]["gate"].dtype
-    dense = [jax.tree.map(lambda w: w[chosen].astype(dtype), dict(tree["layers"]["mlp"])) for tree in trees]
+    dense = [jax.tree.map(lambda w: w[moe_layers].astype(dtype), dict(tree["layers"]["mlp"])) for tree in trees]
     layers = {name: part for name, part in merged["layers"].items() if name != "mlp"}
-
-    known = [jax.vmap(functools.partial(strategy_stats, options=options))(weights) for weights in dense]
+    stats = [jax.vmap(functools.partial(strategy_stats, options=options))(weights) for weights in dense]
 
     def experts(number: int) -> Weights:
-        one = functools.partial(expert, number=number, cfg=cfg, options=options, key=key)
+        make = functools.partial(expert, number=number, cfg=cfg, options=options, key=key)
         source = number % len(dense)
-        return jax.vmap(lambda layer, *given: one(*given, layer=layer))(chosen, dense[source], known[source])
+        return jax.vmap(lambda layer, *inputs: make(*inputs, layer=layer))(moe_layers, dense[source], stats[source])
 
-    made = [experts(number) for number in range(cfg.n_experts)]
-    layers["moe"] = {"router": jax.vmap(lambda layer: router(layer, cfg, options, key, dtype))(chosen)}
-    layers["moe"] |= {name: jnp.stack([weights[name] for weights in made], axis=1) for name in FFN}
+    by_expert = [experts(number) for number in range(cfg.n_experts)]
+    layers["moe"] = {"router": jax.vmap(lambda layer: router(layer, cfg, options, key, dtype))(moe_layers)}
+    layers["moe"] |= {name: jnp.stack([weights[name] for weights in by_expert], axis=1) for name in FFN}
     if cfg.router_bias:
-        layers["moe"]["bias"] = jnp.zeros((len(chosen), cfg.n_experts), jnp.float32)
-    if left := dense_layers(cfg):
-        layers["mlp"] = jax.tree.map(lambda w: w[jnp.array(left)], merged["layers"]["mlp"])
+        layers["moe"]["bias"] = jnp.zeros((len(moe_layers), cfg.n_experts), jnp.float32)
+    if still_dense := dense_layers(cfg):
+        layers["mlp"] = jax.tree.map(lambda w: w[jnp.array(still_dense)], merged["layers"]["mlp"])
     return {**merged, "layers": layers}
 
 
+# Seven arguments: the call is jitted with static configs, and vmapped over layers.
 def expert(
-    weights: Weights, known: Any, number: int, layer: Any, cfg: config.ModelConfig, options: config.Upcycle, key: jax.Array
+    weights: Weights, stats: Stats, number: int, layer: Index, cfg: config.ModelConfig, options: config.Upcycle, key: jax.Array
 ) -> Weights:
     """Weights of one expert of one layer from a dense FFN; random draws belong to the layer's and the expert's number.
 
-    weights: or pairs of them (upcycle/pairs.py); known: `about(weights, options)`, the same for all experts of a layer.
+    weights: may be packed (upcycle/packed_bf16.py); stats: `strategy_stats(weights, options)`, the same for all experts of a
+    layer.
     """
     key = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, 1), layer), number)
-    return STRATEGIES[options.strategy](weights, known, number, cfg, options, key)
+    return STRATEGIES[options.strategy](weights, stats, number, cfg, options, key)
 
 
-def strategy_stats(weights: Any, options: config.Upcycle) -> Any:
-    """What a strategy wants to know of a dense FFN before it makes experts of it; nothing, but for `drop`.
+def strategy_stats(weights: Mapping[str, Array], options: config.Upcycle) -> Stats:
+    """Statistics of a dense FFN that a strategy needs before it makes experts of it; only `drop` does.
 
     For `drop` of each matrix its mean, and of each inner dimension [F] the sums of its weights less the mean and of their
     squares: the moments of any choice of dimensions follow from them.
@@ -113,13 +122,13 @@ def strategy_stats(weights: Any, options: config.Upcycle) -> Any:
 
 
 @functools.partial(jax.jit, static_argnames=("power", "axis"))
-def _sums(w: jax.Array, mean: Any, power: int, axis: int) -> jax.Array:
+def _sums(w: jax.Array, mean: float | jax.Array, power: int, axis: int) -> jax.Array:
     """Sums of powers, in float32; compiled by itself: code that shares the numbers takes five times as long on CPUs."""
     return ((w.astype(jnp.float32) - mean) ** power).sum(axis)
 
 
-def router(layer: Any, cfg: config.ModelConfig, options: config.Upcycle, key: jax.Array, dtype: Any) -> jax.Array:
-    """The router [D, E] of one layer: N(0, router_std) or uniform around 0 with that deviation; one draw for each group."""
+def router(layer: Index, cfg: config.ModelConfig, options: config.Upcycle, key: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """The router [D, E] of one layer: N(0, router_std) or uniform around 0 with that deviation; one draw per group."""
     parts = granularity(cfg)
     key = jax.random.fold_in(jax.random.fold_in(key, 0), layer)
     shape = (cfg.d_model, cfg.n_experts // parts)
@@ -130,14 +139,31 @@ def router(layer: Any, cfg: config.ModelConfig, options: config.Upcycle, key: ja
     return jnp.repeat(drawn * options.router_std, parts, axis=1).astype(dtype)
 
 
-# --- strategies: (weights, what `about` says, expert's number, cfg, options, key) -> weights ----------------------------------
+# --- strategies ---------------------------------------------------------------------------------------------------------------
 
 
-def _copy(weights: Weights, *_: Any) -> Weights:
+class Strategy(Protocol):
+    """Makes the weights of one expert; its arguments are those of `expert`, the key being the expert's own."""
+
+    def __call__(
+        self,
+        weights: Weights,
+        stats: Stats,
+        number: int,
+        cfg: config.ModelConfig,
+        options: config.Upcycle,
+        key: jax.Array,
+        /,
+    ) -> Weights: ...
+
+
+def _copy(weights: Weights, *_: object) -> Weights:
     return weights
 
 
-def _noise(weights: Weights, _: None, number: int, cfg: config.ModelConfig, options: config.Upcycle, key: jax.Array) -> Weights:
+def _noise(
+    weights: Weights, _: Stats, number: int, cfg: config.ModelConfig, options: config.Upcycle, key: jax.Array
+) -> Weights:
     def noisy(w: jax.Array, key: jax.Array) -> jax.Array:
         noise = packed_bf16.normals(key, w)
         return packed_bf16.unpack(
@@ -148,8 +174,9 @@ def _noise(weights: Weights, _: None, number: int, cfg: config.ModelConfig, opti
 
 
 def _drop(
-    weights: Weights, known: Any, number: int, cfg: config.ModelConfig, options: config.Upcycle, key: jax.Array
+    weights: Weights, stats: Stats, number: int, cfg: config.ModelConfig, options: config.Upcycle, key: jax.Array
 ) -> Weights:
+    assert stats is not None  # as `strategy_stats` has it
     F = cfg.d_ff
     count = math.floor(options.drop_ratio * F + 1e-6)  # 0.29 of 100 is 29
     if not count:
@@ -157,8 +184,8 @@ def _drop(
     which, *keys = jax.random.split(key, 4)
     drawn_F = jnp.zeros(F, bool).at[jax.random.permutation(which, F)[:count]].set(True)
 
-    def partly_new(name: str, key: jax.Array) -> jax.Array:
-        w, (mean, sums_F, squares_F) = weights[name], known[name]
+    def redraw(name: str, key: jax.Array) -> jax.Array:
+        w, (mean, sums_F, squares_F) = weights[name], stats[name]
         n = count * cfg.d_model
         shift = jnp.where(drawn_F, sums_F, 0).sum() / n  # small, so that nothing is lost below
         std = jnp.sqrt(jnp.maximum(jnp.where(drawn_F, squares_F, 0).sum() - n * shift**2, 0) / max(n - 1, 1))
@@ -166,11 +193,11 @@ def _drop(
         planes = zip(masks, packed_bf16.planes(w), packed_bf16.normals(key, w), strict=True)
         return packed_bf16.unpack([jnp.where(mask, mean + shift + std * x, old) for mask, old, x in planes], w)
 
-    return {name: partly_new(name, k) for name, k in zip(FFN, keys, strict=True)}
+    return {name: redraw(name, k) for name, k in zip(FFN, keys, strict=True)}
 
 
 def _groups(
-    weights: Weights, _: None, number: int, cfg: config.ModelConfig, options: config.Upcycle, key: jax.Array
+    weights: Weights, _: Stats, number: int, cfg: config.ModelConfig, options: config.Upcycle, key: jax.Array
 ) -> Weights:
     parts = granularity(cfg)
     width = cfg.d_ff // parts
@@ -180,30 +207,31 @@ def _groups(
         piece = jax.lax.dynamic_slice_in_dim(weights[name], start, width, axis=axis)
         return (piece.astype(jnp.float32) * scale).astype(piece.dtype)
 
-    of_up = 2.0 ** round(math.log2(parts) / 2)
-    return {"gate": part("gate", 1, 1.0), "up": part("up", 1, of_up), "down": part("down", 0, parts / of_up)}
+    up_scale = 2.0 ** round(math.log2(parts) / 2)
+    return {"gate": part("gate", 1, 1.0), "up": part("up", 1, up_scale), "down": part("down", 0, parts / up_scale)}
 
 
 RANDOM_STRATEGIES = ("noise", "drop")  # those that draw normal numbers
-STRATEGIES: dict[str, Callable[..., Weights]] = {"copy": _copy, "noise": _noise, "drop": _drop, "groups": _groups}
+STRATEGIES: dict[str, Strategy] = {"copy": _copy, "noise": _noise, "drop": _drop, "groups": _groups}
 
 
 # --- shapes and checks --------------------------------------------------------------------------------------------------------
 
 
-def moe_config(cfg: config.ModelConfig, **shape: Any) -> config.ModelConfig:
-    """The mixture's config for a dense one; `shape` has keys of SHAPE."""
+def moe_config(cfg: config.ModelConfig, **shape: object) -> config.ModelConfig:
+    """The mixture's config for a dense one; `shape` has keys of MOE_KEYS."""
     if cfg.n_experts:
         raise UserError("upcycle: the checkpoint is a mixture already; give a dense one")
-    made = dataclasses.replace(cfg, **shape)
-    if not made.n_experts:
-        raise UserError(f"upcycle: top_k {made.top_k} must lie between 1 and n_experts 0; give it experts")
-    config.check_moe(made, "upcycle: ", trained=False)
-    return made
+    changes: dict[str, Any] = shape  # of several types
+    moe_cfg = dataclasses.replace(cfg, **changes)
+    if not moe_cfg.n_experts:
+        raise UserError(f"upcycle: top_k {moe_cfg.top_k} must lie between 1 and n_experts 0; give it experts")
+    config.check_moe(moe_cfg, "upcycle: ", trained=False)
+    return moe_cfg
 
 
 def check(cfg: config.ModelConfig, options: config.Upcycle) -> None:
-    """An error that names the setting which cannot be."""
+    """An error that names the setting which is not valid."""
     config.check_moe(cfg, "upcycle: ", trained=False)
     config.check_upcycle(cfg, options, "upcycle: ")
 
@@ -218,7 +246,7 @@ def dense_layers(cfg: config.ModelConfig) -> list[int]:
     return sorted(set(range(cfg.n_layers)) - set(config.moe_layers(cfg)))
 
 
-def mean(*weights: Any) -> jax.Array:
+def mean(*weights: Array) -> jax.Array:
     """The mean of arrays of one shape, computed in float32."""
     total = functools.reduce(jnp.add, (jnp.asarray(w, jnp.float32) for w in weights))
     return (total / len(weights)).astype(weights[0].dtype)
@@ -227,18 +255,18 @@ def mean(*weights: Any) -> jax.Array:
 # --- the optimizer's state ----------------------------------------------------------------------------------------------------
 
 
-def carry_moments(fresh: Any, dense: Any, cfg: config.ModelConfig) -> Any:
-    """The mixture's optimizer state with what survives of the dense model's: all but the experts and the router.
+def carry_moments(state: Params, dense: Params, cfg: config.ModelConfig) -> Params:
+    """A new optimizer state of the mixture with what survives of the dense model's: all but the experts and the router.
 
-    Adam's count is carried too: moments that start from 0 then grow without bias correction, which is a warm-up of their own.
+    Adam's count is carried too: moments that start from 0 then grow without bias correction, which acts as a warm-up.
     """
     old = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(dense)[0]}
-    left = jnp.array(dense_layers(cfg), jnp.int32)
+    still_dense = jnp.array(dense_layers(cfg), jnp.int32)
 
-    def carried(path: Any, leaf: jax.Array) -> jax.Array:
+    def carry(path: jax.tree_util.KeyPath, leaf: jax.Array) -> jax.Array:
         name = jax.tree_util.keystr(path)
         if name not in old:
             return leaf
-        return old[name][left] if "'mlp'" in name else old[name]
+        return old[name][still_dense] if "'mlp'" in name else old[name]
 
-    return jax.tree_util.tree_map_with_path(carried, fresh)
+    return jax.tree_util.tree_map_with_path(carry, state)

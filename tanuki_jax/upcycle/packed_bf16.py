@@ -1,6 +1,6 @@
-"""Weights as planes of float32: one of an ordinary matrix, two of a matrix of bfloat16 pairs, each in one uint32.
+"""Weights as planes of float32: one plane for an ordinary matrix, two for a matrix of bfloat16 pairs, each packed in a uint32.
 
-A hash gives two normal numbers, but XLA's loops for CPUs have one result each.  With a pair for its element, one hash serves
+A hash gives two normal numbers, but XLA's loops for CPUs have one result each.  Where an element is a pair, one hash serves
 both numbers, in one pass through memory.
 """
 
@@ -34,7 +34,7 @@ def planes(w: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def unpack(parts: Sequence[jax.Array], w: jax.Array) -> jax.Array:
-    """Of such planes a matrix like w, rounded to its dtype."""
+    """A matrix like w from its planes, rounded to its dtype."""
     if not is_packed(w):
         return parts[0].astype(w.dtype)
     rounded = (jax.lax.reduce_precision(part, 8, 7) for part in parts)
@@ -43,16 +43,16 @@ def unpack(parts: Sequence[jax.Array], w: jax.Array) -> jax.Array:
 
 
 def across(row_C: jax.Array, w: jax.Array) -> tuple[jax.Array, ...]:
-    """What belongs to the columns of w, beside its planes."""
+    """A value per column of w, once per plane."""
     return (row_C[0::2], row_C[1::2]) if is_packed(w) else (row_C,)
 
 
 def down(column_R: jax.Array, w: jax.Array) -> tuple[jax.Array, ...]:
-    """What belongs to the rows of w, beside its planes."""
+    """A value per row of w, once per plane."""
     return (column_R[:, None],) * (2 if is_packed(w) else 1)
 
 
 def normals(key: jax.Array, w: jax.Array) -> tuple[jax.Array, ...]:
-    """A normal number for each of w's, by its planes."""
+    """A normal number per element of w, by its planes."""
     rows, columns = w.shape
     return ops.normal_pairs(key, (rows, 2 * columns)) if is_packed(w) else (ops.random_normal(key, w.shape),)

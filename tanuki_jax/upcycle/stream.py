@@ -1,4 +1,4 @@
-"""Upcycling a checkpoint of any size: layer by layer, expert by expert, from file to file, with a probe running alongside.
+"""Upcycling a checkpoint of any size: layer by layer, expert by expert, from file to file, with an identity check alongside.
 
 Memory holds two dense layers, one of them being read, a few experts and what is being written.  The result is that of
 `upcycle.upcycle`.
@@ -14,9 +14,9 @@ import math
 import sys
 import time
 import uuid
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict
 
 import jax
 import numpy as np
@@ -28,11 +28,8 @@ from tanuki_jax.errors import UserError
 from tanuki_jax.files import lock
 from tanuki_jax.progress import Progress, duration
 from tanuki_jax.upcycle import packed_bf16
-from tanuki_jax.upcycle.identity_check import TOKENS, Identity, IdentityCheck
-
-SHARED_PARAMS = ("attn/q", "attn/k", "attn/v", "attn/o", "norm_attn", "norm_mlp")
-QK_NORM = ("attn/norm_q", "attn/norm_k")
-Arrays = dict[str, np.ndarray]  # by name, of one FFN
+from tanuki_jax.upcycle.convert import Stats
+from tanuki_jax.upcycle.identity_check import TOKENS, Arrays, Identity, IdentityCheck
 
 
 def open_dense(path: str, param_dtype: str = "") -> LazyCheckpoint:
@@ -42,8 +39,8 @@ def open_dense(path: str, param_dtype: str = "") -> LazyCheckpoint:
     """
     if not path or not Path(path).is_dir():
         raise UserError(f"--checkpoint: no such directory: {path}")
-    theirs = interop.is_huggingface(Path(path))
-    opened = interop.open_llama(Path(path)) if theirs else checkpoint.open_lazy(path, param_dtype)
+    published = interop.is_huggingface(Path(path))
+    opened = interop.open_llama(Path(path)) if published else checkpoint.open_lazy(path, param_dtype)
     if opened.cfg.n_experts:
         raise UserError(f"upcycle: {path} is a mixture already; give a dense one")
     return opened
@@ -64,7 +61,7 @@ def check_alike(sources: Sequence[LazyCheckpoint]) -> None:
 
 
 class Job(NamedTuple):
-    """What is to be made of what."""
+    """What to make a mixture from, and how."""
 
     sources: tuple[LazyCheckpoint, ...]
     cfg: config.ModelConfig
@@ -72,10 +69,12 @@ class Job(NamedTuple):
     seed: int
 
 
-def plan(checkpoints: Sequence[str], shape: dict[str, Any], settings: dict[str, Any], seed: int, dtype: str = "") -> Job:
+def plan(
+    checkpoints: Sequence[str], shape: Mapping[str, object], settings: Mapping[str, object], seed: int, dtype: str = ""
+) -> Job:
     """Opens the dense checkpoints and checks that the mixture can be made; nothing is read yet.
 
-    shape: keys of upcycle.SHAPE; settings: keys of config.Upcycle; dtype: of the output, by default the checkpoint's.
+    shape: keys of upcycle.MOE_KEYS; settings: keys of config.Upcycle; dtype: of the output, by default the checkpoint's.
     """
     sources = tuple(open_dense(path, dtype or "") for path in checkpoints)
     check_alike(sources)
@@ -88,18 +87,24 @@ def plan(checkpoints: Sequence[str], shape: dict[str, Any], settings: dict[str, 
 
 
 def run(job: Job, output: Path) -> str:
-    """Makes the mixture, and returns a table of what came of it.  `output` is there whole or not at all."""
+    """Makes the mixture and returns a table that describes it.  `output` is written whole or not at all."""
     began = time.monotonic()
     with lock.output(output), files.disk_errors(output), files.atomic_path(output) as temporary:
-        meta = {**job.sources[0].meta, "stage": "upcycle", "model": config.to_dict(job.cfg), "data_fingerprint": ""}
-        meta["upcycle"] = config.to_dict(job.options) | {"seed": job.seed, "from": str(job.sources[0].stage_directory)}
-        meta["id"] = uuid.uuid4().hex
+        first = job.sources[0]
+        meta: checkpoint.Meta = {
+            **first.meta,
+            "stage": "upcycle",
+            "model": config.to_dict(job.cfg),
+            "data_fingerprint": "",
+            "upcycle": config.to_dict(job.options) | {"seed": job.seed, "from": str(first.stage_directory)},
+            "id": uuid.uuid4().hex,
+        }
         identity = write(job, temporary, meta)
         for source in job.sources:
-            source.verified()
-            if source.told_loss:
-                print(f"upcycle: {source.stage_directory}: {source.told_loss}; --param_dtype=float32 keeps it", file=sys.stderr)
-        copy_tokenizer(job.sources[0].tokenizer_directory, temporary / "tokenizer")
+            source.verify()
+            if loss := source.merge_loss_message:
+                print(f"upcycle: {source.stage_directory}: {loss}; --param_dtype=float32 keeps it", file=sys.stderr)
+        copy_tokenizer(first.tokenizer_directory, temporary / "tokenizer")
     seconds = time.monotonic() - began
     size = _bytes(job.cfg)
     return _table(
@@ -117,7 +122,7 @@ def run(job: Job, output: Path) -> str:
 
 
 def _kind(job: Job, identity: Identity) -> str:
-    """What the identity check found, in words."""
+    """The outcome of the identity check in words."""
     if identity.difference <= 1e-4 * identity.spread:
         return "exact up to the order of sums"
     parts = upcycle.granularity(job.cfg)
@@ -128,13 +133,13 @@ def _kind(job: Job, identity: Identity) -> str:
 
 def format_prediction(job: Job, output: Path) -> str:
     """The same table with what `run` would need."""
-    found = predict(job, output)
+    needs = predict(job, output)
     return _table(
         job,
         [
-            ("output", f"{found['bytes'] / 1e9:,.2f} GB"),
-            ("time", f"about {duration(found['seconds'])}, at {found['disk_bytes_per_second'] / 1e6:,.0f} MB/s of the disk"),
-            ("memory", f"about {found['memory'] / 2**30:,.1f} GiB"),
+            ("output", f"{needs['bytes'] / 1e9:,.2f} GB"),
+            ("time", f"about {duration(needs['seconds'])}, at {needs['disk_bytes_per_second'] / 1e6:,.0f} MB/s of the disk"),
+            ("memory", f"about {needs['memory'] / 2**30:,.1f} GiB"),
         ],
     )
 
@@ -156,23 +161,23 @@ def _table(job: Job, lines: list[tuple[str, str]]) -> str:
     return "\n".join(f"{name:12s}{text}" for name, text in (*rows, *lines))
 
 
-def write(job: Job, output: Path, meta: dict[str, Any]) -> Identity:
+def write(job: Job, output: Path, meta: checkpoint.Meta) -> Identity:
     """Writes the mixture to `output` as step 0 of a stage and returns the identity check."""
     key = jax.random.key(job.seed)
     progress = Progress("upcycle", _bytes(job.cfg), "MB", 1e6)
     with (
-        contextlib.closing(IdentityCheck(job.sources[0].cfg, job.cfg, key)) as probe,
-        contextlib.closing(_blocks(*job[:3], key, probe)) as blocks,
+        contextlib.closing(IdentityCheck(job.sources[0].cfg, job.cfg, key)) as check,
+        contextlib.closing(_blocks(job, key, check)) as blocks,
     ):
-        checkpoint.save_streaming(output, job.cfg, _shown(blocks, progress), meta)
-        return probe.result()
+        checkpoint.save_streaming(output, job.cfg, _show_progress(blocks, progress), meta)
+        return check.result()
 
 
 def _bytes(cfg: config.ModelConfig) -> int:
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(model.parameter_shapes(cfg)))
 
 
-def _shown(blocks: Iterator[checkpoint.Block], progress: Progress) -> Iterator[checkpoint.Block]:
+def _show_progress(blocks: Iterator[checkpoint.Block], progress: Progress) -> Iterator[checkpoint.Block]:
     done = 0
     for block in blocks:
         yield block
@@ -180,100 +185,126 @@ def _shown(blocks: Iterator[checkpoint.Block], progress: Progress) -> Iterator[c
         progress.show(done)
 
 
-def _blocks(
-    sources: Sequence[LazyCheckpoint], cfg: config.ModelConfig, options: config.Upcycle, key: jax.Array, probe: IdentityCheck
-) -> Generator[checkpoint.Block]:
-    """All of the mixture in blocks, in the order in which a token meets them."""
-    dtype = np.dtype(cfg.param_dtype)
+def _blocks(job: Job, key: jax.Array, check: IdentityCheck) -> Generator[checkpoint.Block]:
+    """The whole mixture in blocks, in the order in which a token meets them."""
+    sources, cfg, options, _ = job
+    moe_layers, dense_layers = config.moe_layers(cfg), upcycle.dense_layers(cfg)
+    make_experts = _ExpertMaker(cfg, options, key)
+    reader = _DenseReader(sources, cfg)
+    # A layer is read while the one before it is converted.
+    layers = [functools.partial(reader.layer, layer) for layer in range(cfg.n_layers)]
+    calls: list[Callable[[], _DensePart]] = [reader.embedding, *layers, reader.output]
+    parts = files.prefetch(calls, 1, threads=1)
+    embedding = next(parts)
+    check.begin(embedding.shared["embed/table"])
+    yield from _unstacked(embedding.shared)
+    del embedding
+    for layer in range(cfg.n_layers):
+        part = next(parts)
+        for name, array in part.shared.items():
+            yield f"layers/{name}", (layer,), array
+        if layer in moe_layers:
+            at = moe_layers.index(layer)
+            router = np.asarray(upcycle.router(layer, cfg, options, key, np.dtype(cfg.param_dtype)))
+            check.enter(part.shared, part.ffns[0], router)
+            yield "layers/moe/router", (at,), router
+            if cfg.router_bias:
+                yield "layers/moe/bias", (at,), np.zeros(cfg.n_experts, np.float32)
+            # An expert is made while the one before it is written.
+            for number, expert in enumerate(files.prefetch(make_experts.calls(part.ffns, layer), 1, threads=1)):
+                check.expert(number, expert)
+                for name in upcycle.FFN:
+                    yield f"layers/moe/{name}", (at, number), expert[name]
+        else:
+            check.enter(part.shared, part.ffns[0])
+            for name in upcycle.FFN:
+                yield f"layers/mlp/{name}", (dense_layers.index(layer),), part.ffns[0][name]
+    output = next(parts).shared
+    check.end(output["norm_final"], output["head"])
+    yield from _unstacked(output)
 
-    def read(source: LazyCheckpoint, name: str, *layer: int) -> np.ndarray:
+
+def _unstacked(arrays: Arrays) -> Iterator[checkpoint.Block]:
+    """The blocks of parameters outside the layers."""
+    for name, array in arrays.items():
+        yield name, (), array
+
+
+class _DensePart(NamedTuple):
+    """A part of the dense models, in the mixture's dtypes."""
+
+    shared: Arrays  # what the sources have in common: the mean of theirs
+    ffns: Sequence[Arrays] = ()  # of each source; only the mean where the layer stays dense
+
+
+class _DenseReader:
+    """Reads the dense models; NaN and Inf are errors."""
+
+    def __init__(self, sources: Sequence[LazyCheckpoint], cfg: config.ModelConfig) -> None:
+        self._sources, self._cfg, self._moe_layers = sources, cfg, config.moe_layers(cfg)
+        names = [name for name, _, _ in model.named_parameters(sources[0].cfg) if name.startswith("layers/")]
+        self._ffn = [f"layers/mlp/{name}" for name in upcycle.FFN]
+        self._shared = [name for name in names if name not in self._ffn]
+
+    def embedding(self) -> _DensePart:
+        """The table."""
+        return _DensePart({"embed/table": self._mean("embed/table")})
+
+    def layer(self, layer: int) -> _DensePart:
+        """One layer."""
+        shared = {name.removeprefix("layers/"): self._mean(name, layer) for name in self._shared}
+        if layer in self._moe_layers:
+            ffns = [[self._read(source, name, layer) for name in self._ffn] for source in self._sources]
+        else:
+            ffns = [[self._mean(name, layer) for name in self._ffn]]
+        return _DensePart(shared, [dict(zip(upcycle.FFN, ffn, strict=True)) for ffn in ffns])
+
+    def output(self) -> _DensePart:
+        """The last norm and the head."""
+        return _DensePart({name: self._mean(name) for name in ("norm_final", "head")})
+
+    def _mean(self, name: str, *layer: int) -> np.ndarray:
+        arrays = [self._read(source, name, *layer) for source in self._sources]
+        return np.asarray(upcycle.mean(*arrays)) if len(arrays) > 1 else arrays[0]
+
+    def _read(self, source: LazyCheckpoint, name: str, *layer: int) -> np.ndarray:
         array = source.tree[name].read(*layer)
         if not _finite(array):
             where = f"{name}, layer {layer[0]}" if layer else name
             raise UserError(f"upcycle: {source.stage_directory} has NaN or Inf in {where}; use an earlier checkpoint")
-        return array.astype(model.parameter_dtype(cfg, name), copy=False)
-
-    def shared(name: str, *layer: int) -> np.ndarray:
-        """What all have in common: the only source's, or the mean."""
-        arrays = [read(source, name, *layer) for source in sources]
-        return np.asarray(upcycle.mean(*arrays)) if len(arrays) > 1 else arrays[0]
-
-    def reads() -> Iterator[Callable[[], np.ndarray]]:
-        """All that is read, in the order in which it is taken below."""
-        yield functools.partial(shared, "embed/table")
-        for layer in range(cfg.n_layers):
-            yield from (functools.partial(shared, f"layers/{name}", layer) for name in beside)
-            names = [f"layers/mlp/{name}" for name in upcycle.FFN]
-            if layer in mixtures:
-                yield from (functools.partial(read, source, name, layer) for source in sources for name in names)
-            else:
-                yield from (functools.partial(shared, name, layer) for name in names)
-        yield from (functools.partial(shared, name) for name in ("norm_final", "head"))
-
-    experts = _maker(cfg, options, key)
-    mixtures, dense = config.moe_layers(cfg), upcycle.dense_layers(cfg)
-    beside = SHARED_PARAMS + QK_NORM * cfg.qk_norm
-    arrays = files.prefetch(reads(), len(beside) + 3 * len(sources), threads=1)
-    table = next(arrays)
-    probe.begin(table)
-    yield "embed/table", (), table
-    del table
-    for layer in range(cfg.n_layers):
-        rest = {name: next(arrays) for name in beside}
-        ffns = [{name: next(arrays) for name in upcycle.FFN} for _ in (sources if layer in mixtures else sources[:1])]
-        for name, array in rest.items():
-            yield f"layers/{name}", (layer,), array
-        if layer in mixtures:
-            at = mixtures.index(layer)
-            router = np.asarray(upcycle.router(layer, cfg, options, key, dtype))
-            probe.enter(rest, ffns[0], router)
-            yield "layers/moe/router", (at,), router
-            if cfg.router_bias:
-                yield "layers/moe/bias", (at,), np.zeros(cfg.n_experts, np.float32)
-
-            for number, made in enumerate(
-                files.prefetch(experts(ffns, layer), 1, threads=1)
-            ):  # while the one before is written
-                probe.expert(number, made)
-                for name in upcycle.FFN:
-                    yield f"layers/moe/{name}", (at, number), made[name]
-        else:
-            probe.enter(rest, ffns[0])
-            for name in upcycle.FFN:
-                yield f"layers/mlp/{name}", (dense.index(layer),), ffns[0][name]
-    norm, head = next(arrays), next(arrays)
-    probe.end(norm, head)
-    yield "norm_final", (), norm
-    yield "head", (), head
+        return array.astype(model.parameter_dtype(self._cfg, name), copy=False)
 
 
-def _maker(cfg: config.ModelConfig, options: config.Upcycle, key: jax.Array) -> Callable[..., Iterator[Callable[[], Arrays]]]:
-    """A function of a layer's dense FFNs and its number, whose results make its experts one by one: `upcycle.expert`, compiled.
+class _ExpertMaker:
+    """Makes the experts of a layer one by one: `upcycle.expert`, compiled.
 
-    Where normal numbers are drawn for bfloat16, in matrices of even width, it takes them in pairs.
+    Where normal numbers are drawn for bfloat16, in matrices of even width, they are drawn in pairs (packed_bf16.py).
     """
-    wide = {"xla_cpu_prefer_vector_width": 512} if jax.default_backend() == "cpu" else None  # XLA's own choice is 256
-    expert = jax.jit(upcycle.expert, static_argnames=("cfg", "options"), compiler_options=wide)
-    even = cfg.d_model % 2 == cfg.d_ff % 2 == 0
-    paired = even and cfg.param_dtype == "bfloat16" and options.strategy in upcycle.RANDOM_STRATEGIES
 
-    def make(ffn: Arrays, taken: Arrays, known: Any, number: int, layer: int) -> Arrays:
-        if options.strategy == "copy":
-            return ffn
-        made = expert(taken, known, number, layer, cfg, options, key)
-        return {name: np.asarray(w).view(cfg.param_dtype) for name, w in made.items()}
+    def __init__(self, cfg: config.ModelConfig, options: config.Upcycle, key: jax.Array) -> None:
+        self._cfg, self._options, self._key = cfg, options, key
+        wide = {"xla_cpu_prefer_vector_width": 512} if jax.default_backend() == "cpu" else None  # XLA's own choice is 256
+        self._expert = jax.jit(upcycle.expert, static_argnames=("cfg", "options"), compiler_options=wide)
+        even = cfg.d_model % 2 == cfg.d_ff % 2 == 0
+        self._packed = even and cfg.param_dtype == "bfloat16" and options.strategy in upcycle.RANDOM_STRATEGIES
 
-    def experts(ffns: Sequence[Arrays], layer: int) -> Iterator[Callable[[], Arrays]]:
-        taken = [{name: packed_bf16.pack(w) if paired else w for name, w in ffn.items()} for ffn in ffns]
-        sources = list(zip(ffns, taken, (upcycle.strategy_stats(ffn, options) for ffn in ffns), strict=True))
-        for number in range(cfg.n_experts):
-            yield functools.partial(make, *sources[number % len(sources)], number, layer)
+    def calls(self, ffns: Sequence[Arrays], layer: int) -> Iterator[Callable[[], Arrays]]:
+        """One call per expert of a layer; ffns: the layer's dense FFNs, from which the experts start in turn."""
+        inputs = [{name: packed_bf16.pack(w) for name, w in ffn.items()} for ffn in ffns] if self._packed else ffns
+        stats = [upcycle.strategy_stats(ffn, self._options) for ffn in ffns]
+        for number in range(self._cfg.n_experts):
+            source = number % len(ffns)
+            yield functools.partial(self._make, inputs[source], stats[source], number, layer)
 
-    return experts
+    def _make(self, ffn: Arrays, stats: Stats, number: int, layer: int) -> Arrays:
+        if self._options.strategy == "copy":
+            return ffn  # the same object, by which the identity check knows it
+        weights = self._expert(ffn, stats, number, layer, self._cfg, self._options, self._key)
+        return {name: np.asarray(w).view(self._cfg.param_dtype) for name, w in weights.items()}
 
 
 def _finite(array: np.ndarray) -> bool:
-    """Whether no element is NaN or Inf; of bfloat16 the exponent's bits are looked at, which NumPy does much faster."""
+    """Whether no element is NaN or Inf; for bfloat16 by the bits of the exponent, which NumPy does much faster."""
     flat, count = array.reshape(-1), files.PIECE // array.dtype.itemsize
     pieces = (flat[at : at + count] for at in range(0, flat.size, count))
     if array.dtype.itemsize != 2:
@@ -281,18 +312,27 @@ def _finite(array: np.ndarray) -> bool:
     return all(((piece.view(np.uint16) & 0x7F80) != 0x7F80).all() for piece in pieces)
 
 
-# --- before it is done ----------------------------------------------------------------------------------------------
+# --- prediction -----------------------------------------------------------------------------------------------------
 
 
-def predict(job: Job, output: Path) -> dict[str, float]:
-    """Bytes, seconds and peak memory that `run` will need, from timing one expert and the disk; nothing is left behind."""
+class Needs(TypedDict):
+    """What upcycling needs."""
+
+    bytes: float
+    seconds: float
+    memory: float  # bytes
+    disk_bytes_per_second: float
+
+
+def predict(job: Job, output: Path) -> Needs:
+    """What `run` will need, from timing one expert and the disk; nothing is left behind."""
     sources, cfg, options, _ = job
     size = np.dtype(cfg.param_dtype).itemsize
     layers = config.moe_layers(cfg)
     began = time.monotonic()
     weights = {name: sources[0].tree[f"layers/mlp/{name}"].read(layers[0]).astype(cfg.param_dtype) for name in upcycle.FFN}
     reading = time.monotonic() - began
-    experts = _maker(cfg, options, jax.random.key(0))([weights], layers[0])
+    experts = _ExpertMaker(cfg, options, jax.random.key(0)).calls([weights], layers[0])
     for call in itertools.islice(experts, 2):  # the first compiles
         began = time.monotonic()
         call()
@@ -300,14 +340,14 @@ def predict(job: Job, output: Path) -> dict[str, float]:
     rate = _disk_rate(output.absolute().parent)
     seconds = _bytes(cfg) / rate + len(layers) * (cfg.n_experts * making + len(sources) * reading)
     ffn = sum(array.size for array in weights.values()) * size
-    # Two layers' dense FFNs, one in float32 for the probe, four experts (made, to be written, and two for the probe), the head
-    # in float32, and the libraries.
+    # Two layers' dense FFNs, one in float32 for the identity check, four experts (made, to be written, and two for the check),
+    # the head in float32, and the libraries.
     memory = (2 * len(sources) + 4 / size + 4) * ffn + cfg.d_model * cfg.vocab_size * (size + 4) + 1.0 * 2**30
     return {"bytes": float(_bytes(cfg)), "seconds": seconds, "memory": memory, "disk_bytes_per_second": rate}
 
 
 def _disk_rate(directory: Path) -> float:
-    """Bytes a second that a file of half a GiB takes there."""
+    """Bytes per second at which a file of half a GiB is written there."""
     while not directory.is_dir():
         directory = directory.parent
     block = memoryview(b"\1" * (64 << 20))

@@ -114,9 +114,9 @@ def test_what_is_written_with_its_sum_is_good_and_not_read_again(tmp_path, monke
     path.parent.mkdir()
     entry = checksums.write(path, array.T)
     assert path.read_bytes() == array.T.tobytes()
-    assert entry == checksums._sum(path)
+    assert entry == checksums._checksum(path)
     with monkeypatch.context() as patched:
-        patched.setattr(checksums, "_sum", lambda path: pytest.fail(f"{path} is read again"))
+        patched.setattr(checksums, "_checksum", lambda path: pytest.fail(f"{path} is read again"))
         checksums.write_checksums(tmp_path, 0, 1, {"item/good": entry})
     assert not checksums.find_corruption(tmp_path)
     path.write_bytes(path.read_bytes() + b"!")
@@ -135,7 +135,7 @@ def test_a_disk_that_cannot_read_a_file_is_damage_too(step, monkeypatch):
     assert "_METADATA" in checksums.find_corruption(step)
 
 
-def test_sealing_a_step_that_retention_removed_leaves_nothing(tmp_path):
+def test_checksums_of_a_step_that_retention_removed_leaves_nothing(tmp_path):
     gone = tmp_path / "checkpoints" / "4"
     gone.parent.mkdir()
     with contextlib.suppress(FileNotFoundError):
@@ -261,8 +261,10 @@ def test_a_save_that_fails_leaves_no_thread_that_waits_for_it(tmp_path, monkeypa
 
     monkeypatch.setattr(type(checkpoints._manager), "check_for_errors", full)
     monkeypatch.setattr(checksums, "write_checksums", lambda *args: time.sleep(0.1))
-    checkpoints._sealing = threading.Thread(target=checkpoints._seal, args=(4,), name="seal")  # of a step that never comes
-    checkpoints._sealing.start()
+    checkpoints._checksum_thread = threading.Thread(
+        target=checkpoints._write_checksums, args=(4,), name="seal"
+    )  # of a step that never comes
+    checkpoints._checksum_thread.start()
     with pytest.raises(UserError, match="is full"):
         checkpoints.save(6, state_of(6.0), {})
     time.sleep(0.2)
@@ -285,7 +287,7 @@ def test_a_save_that_fails_in_the_background_is_noticed_before_the_next_one(tmp_
 
     monkeypatch.setattr(checksums, "write_checksums", full)
     checkpoints.save(4, state_of(4.0), {})
-    checkpoints._sealing.join()
+    checkpoints._checksum_thread.join()
     until = time.monotonic() + 5
     with pytest.raises(UserError, match="is full"):
         while time.monotonic() < until:  # Orbax may still be tidying up

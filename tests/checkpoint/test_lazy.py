@@ -26,7 +26,7 @@ def params_of(cfg):
 
 
 def blocks_of(cfg, params):
-    """All of a model in blocks as `save_streamed` wants them."""
+    """All of a model in blocks as `save_streaming` takes them."""
     for name, _, shape in model.named_parameters(cfg):
         leading = 0 if not name.startswith("layers/") else 2 if "/moe/" in name and len(shape) == 4 else 1
         for index in np.ndindex(*shape[:leading]):
@@ -74,7 +74,7 @@ def trained(request, tmp_path_factory):
 def test_what_training_wrote_is_read_a_layer_at_a_time(trained):
     home, params = trained
     opened = checkpoint.open_lazy(home)
-    assert opened.cfg == CFG and opened.meta["step"] == 1 and opened.stage_directory == home
+    assert opened.cfg.architecture == CFG.architecture and opened.meta["step"] == 1 and opened.stage_directory == home
     assert_reads(opened, params)
 
 
@@ -170,7 +170,7 @@ def test_what_comes_in_blocks_is_restored_whole(shape, tmp_path):
     params = streamed(tmp_path, cfg)
     for where in (None, mesh(1, 8)):
         loaded = checkpoint.load(tmp_path, where)
-        assert loaded.cfg == cfg and loaded.meta["step"] == 0
+        assert loaded.cfg.architecture == cfg.architecture and loaded.meta["step"] == 0
         found = named(loaded.params)
         assert found.keys() == params.keys()
         for name, array in params.items():
@@ -306,16 +306,16 @@ def test_another_number_in_a_block_is_found_when_it_is_read(in_blocks, tmp_path)
         with pytest.raises(UserError, match="layers.mlp.up/1.0.0 has other contents"):
             opened.tree["layers/mlp/up"].read(1)
     with pytest.raises(UserError, match="layers.mlp.up/1.0.0 has other contents"):
-        opened.verified()
+        opened.verify()
 
 
 def test_what_was_read_is_not_read_again_for_its_sum(in_blocks, monkeypatch):
-    seen, real = [], checksums._sum
-    monkeypatch.setattr(checksums, "_sum", lambda path: (seen.append(path), real(path))[1])
+    seen, real = [], checksums._checksum
+    monkeypatch.setattr(checksums, "_checksum", lambda path: (seen.append(path), real(path))[1])
     opened = checkpoint.open_lazy(in_blocks)
     opened.tree["layers/mlp/up"].read(0)
     opened.tree["norm_final"].read()
-    opened.verified()
+    opened.verify()
     names = {str(path.relative_to(in_blocks / "checkpoints/0/params")) for path in seen if "/params/" in str(path)}
     assert names >= {"layers.mlp.up/1.0.0", "layers.mlp.up/.zarray", "_METADATA", "head/0.0"}
     assert not names & {"layers.mlp.up/0.0.0", "norm_final/0"}

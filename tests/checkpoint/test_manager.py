@@ -97,7 +97,7 @@ def test_params_on_several_devices_are_really_split(saved):
 @pytest.mark.parametrize("where", [None, (2, 2)])
 def test_load_needs_nothing_but_the_directory(saved, where):
     loaded = checkpoint.load(saved, where and mesh(*where))
-    assert loaded.cfg == CFG and loaded.meta["step"] == 1
+    assert loaded.cfg.architecture == CFG.architecture and loaded.meta["step"] == 1
     assert_same(loaded.params, state_on(mesh(1, 1))[0].params)
 
 
@@ -142,7 +142,7 @@ def test_a_checkpoint_is_restored_in_another_dtype(tmp_path, kept):
     other = dataclasses.replace(cfg, param_dtype="float32" if kept == "bfloat16" else "bfloat16")
     mesh = parallel.make_mesh(config.Mesh(fsdp=4, tensor=2))
     loaded = checkpoint.load_for(tmp_path, other, mesh)
-    assert loaded.cfg == other
+    assert loaded.cfg.architecture == other.architecture
     wanted = jax.tree.map(lambda p, s: p.astype(s.dtype), params, model.parameter_shapes(other))
     jax.tree.map(np.testing.assert_array_equal, loaded.params, wanted)
     assert jax.tree.map(lambda p: p.dtype, loaded.params) == jax.tree.map(lambda p: p.dtype, wanted)

@@ -385,14 +385,14 @@ def test_a_step_that_is_removed_while_it_is_read_is_called_that(tmp_path, tokeni
     with pytest.raises(UserError, match=r"checkpoints/4 was removed while it was read.*give the command again"):
         for stored in opened.tree.values():
             stored.read()
-        opened.verified()
+        opened.verify()
     with pytest.raises(UserError, match=r"checkpoints/4 was removed while it was read"):
         checkpoint.read_meta(tmp_path / "stage", 4)
     assert checkpoint.load(tmp_path / "stage").params
 
 
 def test_a_step_that_lacks_a_file_for_good_is_damaged(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(checkpoint.restore, "REMOVED", 0.1)
+    monkeypatch.setattr(checkpoint.restore, "REMOVAL_SECONDS", 0.1)
     published.stage(tmp_path / "stage", "pretrain", tokenizer)
     newer(tmp_path / "stage")
     next(path for path in (tmp_path / "stage/checkpoints/4/params").rglob("*") if path.is_file()).unlink()

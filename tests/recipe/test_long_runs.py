@@ -142,7 +142,7 @@ def test_a_save_that_failed_before_going_back_does_not_hang_the_end(tmp_path, mo
     closing = threading.Thread(target=back_and_close, daemon=True)  # one thread: Orbax tells each only once
     closing.start()
     closing.join(2)
-    hangs, checkpoints._given_up = closing.is_alive(), True
+    hangs, checkpoints._abandoned = closing.is_alive(), True
     assert not hangs
 
 

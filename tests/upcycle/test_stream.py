@@ -288,7 +288,7 @@ def test_what_has_been_read_is_let_go(watched, tmp_path):
 
 def test_blocks_are_those_of_the_checkpoint_and_each_comes_once(place, monkeypatch, tmp_path):
     found = []
-    save_streamed = checkpoint.save_streaming
+    save_streaming = checkpoint.save_streaming
 
     def noticed(home, cfg, blocks, meta):
         def noting():
@@ -296,9 +296,9 @@ def test_blocks_are_those_of_the_checkpoint_and_each_comes_once(place, monkeypat
                 found.append((name, index, array.shape, array.dtype.name))
                 yield name, index, array
 
-        save_streamed(home, cfg, noting(), meta)
+        save_streaming(home, cfg, noting(), meta)
 
-    monkeypatch.setattr(checkpoint, "save_streamed", noticed)
+    monkeypatch.setattr(checkpoint, "save_streaming", noticed)
     job = plan(Case(NOISE, (BF16,), dict(first_dense=1, router_bias=True)), place)
     stream.run(job, tmp_path / "mixture")
     expected = set()

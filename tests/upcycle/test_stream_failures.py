@@ -241,7 +241,8 @@ for flags in ([f"--output={locked}/mixture"], [f"--output={locked}/mixture", "--
 KILLER = """
 import dataclasses, json, os, sys, time
 from signal import SIGINT, default_int_handler, signal as handle
-from tanuki_jax import checkpoint, cli, interop
+from tanuki_jax import checkpoint, interop
+from tanuki_jax.cli.main import main
 from tanuki_jax.upcycle import stream
 
 source, directory, kills = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
@@ -266,7 +267,7 @@ for number, (signal, reads, delay) in enumerate(kills):
         os.close(told)
         handle(SIGINT, default_int_handler)  # a shell in the background starts its commands without it
         flags = [f"--checkpoint={source}", f"--output={directory}/{number}", "--n_experts=4", "--noise_std=0.05", "--seed=7"]
-        sys.exit(cli.main(["upcycle", *flags]))
+        sys.exit(main(["upcycle", *flags]))
     os.close(out)
     seen = 0
     while seen < reads and os.read(told, 1):
