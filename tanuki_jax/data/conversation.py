@@ -102,7 +102,7 @@ def _system(fields: RowFields) -> dict[str, str]:
 
 
 def _check_all_read(fields: RowFields, row_format: str) -> None:
-    """An error about a field of another format that this one would ignore."""
+    """Refuses a field of another format that this one would ignore."""
     more = ("input", "context", "history")
     used = {*(name for group in FORMATS[row_format] for name in group), *(more if row_format == "instruction" else ())}
     for name in more:

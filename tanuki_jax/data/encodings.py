@@ -35,7 +35,7 @@ def decode(data: bytes, where: str) -> str:
 
 
 def conversion_hint(encoding: str) -> str:
-    """How to turn a file into UTF-8."""
+    """A hint for messages: the command that converts a file to UTF-8."""
     return f"convert it, for example with iconv -f {encoding or 'ENCODING'} -t UTF-8 FILE > NEW"
 
 
@@ -67,7 +67,7 @@ def problem(text: str) -> str:
 
 
 def check(fields: Mapping[str, object], names: Container[str], where: str) -> None:
-    """An error where a string anywhere in the fields `names` of a row is not text."""
+    """Refuses a row with a string that is not text anywhere in its fields `names`."""
     for name, value in fields.items():
         for text in _strings(value) if name in names else ():
             reason = problem(text)

@@ -69,7 +69,7 @@ def glob_files(pattern: str) -> list[str]:
 
 
 def check(path: str) -> None:
-    """An error where a path is neither a file nor a folder that may be read."""
+    """Refuses a path that is neither a file nor a folder that may be read."""
     if is_url(path):
         return
     try:

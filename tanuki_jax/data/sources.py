@@ -120,7 +120,7 @@ def _expand(match: str) -> list[str]:
 
 
 def _unreadable(pattern: str) -> str:
-    """Why a glob may match nothing: a folder in it that may not be read."""
+    """A message about a folder of a glob that may not be read, which is why it may match nothing."""
     for folder in reversed(Path(pattern).parents):
         if not paths.is_url(pattern) and folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK):
             return f"; {folder} cannot be looked into, check its permissions"

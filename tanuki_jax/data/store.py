@@ -148,7 +148,7 @@ class _Shard:
         return self.pointers[self.first[i:j]] // item
 
     def __getstate__(self) -> dict[str, object]:
-        """What is pickled: not the memory maps, which are opened again."""
+        """The fields that are pickled; memory maps are opened again."""
         return {name: getattr(self, name) for name in ("prefix", "sequences", "documents", "dtype", "size")}
 
 

@@ -24,6 +24,7 @@ JsonObject: TypeAlias = dict[str, Any]
 
 NEWLINE_CUT = {"type": "Split", "pattern": {"Regex": "\n"}, "behavior": "Isolated", "invert": False}
 PART_CHARACTERS = 1 << 15  # characters of a text that are encoded together, where it is cut at newlines
+MAX_PART_CHARACTERS = 1 << 20  # the same where no newline cuts it; such a cut may change tokens, not the decoded text
 # The tokenizer's files in a directory that may also hold weights, and generation_config.json with the publisher's stop ids.
 FILES = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
@@ -31,9 +32,6 @@ FILES = (
 )
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 STAND_INS = range(0xF0000, 0x10F000, 0x1000)  # private-use characters that stand for special tokens, a block at a time
-MAX_PART_CHARACTERS = (
-    1 << 20
-)  # the same where there is no newline to cut at; a cut anywhere may change tokens, not the decoded text
 
 
 class Tokenizer:
@@ -268,7 +266,7 @@ def _read_config(directory: Path) -> JsonObject:
 
 
 def _check_tokens(directory: Path, config: JsonObject, loaded: tokenizers.Tokenizer) -> None:
-    """An error about a token that tokenizer.json does not have, so that transformers would add it with a new id."""
+    """Refuses a token that tokenizer.json does not have: transformers would add it with a new id."""
     path = directory / "added_tokens.json"
     added = files.read_json(path) if path.is_file() else {}
     decoder, extra = config.get("added_tokens_decoder"), config.get("extra_special_tokens")

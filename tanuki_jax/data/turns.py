@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from tanuki_jax.data import traced
 from tanuki_jax.data.conversation import Message, Messages, RowFields
@@ -14,7 +14,7 @@ from tanuki_jax.data.tokenizer import Span, Tokenizer
 from tanuki_jax.data.traced import Traced
 from tanuki_jax.errors import UserError
 
-Placed = tuple[Span, int]  # a token and its characters
+Placed: TypeAlias = tuple[Span, int]  # a token and its characters
 
 
 class TurnFormat(NamedTuple):

@@ -42,20 +42,20 @@ def left(tmp_path):
     "ranks", [[0], [2, 0, 1], [0, 1, 2, 2, 1, 0], [6, 3, 1, 0, 2, 5, 4, 3], list(range(99, -1, -1))], ids=len
 )
 def test_ranks_in_any_order_number_and_repetition_make_the_store_of_one_machine(tokenizer, tmp_path, corpus, expected, ranks):
-    made = prepare.plan(corpus, tokenizer, tmp_path / "store", OPTIONS)
-    assert len(made.parts) > 3
+    plan = prepare.plan(corpus, tokenizer, tmp_path / "store", OPTIONS)
+    assert len(plan.parts) > 3
     for rank in ranks:
-        step = pickle.loads(pickle.dumps(functools.partial(cluster._write_parts, made)))  # as it travels to another machine
+        step = pickle.loads(pickle.dumps(functools.partial(cluster._write_parts, plan)))  # as it travels to another machine
         step(None, rank=rank, world_size=max(ranks) + 1)
-    cluster._finish(made, None)
+    cluster._finish(plan, None)
     assert contents(tmp_path / "store") == expected and not left(tmp_path)
 
 
 def test_a_store_of_which_parts_are_missing_is_not_finished(tokenizer, tmp_path, corpus):
-    made = prepare.plan(corpus, tokenizer, tmp_path / "store", OPTIONS)
-    cluster._write_parts(made, None, rank=1, world_size=len(made.parts))
-    with pytest.raises(UserError, match=rf"{len(made.parts) - 1} of {len(made.parts)} parts of .*store are not done; run"):
-        cluster._finish(made, None)
+    plan = prepare.plan(corpus, tokenizer, tmp_path / "store", OPTIONS)
+    cluster._write_parts(plan, None, rank=1, world_size=len(plan.parts))
+    with pytest.raises(UserError, match=rf"{len(plan.parts) - 1} of {len(plan.parts)} parts of .*store are not done; run"):
+        cluster._finish(plan, None)
     assert not (tmp_path / "store").exists()
 
 
@@ -149,8 +149,8 @@ def test_without_datatrove_the_error_says_what_to_install(tokenizer, tmp_path, c
 def test_slurm_options_have_defaults_and_those_that_are_given_replace_them():
     defaults = {"time": "24:00:00", "partition": "cpu", "cpus_per_task": 8, "mem_per_cpu_gb": 2, "qos": "normal"}
     assert cluster._parse_slurm("partition=cpu") == defaults
-    given = cluster._parse_slurm("partition=a,time=1-00:00:00,mem_per_cpu_gb=16,qos=x=y")
-    assert given == {**defaults, "partition": "a", "time": "1-00:00:00", "mem_per_cpu_gb": 16, "qos": "x=y"}
+    parsed = cluster._parse_slurm("partition=a,time=1-00:00:00,mem_per_cpu_gb=16,qos=x=y")
+    assert parsed == {**defaults, "partition": "a", "time": "1-00:00:00", "mem_per_cpu_gb": 16, "qos": "x=y"}
 
 
 @pytest.mark.parametrize(

@@ -57,11 +57,11 @@ def test_of_a_clone_only_the_split_train_is_read_and_it_is_told(tmp_path, capsys
         else:
             write(folder / name)
     write(folder / ".cache" / "train-9.parquet")
-    taken = sorted(name.split("/")[-1] for name in names if name != "README.md")
+    expected = sorted(name.split("/")[-1] for name in names if name != "README.md")
     if case not in ("no split", "a word that holds train"):
-        taken = [name for name in taken if not any(word in name for word in ("test", "dev", "eval"))]
-        taken = taken if case != "folders" else ["a.parquet", "b.parquet"]
-    assert sorted(texts(folder)) == sorted(taken) and len(taken) == count
+        expected = [name for name in expected if not any(word in name for word in ("test", "dev", "eval"))]
+        expected = expected if case != "folders" else ["a.parquet", "b.parquet"]
+    assert sorted(texts(folder)) == sorted(expected) and len(expected) == count
     told = capsys.readouterr().err
     assert told.count("\n") == 1 and ("split train" in told or "all 2 files are read" in told)
     texts(folder)

@@ -89,8 +89,8 @@ def write_rows(path, rows):
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.arrow", "a.arrayrecord"])
 def test_nul_and_escape_are_reported_in_texts_and_in_messages_of_every_format(tmp_path, name, bad):
     path = tmp_path / name
-    said = [[{"role": "user", "content": text}, {"role": "assistant", "content": "b"}] for text in ("a", bad, "c")]
-    for rows in ([{"text": text} for text in ("a", bad, "c")], [{"messages": messages} for messages in said]):
+    conversations = [[{"role": "user", "content": text}, {"role": "assistant", "content": "b"}] for text in ("a", bad, "c")]
+    for rows in ([{"text": text} for text in ("a", bad, "c")], [{"messages": messages} for messages in conversations]):
         write_rows(path, rows)
         reported: list[tuple[str, str]] = []
         part = sources.Part((str(path),), 0, sources.WHOLE, 1)

@@ -22,11 +22,11 @@ def lines_of(rows):
 
 def example(row):
     """A tf.train.Example with the text, and features that no one reads."""
-    made = tf_example_generated_pb2.Example()
-    made.features.feature["text"].bytes_list.value.append(row["text"].encode())
-    made.features.feature["id"].int64_list.value.append(row["id"])
-    made.features.feature["tags"].bytes_list.value.extend([b"a", b"b"])
-    return made.SerializeToString()
+    message = tf_example_generated_pb2.Example()
+    message.features.feature["text"].bytes_list.value.append(row["text"].encode())
+    message.features.feature["id"].int64_list.value.append(row["id"])
+    message.features.feature["tags"].bytes_list.value.extend([b"a", b"b"])
+    return message.SerializeToString()
 
 
 def write_jsonl(path, rows):
@@ -201,7 +201,7 @@ def test_a_clone_of_a_dataset_repository_is_its_parquet_files_in_order(tmp_path)
 
 
 def write_tfds(folder, splits):
-    """What TFDS writes with file_format=array_record, made by its description."""
+    """What TFDS writes with file_format=array_record, written by its description."""
     folder.mkdir(parents=True)
     for split, shards in splits.items():
         for k, rows in enumerate(shards):

@@ -131,8 +131,8 @@ def test_sources_whose_shares_are_multiples_of_one_another_do_not_crowd(weights)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["over six decades", "a few large ones", "any"])
-def test_two_hundred_mixtures_are_within_a_row_of_every_share_at_every_ten_thousandth_row(kind):
-    for seed in range(67):
+def test_many_mixtures_are_within_a_row_of_every_share_at_every_ten_thousandth_row(kind):
+    for seed in range(25):
         check_shares(kind, 1000 + seed, 10**6, 10**4)
 
 

@@ -40,7 +40,7 @@ def lines_of(rows):
 
 
 @pytest.fixture
-def made(tokenizer, tmp_path):
+def prepare_rows(tokenizer, tmp_path):
     def make(rows, options=prepare.DEFAULT):
         path = tmp_path / "rows.jsonl"
         path.write_text(lines_of(rows), encoding="utf-8")
@@ -72,21 +72,21 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_a_text_document_is_its_tokens_and_the_end_token(made, tokenizer):
-    manifest, tokens, mask = made(TEXTS)
+def test_a_text_document_is_its_tokens_and_the_end_token(prepare_rows, tokenizer):
+    manifest, tokens, mask = prepare_rows(TEXTS)
     assert documents(tokens) == [[*tokenizer.encode(row["text"]), tokenizer.eos] for row in TEXTS]
     assert manifest.kind == "text" and mask is None and tokens.dtype == np.uint16
 
 
-def test_a_dialogue_has_a_mask_of_the_same_shape(made, tokenizer):
-    manifest, tokens, mask = made(DIALOGUES)
+def test_a_dialogue_has_a_mask_of_the_same_shape(prepare_rows, tokenizer):
+    manifest, tokens, mask = prepare_rows(DIALOGUES)
     expected = [chat.encode_dialogue(tokenizer, row["messages"]) for row in DIALOGUES]
     assert list(zip(documents(tokens), documents(mask), strict=True)) == expected
     assert manifest.kind == "dialogue" and mask.dtype == np.uint8
 
 
-def test_pairs_are_interleaved_chosen_first(made, tokenizer):
-    manifest, tokens, mask = made(PAIRS)
+def test_pairs_are_interleaved_chosen_first(prepare_rows, tokenizer):
+    manifest, tokens, mask = prepare_rows(PAIRS)
     expected = [side for row in PAIRS for side in chat.encode_pair(tokenizer, row)]
     assert list(zip(documents(tokens), documents(mask), strict=True)) == expected
     assert (manifest.kind, manifest.rows, manifest.documents) == ("pair", 2, 4)
@@ -94,10 +94,10 @@ def test_pairs_are_interleaved_chosen_first(made, tokenizer):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shard_characters", [1, 1 << 30])
-def test_the_manifest_counts_what_is_in_the_store(made, tokenizer, tmp_path, monkeypatch, kind, shard_characters):
+def test_the_manifest_counts_what_is_in_the_store(prepare_rows, tokenizer, tmp_path, monkeypatch, kind, shard_characters):
     monkeypatch.setattr(shards, "CHUNK_ROWS", 1)
     rows, folder = KINDS[kind], tmp_path / "store"
-    manifest, tokens, _ = made(rows, prepare.Options(shard_characters=shard_characters))
+    manifest, tokens, _ = prepare_rows(rows, prepare.Options(shard_characters=shard_characters))
     assert json.loads((folder / "manifest.json").read_text()) == json.loads(json.dumps(asdict(manifest)))
     assert prepare.read_manifest(folder) == replace(manifest, shards=list(manifest.shards))
     assert (manifest.rows, manifest.documents, manifest.tokens) == (len(rows), tokens.documents, tokens.size)
@@ -117,9 +117,9 @@ def test_the_manifest_counts_what_is_in_the_store(made, tokenizer, tmp_path, mon
 
 
 @pytest.mark.parametrize("setting", ["CHUNK", "CHUNK_ROWS"])
-def test_rows_beyond_a_chunk_are_all_there_in_order(made, tokenizer, monkeypatch, setting):
+def test_rows_beyond_a_chunk_are_all_there_in_order(prepare_rows, tokenizer, monkeypatch, setting):
     monkeypatch.setattr(shards, setting, 4)
-    manifest, tokens, _ = made([{"text": str(i)} for i in range(11)])
+    manifest, tokens, _ = prepare_rows([{"text": str(i)} for i in range(11)])
     assert [tokenizer.decode(ids[:-1]) for ids in documents(tokens)] == [str(i) for i in range(11)] and manifest.rows == 11
 
 
@@ -138,9 +138,9 @@ def test_every_format_and_any_size_of_parts_gives_the_same_tokens(tokenizer, tmp
             assert len(manifest.shards) == {"a.jsonl": 40, "b.jsonl.gz": 1, "c.parquet": 5}[name]
 
 
-def test_a_document_of_megabytes_on_one_line_or_on_many_comes_back(made, tokenizer):
+def test_a_document_of_megabytes_on_one_line_or_on_many_comes_back(prepare_rows, tokenizer):
     texts = ["狸が山に住む。" * 150_000, "The moon, 3 miles away.\n" * 6_000, "moon"]  # longer than what is encoded together
-    _, tokens, _ = made([{"text": text} for text in texts])
+    _, tokens, _ = prepare_rows([{"text": text} for text in texts])
     assert [tokenizer.decode(ids[:-1]) for ids in documents(tokens)] == texts
 
 
@@ -148,12 +148,12 @@ def test_a_document_of_megabytes_on_one_line_or_on_many_comes_back(made, tokeniz
 
 
 def test_tokens_of_megatron_are_taken_as_they_are(tokenizer, megatron, tmp_path):
-    given = [[1, 2, 3], [tokenizer.vocab_size - 1], [0, 5]]
-    manifest = prepare.prepare(megatron(given, np.int64), tokenizer, tmp_path / "store", workers=1)
+    documents_given = [[1, 2, 3], [tokenizer.vocab_size - 1], [0, 5]]
+    manifest = prepare.prepare(megatron(documents_given, np.int64), tokenizer, tmp_path / "store", workers=1)
     store = prepare.open_store(tmp_path / "store")[1]
-    assert documents(store) == given and store.dtype == np.uint16
+    assert documents(store) == documents_given and store.dtype == np.uint16
     assert (manifest.kind, manifest.rows, manifest.characters) == ("tokens", 3, 0)
-    assert (tmp_path / "store" / "tokens-00000-00000.bin").read_bytes() == np.array(sum(given, []), "<u2").tobytes()
+    assert (tmp_path / "store" / "tokens-00000-00000.bin").read_bytes() == np.array(sum(documents_given, []), "<u2").tobytes()
 
 
 @pytest.mark.parametrize(("bad", "dtype"), [(None, np.uint16), (70_000, np.int32), (-1, np.int32), ((1 << 32) + 5, np.int64)])
@@ -178,17 +178,17 @@ RAGGED = [[[1], [2, 3]], [[1, 2], [3, 4]], [1.5, 2], [1 << 80], [None], ["a"], [
 
 
 @pytest.mark.parametrize("tokens", RAGGED, ids=str)
-def test_what_is_no_list_of_ids_is_one_line_or_a_rejected_row(made, tmp_path, tokens):
+def test_what_is_no_list_of_ids_is_one_line_or_a_rejected_row(prepare_rows, tmp_path, tokens):
     with pytest.raises(UserError, match=r"rows\.jsonl:2: (tokens must be a list of ids|holds id)") as caught:
-        made([{"tokens": [1, 2]}, {"tokens": tokens}])
+        prepare_rows([{"tokens": [1, 2]}, {"tokens": tokens}])
     assert "\n" not in str(caught.value)
-    assert made([{"tokens": [1, 2]}, {"tokens": tokens}], SKIP)[0].rejected == 1
+    assert prepare_rows([{"tokens": [1, 2]}, {"tokens": tokens}], SKIP)[0].rejected == 1
 
 
 @pytest.mark.parametrize("row", [{"tokens": [1, 2, 3]}, {"tokens": 3}, {"text": None, "tokens": 3}])
-def test_tokens_in_a_line_are_taken_or_refused_by_the_name_of_the_line(made, tmp_path, row):
+def test_tokens_in_a_line_are_taken_or_refused_by_the_name_of_the_line(prepare_rows, tmp_path, row):
     try:
-        _, tokens, _ = made([row])
+        _, tokens, _ = prepare_rows([row])
     except UserError as error:
         assert "rows.jsonl:1" in str(error)
         assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
@@ -208,14 +208,14 @@ def test_a_store_of_megatron_is_opened_without_a_manifest(megatron, tmp_path):
 
 # --- bad rows ---------------------------------------------------------------------------------------------------------------
 
-GOOD = {"text": "a"}
-BAD = {
-    "kinds mixed": ([GOOD, DIALOGUES[0]], ":2.*one source per kind"),
-    "no known field": ([GOOD, {"title": "a"}], ":2.*neither text"),
-    "no JSON": ([GOOD, "moon"], ":2 is not JSON"),
-    "an empty document": ([GOOD, {"text": ""}], ":2.*empty document.*--skip_invalid"),
-    "white space only": ([GOOD, {"text": "\u3000\n \n"}], ":2.*empty document"),
-    "an empty document first": ([{"text": ""}, GOOD], ":1.*empty document"),
+VALID = {"text": "a"}
+INVALID = {
+    "kinds mixed": ([VALID, DIALOGUES[0]], ":2.*one source per kind"),
+    "no known field": ([VALID, {"title": "a"}], ":2.*neither text"),
+    "no JSON": ([VALID, "moon"], ":2 is not JSON"),
+    "an empty document": ([VALID, {"text": ""}], ":2.*empty document.*--skip_invalid"),
+    "white space only": ([VALID, {"text": "\u3000\n \n"}], ":2.*empty document"),
+    "an empty document first": ([{"text": ""}, VALID], ":1.*empty document"),
     "no assistant turn": ([DIALOGUES[0], {"messages": [user("a")]}], ":2.*without an assistant turn"),
     "no messages": ([DIALOGUES[0], {"messages": []}], ":2.*conversation is empty"),
     "unknown role": (
@@ -224,28 +224,28 @@ BAD = {
     ),
     "prompt neither text nor messages": ([PAIRS[0], {"prompt": 5, "chosen": "a", "rejected": "b"}], ":2"),
     "an answer that is no message": ([PAIRS[0], {"prompt": "a", "chosen": [5], "rejected": "b"}], ":2.*message 0 must be"),
-    "lone surrogate in a text": ([GOOD, {"text": "\ud800"}], ":2.*surrogate"),
+    "lone surrogate in a text": ([VALID, {"text": "\ud800"}], ":2.*surrogate"),
     "lone surrogate in a dialogue": ([DIALOGUES[0], {"messages": [user("\ud800"), assistant("a")]}], ":2.*surrogate"),
     "no rows": ([], ".*corpus is empty"),
 }
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_a_bad_row_is_an_error_that_names_its_line_and_nothing_is_left(made, tmp_path, case):
-    rows, message = BAD[case]
+@pytest.mark.parametrize("case", INVALID)
+def test_a_bad_row_is_an_error_that_names_its_line_and_nothing_is_left(prepare_rows, tmp_path, case):
+    rows, message = INVALID[case]
     with pytest.raises(UserError, match=f"rows.jsonl{message}"):
-        made(rows)
+        prepare_rows(rows)
     assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
-@pytest.mark.parametrize("case", [case for case in BAD if case != "no rows"])
-def test_with_skip_bad_it_is_left_out_counted_and_listed(made, tmp_path, case):
-    rows, message = BAD[case]
+@pytest.mark.parametrize("case", [case for case in INVALID if case != "no rows"])
+def test_with_skip_invalid_it_is_left_out_counted_and_listed(prepare_rows, tmp_path, case):
+    rows, message = INVALID[case]
     number = 0 if case.endswith("first") else 1
     good = [row for i, row in enumerate(rows) if i != number]
-    made(good)
+    prepare_rows(good)
     expected = contents(tmp_path / "store")
-    manifest, _, _ = made(rows, SKIP)
+    manifest, _, _ = prepare_rows(rows, SKIP)
     found = contents(tmp_path / "store")
     listed = [json.loads(line) for line in found.pop("rejected.jsonl").decode().splitlines()]
     assert [row["where"] for row in listed] == [f"{tmp_path}/rows.jsonl:{number + 1}"] and set(listed[0]) == {"where", "reason"}
@@ -256,20 +256,20 @@ def test_with_skip_bad_it_is_left_out_counted_and_listed(made, tmp_path, case):
 
 
 @pytest.mark.parametrize("bad", [{"title": "a"}, "moon", {"text": ""}, {"text": None}, "[]"])
-def test_with_skip_bad_the_first_rows_may_be_bad_too(made, tokenizer, bad):
-    manifest, tokens, _ = made([bad, bad, *TEXTS], SKIP)
+def test_with_skip_invalid_the_first_rows_may_be_bad_too(prepare_rows, tokenizer, bad):
+    manifest, tokens, _ = prepare_rows([bad, bad, *TEXTS], SKIP)
     assert documents(tokens) == [[*tokenizer.encode(row["text"]), tokenizer.eos] for row in TEXTS] and manifest.rejected == 2
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_bad_rows_anywhere_change_nothing_of_the_good_ones(made, tmp_path, monkeypatch, kind):
+def test_bad_rows_anywhere_change_nothing_of_the_good_ones(prepare_rows, tmp_path, monkeypatch, kind):
     monkeypatch.setattr(shards, "CHUNK_ROWS", 3)
     rows = KINDS[kind] * 4
     bad = ["moon", {"title": "a"}, {"messages": [user("a")]}, {"prompt": 5, "chosen": "a", "rejected": "b"}, {"text": ""}]
     mixed = [row for i, good in enumerate(rows) for row in [good, *[bad[i % len(bad)]] * (i % 3)]]
-    clean, tokens, mask = made(rows, prepare.Options(shard_characters=1))
+    clean, tokens, mask = prepare_rows(rows, prepare.Options(shard_characters=1))
     expected = documents(tokens), mask and documents(mask)
-    manifest, tokens, mask = made(mixed, prepare.Options(shard_characters=1, skip_invalid=True))
+    manifest, tokens, mask = prepare_rows(mixed, prepare.Options(shard_characters=1, skip_invalid=True))
     assert (documents(tokens), mask and documents(mask)) == expected
     assert manifest.rejected == len(mixed) - len(rows) and manifest.rows == clean.rows
     assert manifest.characters == clean.characters
@@ -277,17 +277,17 @@ def test_bad_rows_anywhere_change_nothing_of_the_good_ones(made, tmp_path, monke
     assert sorted(listed) == sorted(f"{tmp_path}/rows.jsonl:{n}" for n, row in enumerate(mixed, 1) if row in bad)
 
 
-def test_of_very_many_bad_rows_all_are_counted_and_some_are_listed(made, tmp_path, monkeypatch):
+def test_of_very_many_bad_rows_all_are_counted_and_some_are_listed(prepare_rows, tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "REASONS", 5)
     monkeypatch.setattr(shards, "CHUNK_ROWS", 4)
-    manifest, _, _ = made([GOOD, *["moon"] * 30, GOOD], SKIP)
+    manifest, _, _ = prepare_rows([VALID, *["moon"] * 30, VALID], SKIP)
     assert (manifest.rows, manifest.rejected) == (2, 30)
     assert len((tmp_path / "store" / "rejected.jsonl").read_text().splitlines()) == 5
 
 
-def test_nothing_but_bad_rows_is_an_error_that_counts_them_and_leaves_nothing(made, tmp_path):
+def test_nothing_but_bad_rows_is_an_error_that_counts_them_and_leaves_nothing(prepare_rows, tmp_path):
     with pytest.raises(UserError, match=r"no good rows.*2 bad ones"):
-        made([{"text": ""}] * 2, SKIP)
+        prepare_rows([{"text": ""}] * 2, SKIP)
     assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
@@ -307,18 +307,18 @@ def test_a_damaged_file_is_an_error_that_leaves_nothing_or_one_bad_row(tokenizer
     assert name in (tmp_path / "store" / "rejected.jsonl").read_text()
 
 
-def test_an_error_leaves_the_store_that_was_there(made, tmp_path):
-    made(TEXTS)
+def test_an_error_leaves_the_store_that_was_there(prepare_rows, tmp_path):
+    prepare_rows(TEXTS)
     before = contents(tmp_path / "store")
     with pytest.raises(UserError):
-        made([GOOD, {"title": "a"}])
+        prepare_rows([VALID, {"title": "a"}])
     assert contents(tmp_path / "store") == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["rows.jsonl", "store"]
 
 
-def test_preparing_again_replaces_the_store_whole(made, tmp_path):
-    made([*DIALOGUES, {"text": ""}], SKIP)
-    _, tokens, _ = made(TEXTS)
+def test_preparing_again_replaces_the_store_whole(prepare_rows, tmp_path):
+    prepare_rows([*DIALOGUES, {"text": ""}], SKIP)
+    _, tokens, _ = prepare_rows(TEXTS)
     assert len(documents(tokens)) == 3
     assert sorted(contents(tmp_path / "store")) == ["manifest.json", "tokens-00000-00000.bin", "tokens-00000-00000.idx"]
 
@@ -330,7 +330,7 @@ def test_a_corpus_of_empty_text_files_is_an_error(tokenizer, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
 
 
-def test_a_place_that_cannot_be_written_is_an_error_that_names_it(made, tokenizer, tmp_path):
+def test_a_place_that_cannot_be_written_is_an_error_that_names_it(prepare_rows, tokenizer, tmp_path):
     (tmp_path / "rows.jsonl").write_text(lines_of(TEXTS))
     with pytest.raises(UserError, match=r"cannot write .*rows\.jsonl/store"):
         prepare.prepare(str(tmp_path / "rows.jsonl"), tokenizer, tmp_path / "rows.jsonl" / "store", workers=1)
@@ -425,9 +425,9 @@ def test_a_directory_without_a_manifest_is_an_error_that_says_how_to_make_one(tm
         (lambda manifest: manifest | {"colour": "red"}, "of another version.*prepare it again"),
     ],
 )
-def test_a_manifest_that_does_not_fit_is_an_error(made, tmp_path, monkeypatch, change, message):
+def test_a_manifest_that_does_not_fit_is_an_error(prepare_rows, tmp_path, monkeypatch, change, message):
     monkeypatch.setattr(shards, "CHUNK_ROWS", 1)
-    made([GOOD] * 3, prepare.Options(shard_characters=1))
+    prepare_rows([VALID] * 3, prepare.Options(shard_characters=1))
     path = tmp_path / "store" / "manifest.json"
     path.write_text(json.dumps(change(json.loads(path.read_text()))))
     with pytest.raises(UserError, match=message):
@@ -435,8 +435,8 @@ def test_a_manifest_that_does_not_fit_is_an_error(made, tmp_path, monkeypatch, c
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".idx"])
-def test_a_shard_that_is_gone_is_an_error_that_names_it(made, tmp_path, suffix):
-    made(DIALOGUES)
+def test_a_shard_that_is_gone_is_an_error_that_names_it(prepare_rows, tmp_path, suffix):
+    prepare_rows(DIALOGUES)
     (tmp_path / "store" / f"mask-00000-00000{suffix}").unlink()
     with pytest.raises(UserError, match=f"mask-00000-00000{suffix} is missing"):
         prepare.open_store(tmp_path / "store")

@@ -64,7 +64,7 @@ def test_the_bytes_read_grow_to_the_size_of_all_files(tmp_path):
     assert found == sorted(found) and found[-1] == len(JSONL * 500) + len(ZIPPED) + 3
 
 
-BAD = {
+INVALID = {
     "no text": ("a.jsonl", b'{"text": "a"}\n{"title": "b"}\n', r"a\.jsonl:2.*title"),
     "text not a string": ("a.jsonl", b'{"text": 5}\n', r"a\.jsonl:1"),
     "not JSON": ("a.jsonl", b'{"text": "a"}\n\n{"text": \n', r"a\.jsonl:3.*not JSON"),
@@ -80,9 +80,9 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize("case", INVALID)
 def test_bad_input_is_an_error_that_names_the_file_and_the_line(tmp_path, case):
-    name, data, message = BAD[case]
+    name, data, message = INVALID[case]
     (tmp_path / name).write_bytes(data)
     with pytest.raises(UserError, match=message):
         read(tmp_path / name)
