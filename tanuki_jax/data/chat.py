@@ -34,7 +34,7 @@ TEMPLATE = (
     "{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '\n\n### 応答:\n' }}{% endif %}"
 )
-VERSION = 2  # of the encoding of conversations; stores of dialogues and pairs of another version are prepared again
+VERSION = 3  # of the encoding of conversations; stores of dialogues and pairs of another version are prepared again
 
 
 def encode_chat(

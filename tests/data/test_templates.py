@@ -132,7 +132,7 @@ def test_text_ids_and_mask_follow_from_the_template(others, name, messages):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TEMPLATES)
-@settings(max_examples=500)
+@settings(max_examples=2000)
 @given(messages=conversations())
 def test_the_same_for_many_more_conversations(others, name, messages):
     check(others, name, messages)

@@ -7,6 +7,7 @@ import re
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from tanuki_jax import config
 from tanuki_jax.data import packing
@@ -59,7 +60,7 @@ def recipe(stages, **changes):
     """A recipe whose stages are given as dicts; each starts from the one before."""
     c = tiny_recipe.get_config()
     c.data = dict.fromkeys(("ja", "en", "dialogues", "pairs", "others"), "unused.jsonl")
-    c.tokenizer.sources, c.stages, before = (), config.ConfigDict(), ""
+    c.tokenizer.sources, c.stages, before = (), ConfigDict(), ""
     for name, values in stages.items():
         row = dict(kind="pretrain", mixture=TEXT, seq_len=32, batch_size=4, steps=5, init_from=before)
         c.stages[name] = config.stage(**{**row, **values})
@@ -128,7 +129,7 @@ def test_a_branch_knows_nothing_of_its_sister():
 
 def _branched():
     c = tiny_recipe.get_config()
-    c.data, c.tokenizer.sources, c.stages = dict(ja="unused.jsonl"), (), config.ConfigDict()
+    c.data, c.tokenizer.sources, c.stages = dict(ja="unused.jsonl"), (), ConfigDict()
     row = dict(mixture=dict(ja=(1.0,)), seq_len=32, batch_size=4)
     c.stages.root = config.stage("pretrain", steps=5, **row)
     c.stages.left = config.stage("pretrain", steps=7, init_from="root", **row)

@@ -21,6 +21,7 @@ from tanuki_jax.cli.main import main
 from tanuki_jax.errors import Preempted, UserError
 from tanuki_jax.multihost import watchdog
 from tanuki_jax.recipe import artifacts, initial_state, preflight, reference
+from tanuki_jax.recipe import run as run_module
 from tanuki_jax.report import trackers
 from tests import tiny_recipe
 from tests.checkpoint.test_checksums import STATE, contents, saved, state_of
@@ -86,12 +87,12 @@ def test_a_broken_pipe_in_the_middle_of_a_run_is_no_success(tmp_path, monkeypatc
     def logger_is_gone(*args):
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
-    monkeypatch.setattr(run, "run", logger_is_gone)
+    monkeypatch.setattr(run_module, "run_recipe", logger_is_gone)
     assert main(["run", tiny_recipe.CONFIG, f"--workdir={tmp_path}"]) != 0
 
 
 def test_a_hang_in_the_first_step_of_a_resumed_run_names_that_step(tmp_path, monkeypatch):
-    monkeypatch.setattr(watchdog.peers, "wait_seconds", lambda: 0.3)
+    monkeypatch.setattr(watchdog.coordination, "wait_seconds", lambda: 0.3)
     monkeypatch.setattr(watchdog, "TICK", 0.05)
     options = dict(guard=config.Guard(step_timeout_seconds=0.0))
     with pytest.raises(KeyboardInterrupt):

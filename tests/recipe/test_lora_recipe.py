@@ -67,15 +67,17 @@ OTHERS = {
 
 @pytest.mark.parametrize("restore", ["adapter", "all"])
 @pytest.mark.parametrize("case", OTHERS)
-def test_adapters_of_other_shapes_are_not_trained_on(case, carry, home, tmp_path, capsys):
+def test_adapters_of_other_shapes_are_not_trained_on(case, restore, home, tmp_path, capsys):
     flags, words = OTHERS[case]
-    refused(capsys, one(tmp_path, home / "stages" / "sft", f"restore={carry}", *flags), "stage one", *words, "restore='params'")
+    refused(
+        capsys, one(tmp_path, home / "stages" / "sft", f"restore={restore}", *flags), "stage one", *words, "restore='params'"
+    )
     assert not (tmp_path / "one" / "stages" / "one" / "checkpoints").exists()
 
 
 @pytest.mark.parametrize("restore", ["adapter", "all"])
-def test_a_whole_model_has_no_adapters_to_train_on(carry, home, tmp_path, capsys):
-    refused(capsys, one(tmp_path, home / "stages" / "base", f"restore={carry}"), str(home / "stages" / "base"), "no adapters")
+def test_a_whole_model_has_no_adapters_to_train_on(restore, home, tmp_path, capsys):
+    refused(capsys, one(tmp_path, home / "stages" / "base", f"restore={restore}"), str(home / "stages" / "base"), "no adapters")
 
 
 def test_all_parameters_cannot_go_on_with_moments_of_adapters(home, tmp_path, capsys):

@@ -130,10 +130,10 @@ import sys
 from pathlib import Path
 import jax, jax.numpy as jnp, dataclasses
 jax.config.update("jax_cpu_enable_async_dispatch", False)
-from tanuki_jax import config, parallel
+from tanuki_jax import config, multihost, parallel
 from tanuki_jax.train import loop
 from tanuki_jax.train.step import State
-parallel.initialize()
+multihost.initialize()
 mesh = parallel.make_mesh(config.Mesh(data=2))
 whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 fresh = jax.jit(lambda: State(jnp.int32(0), {"w": jnp.zeros(4)}, {"m": jnp.zeros(4)}, jax.random.key(0)), out_shardings=whole)
@@ -155,8 +155,8 @@ def batches(first, number):
 options = config.Stage(save_every=10, log_every=1, guard=config.Guard(rollback_lr_scale=0.5))
 job = loop.Job("toy", Path(sys.argv[1]), options, 60, 10, 1.0, {"model": {}})
 with jax.set_mesh(mesh):
-    state = loop.run(job, like, fresh, step, batches)
-print("last", seen, float(parallel.to_host(state.params["w"])[0]))
+    state = loop.run_loop(job, like, fresh, step, batches)
+print("last", seen, float(multihost.to_host(state.params["w"])[0]))
 """
 
 

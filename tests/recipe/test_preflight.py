@@ -69,30 +69,32 @@ import sys, time, os
 from pathlib import Path
 import jax
 jax.config.update("jax_cpu_enable_async_dispatch", False)
-from tanuki_jax import cli, config, parallel, preflight, recipe
-import tanuki_jax.preflight as p
+from tanuki_jax import config, multihost
+from tanuki_jax.cli import main, verbs
+from tanuki_jax.recipe import preflight, run
+from tanuki_jax.recipe.workdir import Workdir
 mode, workdir = sys.argv[1], Path(sys.argv[2])
-parallel.initialize()
+multihost.initialize()
 second = jax.process_index() == 1
-loaded, versions = config.load([sys.argv[3]]), recipe.versions()
+loaded, versions = config.load([sys.argv[3]]), run.versions()
 if second and mode == "versions": versions["jax"] = "0.1.2"
 if second and mode == "recipe": loaded = config.load([sys.argv[3], "--config.seed=7"])
 if second and mode == "clock":
     real = time.time
-    p.time.time = lambda: real() + 1000
+    preflight.time.time = lambda: real() + 1000
 if second and mode == "disk": workdir = workdir / "other"
 workdir.mkdir(exist_ok=True)
 if second and mode == "absent": time.sleep(8)
 
 def work(options):
     preflight.check(loaded, list(loaded.stages), Workdir(workdir), versions)
-    parallel.agree("fingerprint", f"f{jax.process_index() if mode == 'agree' else 0}")
+    multihost.assert_equal_across_processes("fingerprint", f"f{jax.process_index() if mode == 'agree' else 0}")
     if mode == "first":
-        parallel.on_first(lambda: 1 / 0 if jax.process_index() == 0 else None, "the sums")
-    print("passed", parallel.exchange(f"hello {jax.process_index()}", "greeting"), flush=True)
+        multihost.on_process_zero(lambda: 1 / 0 if jax.process_index() == 0 else None, "the sums")
+    print("passed", multihost.all_gather_text(f"hello {jax.process_index()}", "greeting"), flush=True)
 
-cli.WORK["run"] = work
-sys.exit(cli.main(["run", "--config=x", "--workdir=y"]))
+verbs.WORK["run"] = work
+sys.exit(main.main(["run", "--config=x", "--workdir=y"]))
 """
 
 
@@ -160,10 +162,10 @@ from pathlib import Path
 import numpy as np
 import jax, jax.numpy as jnp
 jax.config.update("jax_cpu_enable_async_dispatch", False)
-from tanuki_jax import config, parallel
+from tanuki_jax import config, multihost, parallel
 from tanuki_jax.train import loop
 from tanuki_jax.train.step import State
-parallel.initialize()
+multihost.initialize()
 mesh = parallel.make_mesh(config.Mesh(data=4))
 whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
@@ -187,7 +189,7 @@ def batches(first, number):
 options = config.Stage(save_every=100, log_every=1, guard=config.Guard(step_timeout_seconds=3.0))
 job = loop.Job("toy", Path(sys.argv[2]), options, 60 if mode == "slow" else 400, 10, 1.0, {"model": {}})
 with jax.set_mesh(mesh):
-    loop.run(job, like, fresh, step, batches)
+    loop.run_loop(job, like, fresh, step, batches)
 """
 
 

@@ -17,6 +17,7 @@ from tests.tiny_recipe import CONFIG
 
 ROWS = [{"text": "".join(chr(0x3042 + (7 * i + j * j) % 60) for j in range(150))} for i in range(60)]
 RECIPE = """
+from ml_collections import ConfigDict
 from tests import tiny_recipe
 from tanuki_jax import config
 
@@ -26,7 +27,7 @@ def get_config():
     c.data = dict(ja={data!r})
     c.tokenizer.update(dict(vocab_size=400, sources=()))
     row = dict(mixture=dict(ja=(1.0,)), seq_len=32, batch_size=8, save_every=2)
-    c.stages = config.ConfigDict()
+    c.stages = ConfigDict()
     c.stages.scratch = config.stage("pretrain", moe=True, steps=3, **row)
     c.stages.more = config.stage("pretrain", init_from="scratch", restore="all", steps=2, **row)
     return c

@@ -121,6 +121,7 @@ def test_characters_that_are_cut_by_a_row_count_their_own_bytes(held, tokenizer)
 # --- in the metrics of a run ------------------------------------------------------------------------------------------------
 
 RECIPE = """
+from ml_collections import ConfigDict
 from tests import tiny_recipe
 from tanuki_jax import config
 
@@ -129,10 +130,10 @@ def get_config():
     c.scoring.prompts = 0
     c.data = dict(ja={ja!r}, en={en!r})
     c.tokenizer.update(dict(path={tokenizer!r}, sources=()))
-    c.validation.update(dict(tokens=100, every=2))
+    c.validation.update(dict(tokens=100, every_steps=2))
     row = dict(mixture=dict(ja=(0.75,), en=(0.25,)), seq_len=32, batch_size=8, save_every=2, log_every=100)
     row["optimizer"] = dict(learning_rate=1e-2)
-    c.stages = config.ConfigDict()
+    c.stages = ConfigDict()
     c.stages.first = config.stage("pretrain", steps=5, **row)
     c.stages.second = config.stage("pretrain", steps=3, init_from="first", **row)
     return c

@@ -21,9 +21,9 @@ from tanuki_jax.train.step import State
 
 def job(directory, steps=9, **options):
     """Options are keys of a stage, or of a job."""
-    own = {name: options.pop(name) for name in ("counters", "changes") if name in options}
+    of_job = {name: options.pop(name) for name in ("counters", "data_change_steps") if name in options}
     stage = config.Stage(**{**dict(save_every=2, log_every=1, keep_latest=1), **options})
-    return loop.Job("toy", directory, stage, steps, 10, 1.0, {"model": {}}, **own)
+    return loop.Job("toy", directory, stage, steps, 10, 1.0, {"model": {}}, **of_job)
 
 
 def fresh_state():
@@ -102,7 +102,7 @@ def test_metrics_after_the_checkpoint_are_written_anew_when_the_run_goes_on(tmp_
         run(job(tmp_path), dies)
     run(job(tmp_path))
     assert logged(tmp_path) == list(range(1, 10))
-    assert loop.summarize(job(tmp_path))["tokens"] == 90
+    assert loop.summarize(job(tmp_path)).tokens == 90
 
 
 def test_the_final_loss_is_the_last_one_and_no_mean(tmp_path):
@@ -110,7 +110,7 @@ def test_the_final_loss_is_the_last_one_and_no_mean(tmp_path):
         row = {"step": step, "loss": loss, "seconds": 1.0, "goodput": 1.0, "seconds_by_phase": {}}
         with (tmp_path / "metrics.jsonl").open("a", encoding="utf-8") as f:
             f.write(json.dumps(row) + "\n")
-    assert loop.summarize(job(tmp_path))["final_loss"] == 1.2346  # of the last step that was finite
+    assert loop.summarize(job(tmp_path)).final_loss == 1.2346  # of the last step that was finite
 
 
 def test_counters_of_a_step_are_logged_with_it(tmp_path):
@@ -320,7 +320,7 @@ def test_the_times_add_up_and_lost_ones_are_told(tmp_path):
 
 
 def test_a_step_that_hangs_is_told_with_all_stacks(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(goodput, "PATIENCE", 0.5)
+    monkeypatch.setattr(goodput, "MIN_HANG_SECONDS", 0.5)
 
     def step(state, batch):
         if batch == 5:

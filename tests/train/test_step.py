@@ -30,9 +30,7 @@ def compiled(kind, name, gradient_accumulation_steps):
 def expected(kind, name):
     cfg = MODELS[name]
     batch = {n: jnp.asarray(v) for n, v in problem(kind, cfg).items()}
-    return jax.tree.map(
-        np.asarray, compiled("dpo" if kind == "dpo" else "pretrain", name, 1)(init(cfg, jax.random.key(0)), batch)
-    )
+    return jax.tree.map(np.asarray, compiled(kind, name, 1)(init(cfg, jax.random.key(0)), batch))
 
 
 def close(found, wanted):
@@ -78,7 +76,7 @@ def test_loss_and_gradients_are_those_of_one_device(mesh, gradient_accumulation_
     params = jax.device_put(init(cfg, jax.random.key(0)), checkpoint.parameter_shardings(cfg, mesh))
     with jax.set_mesh(mesh):
         batch = loader.on_devices(problem(kind, cfg), mesh, 8)
-        grads, metrics = compiled("dpo" if kind == "dpo" else "pretrain", name, gradient_accumulation_steps)(params, batch)
+        grads, metrics = compiled(kind, name, gradient_accumulation_steps)(params, batch)
     wanted_grads, wanted = expected(kind, name)
     np.testing.assert_allclose(metrics["loss"], wanted["loss"], rtol=1e-5)
     close(grads, wanted_grads)
