@@ -23,8 +23,8 @@ def absolute(path: str | Path) -> Path:
 
 
 @contextlib.contextmanager
-def disk_errors(directory: Path, what: str = "checkpoint") -> Iterator[None]:
-    """Turns the many ways in which a full or read-only disk shows itself into one message, which begins with `what`."""
+def disk_errors(directory: Path, label: str = "checkpoint") -> Iterator[None]:
+    """Turns the many ways in which a full or read-only disk shows itself into one message, which begins with `label`."""
     try:
         yield
     except (OSError, ValueError, RuntimeError) as error:
@@ -34,11 +34,11 @@ def disk_errors(directory: Path, what: str = "checkpoint") -> Iterator[None]:
             sign in text for sign in ("No space left", "ENOSPC", "Disk quota", "RESOURCE_EXHAUSTED", "File too large")
         ):
             raise UserError(
-                f"{what}: the disk of {directory} is full{_file_size_hint(error)}; "
+                f"{label}: the disk of {directory} is full{_file_size_hint(error)}; "
                 "free some space and run the same command again"
             ) from error
         if isinstance(error, PermissionError) or "Permission denied" in text or "Read-only file system" in text:
-            raise UserError(f"{what}: {directory} cannot be written to; check its permissions") from error
+            raise UserError(f"{label}: {directory} cannot be written to; check its permissions") from error
         raise
 
 
