@@ -46,7 +46,7 @@ def chat(talker: ChatModel, sampling: model.Sampling, seed: int, questions: Sequ
     max_seq_len = talker.max_seq_len
     messages: list[dict[str, str]] = []
     interrupted_at = -EXIT_SECONDS
-    while (line := _read_question()) is not None:
+    for line in iter(_read_question, None):
         if line.strip() == "/new":
             messages = []
         if not line.strip() or line.strip() == "/new":

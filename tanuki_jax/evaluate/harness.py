@@ -10,11 +10,11 @@ Log-likelihoods are those that its `hf` model gives of the exported checkpoint.
 
 from __future__ import annotations
 
+import logging
 import re
-import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -26,12 +26,18 @@ from tanuki_jax.errors import UserError
 from tanuki_jax.evaluate.score import sequence_scores
 from tanuki_jax.model import Sampling
 
-# Stand around what a task says that spells a special token of a rendered conversation, which it must not become.
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+
+logger = logging.getLogger(__name__)
+
+TokenizedRequest: TypeAlias = tuple[object, list[int], list[int]]  # texts (for messages), context, continuation
+# Stand around text of a task that spells a special token of a rendered conversation, which it must not become.
 QUOTE = "\ue010{}\ue011"
 
 
 class Harness(TemplateLM):
-    """What the harness asks of a model.
+    """The harness's interface to a model.
 
     max_length: longest row, prompt and answer; by default the longest that the checkpoint's stages trained on.
     """
@@ -53,19 +59,22 @@ class Harness(TemplateLM):
     def prefix_token_id(self) -> int:
         return self._tokenizer.eos if self._tokenizer.bos is None else self._tokenizer.bos
 
-    def tok_encode(self, string: str, add_special_tokens: Any = None, **_: Any) -> list[int]:
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: object) -> list[int]:
         """As hf encodes: BOS where the tokenizer itself puts one, unless the text begins with it."""
         parts = re.split(f"[{QUOTE.format('')}]", string)
-        begun = string.startswith(self._tokenizer.piece(self.prefix_token_id))
         if len(parts) == 1:
-            return self._tokenizer.encode_prompt(string, not begun if add_special_tokens is None else add_special_tokens)
+            if add_special_tokens is None:
+                add_special_tokens = not string.startswith(self._tokenizer.piece(self.prefix_token_id))
+            return self._tokenizer.encode_prompt(string, add_special_tokens)
         ends = [0]
         for part in parts:
             ends.append(ends[-1] + len(part))
         quoted = list(zip(ends[1:-1:2], ends[2::2], strict=False))  # every other part
         return self._tokenizer.encode_rendered("".join(parts), quoted, frozenset(chat.stop_ids(self._tokenizer)))[0]
 
-    def _loglikelihood_tokens(self, requests: Sequence[Any], disable_tqdm: bool = False, **_: Any) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(
+        self, requests: Sequence[TokenizedRequest], disable_tqdm: bool = False, **_: object
+    ) -> list[tuple[float, bool]]:
         sequences, masks = [], []
         for text, context, continuation in requests:
             if not continuation:
@@ -78,19 +87,20 @@ class Harness(TemplateLM):
             masks.append([0] * (len(ids) - len(continuation)) + [1] * len(continuation))
         return sequence_scores(self._loaded.cfg, self._loaded.params, sequences, masks)
 
-    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        windows, owners = [], []
+    def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
+        windows: list[TokenizedRequest] = []
+        request_numbers = []
         for number, request in enumerate(requests):
             (text,) = request.args
             for window in get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.max_length, 1):
                 windows.append((None, *make_disjoint_window(window)))
-                owners.append(number)
+                request_numbers.append(number)
         totals = [0.0] * len(requests)
-        for owner, (logprob, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
-            totals[owner] += logprob
+        for number, (logprob, _) in zip(request_numbers, self._loglikelihood_tokens(windows), strict=True):
+            totals[number] += logprob
         return totals
 
-    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+    def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         answers = [""] * len(requests)
         groups: dict[Sampling, list[int]] = {}
         for number, request in enumerate(requests):
@@ -100,26 +110,27 @@ class Harness(TemplateLM):
             numbers.sort(key=lambda n: len(prompts[n]))
             for start in range(0, len(numbers), self.batch_size):
                 batch = numbers[start : start + self.batch_size]
-                given = [prompts[n] or [self.prefix_token_id] for n in batch]
-                for n, ids in zip(batch, model.generate(self._loaded.cfg, self._loaded.params, given, sampling), strict=True):
-                    answers[n] = _until(self._tokenizer.decode(ids), requests[n].args[1].get("until") or [])
+                filled = [prompts[n] or [self.prefix_token_id] for n in batch]
+                results = model.generate(self._loaded.cfg, self._loaded.params, filled, sampling)
+                for n, ids in zip(batch, results, strict=True):
+                    answers[n] = _cut_at(self._tokenizer.decode(ids), requests[n].args[1].get("until") or [])
         return answers
 
-    def _sampling(self, options: dict[str, Any]) -> Sampling:
+    def _sampling(self, options: Mapping[str, float]) -> Sampling:
         sampled = options.get("do_sample", options.get("temperature", 0) > 0)
-        most = int(options.get("max_gen_toks", self.max_new_tokens))
+        max_new_tokens = int(options.get("max_gen_toks", self.max_new_tokens))
         temperature = float(options.get("temperature", 1.0)) if sampled else 0.0
-        return Sampling(most, temperature, float(options.get("top_p", 1.0)), chat.stop_ids(self._tokenizer))
+        return Sampling(max_new_tokens, temperature, float(options.get("top_p", 1.0)), chat.stop_ids(self._tokenizer))
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The rendered conversation; without a prompt for an answer it goes on in the last message, as hf's does."""
+        """The rendered conversation; without a generation prompt it continues the last message, as hf's does."""
         try:
             rendered, quoted = chat.render_prompt(self._tokenizer, chat_history, add_generation_prompt)
         except UserError as error:
             without = [message for message in chat_history if message["role"] != "system"]
             if len(without) == len(chat_history):
                 raise
-            print(f"harness: {error}; the system message is left out", file=sys.stderr)
+            logger.warning("harness: %s; the system message is left out", error)
             rendered, quoted = chat.render_prompt(self._tokenizer, without, add_generation_prompt)
         for start, stop in reversed(quoted):
             rendered = rendered[:start] + QUOTE.format(rendered[start:stop]) + rendered[stop:]
@@ -133,7 +144,7 @@ class Harness(TemplateLM):
         return self._tokenizer.fingerprint
 
 
-def _until(text: str, stops: str | Sequence[str]) -> str:
+def _cut_at(text: str, stops: str | Sequence[str]) -> str:
     """The text before the first of these strings."""
-    found = [text.find(stop) for stop in ([stops] if isinstance(stops, str) else stops) if stop]
-    return text[: min((at for at in found if at >= 0), default=len(text))]
+    positions = [text.find(stop) for stop in ([stops] if isinstance(stops, str) else stops) if stop]
+    return text[: min((position for position in positions if position >= 0), default=len(text))]

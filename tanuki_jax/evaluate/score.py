@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +17,25 @@ from tanuki_jax.data import chat
 from tanuki_jax.data.tokenizer import Tokenizer
 from tanuki_jax.errors import UserError
 from tanuki_jax.model import Sampling
+from tanuki_jax.model.transformer import Params
 
-BATCH = 64  # sequences scored together
-CACHE_BYTES = 1 << 16  # tokens scored together, at most
+MAX_SEQUENCES = 64  # scored together
+MAX_TOKENS = 1 << 16  # scored together, padding included
+
+Row: TypeAlias = Mapping[str, Any]  # a held-out prompt or a pair, as synth makes them
+Messages: TypeAlias = Sequence[dict[str, str]]  # a conversation
+
+
+class ScoredRow(TypedDict):
+    """The sum of the natural log-probabilities, and the number of tokens that count."""
+
+    logprob: float
+    tokens: int
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _sums(cfg: config.ModelConfig, params: Any, tokens_BS: jax.Array, weights_BS: jax.Array) -> jax.Array:
-    """Sums of log-probabilities, and how many tokens are not the likeliest, [2, B]."""
+def _score_batch(cfg: config.ModelConfig, params: Params, tokens_BS: jax.Array, weights_BS: jax.Array) -> jax.Array:
+    """Sums of log-probabilities, and numbers of tokens that are not the likeliest, [2, B]."""
     B, S = tokens_BS.shape
     batch = {
         "tokens": tokens_BS,
@@ -37,18 +48,18 @@ def _sums(cfg: config.ModelConfig, params: Any, tokens_BS: jax.Array, weights_BS
 
 
 def sequence_logprobs(
-    cfg: config.ModelConfig, params: Any, sequences: Sequence[Sequence[int]], masks: Sequence[Sequence[int]]
+    cfg: config.ModelConfig, params: Params, sequences: Sequence[Sequence[int]], masks: Sequence[Sequence[int]]
 ) -> list[float]:
     """Sum of the natural log-probabilities of the tokens of each sequence where its mask is 1."""
     return [logprob for logprob, _ in sequence_scores(cfg, params, sequences, masks)]
 
 
 def sequence_scores(
-    cfg: config.ModelConfig, params: Any, sequences: Sequence[Sequence[int]], masks: Sequence[Sequence[int]]
+    cfg: config.ModelConfig, params: Params, sequences: Sequence[Sequence[int]], masks: Sequence[Sequence[int]]
 ) -> list[tuple[float, bool]]:
-    """The same sum, and whether each of these tokens is the likeliest at its place.
+    """The same sum, and whether every one of these tokens is the likeliest at its position.
 
-    A first token has nothing before it and is never counted.  Sequences are scored in order of length, padded to a
+    The first token has no context and is never counted.  Sequences are scored in order of length, padded to a
     power of two; causal attention keeps padding out of the result.
     """
     for number, sequence in enumerate(sequences, 1):
@@ -61,22 +72,22 @@ def sequence_scores(
     result = [(0.0, True)] * len(sequences)
     while order:
         width = 1 << max(4, (len(sequences[order[0]]) - 1).bit_length())
-        count = max(1, min(BATCH, CACHE_BYTES // width))
+        count = max(1, min(MAX_SEQUENCES, MAX_TOKENS // width))
         batch = [i for i in order[:count] if len(sequences[i]) <= width]
         order = order[len(batch) :]
         tokens, weights = np.zeros((count, width), np.int32), np.zeros((count, width), np.float32)
         for row, i in enumerate(batch):
             tokens[row, : len(sequences[i])] = sequences[i]
             weights[row, : len(masks[i])] = masks[i]
-        logprobs, missed = multihost.to_host(_sums(cfg, params, tokens, weights))
+        logprobs, missed = multihost.to_host(_score_batch(cfg, params, tokens, weights))
         for row, i in enumerate(batch):
             result[i] = float(logprobs[row]), bool(missed[row] == 0)
     return result
 
 
 def score_rows(
-    cfg: config.ModelConfig, params: Any, tokenizer: Tokenizer, rows: Sequence[dict[str, Any]]
-) -> list[dict[str, Any]]:
+    cfg: config.ModelConfig, params: Params, tokenizer: Tokenizer, rows: Sequence[Mapping[str, object]]
+) -> list[ScoredRow]:
     """`logprob` and `tokens` of each row: over all tokens of `text` after the first, or over the `completion` of `prompt`.
 
     The text's own tokens alone are used; nothing is put before them.  A completion is encoded together with its prompt,
@@ -84,13 +95,14 @@ def score_rows(
     """
     sequences, masks = [], []
     for number, row in enumerate(rows, 1):
-        if isinstance(row.get("text"), str):
-            ids = tokenizer.encode(row["text"])
+        text, prompt, completion = row.get("text"), row.get("prompt"), row.get("completion")
+        if isinstance(text, str):
+            ids = tokenizer.encode(text)
             mask = [0] + [1] * (len(ids) - 1)
-        elif isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str):
-            ids, starts = tokenizer.encode_with_offsets(row["prompt"] + row["completion"])
-            mask = [int(i > 0 and start >= len(row["prompt"])) for i, start in enumerate(starts)]
-            if row["completion"] and max(starts) < len(row["prompt"]):
+        elif isinstance(prompt, str) and isinstance(completion, str):
+            ids, starts = tokenizer.encode_with_offsets(prompt + completion)
+            mask = [int(i > 0 and start >= len(prompt)) for i, start in enumerate(starts)]
+            if completion and max(starts) < len(prompt):
                 raise UserError(
                     f"score: row {number} has no token that begins in its completion: one token spans the end of the "
                     "prompt and all of it; end the prompt elsewhere"
@@ -108,9 +120,9 @@ def score_rows(
 
 def answers(
     cfg: config.ModelConfig,
-    params: Any,
+    params: Params,
     tokenizer: Tokenizer,
-    conversations: Sequence[Sequence[dict[str, str]]],
+    conversations: Sequence[Messages],
     sampling: Sampling,
     batch_size: int,
 ) -> list[str]:
@@ -120,19 +132,17 @@ def answers(
     result = [""] * len(prompts)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        # The last batch is filled up with repetitions, so that all have one shape.
+        # The last batch is padded with repetitions, so that all have one shape.
         filled = (chosen * batch_size)[:batch_size] if start else chosen
         for i, ids in zip(chosen, model.generate(cfg, params, [prompts[j] for j in filled], sampling), strict=False):
             result[i] = tokenizer.decode(ids)
     return result
 
 
-def exact_answers(
-    rows: Sequence[dict[str, Any]], given: Sequence[str], correct: Callable[[dict[str, Any], str], bool]
-) -> dict[str, Any]:
-    """Share of right answers, overall and per family."""
+def exact_answers(rows: Sequence[Row], responses: Sequence[str], correct: Callable[[Row, str], bool]) -> dict[str, Any]:
+    """`exact_match`, the share of right answers, of how many `prompts`, and the share of each of the `families`."""
     families: dict[str, list[bool]] = defaultdict(list)
-    for row, answer in zip(rows, given, strict=True):
+    for row, answer in zip(rows, responses, strict=True):
         families[row["family"]].append(correct(row, answer))
     everything = [right for group in families.values() for right in group]
     return {
@@ -142,7 +152,7 @@ def exact_answers(
     }
 
 
-def pair_margins(cfg: config.ModelConfig, params: Any, tokenizer: Tokenizer, pairs: Sequence[dict[str, Any]]) -> np.ndarray:
+def pair_margins(cfg: config.ModelConfig, params: Params, tokenizer: Tokenizer, pairs: Sequence[Row]) -> np.ndarray:
     """Log-probability of the chosen answer minus that of the rejected one, for each pair, float64."""
     encoded = [side for pair in pairs for side in chat.encode_pair(tokenizer, pair)]
     logprobs = sequence_logprobs(cfg, params, [ids for ids, _ in encoded], [mask for _, mask in encoded])

@@ -24,11 +24,11 @@ def absolute(path: str | Path) -> Path:
 
 @contextlib.contextmanager
 def disk_errors(
-    directory: Path, what: str = "checkpoint", kinds: tuple[type[Exception], ...] = (OSError, ValueError, RuntimeError)
+    directory: Path, label: str = "checkpoint", kinds: tuple[type[Exception], ...] = (OSError, ValueError, RuntimeError)
 ) -> Iterator[None]:
     """Turns the many ways in which a full or read-only disk shows itself into one message.
 
-    what: with which it begins; kinds: of the exceptions that are looked at.
+    label: with which it begins; kinds: of the exceptions that are looked at.
     """
     try:
         yield
@@ -39,11 +39,11 @@ def disk_errors(
             sign in text for sign in ("No space left", "ENOSPC", "Disk quota", "RESOURCE_EXHAUSTED", "File too large")
         ):
             raise UserError(
-                f"{what}: the disk of {directory} is full{_file_size_hint(error)}; "
+                f"{label}: the disk of {directory} is full{_file_size_hint(error)}; "
                 "free some space and run the same command again"
             ) from error
         if isinstance(error, PermissionError) or "Permission denied" in text or "Read-only file system" in text:
-            raise UserError(f"{what}: {directory} cannot be written to; check its permissions") from error
+            raise UserError(f"{label}: {directory} cannot be written to; check its permissions") from error
         raise
 
 

@@ -63,7 +63,7 @@ class _HeldLock:
     """A lock that this process holds."""
 
     path: Path
-    what: str
+    label: str  # of what it protects, for messages
     holder: Holder
     new_directories: list[Path]  # created for it
     thread: int = field(default_factory=threading.get_ident)
@@ -88,11 +88,11 @@ def output(path: Path) -> contextlib.AbstractContextManager[None]:
 
 
 @contextlib.contextmanager
-def hold(path: Path, what: str, cannot: str = "") -> Iterator[None]:
+def hold(path: Path, label: str, cannot: str = "") -> Iterator[None]:
     """Holds the lock in the file `path`, however that is spelt; a thread that holds it already goes on.
 
     Args:
-      what: the thing that it protects, for messages.
+      label: of what the lock protects, for messages.
       cannot: beginning of the message where it cannot be written.
 
     Raises:
@@ -103,7 +103,7 @@ def hold(path: Path, what: str, cannot: str = "") -> Iterator[None]:
     if held and held.holder.pid == os.getpid() and held.thread == threading.get_ident():
         yield
         return
-    lock = _HeldLock(path, what, _current_holder(), [])
+    lock = _HeldLock(path, label, _current_holder(), [])
     try:
         _take(lock)
     except BaseException as error:
@@ -132,7 +132,7 @@ def check(look: bool = True) -> None:
                 with contextlib.suppress(OSError):  # a file system that does not answer; the next write will fail, too
                     _is_ours(lock)
             if lock.lost:
-                raise UserError(f"{lock.what}: the lock {lock.path} {lock.lost}; this process ends and writes nothing more")
+                raise UserError(f"{lock.label}: the lock {lock.path} {lock.lost}; this process ends and writes nothing more")
 
 
 @contextlib.contextmanager
@@ -303,17 +303,17 @@ def _is_free(lock: _HeldLock, state: LockState) -> bool:
     alive = _is_alive(holder) if holder else None
     if alive is None:
         logger.warning(
-            "%s is locked by %s, which cannot be looked for here; watching its lock", lock.what, holder or "another process"
+            "%s is locked by %s, which cannot be looked for here; watching its lock", lock.label, holder or "another process"
         )
         same_machine = holder and holder.boot and holder.boot == lock.holder.boot
         alive = _is_renewed(lock.path, state, NEAR if same_machine else STALE)
     if not alive:
-        with hold(lock.path.with_name(f"{lock.path.name}~"), lock.what):
+        with hold(lock.path.with_name(f"{lock.path.name}~"), lock.label):
             if _read(lock.path) == state:
                 lock.path.unlink()
                 if holder:  # which may have been killed while it took the lock
                     lock.path.with_name(f"{lock.path.name}.{holder.token}").unlink(missing_ok=True)
-                logger.warning("%s: taken over from %s, which is gone", lock.what, holder or "another process")
+                logger.warning("%s: taken over from %s, which is gone", lock.label, holder or "another process")
     return not alive
 
 
@@ -375,6 +375,6 @@ def _started(pid: int) -> str | None:
 
 def _refusal(lock: _HeldLock, holder: Holder | None) -> str:
     return (
-        f"{lock.what} is in use by {holder or 'another process'}; wait for it, or end it: "
+        f"{lock.label} is in use by {holder or 'another process'}; wait for it, or end it: "
         f"the same command then takes its place (its lock is {lock.path})"
     )

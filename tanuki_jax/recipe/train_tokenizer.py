@@ -13,7 +13,7 @@ from tanuki_jax.files import lock
 from tokenization.errors import TokenizationError
 from tokenization.options import Hooks
 
-HOOKS = Hooks(TEMPLATE, lock.end_with_parent, functools.partial(files.disk_errors, what="tokenizer"))
+HOOKS = Hooks(TEMPLATE, lock.end_with_parent, functools.partial(files.disk_errors, label="tokenizer"))
 
 
 @contextlib.contextmanager

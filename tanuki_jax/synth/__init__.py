@@ -1,1 +1,1 @@
-"""Synthetic data: by rule (rules.py); from other models later."""
+"""Synthetic data, made by rule (rules.py)."""

@@ -1,23 +1,26 @@
 """Rule-made bilingual data: documents, flattened dialogues, dialogues, preference pairs, and held-out prompts.
 
-The original team used such data for arithmetic (research/tanuki: `rule-based/generate_arithmetic_qa_by_rules.py`);
-here it is the default that makes the demo real without a download.  Row i of a split is a pure function of
-(seed, split, i).  What is held out is decided by a hash alone, so no training split can contain it.
+The original team used such data for arithmetic (`rule-based/generate_arithmetic_qa_by_rules.py` in its repository); here it
+is the default, so that the demo needs no download.  Row i of a split is a pure function of (seed, split, i).  A hash alone
+decides what is held out, so no training split can contain it.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from random import Random
-from typing import Any
+from typing import Any, TypeAlias
 
 from tanuki_jax.synth.families import EN, FAMILIES, FOLLOW_UPS, JA, LANGUAGES, Content, Family
 
 HELD_OUT_CONTENTS = 12  # one content in this many is held out,
 HELD_OUT_PROMPTS = 6  # and one prompt in this many of the families whose contents must be known
 SPLITS = ("documents_ja", "documents_en", "synthetic_ja", "synthetic_en", "dialogues", "pairs")
+Row: TypeAlias = dict[str, Any]  # one line of a JSONL file
+Messages: TypeAlias = list[dict[str, str]]
+
 EVASIONS = {JA: "わかりません。", EN: "I do not know."}
 
 
@@ -33,19 +36,20 @@ class Question:
     wrong: str
 
 
-def _hashed(text: str, share: int) -> bool:
+def _one_in(text: str, share: int) -> bool:
+    """Whether the hash of a text picks it, as it does one text in `share`."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % share == 0
 
 
 def content_held_out(family: Family, content: Content) -> bool:
     """Whether no training row may use this content, in any phrasing or language."""
-    return family.held_out_key is not None and _hashed(family.held_out_key(content), HELD_OUT_CONTENTS)
+    return family.held_out_key is not None and _one_in(family.held_out_key(content), HELD_OUT_CONTENTS)
 
 
 def held_out(family: Family, content: Content, prompt: str) -> bool:
     """Whether a prompt belongs to the held-out set."""
     if family.held_out_key is None:
-        return _hashed(f"{family.name} {prompt}", HELD_OUT_PROMPTS)
+        return _one_in(f"{family.name} {prompt}", HELD_OUT_PROMPTS)
     return content_held_out(family, content)
 
 
@@ -77,7 +81,7 @@ def conversation(rng: Random, lang: str, want_held_out: bool, two_turns: bool) -
     return [first] if second is None else [first, second]
 
 
-def _messages(questions: list[Question]) -> list[dict[str, str]]:
+def _messages(questions: list[Question]) -> Messages:
     turns = []
     for q in questions:
         turns += [{"role": "user", "content": q.prompt}, {"role": "assistant", "content": q.answer}]
@@ -97,7 +101,7 @@ def _document(rng: Random, lang: str) -> str:
     return ("" if lang == JA else " ").join(sentences)
 
 
-def rows(split: str, count: int, seed: int) -> Iterator[dict[str, Any]]:
+def rows(split: str, count: int, seed: int) -> Iterator[Row]:
     """The rows of a training split.
 
     `documents_*` and `synthetic_*` give {"text"}; `dialogues` {"messages"}; `pairs` {"prompt", "chosen", "rejected"}
@@ -108,7 +112,7 @@ def rows(split: str, count: int, seed: int) -> Iterator[dict[str, Any]]:
         if split.startswith("documents"):
             yield {"text": _document(rng, split[-2:])}
         elif split.startswith("synthetic"):
-            yield {"text": _flattened(conversation(rng, split[-2:], False, rng.random() < 0.25))}
+            yield {"text": _flatten(conversation(rng, split[-2:], False, rng.random() < 0.25))}
         elif split == "dialogues":
             questions = conversation(rng, rng.choice(LANGUAGES), False, rng.random() < 0.25)
             yield {"messages": _messages(questions), "meta": {"families": [q.family for q in questions]}}
@@ -118,12 +122,12 @@ def rows(split: str, count: int, seed: int) -> Iterator[dict[str, Any]]:
             raise KeyError(split)
 
 
-def _flattened(questions: list[Question]) -> str:
+def _flatten(questions: list[Question]) -> str:
     """A dialogue as plain text under the chat template's headings, as the original put instruction data into pretraining."""
     return "\n\n".join(f"### 指示:\n{q.prompt}\n\n### 応答:\n{q.answer}" for q in questions)
 
 
-def preference_pair(rng: Random, want_held_out: bool) -> dict[str, Any]:
+def preference_pair(rng: Random, want_held_out: bool) -> Row:
     """A right answer against a wrong, evasive or other-language one."""
     lang = rng.choice(LANGUAGES)
     questions = conversation(rng, lang, want_held_out, rng.random() < 0.2)
@@ -142,13 +146,13 @@ def preference_pair(rng: Random, want_held_out: bool) -> dict[str, Any]:
     }
 
 
-def held_out_prompts(count: int, seed: int) -> list[dict[str, Any]]:
+def held_out_prompts(count: int, seed: int) -> list[Row]:
     """`count` distinct prompts that no training split contains, the same number of each family and language in turn.
 
     Rows: {"family", "lang", "messages" (ending with the user), "answer"}.  One in five asks a second question.
     """
-    result: list[dict[str, Any]] = []
-    seen: set[str] = set()
+    result: list[Row] = []
+    used: set[str] = set()
     cells = [(family, lang) for family in FAMILIES.values() for lang in LANGUAGES]
     i = 0
     while len(result) < count:
@@ -159,18 +163,18 @@ def held_out_prompts(count: int, seed: int) -> list[dict[str, Any]]:
         second = follow_up(rng, first) if rng.random() < 0.2 else None
         questions = [first] if second is None else [first, second]
         messages = _messages(questions)[:-1]
-        if str(messages) in seen and i < 50 * count:
+        if str(messages) in used and i < 50 * count:
             continue
-        seen.add(str(messages))
+        used.add(str(messages))
         result.append({"family": questions[-1].family, "lang": lang, "messages": messages, "answer": questions[-1].answer})
     return result
 
 
-def held_out_pairs(count: int, seed: int) -> list[dict[str, Any]]:
+def held_out_pairs(count: int, seed: int) -> list[Row]:
     """Preference pairs on held-out prompts."""
     return [preference_pair(Random(f"{seed} held-out pair {i}"), want_held_out=True) for i in range(count)]
 
 
-def correct(row: dict[str, Any], answer: str) -> bool:
+def correct(row: Mapping[str, Any], answer: str) -> bool:
     """Whether an answer to a held-out prompt is exactly right (surrounding white space aside)."""
     return answer.strip() == row["answer"]

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch import given
+from tests.launch.settings import SETTINGS
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "queued.sh"
-GIVEN = {**given.GIVEN, "POLL": "0"}
+FAST = {**SETTINGS, "POLL": "0"}
 # Keeps its state in FAKE: a request waits, is provisioned and becomes active as it is looked at; `runs` says how each run ends.
 GCLOUD = """#!/usr/bin/env python3
 import json, os, pathlib, sys
@@ -54,7 +54,7 @@ def launch(tmp_path):
         (tmp_path / "state").write_text(json.dumps({"runs": list(runs), "states": list(states)}))
         (tmp_path / "log").write_text("")
         path = f"{fake.parent}:{os.environ['PATH']}"
-        env = {"PATH": path, "FAKE": str(tmp_path), "TMPDIR": str(tmp_path), **GIVEN, **env}
+        env = {"PATH": path, "FAKE": str(tmp_path), "TMPDIR": str(tmp_path), **FAST, **env}
         done = subprocess.run([str(SCRIPT), *arguments], env=env, capture_output=True, text=True, timeout=60)
         commands = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
         return done, commands

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.given import GIVEN
+from tests.launch.settings import SETTINGS
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "tpu_vm.sh"
 
@@ -19,7 +19,7 @@ def launch(*arguments, **env):
 
 @pytest.mark.parametrize("action", ["create", "install", "run", "status", "delete"])
 def test_a_dry_run_prints_commands_for_the_slice_in_its_zone(action):
-    found = launch("--dry_run", action, **GIVEN)
+    found = launch("--dry_run", action, **SETTINGS)
     assert found.returncode == 0 and not found.stderr
     commands = [shlex.split(line) for line in found.stdout.splitlines()]
     assert commands[-1][:4] == ["gcloud", "compute", "tpus", "tpu-vm"]
@@ -27,7 +27,7 @@ def test_a_dry_run_prints_commands_for_the_slice_in_its_zone(action):
 
 
 def test_the_config_reaches_every_worker_whole():
-    [line] = launch("--dry_run", "run", **GIVEN).stdout.splitlines()
+    [line] = launch("--dry_run", "run", **SETTINGS).stdout.splitlines()
     command = shlex.split(line)
     assert "--worker=all" in command
     [remote] = [word.removeprefix("--command=") for word in command if word.startswith("--command=")]
@@ -35,8 +35,8 @@ def test_the_config_reaches_every_worker_whole():
 
 
 def test_a_preemptible_slice_is_asked_for_only_when_wanted():
-    assert "--spot" in launch("--dry_run", "create", **GIVEN, SPOT="1").stdout
-    assert "--spot" not in launch("--dry_run", "create", **GIVEN).stdout
+    assert "--spot" in launch("--dry_run", "create", **SETTINGS, SPOT="1").stdout
+    assert "--spot" not in launch("--dry_run", "create", **SETTINGS).stdout
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_a_preemptible_slice_is_asked_for_only_when_wanted():
     [
         (["create"], {"ZONE": "z"}, "TPU_NAME is not set"),
         (["--dry_run", "run"], {"TPU_NAME": "t", "ZONE": "z"}, "CONFIG is not set"),
-        (["destroy"], GIVEN, "unknown argument 'destroy'"),
+        (["destroy"], SETTINGS, "unknown argument 'destroy'"),
     ],
 )
 def test_what_is_missing_is_named(arguments, env, words):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from random import Random
+from typing import TypeAlias
 
 from tanuki_jax.synth import world
 from tanuki_jax.synth.families.family import EN, JA, Content, Family, in_language, listed
 
-Answer = Callable[[Content, str], str]
+Answer: TypeAlias = Callable[[Content, str], str]
 
 
 def _digits(rng: Random) -> Content:
@@ -104,6 +105,7 @@ def _key(numbers: Content) -> str:
     return f"list {sorted(numbers)}"
 
 
+# Eight arguments: a table of families is written with it.
 def _list_family(
     name: str,
     draw: Callable[[Random], Content],

@@ -1,26 +1,26 @@
-"""What a family of rule-made questions is."""
+"""The interface of a family of rule-made questions."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from random import Random
-from typing import Any
+from typing import Any, TypeAlias
 
-Content = tuple[Any, ...]
+Content: TypeAlias = tuple[Any, ...]  # the subject of a question; each family has its own
 JA, EN = "ja", "en"
 LANGUAGES = (JA, EN)
 
 
 @dataclass(frozen=True)
 class Family:
-    """One kind of question.  All but `draw` and `wrong` is a pure function of content and language, so answers can be checked.
+    """One kind of question.  All but `draw` and `wrong` are pure functions of content and language, so answers can be checked.
 
     draw: content from a random source.
     ask: phrasings per language, filled with `slots`.
     answer, wrong (a plausible false answer), say (the same as prose).
-    held_out_key: what must not occur in training where it is held out, in any phrasing or language; None where only the
-      prompt itself is held out (a fact or a word cannot be guessed).
+    held_out_key: identifies content that, where it is held out, must not occur in training in any phrasing or language; None
+      where only the prompt itself is held out (a fact or a word cannot be guessed).
     weight: how often it is drawn, relative to the others.
     """
 
@@ -44,7 +44,7 @@ def side(lang: str) -> int:
     return 0 if lang == JA else 1
 
 
-def listed(items: Iterable[Any], lang: str) -> str:
+def listed(items: Iterable[object], lang: str) -> str:
     """Items with the language's comma."""
     return ("、" if lang == JA else ", ").join(str(item) for item in items)
 

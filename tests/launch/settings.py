@@ -1,6 +1,6 @@
 """Settings that the scripts of Cloud TPUs need."""
 
-GIVEN = {
+SETTINGS = {
     "TPU_NAME": "tanuki",
     "ZONE": "us-east5-a",
     "TPU_TYPE": "v5p-256",
