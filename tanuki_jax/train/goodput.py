@@ -63,7 +63,7 @@ class Clock:
             limit = max(PATIENCE, LONG * self.seconds_per_step())
             multihost.enter_phase(what, min(limit, end) if end else limit, end)
         else:
-            multihost.enter_phase(what, end=end and max(end, multihost.wait_seconds()))
+            multihost.enter_phase(what, exit_seconds=end and max(end, multihost.wait_seconds()))
 
     def waiting(self, batches: Iterator[Any]) -> Iterator[Any]:
         """The batches, with the time that each made the loop wait."""

@@ -35,7 +35,8 @@ def make_loss(
     def loss(
         params: Any, batch: Batch, balance: Balance | None = None, key: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array, Metrics]:
-        return made(params, parallel.zigzag(batch), balance, None if key is None else model.Dropout(dropout, key))
+        batch, zigzag = parallel.zigzag(batch)
+        return made(params, batch, balance, None if key is None else model.Dropout(dropout, key), zigzag)
 
     return loss
 
@@ -58,9 +59,13 @@ def next_token(cfg: config.ModelConfig, options: config.Loss, sources: Sequence[
     """
 
     def loss(
-        params: Any, batch: Batch, balance: Balance | None = None, dropout: model.Dropout | None = None
+        params: Any,
+        batch: Batch,
+        balance: Balance | None = None,
+        dropout: model.Dropout | None = None,
+        zigzag: bool = False,
     ) -> tuple[jax.Array, jax.Array, Metrics]:
-        outputs = model.apply(cfg, params, batch, dropout)
+        outputs = model.apply(cfg, params, batch, dropout, zigzag)
         scores = model.token_scores(cfg, params, outputs, batch["targets"], entropy)
         weights_BS = batch["loss_weights"].astype(jnp.float32)
         weight_B = weights_BS.sum(axis=1)
@@ -91,13 +96,13 @@ class PairScores(NamedTuple):
 
 
 def pair_scores(
-    cfg: config.ModelConfig, params: Any, batch: Batch, dropout: model.Dropout | None = None
+    cfg: config.ModelConfig, params: Any, batch: Batch, dropout: model.Dropout | None = None, zigzag: bool = False
 ) -> tuple[PairScores, model.Outputs]:
     """Scores of the answers of a batch of pairs.
 
     `pair_segments` [B, P, 2] names the segment of each answer in its row, so pairs are packed like any other text.
     """
-    outputs = model.apply(cfg, params, batch, dropout)
+    outputs = model.apply(cfg, params, batch, dropout, zigzag)
     scores = model.token_scores(cfg, params, outputs, batch["targets"], entropy=True)
     assert scores.entropy is not None
     logits_BS = jax.lax.stop_gradient(model.mean_logits(cfg, params, outputs))
@@ -121,9 +126,14 @@ def preference(cfg: config.ModelConfig, options: config.Loss, sources: Sequence[
     """
 
     def loss(
-        params: Any, batch: Batch, balance: Balance | None = None, dropout: model.Dropout | None = None
+        params: Any,
+        batch: Batch,
+        balance: Balance | None = None,
+        dropout: model.Dropout | None = None,
+        zigzag: bool = False,
     ) -> tuple[jax.Array, jax.Array, Metrics]:
-        (logp_BP2, lengths_BP2, correct_BP2, logits_BP2, entropy_BP2), outputs = pair_scores(cfg, params, batch, dropout)
+        scores, outputs = pair_scores(cfg, params, batch, dropout, zigzag)
+        logp_BP2, lengths_BP2, correct_BP2, logits_BP2, entropy_BP2 = scores
         valid_BP = (batch["pair_segments"][..., 0] > 0).astype(jnp.float32)
         ratios_BP2 = logp_BP2 - batch["ref_logprobs"]
         rewards_BP2 = options.beta * ratios_BP2

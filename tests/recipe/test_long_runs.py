@@ -91,7 +91,7 @@ def test_a_broken_pipe_in_the_middle_of_a_run_is_no_success(tmp_path, monkeypatc
 
 
 def test_a_hang_in_the_first_step_of_a_resumed_run_names_that_step(tmp_path, monkeypatch):
-    monkeypatch.setattr(watchdog.peers, "wait_seconds", lambda: 0.3)
+    monkeypatch.setattr(watchdog.coordination, "wait_seconds", lambda: 0.3)
     monkeypatch.setattr(watchdog, "TICK", 0.05)
     options = dict(guard=config.Guard(step_timeout_seconds=0.0))
     with pytest.raises(KeyboardInterrupt):
@@ -229,9 +229,9 @@ def test_every_batch_of_the_reference_shows_that_the_process_gets_on(monkeypatch
     monkeypatch.setattr(stage.loader, "stack", lambda rows: np.zeros(2))
     monkeypatch.setattr(stage.loader, "on_devices", lambda batch, mesh, size: batch)
     monkeypatch.setattr(stage.jax, "jit", lambda f: f)
-    before = watchdog._phase.passed
+    before = watchdog._phase.number
     stage._source_logprobs(small(), {}, Rows(range(8)), 2, None)
-    assert watchdog._phase.passed >= before + 4
+    assert watchdog._phase.number >= before + 4
 
 
 def test_sigusr1_before_the_first_step_does_not_kill_the_run(tmp_path, monkeypatch):
