@@ -18,6 +18,21 @@ def small(**overrides):
     return with_options(config.ModelConfig(**shape), **{"dtype": "float32", **overrides})
 
 
+def random_params(cfg, seed=0):
+    """Parameters of the distribution of `init`, other numbers, from NumPy: nothing is compiled."""
+    rng = np.random.default_rng(seed)
+    layers = (2 * cfg.n_layers) ** 0.5
+
+    def draw(path, shape):
+        name = path[-1].key
+        if name.startswith(("norm", "bias")):
+            return jnp.full(shape.shape, name.startswith("norm"), shape.dtype)
+        std = cfg.init_std / (layers if name in ("o", "down") else 1)
+        return jnp.asarray(std * rng.standard_normal(shape.shape), shape.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, model.parameter_shapes(cfg))
+
+
 def with_options(cfg, **options):
     """A model with other keys of its architecture, or of how it is computed."""
     compute = {name: options.pop(name) for name in vars(cfg.compute) if name in options}

@@ -1,9 +1,11 @@
-"""The transformer behind pure functions over plain parameter trees; the only room that imports Flax."""
+"""The transformer behind pure functions over plain parameter trees; the only package that imports Flax."""
 
 from tanuki_jax.model import layerwise, lora
+from tanuki_jax.model.attention import Batch, Cache
 from tanuki_jax.model.expert_diagnostics import expert_diagnostics, expert_similarity
 from tanuki_jax.model.generate import Sampling, generate
-from tanuki_jax.model.layers import is_vector, parameter_dtype
+from tanuki_jax.model.layer_groups import Params
+from tanuki_jax.model.layers import FFN_MATRICES, axis_sizes, is_vector, parameter_dtype
 from tanuki_jax.model.streaming import stream
 from tanuki_jax.model.transformer import (
     Dropout,
@@ -23,10 +25,15 @@ from tanuki_jax.model.transformer import (
 )
 
 __all__ = [
+    "FFN_MATRICES",
+    "Batch",
+    "Cache",
     "Dropout",
     "Outputs",
+    "Params",
     "Sampling",
     "apply",
+    "axis_sizes",
     "count_parameters",
     "decode",
     "dropless",

@@ -7,7 +7,7 @@ import zlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,9 @@ import numpy as np
 
 from tanuki_jax import config, multihost
 from tanuki_jax.errors import UserError
-from tanuki_jax.model.transformer import Params, decode, empty_cache
+from tanuki_jax.model.attention import Cache
+from tanuki_jax.model.layer_groups import Params
+from tanuki_jax.model.transformer import decode, empty_cache
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,8 @@ def generate(
 ) -> list[list[int]]:
     """Continues each prompt; returns the new token ids without the stop token.
 
-    Prompts are padded to a power of two, so that few shapes are compiled.  What is drawn for a prompt depends on the seed and
-    on the prompt alone, not on the rows beside it; of equal prompts in one batch each has its own draws.
+    Prompts are padded to a power of two, so that few shapes are compiled.  A prompt's random numbers depend only on the seed
+    and on the prompt, not on the other rows; of equal prompts in one batch each has its own.
     """
     if not prompts:
         return []
@@ -52,7 +54,7 @@ def generate(
 
 
 def check_prompts(cfg: config.ModelConfig, prompts: Sequence[Sequence[int]]) -> None:
-    """A UserError where a prompt is empty, or of another vocabulary."""
+    """Raises a UserError where a prompt is empty, or of another vocabulary."""
     if not all(len(p) for p in prompts):
         raise UserError("generate: a prompt is empty; give at least one token")
     if (largest := max(map(max, prompts))) >= cfg.vocab_size:
@@ -62,16 +64,27 @@ def check_prompts(cfg: config.ModelConfig, prompts: Sequence[Sequence[int]]) -> 
 
 
 def row_numbers(prompts: Sequence[Sequence[int]]) -> np.ndarray:
-    """Of each prompt its check sum, and how many before it are the same, [B, 2] uint32."""
-    seen: Counter[bytes] = Counter()
+    """The checksum of each prompt, and how many equal ones come before it, [B, 2] uint32."""
+    counts: Counter[bytes] = Counter()
     numbers = []
     for prompt in prompts:
-        spelt = np.asarray(prompt, np.int64).tobytes()
-        numbers.append((zlib.crc32(spelt), seen[spelt]))
-        seen[spelt] += 1
+        data = np.asarray(prompt, np.int64).tobytes()
+        numbers.append((zlib.crc32(data), counts[data]))
+        counts[data] += 1
     return np.array(numbers, np.uint32)
 
 
+class _State(NamedTuple):
+    """Between two tokens: how many there are, the hidden states that choose the next, and which rows have stopped."""
+
+    step: jax.Array
+    hidden_BD: jax.Array
+    cache: Cache
+    out_BT: jax.Array
+    done_B: jax.Array
+
+
+# Seven arguments: each is a separate argument of the compiled program.
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _generate(
     cfg: config.ModelConfig,
@@ -92,20 +105,19 @@ def _generate(
     last_BD = hidden_BPD[jnp.arange(B), lengths_B - 1]
     stop = jnp.array(sampling.stop or (-1,))
 
-    def running(state: Any) -> jax.Array:
-        step, *_, done_B = state
-        return (step < limit) & ~done_B.all()
+    def is_running(state: _State) -> jax.Array:
+        return (state.step < limit) & ~state.done_B.all()
 
-    def one(state: Any) -> Any:
+    def add_token(state: _State) -> _State:
         step, hidden_BD, cache, out_BT, done_B = state
         token_B = choose(sampling, params, keys_B, hidden_BD, step)
         out_BT = out_BT.at[:, step].set(token_B)
         done_B = done_B | (token_B[:, None] == stop).any(axis=1)
         hidden_B1D, cache = decode(cfg, params, cache, token_B[:, None], (lengths_B + step)[:, None])
-        return step + 1, hidden_B1D[:, 0], cache, out_BT, done_B
+        return _State(step + 1, hidden_B1D[:, 0], cache, out_BT, done_B)
 
-    state = (jnp.int32(0), last_BD, cache, jnp.zeros((B, limit), jnp.int32), jnp.zeros((B,), bool))
-    return jax.lax.while_loop(running, one, state)[3]
+    state = _State(jnp.int32(0), last_BD, cache, jnp.zeros((B, limit), jnp.int32), jnp.zeros((B,), bool))
+    return jax.lax.while_loop(is_running, add_token, state).out_BT
 
 
 def row_keys(key: jax.Array, numbers_B2: jax.Array) -> jax.Array:
@@ -120,8 +132,8 @@ def choose(sampling: Sampling, params: Params, keys_B: jax.Array, hidden_BD: jax
     if sampling.temperature == 0:
         return logits_BV.argmax(axis=-1).astype(jnp.int32)
     logits_BV = _nucleus(logits_BV / sampling.temperature, sampling.top_p)
-    drawn_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, step)
-    return jax.vmap(jax.random.categorical)(drawn_B, logits_BV).astype(jnp.int32)
+    step_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, step)
+    return jax.vmap(jax.random.categorical)(step_keys_B, logits_BV).astype(jnp.int32)
 
 
 def _nucleus(logits_BV: jax.Array, top_p: float) -> jax.Array:

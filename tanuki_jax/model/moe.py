@@ -1,4 +1,6 @@
-"""The mixture of experts: Tanuki's normalised gate, Mixtral's plain one, and what balance losses need to know."""
+"""The mixture of experts: Tanuki's normalised gate, Mixtral's plain one, and the statistics for balance losses."""
+
+from __future__ import annotations
 
 from typing import NamedTuple
 
@@ -7,34 +9,36 @@ import jax
 import jax.numpy as jnp
 
 from tanuki_jax import config, ops, parallel
-from tanuki_jax.model.layers import param_with_lora, parameter
+from tanuki_jax.model.layers import Matrix, param_with_lora, parameter
 
-GATE_BINS = 10  # equal parts of [0, 1], by which the first gate weight of a token is counted
-# Name, axis letters and kind of the experts' parameters.
-MATRICES = (("gate", "EDF", "inner"), ("up", "EDF", "inner"), ("down", "EFD", "outer"))
+GATE_BINS = 10  # equal parts of [0, 1], by which the largest gate weight of a token is counted
+EXPERT_MATRICES = (Matrix("gate", "EDF"), Matrix("up", "EDF"), Matrix("down", "EFD", "residual_out"))
+
+
+class Routing(NamedTuple):
+    """Where a router sends each token; weights and probabilities are float32."""
+
+    weights_BSk: jax.Array  # gate weights of the chosen experts; they sum to 1
+    experts_BSk: jax.Array  # the chosen experts, int32
+    probs_BSE: jax.Array  # probabilities over all experts
 
 
 class RouterStats(NamedTuple):
-    """What one layer's router did with the tokens that are not padding; float32."""
+    """Statistics of one layer's router over the tokens that are not padding; float32."""
 
     aux_B: jax.Array  # Switch load-balancing loss of each row, 1 at perfect balance
     z_B: jax.Array  # mean over the row of logsumexp(logits)^2
     load_E: jax.Array  # assignments to each expert, summed over the batch
-    dropped: jax.Array  # assignments that found no room (capacity mode), summed over the batch
+    dropped: jax.Array  # assignments beyond an expert's capacity, summed over the batch
     gate_bins: jax.Array  # [GATE_BINS] tokens by their largest gate weight, summed over the batch
 
 
-def route(
-    logits_BSE: jax.Array, top_k: int, normalized: bool, scale: float = 1.0, bias_E: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gate weights, chosen experts and all probabilities, in float32.
+def route(logits_BSE: jax.Array, top_k: int, normalized: bool, scale: float = 1.0, bias_E: jax.Array | None = None) -> Routing:
+    """Chooses the experts of each token, in float32.
 
     With `normalized`, logits become z-scores over the experts, scale * (x - mean) / (std + 1e-5) with the unbiased std, as in
-    Tanuki-8x8B (Skywork-MoE, eq. 5; scale is its lambda).  The top-k are softmaxed among themselves.  A bias counts in
-    choosing the top-k alone, not in their weights (Wang et al. 2024, loss-free balancing).
-
-    Returns:
-      weights [B, S, k] that sum to 1, experts [B, S, k] int32, probabilities [B, S, E] over all experts.
+    Tanuki-8x8B (Skywork-MoE, eq. 5; scale is its lambda).  The top-k are softmaxed among themselves.  A bias counts only in
+    choosing the top-k, not in their weights (Wang et al. 2024, loss-free balancing).
     """
     logits_BSE = logits_BSE.astype(jnp.float32)
     if normalized:
@@ -48,22 +52,20 @@ def route(
     else:
         experts_BSk = jax.lax.top_k(logits_BSE + jax.lax.stop_gradient(bias_E), top_k)[1]
         top_BSk = jnp.take_along_axis(logits_BSE, experts_BSk, axis=-1)
-    return jax.nn.softmax(top_BSk, axis=-1), experts_BSk, jax.nn.softmax(logits_BSE, axis=-1)
+    return Routing(jax.nn.softmax(top_BSk, axis=-1), experts_BSk, jax.nn.softmax(logits_BSE, axis=-1))
 
 
-def router_stats(
-    logits_BSE: jax.Array,
-    weights_BSk: jax.Array,
-    experts_BSk: jax.Array,
-    probs_BSE: jax.Array,
-    kept_BSk: jax.Array,
-    valid_BS: jax.Array,
-) -> RouterStats:
+def router_stats(logits_BSE: jax.Array, routing: Routing, kept_BSk: jax.Array, valid_BS: jax.Array) -> RouterStats:
     """Balance of one layer, per row, so that neither accumulation nor the number of devices changes it.
 
     The Switch loss (Fedus et al. 2021, eq. 4-6; top-k as in Megatron-LM) is E * sum_e P_e * f_e with P_e the mean
     probability of expert e and f_e its share of the assignments.  The original computed it per micro-batch of 1-2 rows.
+
+    Args:
+      kept_BSk: bool, the assignments that were not dropped.
+      valid_BS: the tokens that are not padding.
     """
+    weights_BSk, experts_BSk, probs_BSE = routing
     E = probs_BSE.shape[-1]
     valid_BS = valid_BS.astype(jnp.float32)
     tokens_B = jnp.maximum(valid_BS.sum(axis=1), 1.0)
@@ -90,57 +92,69 @@ class MoE(nn.Module):
     def __call__(self, x_BSD: jax.Array, valid_BS: jax.Array) -> tuple[jax.Array, RouterStats]:
         cfg = self.cfg
         router_DE = parallel.unshard(param_with_lora(self, cfg, "router", "DE").astype(jnp.float32), "DE", whole=True)
-        matrices = [
-            param_with_lora(self, cfg, name, axes, kind, expert=True).astype(x_BSD.dtype) for name, axes, kind in MATRICES
-        ]
-        # Else TPUs would round both sides to bfloat16.
+        matrices = tuple(
+            param_with_lora(self, cfg, m.name, m.axes, m.kind, expert=True).astype(x_BSD.dtype) for m in EXPERT_MATRICES
+        )
+        # At the default precision TPUs would round both operands to bfloat16.
         logits_BSE = jnp.einsum("BSD,DE->BSE", x_BSD.astype(jnp.float32), router_DE, precision=jax.lax.Precision.HIGHEST)
         bias_E = parameter(self, cfg, "bias", "E", "zero").astype(jnp.float32) if cfg.router_bias else None
-        gate = weights_BSk, experts_BSk, _ = route(logits_BSE, cfg.top_k, cfg.normalized_gate, cfg.gate_scale, bias_E)
-        y_BSD, kept_BSk = _experts(cfg, x_BSD, weights_BSk, experts_BSk, valid_BS, *matrices)
-        return y_BSD, router_stats(logits_BSE, *gate, kept_BSk, valid_BS)
+        routing = route(logits_BSE, cfg.top_k, cfg.normalized_gate, cfg.gate_scale, bias_E)
+        y_BSD, kept_BSk = _apply_experts(cfg, x_BSD, routing, valid_BS, matrices)
+        return y_BSD, router_stats(logits_BSE, routing, kept_BSk, valid_BS)
 
 
-def _experts(cfg: config.ModelConfig, *arguments: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Each device dispatches its own tokens, to experts that come to it whole or, over `expert`, to where the experts are.
+def _apply_experts(
+    cfg: config.ModelConfig, x_BSD: jax.Array, routing: Routing, valid_BS: jax.Array, matrices: tuple[jax.Array, ...]
+) -> tuple[jax.Array, jax.Array]:
+    """Each device dispatches its own tokens, to experts that are gathered or, over `expert`, to where the experts are.
 
     Weights are gathered over the axes that only their storage is split over, and their gradients scattered back; with F
-    split over `tensor` the devices' partial sums are added up.  With a capacity an expert has room for a share of each device's
-    own tokens, in which padding does not count.
+    split over `tensor` the devices' partial sums are added up.  With a capacity an expert takes a share of each device's own
+    tokens, in which padding does not count.
     """
+    sharded = parallel.batch_is_sharded(x_BSD.shape[0])
+    # Rows that do not divide over the mesh (a few prompts): XLA can split the padded products itself, but no kernel.
+    impl = cfg.compute.expert_impl if sharded or parallel.axis_size(*parallel.MESH_AXES) == 1 else "padded"
+    axis = "expert" if sharded and parallel.axis_size("expert") > 1 else ""
 
     def ffn(
         x_BSD: jax.Array,
         weights_BSk: jax.Array,
         experts_BSk: jax.Array,
         valid_BS: jax.Array,
-        *matrices: jax.Array,
-        axis: str = "",
-        impl: str = cfg.compute.expert_impl,
+        matrices: tuple[jax.Array, ...],
     ) -> tuple[jax.Array, jax.Array]:
-        flat = (a.reshape(-1, a.shape[-1]) for a in (x_BSD, weights_BSk, experts_BSk))
+        x_TD, weights_Tk, experts_Tk = (a.reshape(-1, a.shape[-1]) for a in (x_BSD, weights_BSk, experts_BSk))
         y_TD, kept_Tk = ops.expert_ffn(
-            *flat, *matrices, impl=impl, capacity=cfg.capacity_factor, valid_T=valid_BS.reshape(-1), axis=axis
+            *(x_TD, weights_Tk, experts_Tk, *matrices),
+            impl=impl,
+            capacity_factor=cfg.capacity_factor,
+            valid_T=valid_BS.reshape(-1),
+            axis=axis,
         )
         return y_TD.reshape(x_BSD.shape), kept_Tk.reshape(experts_BSk.shape)
 
-    if not parallel.batch_is_sharded(arguments[0].shape[0]):
-        # Rows that do not divide over the mesh (a few prompts): XLA can split the padded products itself, but no kernel.
-        return ffn(*arguments, impl="padded" if parallel.axis_size(*parallel.MESH_AXES) > 1 else cfg.compute.expert_impl)
+    arguments = (x_BSD, routing.weights_BSk, routing.experts_BSk, valid_BS, matrices)
+    if not sharded:
+        return ffn(*arguments)
     mesh = jax.sharding.get_abstract_mesh()
     stored, used = (
-        [parallel.spec(axes, column, mesh, w.shape) for (_, axes, _), w in zip(MATRICES, arguments[4:], strict=True)]
-        for column in ("stored", "used")
+        tuple(parallel.spec(m.axes, layout, mesh, w.shape) for m, w in zip(EXPERT_MATRICES, matrices, strict=True))
+        for layout in ("stored", "used")
     )
-    tokens = parallel.activation_spec("BS")
+    _, _, f_axis = used[0]
 
-    def local(
-        x_BSD: jax.Array, weights_BSk: jax.Array, experts_BSk: jax.Array, valid_BS: jax.Array, *matrices: jax.Array
+    def ffn_local(
+        x_BSD: jax.Array,
+        weights_BSk: jax.Array,
+        experts_BSk: jax.Array,
+        valid_BS: jax.Array,
+        matrices: tuple[jax.Array, ...],
     ) -> tuple[jax.Array, jax.Array]:
-        whole = [parallel.unshard_local(w, *specs) for w, *specs in zip(matrices, stored, used, strict=True)]
-        axis = "expert" if mesh.shape["expert"] > 1 else ""
-        y_BSD, kept_BSk = ffn(x_BSD, weights_BSk, experts_BSk, valid_BS, *whole, axis=axis)
-        return (jax.lax.psum(y_BSD, "tensor") if used[0][2] else y_BSD), kept_BSk
+        whole = tuple(parallel.unshard_local(*arguments) for arguments in zip(matrices, stored, used, strict=True))
+        y_BSD, kept_BSk = ffn(x_BSD, weights_BSk, experts_BSk, valid_BS, whole)
+        return (jax.lax.psum(y_BSD, "tensor") if f_axis else y_BSD), kept_BSk
 
-    specs = (tokens, tokens, tokens, tokens, *stored)
-    return jax.shard_map(local, in_specs=specs, out_specs=(tokens, tokens), check_vma=False)(*arguments)
+    tokens = parallel.activation_spec("BS")
+    specs = (tokens, tokens, tokens, tokens, stored)
+    return jax.shard_map(ffn_local, in_specs=specs, out_specs=(tokens, tokens), check_vma=False)(*arguments)

@@ -1,4 +1,4 @@
-"""Tanuki's transformer (Llama-like: RMSNorm, rotary positions, grouped-query attention, SwiGLU), dense or mixture.
+"""Tanuki's transformer (Llama-like: RMSNorm, rotary positions, grouped-query attention, SwiGLU), dense or a mixture of experts.
 
 The parameter tree is stacked over layers, leading axis L:
 
@@ -14,49 +14,28 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, cast
+from collections.abc import Iterator
+from typing import NamedTuple, TypeAlias, cast
 
 import flax.linen as nn
-import flax.traverse_util
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from tanuki_jax import config, ops, parallel
 from tanuki_jax.model.attention import Attention, Batch, Cache
-from tanuki_jax.model.layers import compute_dtype, parameter, project, rms_norm
+from tanuki_jax.model.layer_groups import Params, concatenate, layer_groups, merge_groups, split_groups
+from tanuki_jax.model.layers import Matrix, axis_sizes, compute_dtype, parameter, project, rms_norm
 from tanuki_jax.model.moe import MoE, RouterStats
+from tanuki_jax.model.remat import POLICIES
 
-Params = Any
-# What a block keeps for its backward pass, by name of the remat option; what is not kept is computed again.
-ATTENTION, FFN = ("q", "k", "v", "attention", "norm"), ("gate", "up")
-_offload = jax.checkpoint_policies.save_and_offload_only_these_names
-
-
-def _save(*names: str) -> Callable[..., Any]:
-    policies = jax.checkpoint_policies
-    return policies.save_from_both_policies(policies.save_only_these_names(*names), ops.residuals)
-
-
-REMAT = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "attention": _save(*ATTENTION),
-    "ffn": _save(*FFN, "attention", "norm"),
-    "dots": _save(*ATTENTION, *FFN, "middle"),
-    "offload": _offload(
-        names_which_can_be_saved=[],
-        names_which_can_be_offloaded=[*ATTENTION, "middle"],
-        offload_src="device",
-        offload_dst="pinned_host",
-    ),
-}
+MLP_INPUTS, MLP_OUTPUT = (Matrix("gate", "DF"), Matrix("up", "DF")), Matrix("down", "FD", "residual_out")
 
 
 class Dropout(NamedTuple):
-    """Of the inputs of adapters, while they are trained."""
+    """Dropout of the inputs of adapters, while they are trained."""
 
-    rate: float
+    rate: float | jax.Array
     key: jax.Array
 
 
@@ -71,32 +50,41 @@ class MLP(nn.Module):
     """SwiGLU (Shazeer 2020), no bias."""
 
     cfg: config.ModelConfig
+    zigzag: bool = False
 
     @nn.compact
-    def __call__(self, x_BSD: jax.Array) -> jax.Array:
-        gate_BSF, up_BSF = (checkpoint_name(project(self, self.cfg, x_BSD, name, "DF"), name) for name in ("gate", "up"))
-        return project(self, self.cfg, jax.nn.silu(gate_BSF) * up_BSF, "down", "FD", "outer")
+    def __call__(self, x_BSD: jax.Array, dropout_rate: jax.Array | None = None) -> jax.Array:
+        cfg, zigzag = self.cfg, self.zigzag
+        gate_BSF, up_BSF = (
+            checkpoint_name(project(self, cfg, x_BSD, matrix, dropout_rate, zigzag), matrix.name) for matrix in MLP_INPUTS
+        )
+        return project(self, cfg, jax.nn.silu(gate_BSF) * up_BSF, MLP_OUTPUT, dropout_rate, zigzag)
+
+
+BlockOutputs: TypeAlias = tuple[jax.Array, tuple[Cache | None, RouterStats | None]]
 
 
 class Block(nn.Module):
-    """Attention, then the dense or the mixture FFN, each on the normed stream and added to it."""
+    """Attention, then the dense FFN or the mixture, each on the normed stream and added to it."""
 
     cfg: config.ModelConfig
-    mixture: bool
+    is_moe: bool
+    zigzag: bool = False
 
     @nn.compact
-    def __call__(self, x_BSD: jax.Array, batch: Batch, cache: Cache) -> tuple[jax.Array, tuple[Cache, RouterStats | None]]:
-        cfg = self.cfg
+    def __call__(self, x_BSD: jax.Array, batch: Batch, cache: Cache | None, dropout_rate: jax.Array | None) -> BlockOutputs:
+        cfg, zigzag = self.cfg, self.zigzag
         norm_attn_D = parameter(self, cfg, "norm_attn", "D", "scale")
         norm_mlp_D = parameter(self, cfg, "norm_mlp", "D", "scale")
-        y_BSD, cache = Attention(cfg, name="attn")(rms_norm(x_BSD, norm_attn_D, cfg.norm_eps), batch, cache)
+        h_BSD = rms_norm(x_BSD, norm_attn_D, cfg.norm_eps)
+        y_BSD, cache = Attention(cfg, zigzag, name="attn")(h_BSD, batch, cache, dropout_rate)
         x_BSD = checkpoint_name(parallel.constrain(x_BSD + y_BSD, "BSD"), "middle")
         h_BSD = rms_norm(x_BSD, norm_mlp_D, cfg.norm_eps)
         stats = None
-        if self.mixture:
+        if self.is_moe:
             y_BSD, stats = MoE(cfg, name="moe")(h_BSD, batch["segment_ids"] > 0)
         else:
-            y_BSD = MLP(cfg, name="mlp")(h_BSD)
+            y_BSD = MLP(cfg, zigzag, name="mlp")(h_BSD, dropout_rate)
         return parallel.constrain(x_BSD + y_BSD, "BSD"), (cache, stats)
 
 
@@ -111,94 +99,57 @@ class Embedding(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Embedding, scanned blocks, final norm; the head is a parameter that losses and decoding apply themselves."""
+    """Embedding, scanned blocks, final norm; the head is a parameter that losses and decoding apply themselves.
+
+    zigzag: whether the tokens lie in `parallel.zigzag_order`.
+    """
 
     cfg: config.ModelConfig
+    zigzag: bool = False
 
     @nn.compact
-    def __call__(self, batch: Batch, cache: Cache = None) -> tuple[jax.Array, Cache, RouterStats | None]:
+    def __call__(
+        self, batch: Batch, cache: Cache | None = None, dropout_rate: jax.Array | None = None
+    ) -> tuple[jax.Array, Cache | None, RouterStats | None]:
         cfg = self.cfg
         table_VD = Embedding(cfg, name="embed")()
         parameter(self, cfg, "head", "DV")
         norm_final_D = parameter(self, cfg, "norm_final", "D", "scale")
         x_BSD = parallel.embedding_lookup(table_VD.astype(compute_dtype(cfg)), batch["tokens"])
-        # Inside a loop XLA can't merge what is computed twice; several blocks in one pass of it can be.
+        # CSE prevention is needed only when one scan iteration unrolls several blocks.
         block = (
             Block
             if cfg.compute.remat == "none"
-            else nn.remat(Block, policy=REMAT[cfg.compute.remat], prevent_cse=cfg.compute.scan_unroll > 1)
+            else nn.remat(Block, policy=POLICIES[cfg.compute.remat], prevent_cse=cfg.compute.scan_unroll > 1)
         )
-        parts = layer_groups(cfg)
+        groups = layer_groups(cfg)
         caches, stats = [], []
-        for number, (mixture, first, end) in enumerate(parts):
+        for number, (is_moe, first, end) in enumerate(groups):
             layers = nn.scan(
                 block,
                 variable_axes={"params": 0, "lora": 0},
                 split_rngs={"params": True, "dropout": True},
-                in_axes=(nn.broadcast, 0),
+                in_axes=(nn.broadcast, 0, nn.broadcast),
                 length=end - first,
                 unroll=min(cfg.compute.scan_unroll, end - first),
                 metadata_params={nn.PARTITION_NAME: "L"},
             )
-            name = "layers" if len(parts) == 1 else f"run_{number}"
-            mine = jax.tree.map(lambda c, a=first, b=end: c[a:b], cache) if len(parts) > 1 else cache
-            x_BSD, (written, found) = layers(cfg, mixture, name=name)(x_BSD, batch, mine)
-            caches.append(written)
-            stats += [found] if found else []
-        return rms_norm(x_BSD, norm_final_D, cfg.norm_eps), _concatenate(caches), _concatenate(stats) if stats else None
-
-
-# --- layers of two kinds --------------------------------------------------------------------------------------------
-
-
-def layer_groups(cfg: config.ModelConfig) -> list[tuple[bool, int, int]]:
-    """Neighbouring layers of one kind, which one loop computes: whether they are mixtures, the first, one past the last."""
-    chosen = set(config.moe_layers(cfg))
-    cuts = [i for i in range(1, cfg.n_layers) if (i in chosen) != (i - 1 in chosen)]
-    return [(a in chosen, a, b) for a, b in zip([0, *cuts], [*cuts, cfg.n_layers], strict=True)]
-
-
-def _concatenate(parts: list[Any]) -> Any:
-    """Trees of the runs as one tree, along L."""
-    return parts[0] if len(parts) == 1 else jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
-
-
-def split_groups(cfg: config.ModelConfig, params: Params) -> Params:
-    """The parameters as the module holds them: one stack of layers for each run."""
-    parts = layer_groups(cfg)
-    if len(parts) == 1:
-        return params
-    layers, done = params["layers"], {"mlp": 0, "moe": 0}
-    tree = {name: part for name, part in params.items() if name != "layers"}
-    for number, (mixture, first, end) in enumerate(parts):
-        kind = "moe" if mixture else "mlp"
-        at, done[kind] = done[kind], done[kind] + end - first
-        shared = {name: part for name, part in layers.items() if name not in done}
-        tree[f"run_{number}"] = jax.tree.map(lambda w, a=first, b=end: w[a:b], shared) | {
-            kind: jax.tree.map(lambda w, a=at, b=done[kind]: w[a:b], layers.get(kind, {}))
-        }
-    return tree
-
-
-def merge_groups(tree: Params, join: Callable[..., Any]) -> Params:
-    """The other way round; `join` takes the leaves of all runs that have a parameter."""
-    stacks = [tree[name] for name in sorted(tree, key=lambda n: int(n.partition("run_")[2] or -1)) if name.startswith("run_")]
-    if not stacks:
-        return tree
-    flat: dict[Any, list[Any]] = {}
-    for stack in stacks:
-        for path, leaf in flax.traverse_util.flatten_dict(stack).items():
-            flat.setdefault(path, []).append(leaf)
-    layers = flax.traverse_util.unflatten_dict({path: join(*leaves) for path, leaves in flat.items()})
-    return {name: part for name, part in tree.items() if not name.startswith("run_")} | {"layers": layers}
+            name = "layers" if len(groups) == 1 else f"run_{number}"
+            group_cache = jax.tree.map(lambda c, a=first, b=end: c[a:b], cache) if len(groups) > 1 else cache
+            x_BSD, (new_cache, group_stats) = layers(cfg, is_moe, self.zigzag, name=name)(
+                x_BSD, batch, group_cache, dropout_rate
+            )
+            caches.append(new_cache)
+            stats += [group_stats] if group_stats else []
+        return rms_norm(x_BSD, norm_final_D, cfg.norm_eps), concatenate(caches), concatenate(stats) if stats else None
 
 
 # --- the contract ---------------------------------------------------------------------------------------------------
 
 
-def _boxed_init(cfg: config.ModelConfig, key: jax.Array) -> Any:
-    nothing = jnp.zeros((1, 1), jnp.int32)
-    return Transformer(cfg).init(key, {"tokens": nothing, "segment_ids": nothing, "positions": nothing})["params"]
+def _boxed_init(cfg: config.ModelConfig, key: jax.Array) -> Params:
+    zero_11 = jnp.zeros((1, 1), jnp.int32)
+    return cast(Params, Transformer(cfg).init(key, {"tokens": zero_11, "segment_ids": zero_11, "positions": zero_11})["params"])
 
 
 def init(cfg: config.ModelConfig, key: jax.Array) -> Params:
@@ -207,7 +158,7 @@ def init(cfg: config.ModelConfig, key: jax.Array) -> Params:
 
 
 @functools.lru_cache(maxsize=32)
-def _boxed_shapes(cfg: config.ModelConfig) -> Any:
+def _boxed_shapes(cfg: config.ModelConfig) -> Params:
     return jax.eval_shape(lambda: _boxed_init(cfg, jax.random.key(0)))
 
 
@@ -215,15 +166,15 @@ def _boxed_shapes(cfg: config.ModelConfig) -> Any:
 def parameter_shapes(cfg: config.ModelConfig) -> Params:
     """The tree of `jax.ShapeDtypeStruct`s of the parameters; nothing is allocated."""
 
-    def stacked(*runs: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((sum(run.shape[0] for run in runs), *runs[0].shape[1:]), runs[0].dtype)
+    def stack(*groups: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((sum(group.shape[0] for group in groups), *groups[0].shape[1:]), groups[0].dtype)
 
     shapes = jax.tree.map(lambda b: b.value, _boxed_shapes(cfg), is_leaf=lambda b: isinstance(b, nn.Partitioned))
-    return merge_groups(shapes, stacked)
+    return merge_groups(shapes, stack)
 
 
 @functools.lru_cache(maxsize=32)
-def logical_axes(cfg: config.ModelConfig) -> Any:
+def logical_axes(cfg: config.ModelConfig) -> Params:
     """The tree of axis letters of the parameters, ("L", "D", "N", "H") say."""
     names = jax.tree.map(lambda b: b.names, _boxed_shapes(cfg), is_leaf=lambda b: isinstance(b, nn.Partitioned))
     return merge_groups(names, lambda *leaves: leaves[0])
@@ -237,40 +188,41 @@ def named_parameters(cfg: config.ModelConfig) -> Iterator[tuple[str, str, tuple[
         yield "/".join(str(k.key) for k in path), "".join(axes), shape.shape
 
 
-def apply(cfg: config.ModelConfig, params: Params, batch: Batch, dropout: Dropout | None = None) -> Outputs:
+def apply(
+    cfg: config.ModelConfig, params: Params, batch: Batch, dropout: Dropout | None = None, zigzag: bool = False
+) -> Outputs:
     """The forward pass.
 
     Args:
       params: with `lora` and `lora_scale` where there are adapters.
       batch: `tokens`, `segment_ids` (0 = padding) and `positions`, int32 [B, S].
+      dropout: of the inputs of the adapters.
+      zigzag: whether the tokens lie in `parallel.zigzag_order`.
     """
     rngs = {"dropout": dropout.key} if dropout else {}
-    variables = _variables(cfg, params, dropout.rate if dropout else 0.0)
-    hidden_BSD, _, stats = cast(Any, Transformer(cfg).apply(variables, batch, rngs=rngs))
+    rate = jnp.asarray(dropout.rate, jnp.float32) if dropout else None
+    outputs = Transformer(cfg, zigzag).apply(_variables(cfg, params), batch, dropout_rate=rate, rngs=rngs)
+    hidden_BSD, _, stats = cast(tuple[jax.Array, None, RouterStats | None], outputs)
     return Outputs(hidden_BSD, stats)
 
 
-def _variables(cfg: config.ModelConfig, params: Params, rate: float = 0.0) -> dict[str, Params]:
-    """Parameters and adapters as the modules look for them; an adapter brings its scale and the rate of its dropout."""
+def _variables(cfg: config.ModelConfig, params: Params) -> dict[str, Params]:
+    """Parameters and adapters as the modules look for them; each adapter with its scale."""
     base = {name: part for name, part in params.items() if name not in ("lora", "lora_scale")}
     if "lora" not in params:
         return {"params": split_groups(cfg, base)}
-    found = jax.tree.map(
-        lambda scale_L, adapter: adapter | {"scale": scale_L, "dropout": jnp.full_like(scale_L, rate)},
-        params["lora_scale"],
-        params["lora"],
-    )
-    return {"params": split_groups(cfg, base), "lora": split_groups(cfg, found)}
+    adapters = jax.tree.map(lambda scale_L, adapter: adapter | {"scale": scale_L}, params["lora_scale"], params["lora"])
+    return {"params": split_groups(cfg, base), "lora": split_groups(cfg, adapters)}
 
 
 def token_scores(
     cfg: config.ModelConfig, params: Params, outputs: Outputs, targets_BS: jax.Array, entropy: bool = False
 ) -> ops.TokenScores:
     """Log-probabilities of the targets, [B, S] each; see `ops.token_logprobs`."""
-    # Backwards, the barrier has the head's gradient made before those of the blocks, which need the room of the logits.
+    # In the backward pass the barrier puts the head's gradient before those of the blocks, which need the logits' memory.
     hidden_BSD, head_DV = jax.lax.optimization_barrier((outputs.hidden, params["head"].astype(compute_dtype(cfg))))
-    head_DV, parts = parallel.unshard(head_DV, "DV"), parallel.axis_size("context")
-    return ops.token_logprobs(hidden_BSD, head_DV, targets_BS, parts=parts, chunk=cfg.compute.logits_chunk, entropy=entropy)
+    head_DV, num_shards, chunk = parallel.unshard(head_DV, "DV"), parallel.axis_size("context"), cfg.compute.logits_chunk
+    return ops.token_logprobs(hidden_BSD, head_DV, targets_BS, num_shards=num_shards, chunk=chunk, entropy=entropy)
 
 
 def mean_logits(cfg: config.ModelConfig, params: Params, outputs: Outputs) -> jax.Array:
@@ -280,7 +232,7 @@ def mean_logits(cfg: config.ModelConfig, params: Params, outputs: Outputs) -> ja
 
 
 def dropless(cfg: config.ModelConfig) -> config.ModelConfig:
-    """The model without limits of its experts' room, which are for train steps: no text's result depends on those beside it."""
+    """The model without a capacity of its experts, which is for train steps: with it a text's result depends on the others."""
     return dataclasses.replace(cfg, capacity_factor=0.0)
 
 
@@ -295,26 +247,28 @@ def decode(
 ) -> tuple[jax.Array, Cache]:
     """Hidden states of new tokens after those in the cache, and the cache with them in it.
 
-    Rows may be at different positions; a token sees the slots 0 to its position, so tokens written past a row's true
-    end are never seen before they are overwritten.  Returns [B, S, D] in the compute dtype.
+    Rows may be at different positions; a token sees the slots 0 to its position, so tokens written past a row's end are
+    overwritten before they are ever seen.  Returns [B, S, D] in the compute dtype.
     """
     cfg = dropless(cfg)  # else an answer would depend on the other rows
     batch = {"tokens": tokens_BS, "positions": positions_BS, "segment_ids": jnp.ones_like(tokens_BS)}
-    hidden_BSD, cache, _ = cast(Any, Transformer(cfg).apply(_variables(cfg, params), batch, cache))
+    outputs = Transformer(cfg).apply(_variables(cfg, params), batch, cache)
+    hidden_BSD, cache, _ = cast(tuple[jax.Array, Cache, RouterStats | None], outputs)
     return hidden_BSD, cache
 
 
 def count_parameters(cfg: config.ModelConfig) -> tuple[int, int]:
     """Parameters in all, and those active for one token (top_k of the experts)."""
     total = sum(math.prod(s.shape) for s in jax.tree.leaves(parameter_shapes(cfg)))
-    idle = len(config.moe_layers(cfg)) * (cfg.n_experts - cfg.top_k) * 3 * cfg.d_model * (cfg.expert_d_ff or cfg.d_ff)
-    return total, total - idle
+    expert = 3 * cfg.d_model * axis_sizes(cfg, expert=True)["F"]
+    inactive = len(config.moe_layers(cfg)) * (cfg.n_experts - cfg.top_k) * expert
+    return total, total - inactive
 
 
 def flops_per_token(cfg: config.ModelConfig, seq_len: int, frozen: bool = False) -> float:
-    """Model FLOPs of one training token: 6 x active parameters without the embedding, plus causal attention (halved).
+    """Model FLOPs per training token: 6 x active parameters without the embedding, plus causal attention (halved).
 
-    4 x where the parameters are frozen below adapters: they have no gradients of their own.
+    4 x where the parameters are frozen below adapters, since they have no gradients of their own.
     """
     _, active = count_parameters(cfg)
     attention = 6 * cfg.n_layers * cfg.n_heads * cfg.head_dim * seq_len

@@ -1,4 +1,4 @@
-"""Several processes as one run: how they start, what they agree on and exchange, and a watchdog that names who is behind."""
+"""Several processes as one run: start-up, coordination, and a watchdog that names the straggling process."""
 
 from tanuki_jax.multihost.coordination import (
     all_gather_text,

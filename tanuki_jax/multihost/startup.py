@@ -1,4 +1,4 @@
-"""Several processes: bring-up, and the notice to stop."""
+"""Several processes: joining them, and the request to stop."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import TypeAlias
 
 import jax
 import numpy as np
@@ -18,8 +19,9 @@ from jax.experimental import multihost_utils
 from tanuki_jax.errors import UserError
 from tanuki_jax.multihost import coordination
 
-_listening: list[Any] = []  # the handler of SIGTERM before
-_noticed, _asked = threading.Event(), itertools.count(1)  # the service counts over the whole run
+_Handler: TypeAlias = Callable[[int, FrameType | None], object] | int | None
+_outer_handlers: list[_Handler] = []  # the handler of SIGTERM before
+_sigterm_received, _sync_points = threading.Event(), itertools.count(1)  # the service counts over the whole run
 VARIABLES = ("TANUKI_COORDINATOR", "TANUKI_PROCESSES", "TANUKI_PROCESS_ID")
 
 
@@ -29,7 +31,7 @@ def initialize() -> None:
     On TPU pods, Slurm and GKE, JAX finds them by itself where TANUKI_COORDINATOR=auto.  Elsewhere set
     TANUKI_COORDINATOR=host:port, TANUKI_PROCESSES and TANUKI_PROCESS_ID.  Without these there is one process.
 
-    When a process dies, or its machine stops, JAX ends all others within the time of its heart beat, and names it.
+    When a process dies, or its machine stops, JAX ends all others within the heartbeat timeout, and names it.
     """
     coordinator, processes, process = (os.environ.get(v) for v in VARIABLES)
     if not coordinator:
@@ -50,42 +52,42 @@ def _join(
     limits: tuple[int, int], coordinator: str | None = None, processes: int | None = None, process: int | None = None
 ) -> None:
     join, heartbeat = limits
-    told = f"{coordination.hostname()} waits for the other processes of the run, at most {join} s (TANUKI_JOIN_SECONDS)"
-    waits = threading.Timer(10, print, (told,), {"file": sys.stderr, "flush": True})
-    waits.daemon = True
-    waits.start()
+    message = f"{coordination.hostname()} waits for the other processes of the run, at most {join} s (TANUKI_JOIN_SECONDS)"
+    timer = threading.Timer(10, print, (message,), {"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    timer.start()
     jax.distributed.initialize(
         coordinator, processes, process, initialization_timeout=join, heartbeat_timeout_seconds=heartbeat
     )
-    waits.cancel()
+    timer.cancel()
     coordination.publish_hostname()
 
 
 @contextlib.contextmanager
 def handle_sigterm() -> Iterator[None]:
-    """While inside, SIGTERM does not end the process but is noticed by `told_to_stop`; may be nested.
+    """While inside, SIGTERM does not end the process but makes `preemption_requested` true; may be nested.
 
-    With several processes JAX's preemption service listens instead, and agrees on the step.
+    With several processes JAX's preemption service handles it instead, and agrees on the step.
     """
-    if _listening or jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
+    if _outer_handlers or jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
         yield
         return
-    _noticed.clear()
-    _listening.append(signal.signal(signal.SIGTERM, lambda *_: _noticed.set()))
+    _sigterm_received.clear()
+    _outer_handlers.append(signal.signal(signal.SIGTERM, lambda *_: _sigterm_received.set()))
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, _listening.pop())
+        signal.signal(signal.SIGTERM, _outer_handlers.pop())
 
 
 def preemption_requested() -> bool:
-    """Whether the run is to stop: SIGTERM came, or the platform's notice; to be asked by all processes, after every step.
+    """Whether the run is to stop, after SIGTERM or the platform's notice, the same on every process.
 
-    All hear the same.
+    Collective: every process must call this after every step.
     """
     if jax.process_count() > 1:
-        return bool(multihost_utils.reached_preemption_sync_point(next(_asked)))
-    return _noticed.is_set()
+        return bool(multihost_utils.reached_preemption_sync_point(next(_sync_points)))
+    return _sigterm_received.is_set()
 
 
 def to_host(array: jax.Array) -> np.ndarray:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +13,15 @@ from jax.ad_checkpoint import checkpoint_name
 from tanuki_jax.ops import cudnn
 from tanuki_jax.ops.device import LANES, platform
 
-DEFAULT = {"tpu": "splash", "gpu": "cudnn", "cpu": "xla"}
-# How the xla path splits a row's queries.
-BLOCKS, LEAST_BLOCK = 8, 64
+if TYPE_CHECKING:
+    from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import SplashAttentionKernel
+
+DEFAULT_IMPL = {"tpu": "splash", "gpu": "cudnn", "cpu": "xla"}
+# The xla path splits a row's queries into this many blocks, none of fewer tokens than the minimum.
+QUERY_BLOCKS, MIN_QUERY_BLOCK = 8, 64
 
 
+# Eight arguments: the last three are for context parallelism, where a device has only some of a row's queries.
 def attention(
     q_BSNH: jax.Array,
     k_BTKH: jax.Array,
@@ -25,66 +30,79 @@ def attention(
     *,
     impl: str = "auto",
     key_segment_ids_BT: jax.Array | None = None,
-    places_S: jax.Array | None = None,
-    kernel: Any = None,
+    query_positions_S: jax.Array | None = None,
+    kernel: SplashAttentionKernel | None = None,
 ) -> jax.Array:
     """Causal self-attention inside segments.
 
     Args:
-      q_BSNH, k_BTKH, v_BTKH: queries, divided by sqrt(H) already, and G = N/K times fewer keys and values, any float dtype.
+      q_BSNH, k_BTKH, v_BTKH: queries, already divided by sqrt(H), and G = N/K times fewer keys and values, any float dtype.
       segment_ids_BS: int32; a token sees the tokens of its own segment up to itself.  0 is padding.
       impl: "splash" (Pallas, TPU; interpreted elsewhere), "cudnn" (GPU, bfloat16 or float16), "xla", "reference" (a plain
         loop over heads in float32, for tests), or "auto": by platform.
-      key_segment_ids_BT, places_S: where the queries are only some of the row's tokens (context parallelism): the segment
-        ids of all T keys, and the place in the row of each query.
-      kernel: for splash with `places_S`: what `splash_kernel` made for all the queries of the row, this device's part of it.
+      key_segment_ids_BT, query_positions_S: where the queries are only some of the row's tokens (context parallelism): the
+        segment ids of all T keys, and the index in the row of each query.
+      kernel: for splash with `query_positions_S`: this device's part of the kernel that `splash_kernel` made for all queries
+        of the row.
 
     Returns:
       [B, S, N, H] in the dtype of q; softmax and its sum in float32.  For remat policies the queries are named "q", and,
       where they are the whole row's, keys "k" and values "v", in the layout that the kernel takes; the result "attention".
     """
-    impl = DEFAULT.get(platform(), "xla") if impl == "auto" else impl
+    impl = _resolve(impl, platform())
     keys_BT = segment_ids_BS if key_segment_ids_BT is None else key_segment_ids_BT
     if impl == "splash":
-        from tanuki_jax.ops import splash  # Pallas takes its time to import
+        from tanuki_jax.ops import splash  # Pallas is slow to import
 
         return splash.attention(q_BSNH, k_BTKH, v_BTKH, segment_ids_BS, keys_BT, kernel)
     q_BSNH = checkpoint_name(q_BSNH, "q")
-    whole = places_S is None
-    if whole:
+    whole_rows = query_positions_S is None
+    if whole_rows:
         k_BTKH, v_BTKH = checkpoint_name(k_BTKH, "k"), checkpoint_name(v_BTKH, "v")
-    S, T = q_BSNH.shape[1], k_BTKH.shape[1]
-    places_S = jnp.arange(S) if places_S is None else places_S
-
-    def make_mask_BST() -> jax.Array:
-        return (places_S[:, None] >= jnp.arange(T)) & (segment_ids_BS[:, :, None] == keys_BT[:, None, :])
-
+    make_mask_BST = _mask_maker(segment_ids_BS, keys_BT, query_positions_S)
     if impl == "reference":
         return _reference(q_BSNH, k_BTKH, v_BTKH, make_mask_BST())
-    if impl == "cudnn":
-        return cudnn.attention(q_BSNH, k_BTKH, v_BTKH, segment_ids_BS, make_mask_BST)  # its remat policy is cudnn.residuals
+    if impl == "cudnn":  # its remat policy is cudnn.residuals
+        return cudnn.attention(q_BSNH, k_BTKH, v_BTKH, segment_ids_BS, make_mask_BST)
     if impl == "xla":
-        return checkpoint_name((_causal if whole else _xla)(q_BSNH, k_BTKH, v_BTKH, make_mask_BST()), "attention")
+        compute = _xla_in_blocks if whole_rows else _xla
+        return checkpoint_name(compute(q_BSNH, k_BTKH, v_BTKH, make_mask_BST()), "attention")
     raise ValueError(f"attention: unknown impl {impl!r}")
 
 
-def splash_kernel(impl: str, places: np.ndarray | None, length: int, heads: int, parts: int) -> Any:
-    """The kernel for `parts` devices that hold a row's queries in the order `places`; None where `impl` is not splash."""
-    impl = DEFAULT.get(platform(), "xla") if impl == "auto" else impl
-    if impl != "splash" or parts == 1:
+def _resolve(impl: str, platform: str) -> str:
+    return DEFAULT_IMPL.get(platform, "xla") if impl == "auto" else impl
+
+
+def _mask_maker(segment_ids_BS: jax.Array, keys_BT: jax.Array, query_positions_S: jax.Array | None) -> Callable[[], jax.Array]:
+    """Makes the mask, True where a query sees a key, when it is called: not every implementation needs it."""
+
+    def make_mask_BST() -> jax.Array:
+        positions_S = jnp.arange(segment_ids_BS.shape[1]) if query_positions_S is None else query_positions_S
+        causal_ST = positions_S[:, None] >= jnp.arange(keys_BT.shape[1])
+        return causal_ST & (segment_ids_BS[:, :, None] == keys_BT[:, None, :])
+
+    return make_mask_BST
+
+
+def splash_kernel(
+    impl: str, query_order_S: np.ndarray | None, length: int, heads: int, num_shards: int
+) -> SplashAttentionKernel | None:
+    """The kernel for `num_shards` devices that hold a row's queries in `query_order_S`; None where `impl` is not splash."""
+    if _resolve(impl, platform()) != "splash" or num_shards == 1:
         return None
     from tanuki_jax.ops import splash
 
-    return splash.make_kernel(length, heads, places, parts)
+    return splash.make_kernel(length, heads, query_order_S, num_shards)
 
 
 def query_shards(impl: str, platform: str) -> int:
-    """Of how many tokens each half of a device's queries must be a multiple where devices split a row."""
-    return LANES if (DEFAULT.get(platform, "xla") if impl == "auto" else impl) == "splash" else 1
+    """Where devices split a row: each half of a device's queries must be a multiple of this many tokens."""
+    return LANES if _resolve(impl, platform) == "splash" else 1
 
 
 def cached_attention(q_BSNH: jax.Array, k_BMKH: jax.Array, v_BMKH: jax.Array, positions_BS: jax.Array) -> jax.Array:
-    """Attention of new tokens, their queries divided by sqrt(H) already, to a cache whose slot m holds the key of position m.
+    """Attention of new tokens, their queries already divided by sqrt(H), to a cache whose slot m holds the key of position m.
 
     A query at position p sees the slots 0..p, so slots that hold no token yet are never seen.  Returns [B, S, N, H].
     """
@@ -92,10 +110,10 @@ def cached_attention(q_BSNH: jax.Array, k_BMKH: jax.Array, v_BMKH: jax.Array, po
     return _xla(q_BSNH, k_BMKH, v_BMKH, slots_M <= positions_BS[:, :, None])
 
 
-def _causal(q_BSNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BSS: jax.Array) -> jax.Array:
+def _xla_in_blocks(q_BSNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BSS: jax.Array) -> jax.Array:
     """The queries in blocks, each with the keys up to its end, which halves the work."""
     S = q_BSNH.shape[1]
-    block = max(-(-S // BLOCKS), LEAST_BLOCK)
+    block = max(-(-S // QUERY_BLOCKS), MIN_QUERY_BLOCK)
     parts = []
     for start in range(0, S, block):
         end = min(start + block, S)

@@ -1,8 +1,8 @@
-"""What the traced program will run on: the devices of the mesh in context, which need not be in this machine."""
+"""What the traced program will run on: the devices of the mesh in context, which need not be on this machine."""
 
 import jax
 
-LANES = 128  # of a TPU's vector registers: rows or columns of a kernel's tile
+LANES = 128  # of a TPU's vector registers; kernels' tiles are multiples of it
 
 
 def platform() -> str:
@@ -12,18 +12,18 @@ def platform() -> str:
 
 
 def on_tpu() -> bool:
-    """Whether Pallas kernels for TPU run as they are; elsewhere they are interpreted."""
+    """Whether Pallas TPU kernels are compiled; elsewhere they are interpreted."""
     return platform() == "tpu"
 
 
 def gpu_capability() -> tuple[int, int]:
-    """Compute capability of NVIDIA's GPU, (9, 0) is Hopper's; (0, 0) where there is none (AMD's is gfx942, say)."""
+    """Compute capability of an NVIDIA GPU, (9, 0) for Hopper; (0, 0) for other devices (AMD's has the form gfx942)."""
     major, _, minor = str(getattr(jax.devices()[0], "compute_capability", "")).partition(".")
     return (int(major), int(minor)) if major.isdigit() and minor.isdigit() else (0, 0)
 
 
 def vmem_bytes() -> int:
-    """Vector memory of one TPU core that a kernel may use; on other platforms a small number, so that tests see many tiles."""
+    """Vector memory of one TPU core that a kernel may use; small on other platforms, so that tests see many tiles."""
     if not on_tpu():
         return 2**20
     from jax.experimental.pallas import tpu as pltpu

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypedDict
 
 import jax
 
 from tanuki_jax.ops.device import gpu_capability
 
-ROWS, STEP, STAGES = 128, 64, 4  # of a tile: rows, inner length, tiles of it on their way
-COLUMNS = (192, 128)  # of a tile, the first that divides
+# Of a tile: rows, inner length, and how many tiles of the inner length are in flight.
+ROWS, INNER, STAGES = 128, 64, 4
+COLUMNS = (192, 128)  # of a tile; the first that divides is used
 
 
 def fits(w_EDF: jax.Array) -> bool:
-    """Whether the kernels take such matrices, and their transposes, here."""
+    """Whether the kernels take such matrices, and their transposes, on this device."""
     _, D, F = w_EDF.shape
     return gpu_capability()[0] == 9 and D % ROWS == F % ROWS == 0 and w_EDF.dtype.itemsize == 2
 
@@ -28,18 +29,18 @@ def grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax
     return _product(x_RD, w_EDF, sizes_E, transposed=False)
 
 
-def _forward(x_RD, w_EDF, sizes_E):
+def _forward(x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
     return grouped_matmul(x_RD, w_EDF, sizes_E), (x_RD, w_EDF, sizes_E)
 
 
-def _backward(kept, gradient_RF):
-    from jax.experimental.pallas.ops.gpu import transposed_ragged_dot_mgpu  # it brings JAX's test tools along
+def _backward(residuals: tuple[jax.Array, jax.Array, jax.Array], gradient_RF: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+    from jax.experimental.pallas.ops.gpu import transposed_ragged_dot_mgpu  # slow to import: it brings JAX's test tools along
 
-    x_RD, w_EDF, sizes_E = kept
-    of_w_EDF = transposed_ragged_dot_mgpu.transposed_ragged_dot(
+    x_RD, w_EDF, sizes_E = residuals
+    w_gradient_EDF = transposed_ragged_dot_mgpu.transposed_ragged_dot(
         x_RD, gradient_RF, group_sizes=sizes_E, block_m=ROWS, **_tiles(w_EDF.shape[2])
     )
-    return _product(gradient_RF, w_EDF, sizes_E, transposed=True), of_w_EDF, None
+    return _product(gradient_RF, w_EDF, sizes_E, transposed=True), w_gradient_EDF, None
 
 
 grouped_matmul.defvjp(_forward, _backward)
@@ -52,7 +53,14 @@ def _product(x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, transposed: 
     return ragged_dot_mgpu.ragged_dot(x_RD, w_EDF, group_sizes=sizes_E, block_m=ROWS, transpose_rhs=transposed, **tiles)
 
 
-def _tiles(columns: int) -> dict[str, Any]:
+class _Tiles(TypedDict):
+    block_n: int
+    block_k: int
+    max_concurrent_steps: int
+    grid_block_n: int
+
+
+def _tiles(columns: int) -> _Tiles:
     width = next(w for w in COLUMNS if columns % w == 0)
-    together = next(n for n in (4, 2, 1) if columns // width % n == 0)
-    return {"block_n": width, "block_k": STEP, "max_concurrent_steps": STAGES, "grid_block_n": together}
+    grid_block = next(n for n in (4, 2, 1) if columns // width % n == 0)
+    return {"block_n": width, "block_k": INNER, "max_concurrent_steps": STAGES, "grid_block_n": grid_block}

@@ -1,9 +1,10 @@
-"""Devices of one process or many: the mesh, the one table from axis letters to mesh axes, and XLA's options."""
+"""Devices of one or many processes: the mesh, the one table from axis letters to mesh axes, and XLA's options."""
 
 from tanuki_jax.parallel.mesh import make_mesh, per_device_rows
 from tanuki_jax.parallel.sharding import (
     BATCH_AXES,
     MESH_AXES,
+    Layout,
     activation_spec,
     axis_size,
     batch_is_sharded,
@@ -24,6 +25,7 @@ from tanuki_jax.parallel.xla_options import compiler_options
 __all__ = [
     "BATCH_AXES",
     "MESH_AXES",
+    "Layout",
     "activation_spec",
     "axis_size",
     "batch_is_sharded",

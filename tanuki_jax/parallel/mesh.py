@@ -16,7 +16,7 @@ from tanuki_jax.parallel.sharding import BATCH_AXES, MESH_AXES
 
 
 def make_mesh(sizes: config.Mesh, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh over all devices (or those given).  -1 stands for what is left; a product that does not fit is an error.
+    """A mesh over all devices (or the given ones).  -1 is what is left; a product that does not fit is an error.
 
     With `slices` the data axis is that many times longer, and only it crosses the slow network between slices; every other
     axis lies inside a slice, laid out along the wires of its torus.
@@ -38,20 +38,20 @@ def make_mesh(sizes: config.Mesh, devices: Sequence[jax.Device] | None = None) -
 
 def _arrange_devices(devices: Sequence[jax.Device], slices: int, shape: list[int]) -> np.ndarray:
     """Devices in the shape of the mesh, the slices along the first axis."""
-    whole = [slices * shape[0], *shape[1:]]
+    mesh_shape = [slices * shape[0], *shape[1:]]
     if devices[0].platform != "tpu":
-        return np.array(devices).reshape(whole)
-    found = len({getattr(d, "slice_index", 0) for d in devices})
-    if found != slices:
-        raise UserError(f"config: mesh.slices is {slices}, but the devices lie in {found}; set mesh.slices={found}")
+        return np.array(devices).reshape(mesh_shape)
+    actual = len({getattr(d, "slice_index", 0) for d in devices})
+    if actual != slices:
+        raise UserError(f"config: mesh.slices is {slices}, but the devices lie in {actual}; set mesh.slices={actual}")
     if slices == 1:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    between = [slices, *[1] * (len(shape) - 1)]
-    return mesh_utils.create_hybrid_device_mesh(shape, between, devices, allow_split_physical_axes=True)
+    across_slices = [slices, *[1] * (len(shape) - 1)]
+    return mesh_utils.create_hybrid_device_mesh(shape, across_slices, devices, allow_split_physical_axes=True)
 
 
 def per_device_rows(mesh: Mesh, batch_size: int, gradient_accumulation_steps: int = 1) -> int:
-    """Rows of a microbatch on one device; a batch that does not divide is an error."""
+    """Rows of a microbatch per device; a batch that does not divide is an error."""
     shards = math.prod(mesh.shape[a] for a in BATCH_AXES)
     if batch_size % (shards * gradient_accumulation_steps):
         raise UserError(

@@ -1,4 +1,4 @@
-"""XLA options per TPU generation: one table, used by the train step and by the planner alike.
+"""XLA options per TPU generation: one table, for both the train step and the planner.
 
 They are passed to `jax.jit`, so no environment variable changes what is compiled.
 """
@@ -18,7 +18,7 @@ CONTINUATION_FUSION: Options = {
     "xla_tpu_overlap_compute_collective_tc": True,
     "xla_enable_async_all_gather": True,
 }
-# Between slices: all-reduces of one layer's gradients run while the next layer's are made.
+# Between slices: all-reduces of one layer's gradients run while the next layer's are computed.
 BETWEEN_SLICES: Options = {
     "xla_tpu_enable_data_parallel_all_reduce_opt": True,
     "xla_tpu_data_parallel_opt_different_sized_ops": True,
@@ -32,7 +32,7 @@ TPU_OPTIONS: dict[str, Options] = {
 
 
 def compiler_options(mesh: Mesh) -> Options:
-    """The options for the devices of a mesh; none off TPU or for a generation that the table does not know."""
+    """The options for the devices of a mesh; none on other platforms or for a generation that is not in the table."""
     device = mesh.devices.flat[0]
     if device.platform != "tpu" or device.device_kind not in TPU_OPTIONS:
         return {}

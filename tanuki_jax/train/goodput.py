@@ -64,7 +64,7 @@ class Clock:
             limit = max(MIN_HANG_SECONDS, HANG_FACTOR * self.seconds_per_step())
             multihost.enter_phase(label, min(limit, end) if end else limit, end)
         else:
-            multihost.enter_phase(label, end=end and max(end, multihost.wait_seconds()))
+            multihost.enter_phase(label, exit_seconds=end and max(end, multihost.wait_seconds()))
 
     def time_input(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The batches, with the time that each made the loop wait."""

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-import jax
-
-from tanuki_jax import config, parallel
+from tanuki_jax import config
 from tanuki_jax.config import STAGE_KINDS
-from tanuki_jax.train.balance import Balance
-from tanuki_jax.train.next_token import Batch, LossFn, Metrics, Params, next_token, sft
+from tanuki_jax.train.next_token import LossFn, next_token, sft
 from tanuki_jax.train.preference import preference
 
 LOSSES: Mapping[str, Callable[[config.ModelConfig, config.Loss, Sequence[str], float], LossFn]] = {
@@ -28,9 +25,4 @@ def make_loss(
       sources: names of what `batch["sources"]` [B] numbers; the loss of each is reported where there are several.
       dropout: rate on the inputs of adapters, for calls with a key.
     """
-    loss_fn = LOSSES[STAGE_KINDS[kind].loss](cfg, options, sources, dropout)
-
-    def loss(params: Params, batch: Batch, balance: Balance, key: jax.Array | None) -> tuple[jax.Array, jax.Array, Metrics]:
-        return loss_fn(params, parallel.zigzag(batch), balance, key)
-
-    return loss
+    return LOSSES[STAGE_KINDS[kind].loss](cfg, options, sources, dropout)

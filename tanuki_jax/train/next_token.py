@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from tanuki_jax import config, model
+from tanuki_jax import config, model, parallel
 from tanuki_jax.train.balance import Balance
 
 Params: TypeAlias = Any  # a tree of arrays: nested dictionaries with the names of DESIGN's parameter tree
@@ -63,7 +63,8 @@ def next_token(
     """
 
     def loss(params: Params, batch: Batch, balance: Balance, key: jax.Array | None) -> tuple[jax.Array, jax.Array, Metrics]:
-        outputs = model.apply(cfg, params, batch, make_dropout(dropout, key))
+        batch, zigzag = parallel.zigzag(batch)
+        outputs = model.apply(cfg, params, batch, make_dropout(dropout, key), zigzag)
         scores = model.token_scores(cfg, params, outputs, batch["targets"], entropy)
         weights_BS = batch["loss_weights"].astype(jnp.float32)
         weight_B = weights_BS.sum(axis=1)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from tanuki_jax import config, model
+from tanuki_jax import config, model, parallel
 from tanuki_jax.train.balance import Balance
 from tanuki_jax.train.next_token import Batch, LossFn, Mean, Metrics, Params, by_source, make_dropout, router_loss
 from tanuki_jax.train.pair_losses import pair_loss
@@ -25,13 +25,13 @@ class PairScores(NamedTuple):
 
 
 def pair_scores(
-    cfg: config.ModelConfig, params: Params, batch: Batch, dropout: model.Dropout | None = None
+    cfg: config.ModelConfig, params: Params, batch: Batch, dropout: model.Dropout | None = None, zigzag: bool = False
 ) -> tuple[PairScores, model.Outputs]:
     """Scores of the answers of a batch of pairs.
 
     `pair_segments` [B, P, 2] names the segment of each answer in its row, so pairs are packed like any other text.
     """
-    outputs = model.apply(cfg, params, batch, dropout)
+    outputs = model.apply(cfg, params, batch, dropout, zigzag)
     scores = model.token_scores(cfg, params, outputs, batch["targets"], entropy=True)
     assert scores.entropy is not None
     logits_BS = jax.lax.stop_gradient(model.mean_logits(cfg, params, outputs))
@@ -55,7 +55,8 @@ def preference(cfg: config.ModelConfig, options: config.Loss, sources: Sequence[
     """
 
     def loss(params: Params, batch: Batch, balance: Balance, key: jax.Array | None) -> tuple[jax.Array, jax.Array, Metrics]:
-        scores, outputs = pair_scores(cfg, params, batch, make_dropout(dropout, key))
+        batch, zigzag = parallel.zigzag(batch)
+        scores, outputs = pair_scores(cfg, params, batch, make_dropout(dropout, key), zigzag)
         logp_BP2, lengths_BP2, correct_BP2, logits_BP2, entropy_BP2 = scores
         valid_BP = (batch["pair_segments"][..., 0] > 0).astype(jnp.float32)
         ratios_BP2 = logp_BP2 - batch["ref_logprobs"]

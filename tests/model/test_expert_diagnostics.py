@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from tanuki_jax import config, model, upcycle
-from tests.tiny import init, small
+from tests.tiny import random_params, small
 
 DENSE = small(n_layers=3, d_model=13, d_ff=21)
-PARAMS = init(DENSE, jax.random.key(0))
+PARAMS = random_params(DENSE)
 similarity = jax.jit(model.expert_similarity)
 
 
@@ -25,7 +25,7 @@ def mean_cosine(moe):
     L, E = arrays["gate"].shape[:2]
     found = []
     for layer in range(L):
-        experts = [np.concatenate([arrays[n][layer, e].ravel() for n in ("gate", "up", "down")]) for e in range(E)]
+        experts = [np.concatenate([arrays[n][layer, e].ravel() for n in model.FFN_MATRICES]) for e in range(E)]
         pairs = [(a, b) for a in range(E) for b in range(a)]
         cosines = [experts[a] @ experts[b] / np.linalg.norm(experts[a]) / np.linalg.norm(experts[b]) for a, b in pairs]
         found.append(np.mean(cosines))
@@ -62,25 +62,25 @@ def test_copies_have_one_independent_experts_about_none_and_noise_lies_between()
 
     np.testing.assert_allclose(similarity(made("copy")), 1, rtol=1e-6)
     size = 3 * 13 * 21
-    independent = init(small(n_layers=3, d_model=13, d_ff=21, n_experts=4), jax.random.key(0))["layers"]["moe"]
+    independent = random_params(small(n_layers=3, d_model=13, d_ff=21, n_experts=4))["layers"]["moe"]
     assert (np.abs(similarity(independent)) < 5 / np.sqrt(size * 6)).all()
     # cosine of w + a and w + b with independent a, b of deviation s: |w|^2 / (|w|^2 + n s^2)
     std = 0.1
     for layer, found in enumerate(similarity(made("noise", noise_std=std))):
-        square = sum(float((PARAMS["layers"]["mlp"][n][layer] ** 2).sum()) for n in ("gate", "up", "down"))
+        square = sum(float((PARAMS["layers"]["mlp"][n][layer] ** 2).sum()) for n in model.FFN_MATRICES)
         assert float(found) == pytest.approx(square / (square + size * std**2), abs=0.08)
 
 
 def test_the_norm_of_the_routers_against_numpy_and_only_mixtures_have_one():
     cfg = small(n_layers=4, n_experts=4, first_dense=1)
-    params = init(cfg, jax.random.key(0))
+    params = random_params(cfg)
     params["layers"]["moe"]["router"] = jax.random.normal(jax.random.key(1), (3, 32, 4)) * jnp.array([1, 3, 9])[:, None, None]
     found = jax.jit(model.expert_diagnostics)(params)
     assert set(found) == {"moe/similarity", "moe/router_norm"}
     norms = [np.sqrt(sum(float(x) ** 2 for x in np.asarray(layer).ravel())) for layer in params["layers"]["moe"]["router"]]
     np.testing.assert_allclose(found["moe/router_norm"], norms, rtol=1e-5)
     np.testing.assert_allclose(
-        found["moe/similarity"], mean_cosine({n: params["layers"]["moe"][n] for n in upcycle.FFN}), atol=1e-6
+        found["moe/similarity"], mean_cosine({n: params["layers"]["moe"][n] for n in model.FFN_MATRICES}), atol=1e-6
     )
 
 

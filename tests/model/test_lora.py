@@ -15,7 +15,7 @@ from tanuki_jax.model import lora
 from tanuki_jax.train import losses
 from tanuki_jax.train.step import gradients
 from tests import plain
-from tests.tiny import apply, init, packed_batch, small, with_options
+from tests.tiny import apply, packed_batch, random_params, small, with_options
 
 # Inputs and outputs of all matrices differ, so that none can be taken for another.
 SHAPE = dict(n_heads=6, n_kv_heads=2, head_dim=4, d_ff=40)
@@ -40,7 +40,7 @@ LEADING = {"layers/moe/gate": 2, "layers/moe/up": 2, "layers/moe/down": 2}
 def adapted(name, **changes):
     """A base, adapters that do something, and their scales, another one in each layer."""
     cfg = MODELS[name]
-    base = init(cfg, jax.random.key(0))
+    base = random_params(cfg)
     trained, scales = lora.init_adapters(cfg, config.Lora(**{**EVERY, **changes}), jax.random.key(1))
     rng = np.random.default_rng(2)
     trained = jax.tree.map(lambda w: w + jnp.float32(rng.normal(size=w.shape) * 0.2), trained)
@@ -139,7 +139,7 @@ def test_shapes_axes_and_scales_belong_to_the_adapters(name):
             assert flat(trained["lora"])[f"{path}/{side}"].shape == tuple(sizes[x] for x in letters_of_side)
         assert flat(scales["lora_scale"])[path].shape == shape[:1]
     assert flax.traverse_util.flatten_dict(scale_axes["lora_scale"], sep="/") == dict.fromkeys(RANKS[name], ("L",))
-    assert {one.path: one.rank for one in lora.targets(cfg, RANKS[name])} == RANKS[name]
+    assert {target.path: target.rank for target in lora.targets(cfg, RANKS[name])} == RANKS[name]
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -177,10 +177,13 @@ def test_fresh_adapters_are_pefts():
 # --- what they compute ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", MODELS)
+MIXED = [*(pytest.param(name, marks=pytest.mark.slow) for name in ("dense", "mixture")), "mixed"]  # which has both's layers
+
+
+@pytest.mark.parametrize("name", MIXED)
 def test_fresh_adapters_change_no_bit(name):
     cfg = MODELS[name]
-    base, batch = init(cfg, jax.random.key(0)), batch_of(cfg)
+    base, batch = random_params(cfg), batch_of(cfg)
     trained, scales = lora.init_adapters(cfg, config.Lora(**EVERY), jax.random.key(1))
     found, expected = apply(cfg, {**base, **trained, **scales}, batch), apply(cfg, base, batch)
     jax.tree.map(np.testing.assert_array_equal, found, expected)
@@ -198,7 +201,7 @@ def test_every_matrix_has_its_own_product_added(name):
     assert changed == set(RANKS[name])
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [pytest.param("dense", marks=pytest.mark.slow), "mixture", "mixed"])
 def test_beside_the_matrices_they_compute_what_they_do_inside(name):
     cfg, batch = MODELS[name], batch_of(MODELS[name])
     found = apply(cfg, everything(name), batch)
@@ -294,7 +297,7 @@ def grads_of(cfg):
     return jax.jit(jax.grad(loss_of(cfg)))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", MIXED)
 def test_gradients_are_those_through_the_merged_weights(name):
     cfg = MODELS[name]
     base, trained, scales = adapted(name)
@@ -305,7 +308,7 @@ def test_gradients_are_those_through_the_merged_weights(name):
     assert all(np.abs(g).max() > 1e-6 for g in flat(found).values())
 
 
-@pytest.mark.parametrize("name", ["dense", "mixed"])
+@pytest.mark.parametrize("name", [pytest.param("dense", marks=pytest.mark.slow), "mixed"])
 def test_gradients_are_those_of_finite_differences(name):
     cfg = MODELS[name]
     base, trained, scales = adapted(name)

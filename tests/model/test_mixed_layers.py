@@ -11,9 +11,9 @@ import pytest
 
 from tanuki_jax import checkpoint, config, model, parallel
 from tanuki_jax.data import loader
-from tanuki_jax.model import transformer
+from tanuki_jax.model import layer_groups as groups
 from tests import plain
-from tests.tiny import apply, assert_close, init, packed_batch, small, with_options
+from tests.tiny import apply, assert_close, init, packed_batch, random_params, small, with_options
 
 MODELS = {
     "dense first": small(n_layers=3, n_experts=4, first_dense=1),
@@ -31,7 +31,7 @@ KINDS = {
 @functools.cache
 def params_of(name):
     """Random parameters, the biases too where there are any."""
-    params = init(MODELS[name], jax.random.key(0))
+    params = random_params(MODELS[name])
     moe = params["layers"]["moe"]
     if "bias" in moe:
         moe["bias"] = jax.random.normal(jax.random.key(1), moe["bias"].shape)
@@ -50,10 +50,10 @@ def tied(tree):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_neighbours_of_one_kind_are_one_run(name):
+def test_neighbours_of_one_kind_are_one_group(name):
     mixtures, runs = KINDS[name]
     assert list(config.moe_layers(MODELS[name])) == mixtures
-    assert transformer.layer_groups(MODELS[name]) == runs
+    assert groups.layer_groups(MODELS[name]) == runs
 
 
 @pytest.mark.parametrize(("first", "every"), [(f, e) for f in range(6) for e in range(1, 6)])
@@ -66,7 +66,7 @@ def test_of_the_layers_after_the_first_every_nth_is_a_mixture(first, every):
                 mixtures.append(layer)
                 counted = 0
     assert list(config.moe_layers(cfg)) == mixtures
-    runs = transformer.layer_groups(cfg)
+    runs = groups.layer_groups(cfg)
     assert [i for mixture, a, b in runs if mixture for i in range(a, b)] == mixtures
     assert [i for _, a, b in runs for i in range(a, b)] == list(range(6))
     assert all(one[0] != other[0] for one, other in zip(runs, runs[1:], strict=False))
@@ -130,7 +130,7 @@ def test_parameters_and_flops_are_counted_by_kind_of_layer(name):
 
 def test_a_first_initialisation_has_the_deviation_asked_for_in_both_kinds():
     cfg = MODELS["every second"]
-    layers = params_of("every second")["layers"]
+    layers = init(cfg, jax.random.key(0))["layers"]
     outer = cfg.init_std / math.sqrt(2 * cfg.n_layers)
     for kind in ("mlp", "moe"):
         for name, std in (("gate", cfg.init_std), ("up", cfg.init_std), ("down", outer)):
@@ -154,14 +154,14 @@ def test_layers_by_run_and_by_kind_are_the_same_layers(n_layers):
             "moe": {"up": np.array(mixtures) * 100, "router": np.array(mixtures) * 1000},
         },
     }
-    by_run = transformer.split_groups(cfg, by_kind)
+    by_run = groups.split_groups(cfg, by_kind)
     assert len(by_run) == n_layers + 1
     for layer in range(n_layers):
         run = by_run[f"run_{layer}"]
         assert run["norm_attn"].tolist() == [layer]
         assert run["moe" if layer % 2 else "mlp"]["up"].tolist() == [layer * (100 if layer % 2 else 10)]
     for tree in (by_run, jax.tree.map(lambda leaf: leaf, by_run)):
-        back = transformer.merge_groups(tree, lambda *leaves: np.concatenate(leaves))
+        back = groups.merge_groups(tree, lambda *leaves: np.concatenate(leaves))
         jax.tree.map(np.testing.assert_array_equal, back, by_kind)
 
 
@@ -202,7 +202,7 @@ def test_the_model_is_its_own_modules_one_layer_at_a_time():
             continue
         weights = parts.gates(cfg, mine["router"], h)
         for e in range(cfg.n_experts):
-            expert = {name: mine[name][e] for name in ("gate", "up", "down")}
+            expert = {name: mine[name][e] for name in model.FFN_MATRICES}
             x += weights[..., e : e + 1] * parts.ffn(expert, h)
     found = parts.logits(cfg, params["norm_final"], params["head"], x)
     np.testing.assert_allclose(apply(cfg, params, batch).hidden @ params["head"], found, rtol=1e-4, atol=1e-5)
@@ -241,7 +241,11 @@ def gradient_of(name):
     return gradient(MODELS[name], params_of(name), batch_of(MODELS[name]))
 
 
-@pytest.mark.parametrize("name", MODELS)
+# Both kinds of layers first and last, single and in groups; the third model differs in no more than their number.
+VARIED = ["in the middle", "every second", pytest.param("dense first", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("name", VARIED)
 def test_gradients_are_those_of_the_loop_and_have_the_parameters_tree(name):
     found, params = gradient_of(name), params_of(name)
     assert jax.tree.map(lambda g: (g.shape, g.dtype), found) == jax.tree.map(lambda p: (p.shape, p.dtype), params)
@@ -258,7 +262,10 @@ def test_gradients_are_those_of_the_loop_and_have_the_parameters_tree(name):
 
 @pytest.mark.parametrize(
     "options",
-    [dict(remat="full"), dict(remat="attention", scan_unroll=2), dict(scan_unroll=9)],
+    [
+        dict(remat="attention", scan_unroll=2),
+        *(pytest.param(options, marks=pytest.mark.slow) for options in (dict(remat="full"), dict(scan_unroll=9))),
+    ],
     ids=lambda options: " ".join(map(str, options.values())),
 )
 def test_what_is_kept_for_the_backward_pass_and_the_unrolling_change_no_gradient(options):
@@ -266,7 +273,7 @@ def test_what_is_kept_for_the_backward_pass_and_the_unrolling_change_no_gradient
     assert_close(gradient(cfg, params_of("in the middle"), batch_of(cfg)), gradient_of("in the middle"), 1e-5)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [VARIED[0], *(pytest.param(name, marks=pytest.mark.slow) for name in list(MODELS)[:2])])
 def test_cached_decoding_equals_the_forward_pass(name):
     cfg, params = MODELS[name], params_of(name)
     length = 9
@@ -285,25 +292,19 @@ def test_cached_decoding_equals_the_forward_pass(name):
     np.testing.assert_allclose(jnp.concatenate(found, axis=1), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("sizes", "name"),
-    [
-        (dict(fsdp=4, tensor=2), "every second"),  # an expert's F of 13 does not divide over tensor
-        (dict(data=2, fsdp=2, expert=2), "in the middle"),
-    ],
-    ids=["tensor", "expert"],
-)
-def test_eight_devices_compute_what_one_does(sizes, name):
-    cfg = MODELS[name]
-    mesh = parallel.make_mesh(config.Mesh(**sizes), jax.devices())
-    shardings = checkpoint.parameter_shardings(cfg, mesh)
-    params = jax.device_put(params_of(name), shardings)
+def test_eight_devices_compute_what_one_does():
+    # An expert's F of 13 does not divide over tensor.
+    cfg = dataclasses.replace(MODELS["in the middle"], n_layers=3, moe_every=2, expert_d_ff=13)
+    mesh = parallel.make_mesh(config.Mesh(fsdp=2, expert=2, tensor=2), jax.devices())
+    base = random_params(cfg)
+    base["layers"]["moe"]["bias"] = jax.random.normal(jax.random.key(1), base["layers"]["moe"]["bias"].shape)
+    params = jax.device_put(base, checkpoint.parameter_shardings(cfg, mesh))
     batch = packed_batch(np.random.default_rng(0), cfg, rows=8)
     with jax.set_mesh(mesh):
         on_mesh = loader.on_devices(batch, mesh, 8)
-        compute = jax.jit(lambda p, b: jax.value_and_grad(lambda p: loss(cfg, p, parallel.zigzag(b)))(p))
+        compute = jax.jit(lambda p, b: jax.value_and_grad(lambda p: loss(cfg, p, b))(p))
         value, found = compute(params, on_mesh)
     whole = {n: jnp.asarray(v) for n, v in batch.items()}
-    expected_value, expected = jax.jit(lambda p: jax.value_and_grad(lambda p: loss(cfg, p, whole))(p))(params_of(name))
+    expected_value, expected = jax.jit(lambda p: jax.value_and_grad(lambda p: loss(cfg, p, whole))(p))(base)
     np.testing.assert_allclose(value, expected_value, rtol=1e-5)
     assert_close(found, expected, 1e-4)

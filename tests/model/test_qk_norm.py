@@ -9,14 +9,14 @@ from tanuki_jax import checkpoint, config, interop, model, parallel
 from tanuki_jax.errors import UserError
 from tanuki_jax.upcycle import stream
 from tests import plain
-from tests.tiny import apply, init, packed_batch, small
+from tests.tiny import apply, packed_batch, random_params, small
 
 CFG = small(qk_norm=True)
 
 
 def params_of(cfg=CFG):
     """With scales that are not 1, each its own."""
-    params = init(cfg, jax.random.key(0))
+    params = random_params(cfg)
     for number, name in enumerate(("norm_q", "norm_k")):
         scale = params["layers"]["attn"][name]
         assert scale.shape == (cfg.n_layers, cfg.head_dim) and (scale == 1).all()
@@ -46,7 +46,7 @@ def test_it_is_the_plain_loop_and_so_are_its_gradients():
 
 def test_without_it_nothing_changes_and_with_it_large_weights_do_not_sharpen_attention():
     batch = batch_of()
-    assert "norm_q" not in init(small(), jax.random.key(0))["layers"]["attn"]
+    assert "norm_q" not in model.parameter_shapes(small())["layers"]["attn"]
     params = params_of()
     larger = jax.tree.map(lambda w: w, params)
     for name in "qk":
@@ -58,10 +58,10 @@ def test_decoding_with_a_cache_says_what_the_whole_row_says():
     params, prompt = params_of(), [5, 9, 3, 17]
     [found] = model.generate(CFG, params, [prompt], model.Sampling(max_new_tokens=6, stop=()), 0)
     row = list(prompt)
-    for _ in range(6):
-        n = len(row)
-        batch = {"tokens": jnp.array([row]), "segment_ids": jnp.ones((1, n), int), "positions": jnp.arange(n)[None]}
-        row.append(int((apply(CFG, params, batch).hidden[0, -1] @ params["head"]).argmax()))
+    for _ in range(6):  # tokens after the last do not change what comes before
+        tokens = jnp.array([row + [0] * (24 - len(row))] * 2)
+        batch = {"tokens": tokens, "segment_ids": jnp.ones_like(tokens), "positions": jnp.tile(jnp.arange(24), (2, 1))}
+        row.append(int((apply(CFG, params, batch).hidden[0, len(row) - 1] @ params["head"]).argmax()))
     assert found == row[len(prompt) :]
 
 

@@ -1,4 +1,3 @@
-import dataclasses
 import functools
 
 import jax
@@ -7,7 +6,7 @@ import numpy as np
 import pytest
 
 from tanuki_jax import config, model, parallel
-from tests.tiny import apply, as_arrays, init, packed_batch, small, with_options
+from tests.tiny import apply, as_arrays, init, packed_batch, random_params, small, with_options
 
 MODELS = {"dense": small(), "mixture": small(n_experts=4)}
 
@@ -54,8 +53,7 @@ def test_layers_start_different():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_causal_and_blind_to_other_segments(name):
-    cfg = MODELS[name]
-    params = init(cfg, jax.random.key(0))
+    cfg, params = MODELS[name], random_params(MODELS[name])
     batch = as_arrays(packed_batch(np.random.default_rng(0), cfg, rows=2))
     out = apply(cfg, params, batch).hidden
     for at in (0, 9, 17):
@@ -70,9 +68,8 @@ def test_causal_and_blind_to_other_segments(name):
 
 def test_packing_changes_nothing():
     """A segment's hidden states are those of the same text alone in a row."""
-    cfg = MODELS["mixture"]
-    params = init(cfg, jax.random.key(0))
-    batch = packed_batch(np.random.default_rng(1), cfg, rows=1)
+    cfg, params = MODELS["mixture"], random_params(MODELS["mixture"])
+    batch = packed_batch(np.random.default_rng(1), cfg, rows=2)
     out = apply(cfg, params, as_arrays(batch)).hidden[0]
     for segment in (1, 2, 3):
         inside = batch["segment_ids"][0] == segment
@@ -86,8 +83,7 @@ def test_packing_changes_nothing():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_cached_decoding_equals_the_forward_pass_token_by_token(name):
-    cfg = MODELS[name]
-    params = init(cfg, jax.random.key(0))
+    cfg, params = MODELS[name], random_params(MODELS[name])
     tokens = jax.random.randint(jax.random.key(1), (3, 11), 0, cfg.vocab_size)
     positions = jnp.broadcast_to(jnp.arange(11), (3, 11))
     batch = {"tokens": tokens, "segment_ids": jnp.ones_like(tokens), "positions": positions}
@@ -102,50 +98,42 @@ def test_cached_decoding_equals_the_forward_pass_token_by_token(name):
 
 
 @functools.cache
-def gradient(name, **options):
-    cfg = dataclasses.replace(MODELS[name], **options)
+def gradient(**options):
+    """Of a model with a dense layer and a mixture."""
+    cfg = small(n_experts=4, first_dense=1, expert_impl="padded")
+    params, cfg = random_params(cfg), with_options(cfg, **options)
     batch = as_arrays(packed_batch(np.random.default_rng(0), cfg, rows=2))
-    grad = jax.jit(jax.grad(lambda p: (model.apply(cfg, p, batch).hidden ** 2).sum()))
-    return grad(init(MODELS[name], jax.random.key(0)))
+    return jax.jit(jax.grad(lambda p: (model.apply(cfg, p, batch).hidden ** 2).sum()))(params)
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize(
-    "options",
-    [
-        *(dict(remat=remat) for remat in config.CHOICES["remat"][1:]),
-        dict(scan_unroll=2),
-        dict(scan_unroll=2, remat="attention"),
-    ],
-    ids=lambda options: " ".join(map(str, options.values())),
-)
-def test_what_is_kept_for_the_backward_pass_changes_no_gradient(name, options):
-    for a, b in zip(jax.tree.leaves(gradient(name)), jax.tree.leaves(gradient(name, **options)), strict=True):
+@pytest.mark.parametrize("remat", config.CHOICES["remat"][1:])
+def test_remat_changes_no_gradient(remat):
+    for a, b in zip(jax.tree.leaves(gradient()), jax.tree.leaves(gradient(remat=remat)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5 * np.abs(a).max())
 
 
-@pytest.mark.parametrize("impl", ["splash", "reference"])
-def test_the_model_computes_attention_as_it_is_told(impl):
+@pytest.mark.parametrize("impl", [pytest.param("splash", marks=pytest.mark.slow), "reference"])
+def test_the_model_computes_attention_as_configured(impl):
     cfg = small(head_dim=128)
-    params = init(cfg, jax.random.key(0))
+    params = random_params(cfg)
     batch = as_arrays(packed_batch(np.random.default_rng(0), cfg, rows=2))
     valid = batch["segment_ids"] > 0
     found, expected = (apply(c, params, batch).hidden[valid] for c in (with_options(cfg, attention_impl=impl), cfg))
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("impl", ["pallas", "ragged", "reference"])
-def test_the_model_computes_experts_as_it_is_told(impl):
-    params = init(MODELS["mixture"], jax.random.key(0))
+@pytest.mark.parametrize("impl", [pytest.param("pallas", marks=pytest.mark.slow), "ragged", "reference"])
+def test_the_model_computes_experts_as_configured(impl):
+    params = random_params(MODELS["mixture"])
     batch = as_arrays(packed_batch(np.random.default_rng(0), MODELS["mixture"], rows=2))
     found, expected = (apply(c, params, batch).hidden for c in (small(n_experts=4, expert_impl=impl), MODELS["mixture"]))
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_experts_with_little_room_drop_tokens_and_say_how_many():
+def test_experts_with_little_capacity_drop_tokens_and_count_them():
     cfg = small(n_experts=4, capacity_factor=0.5)
     batch = as_arrays(packed_batch(np.random.default_rng(0), cfg, rows=2))
-    stats = apply(cfg, init(cfg, jax.random.key(0)), batch).router
+    stats = apply(cfg, random_params(cfg), batch).router
     total = (batch["segment_ids"] > 0).sum() * cfg.top_k
     np.testing.assert_array_equal(stats.load_E.sum(axis=1), total)
     assert stats.dropped.shape == (cfg.n_layers,) and (stats.dropped > total // 3).all() and (stats.dropped < total).all()
@@ -153,7 +141,7 @@ def test_experts_with_little_room_drop_tokens_and_say_how_many():
 
 def test_bfloat16_compute_keeps_float32_parameters():
     cfg = small(dtype="bfloat16")
-    params = init(cfg, jax.random.key(0))
+    params = random_params(cfg)
     assert {p.dtype for p in jax.tree.leaves(params)} == {jnp.dtype("float32")}
     batch = as_arrays(packed_batch(np.random.default_rng(0), cfg, rows=2))
     low, high = apply(cfg, params, batch).hidden, apply(small(), params, batch).hidden
@@ -161,12 +149,12 @@ def test_bfloat16_compute_keeps_float32_parameters():
     np.testing.assert_allclose(low.astype(jnp.float32), high, atol=0.15)
 
 
-@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 8])
 def test_a_word_used_often_learns_as_much_in_bfloat16_as_all_words_of_its_vector_together(devices):
     """The gradients of a token's uses are summed in float32; a bfloat16 sum of equals stops growing at some 256 of them."""
     B, S = 8, 512
     cfg = small(vocab_size=B * S, n_layers=1, dtype="bfloat16", attention_impl="reference")
-    params = init(cfg, jax.random.key(0))
+    params = random_params(cfg)
     params["embed"]["table"] = jnp.broadcast_to(params["embed"]["table"][0], (B * S, cfg.d_model))
     wanted_D = 1.0 + jax.random.uniform(jax.random.key(1), (cfg.d_model,))  # each use pulls about the same way
     positions = jnp.tile(jnp.arange(S), (B, 1))

@@ -38,10 +38,9 @@ def value_and_gradients(impl, q, k, v, segments):
         ("xla", 16, 4, 2, 8),
         ("xla", 33, 6, 1, 8),
         ("xla", 130, 8, 2, 8),
-        ("splash", 128, 2, 2, 128),
+        pytest.param("splash", 128, 2, 2, 128, marks=pytest.mark.slow),
         ("splash", 130, 4, 2, 128),
-        ("splash", 200, 4, 1, 128),
-        ("splash", 130, 4, 2, 64),
+        ("splash", 200, 4, 1, 64),
     ],
 )
 def test_equals_the_reference_in_value_and_gradient(impl, S, N, K, H):
@@ -51,29 +50,34 @@ def test_equals_the_reference_in_value_and_gradient(impl, S, N, K, H):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
-def runs(ids, room):
+def runs(ids, capacity):
     """Lengths and starts of the first runs of equal ids in a row, filled up with -1."""
     lengths = [len(list(run)) for _, run in itertools.groupby(ids)]
     starts = np.cumsum([0, *lengths])[:-1]
-    return [([*a[:room], *[-1] * size])[:size] for a, size in ((lengths, room), (starts, room + 1))]
+    return [([*a[:capacity], *[-1] * size])[:size] for a, size in ((lengths, capacity), (starts, capacity + 1))]
+
+
+segments = jax.jit(cudnn.segments, static_argnums=1)
 
 
 @hypothesis.given(
-    st.integers(1, 12).flatmap(lambda S: st.lists(st.lists(st.integers(0, 3), min_size=S, max_size=S), min_size=1, max_size=3)),
-    st.integers(2, 12),
+    st.sampled_from([1, 2, 12]).flatmap(
+        lambda S: st.lists(st.lists(st.integers(0, 3), min_size=S, max_size=S), min_size=3, max_size=3)
+    ),
+    st.sampled_from([2, 5, 12]),
 )
-@hypothesis.settings(deadline=None, max_examples=50)
-def test_cudnn_is_told_the_length_and_the_start_of_every_segment(rows, room):
-    found = cudnn.segments(jnp.array(rows, jnp.int32), room)
-    np.testing.assert_array_equal(found[0], [runs(row, room)[0] for row in rows])
-    np.testing.assert_array_equal(found[1], [runs(row, room)[1] for row in rows])
+@hypothesis.settings(deadline=None, max_examples=100)
+def test_cudnn_gets_the_length_and_the_start_of_every_segment(rows, capacity):
+    found = segments(jnp.array(rows, jnp.int32), capacity)
+    np.testing.assert_array_equal(found[0], [runs(row, capacity)[0] for row in rows])
+    np.testing.assert_array_equal(found[1], [runs(row, capacity)[1] for row in rows])
 
 
 @pytest.fixture
 def hopper(monkeypatch):
     """As if there were a GPU and cuDNN; enough to trace for."""
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
-    monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda wanted: True)
+    monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda _: True)
     monkeypatch.setattr(cudnn, "_packs", lambda N, K: True)
 
 

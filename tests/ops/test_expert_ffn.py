@@ -29,14 +29,24 @@ def problem(case, T, k, E, D=12, F=20):
     return x, weights, experts, gate, up, down
 
 
-def value_and_gradients(ffn, x, weights, experts, *matrices):
-    """What ffn gives for the tokens, and the gradients of a weighted sum of it; `experts` has none."""
+@functools.cache
+def ffn_with(**options):
+    """One function for the same options, so that it is compiled once for arguments of the same shapes."""
+    return functools.partial(ops.expert_ffn, **options)
 
-    def total(x, weights, *matrices):
+
+@functools.cache
+def compiled(ffn):
+    def total(x, weights, experts, *matrices):
         y, kept = ffn(x, weights, experts, *matrices)
         return (y * jnp.cos(jnp.arange(y.size)).reshape(y.shape)).sum(), (y, kept)
 
-    (_, (y, kept)), grads = jax.jit(jax.value_and_grad(total, (0, 1, 2, 3, 4), has_aux=True))(x, weights, *matrices)
+    return jax.jit(jax.value_and_grad(total, (0, 1, 3, 4, 5), has_aux=True))
+
+
+def value_and_gradients(ffn, *arguments):
+    """What ffn gives for the tokens, and the gradients of a weighted sum of it; the expert numbers have none."""
+    (_, (y, kept)), grads = compiled(ffn)(*arguments)
     return (y, *grads), kept
 
 
@@ -48,13 +58,13 @@ def close(found, expected):
 
 @functools.cache
 def reference(case, *sizes):
-    return value_and_gradients(functools.partial(ops.expert_ffn, impl="reference"), *problem(case, *sizes))[0]
+    return value_and_gradients(ffn_with(impl="reference"), *problem(case, *sizes))[0]
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("impl", "sizes"), SIZES)
 def test_equals_computing_every_expert(impl, case, sizes):
-    found, kept = value_and_gradients(functools.partial(ops.expert_ffn, impl=impl), *problem(case, *sizes))
+    found, kept = value_and_gradients(ffn_with(impl=impl), *problem(case, *sizes))
     assert kept.all() and kept.shape == (sizes[0], sizes[1])
     close(found, reference(case, *sizes))
 
@@ -78,13 +88,14 @@ def careless_backward(kept, g):
 careless.defvjp(lambda *arguments: (careless(*arguments), arguments), careless_backward)
 
 
-@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("sizes", [SMALL, FEW])
-def test_rows_that_kernels_for_hopper_leave_unwritten_are_not_used(case, sizes, monkeypatch):
+def test_rows_that_kernels_for_hopper_leave_unwritten_are_not_used(sizes, monkeypatch):
     monkeypatch.setattr(mosaic_gpu, "grouped_matmul", careless)
-    found, kept = value_and_gradients(functools.partial(ops.expert_ffn, impl="mosaic"), *problem(case, *sizes))
-    assert kept.all()
-    close(found, reference(case, *sizes))
+    ffn = functools.partial(ops.expert_ffn, impl="mosaic")
+    for case in CASES:
+        found, kept = value_and_gradients(ffn, *problem(case, *sizes))
+        assert kept.all(), case
+        close(found, reference(case, *sizes))
 
 
 def test_on_a_gpu_the_kernels_are_chosen_where_they_fit(monkeypatch):
@@ -104,24 +115,25 @@ def test_the_capability_of_a_gpu_that_may_be_of_another_make(said, expected, mon
 
 
 def test_against_a_loop_over_tokens():
-    x, weights, experts, gate, up, down = problem("even", 9, 2, 4)
+    arguments = problem("even", 9, 2, 4)
+    x, weights, experts, gate, up, down = (np.asarray(a) for a in arguments)
     expected = np.zeros(x.shape)
     for t in range(9):
         for w, e in zip(weights[t], experts[t], strict=True):
             a = np.asarray(x[t] @ gate[e], np.float64)
             expected[t] += w * ((a / (1 + np.exp(-a)) * (x[t] @ up[e])) @ down[e])
-    found, _ = ops.expert_ffn(x, weights, experts, gate, up, down)
+    found, _ = jax.jit(ops.expert_ffn)(*arguments)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_blocks_computed_in_several_steps_are_the_same(case, monkeypatch):
+def test_blocks_computed_in_several_steps_are_the_same(monkeypatch):
     sizes, steps, loop = (600, 2, 3, 256, 768), [], jax.lax.fori_loop
     monkeypatch.setattr(expert_kernels, "mxu_columns", lambda: 32)
     monkeypatch.setattr(expert_kernels, "vmem_bytes", lambda: 2**26)  # room for whole matrices in a block
     monkeypatch.setattr(jax.lax, "fori_loop", lambda *arguments: steps.append(arguments[1]) or loop(*arguments))
-    found, _ = value_and_gradients(functools.partial(ops.expert_ffn, impl="pallas"), *problem(case, *sizes))
-    close(found, reference(case, *sizes))
+    ffn = functools.partial(ops.expert_ffn, impl="pallas")
+    for case in CASES:
+        close(value_and_gradients(ffn, *problem(case, *sizes))[0], reference(case, *sizes))
     assert {2, 6} <= set(steps)  # of 256 and of 768 columns, 128 at once
 
 
@@ -152,7 +164,7 @@ def test_the_parts_of_a_tile_that_the_cost_leaves_out_are_not_computed():
 def test_low_precision_is_close(impl):
     x, weights, experts, *matrices = problem("even", 300, 2, 4, 128, 128)
     low = (a.astype(jnp.bfloat16) for a in matrices)
-    found, _ = ops.expert_ffn(x.astype(jnp.bfloat16), weights, experts, *low, impl=impl)
+    found, _ = jax.jit(ffn_with(impl=impl))(x.astype(jnp.bfloat16), weights, experts, *low)
     assert found.dtype == jnp.bfloat16
     expected = reference("even", 300, 2, 4, 128, 128)[0]
     np.testing.assert_allclose(found.astype(jnp.float32), expected, atol=0.05 * np.abs(expected).max())
@@ -161,11 +173,11 @@ def test_low_precision_is_close(impl):
 # --- capacity -------------------------------------------------------------------------------------------------------
 
 
-def first_come(experts, room, E):
-    """The assignments that find room, one after another."""
+def first_come(experts, capacity, E):
+    """The assignments within an expert's capacity, one after another."""
     taken, kept = np.zeros(E, int), np.zeros(experts.shape, bool)
     for index in np.ndindex(experts.shape):
-        kept[index] = taken[experts[index]] < room
+        kept[index] = taken[experts[index]] < capacity
         taken[experts[index]] += 1
     return kept
 
@@ -175,37 +187,33 @@ def first_come(experts, room, E):
 def test_an_expert_takes_what_comes_first_and_the_rest_counts_nothing(case, capacity):
     T, k, E = 45, 2, 4
     x, weights, experts, *matrices = problem(case, T, k, E)
-    found, kept = value_and_gradients(functools.partial(ops.expert_ffn, capacity=capacity), x, weights, experts, *matrices)
+    found, kept = value_and_gradients(ffn_with(capacity_factor=capacity), x, weights, experts, *matrices)
     expected_kept = first_come(np.asarray(experts), int(np.ceil(capacity * T * k / E)), E)
     np.testing.assert_array_equal(kept, expected_kept)
     assert not kept.all()
 
-    def reference(x, weights, experts, *matrices):
-        return ops.expert_ffn(x, jnp.where(expected_kept, weights, 0), experts, *matrices, impl="reference")
-
-    expected, _ = value_and_gradients(reference, x, weights, experts, *matrices)
-    close(found, expected)
+    expected, _ = value_and_gradients(ffn_with(impl="reference"), x, jnp.where(expected_kept, weights, 0), experts, *matrices)
+    y, of_x, of_weights, *of_matrices = expected
+    close(found, (y, of_x, jnp.where(expected_kept, of_weights, 0), *of_matrices))
     assert (np.asarray(found[2])[~expected_kept] == 0).all()
 
 
-def test_room_for_everything_drops_nothing():
-    found, kept = value_and_gradients(
-        functools.partial(ops.expert_ffn, capacity=4.0), *problem("one expert takes all", 45, 2, 4)
-    )
+def test_capacity_for_everything_drops_nothing():
+    found, kept = value_and_gradients(ffn_with(capacity_factor=4.0), *problem("one expert takes all", 45, 2, 4))
     assert kept.all()
     close(found, reference("one expert takes all", 45, 2, 4))
 
 
 @pytest.mark.parametrize("capacity", [0.5, 0.7, 1.0])
-def test_padding_takes_no_room(capacity):
+def test_padding_takes_no_capacity(capacity):
     """What real tokens get is what they get without the padding, wherever it lies; padding gives nothing and gets nothing."""
     T, k, E = 45, 2, 4
     x, weights, experts, *matrices = problem("even", T, k, E)
     valid = np.ones(T, bool)
     valid[[*range(0, 12), 20, *range(40, 45)]] = False
-    with_room = functools.partial(ops.expert_ffn, capacity=capacity)
-    found, kept = jax.jit(functools.partial(with_room, valid_T=jnp.asarray(valid)))(x, weights, experts, *matrices)
-    expected, expected_kept = with_room(x[valid], weights[valid], experts[valid], *matrices)
+    ffn = jax.jit(ffn_with(capacity_factor=capacity))
+    found, kept = ffn(x, weights, experts, *matrices, valid_T=jnp.asarray(valid))
+    expected, expected_kept = ffn(x[valid], weights[valid], experts[valid], *matrices)
     np.testing.assert_array_equal(kept[valid], expected_kept)
     np.testing.assert_allclose(found[valid], expected, atol=1e-5)
     assert not kept[~valid].any() and not np.asarray(found)[~valid].any() and (capacity == 1 or not expected_kept.all())
@@ -214,10 +222,11 @@ def test_padding_takes_no_room(capacity):
 # --- experts on several devices -------------------------------------------------------------------------------------
 
 
-def over_devices(shards, capacity=0.0):
+@functools.cache
+def over_devices(shards, capacity_factor=0.0):
     """expert_ffn with tokens and experts split over `shards` devices."""
     tokens = PartitionSpec("expert")
-    local = functools.partial(ops.expert_ffn, capacity=capacity, axis="expert")
+    local = functools.partial(ops.expert_ffn, capacity_factor=capacity_factor, axis="expert")
     return jax.shard_map(local, in_specs=(tokens,) * 6, out_specs=(tokens, tokens), check_vma=False)
 
 
@@ -228,7 +237,7 @@ def mesh(request):
         yield request.param
 
 
-@pytest.mark.parametrize(("mesh", "T"), [(2, 600), (4, 24)], indirect=["mesh"])  # many tokens choose the room of an expert
+@pytest.mark.parametrize(("mesh", "T"), [(2, 600), (4, 24)], indirect=["mesh"])  # many tokens choose the capacity of an expert
 @pytest.mark.parametrize("case", CASES)
 def test_tokens_that_travel_to_experts_come_back_the_same(mesh, case, T):
     found, kept = value_and_gradients(over_devices(mesh), *problem(case, T, 2, 4))
@@ -236,17 +245,18 @@ def test_tokens_that_travel_to_experts_come_back_the_same(mesh, case, T):
     close(found, reference(case, T, 2, 4))
 
 
+def apart(*arguments):
+    """Each half of the tokens with its own capacity."""
+    ffn, halves = ffn_with(capacity_factor=1.0), (slice(24), slice(24, 48))
+    results = [ffn(*(a[half] for a in arguments[:3]), *arguments[3:]) for half in halves]
+    return tuple(jnp.concatenate(parts) for parts in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("mesh", [2], indirect=True)
 @pytest.mark.parametrize("case", CASES)
-def test_each_device_has_its_own_room_for_each_expert(mesh, case):
+def test_each_device_has_its_own_capacity_for_each_expert(mesh, case):
     x, weights, experts, *matrices = problem(case, 48, 2, 4)
-    found, kept = value_and_gradients(over_devices(mesh, capacity=1.0), x, weights, experts, *matrices)
-
-    def apart(*arguments):
-        halves = [
-            ops.expert_ffn(*(a[s] for a in arguments[:3]), *arguments[3:], capacity=1.0) for s in (slice(24), slice(24, 48))
-        ]
-        return tuple(jnp.concatenate(parts) for parts in zip(*halves, strict=True))
+    found, kept = value_and_gradients(over_devices(mesh, capacity_factor=1.0), x, weights, experts, *matrices)
 
     expected, expected_kept = value_and_gradients(apart, x, weights, experts, *matrices)
     np.testing.assert_array_equal(kept, expected_kept)

@@ -13,11 +13,11 @@ from tests.normals import expected_normal
 CLOSE = dict(rtol=2e-6, atol=1e-6)  # of numbers up to 5.8
 
 
-@given(st.integers(0, 2**63 - 1), st.lists(st.integers(1, 9), max_size=3))
+@given(st.integers(0, 2**63 - 1), st.sampled_from([(), (1,), (7,), (4, 9), (3, 1, 6)]))
 @settings(max_examples=30, deadline=None)
 def test_the_numbers_are_those_of_their_definition(seed, shape):
     key = jax.random.fold_in(jax.random.key(seed), seed % 1000)
-    np.testing.assert_allclose(ops.random_normal(key, tuple(shape)), expected_normal(key, tuple(shape)), **CLOSE)
+    np.testing.assert_allclose(ops.random_normal(key, shape), expected_normal(key, shape), **CLOSE)
 
 
 @pytest.mark.parametrize("shape", [(1, 2), (7, 16), (300, 1002)])

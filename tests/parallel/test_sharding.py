@@ -46,9 +46,9 @@ SPECS = [
 ]
 
 
-@pytest.mark.parametrize(("sizes", "column", "axes", "expected"), SPECS)
-def test_which_mesh_axes_an_axis_is_split_over(sizes, column, axes, expected):
-    assert tuple(parallel.spec(axes, column, mesh(**sizes))) == expected
+@pytest.mark.parametrize(("sizes", "layout", "axes", "expected"), SPECS)
+def test_which_mesh_axes_an_axis_is_split_over(sizes, layout, axes, expected):
+    assert tuple(parallel.spec(axes, layout, mesh(**sizes))) == expected
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def zip_leaves(*trees):
 )
 def test_a_parameter_is_gathered_to_be_used_and_its_gradient_is_scattered(sizes, axes, shape):
     where = mesh(**sizes)
-    stored, used = (NamedSharding(where, parallel.spec(axes, column, where, shape)) for column in ("stored", "used"))
+    stored, used = (NamedSharding(where, parallel.spec(axes, layout, where, shape)) for layout in ("stored", "used"))
     w = jax.device_put(jnp.arange(float(np.prod(shape))).reshape(shape), stored)
     with jax.set_mesh(where):
         gathered = jax.jit(lambda w: parallel.unshard(w, axes))(w)
@@ -102,22 +102,22 @@ def test_a_parameter_is_gathered_to_be_used_and_its_gradient_is_scattered(sizes,
 
 
 @pytest.mark.parametrize(("length", "parts"), [(8, 1), (8, 2), (24, 3), (64, 4), (2048, 16)])
-def test_the_balanced_order_gives_every_device_the_same_causal_work(length, parts):
+def test_the_zigzag_order_gives_every_device_the_same_causal_work(length, parts):
     order = parallel.zigzag_order(length, parts)
     np.testing.assert_array_equal(np.sort(order), np.arange(length))
     work = (order + 1).reshape(parts, -1).sum(axis=1)  # keys that the queries of a device see
     assert (work == work[0]).all()
 
 
-def test_a_balanced_batch_holds_the_same_tokens_in_that_order():
+def test_a_zigzag_batch_holds_the_same_tokens_in_that_order():
     batch = {"tokens": jnp.arange(64).reshape(4, 16), "pair_segments": jnp.ones((4, 2, 2), jnp.int32)}
-    assert parallel.zigzag(batch) is batch  # without a mesh
+    assert parallel.zigzag(batch) == (batch, False)  # without a mesh
     with jax.set_mesh(mesh(fsdp=2, context=2, tensor=2)):
-        moved = jax.jit(parallel.zigzag)(batch)
+        moved, reordered = jax.jit(parallel.zigzag)(batch)
         few = {"tokens": batch["tokens"][:3]}  # rows that do not divide are not split, so attention needs their order
-        assert parallel.zigzag(few) is few
+        assert parallel.zigzag(few) == (few, False)
     order = parallel.zigzag_order(16, 2)
-    np.testing.assert_array_equal(moved["balanced"], order)
+    assert reordered and moved.keys() == batch.keys()
     np.testing.assert_array_equal(moved["tokens"], batch["tokens"][:, order])
     np.testing.assert_array_equal(moved["pair_segments"], batch["pair_segments"])
     assert moved["tokens"].sharding.spec == PartitionSpec("fsdp", "context")
@@ -154,8 +154,8 @@ def test_explain_names_every_parameter_and_activation_with_its_split():
 def test_parameters_are_made_where_they_are_stored():
     cfg, where = small(n_experts=4), mesh(**EXPERTS)
     shardings = parallel.tree_shardings(where, model.logical_axes(cfg), model.parameter_shapes(cfg))
-    made = jax.jit(model.init, static_argnums=0, out_shardings=shardings)(cfg, jax.random.key(0))
-    for path, (a, b, where) in zip_leaves(made, init(cfg, jax.random.key(0)), shardings):
+    params = jax.jit(model.init, static_argnums=0, out_shardings=shardings)(cfg, jax.random.key(0))
+    for path, (a, b, where) in zip_leaves(params, init(cfg, jax.random.key(0)), shardings):
         assert a.sharding.is_equivalent_to(where, a.ndim), path
         np.testing.assert_array_equal(a, b, err_msg=path)
 

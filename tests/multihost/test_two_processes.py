@@ -38,7 +38,7 @@ def found(tmp_path_factory):
             "TANUKI_PROCESS_ID": str(i),
             "PYTHONPATH": str(ROOT),
         }
-        command = [sys.executable, str(ROOT / "tests/train/two_processes.py"), str(output)]
+        command = [sys.executable, str(ROOT / "tests/multihost/two_processes.py"), str(output)]
         processes.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
     outputs = [p.communicate(timeout=300)[0] for p in processes]
     assert all(p.returncode == 0 for p in processes), "\n".join(outputs)

@@ -1,4 +1,4 @@
-"""Run by test_multiprocess.py in two processes: loss and gradients of a batch that both share, on 2 x 4 devices."""
+"""Run by test_two_processes.py in two processes: loss and gradients of a batch that both share, on 2 x 4 devices."""
 
 import json
 import sys
