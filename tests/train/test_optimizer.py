@@ -12,7 +12,7 @@ from tanuki_jax.errors import UserError
 from tanuki_jax.train import losses
 from tanuki_jax.train.optimizer import make_optimizer, make_schedule, weight_decay_mask
 from tanuki_jax.train.step import init_state, make_train_step, make_update
-from tests.tiny import init, packed_batch, small
+from tests.tiny import init, of_batch, packed_batch, small
 
 
 def rates(total, **options):
@@ -157,7 +157,11 @@ def test_steps_equal_optax_adamw():
 
     @jax.jit
     def expected_step(params, slots, batch):
-        value, grads = jax.value_and_grad(lambda p: loss(p, batch)[0] / loss(p, batch)[1])(params)
+        def mean(p):
+            total, weight, _ = of_batch(loss)(p, batch)
+            return total / weight
+
+        value, grads = jax.value_and_grad(mean)(params)
         updates, slots = theirs.update(grads, slots, params)
         return optax.apply_updates(params, updates), slots, value
 

@@ -16,8 +16,8 @@ from tanuki_jax.train.step import gradients, init_state, make_train_step, make_u
 from tests.tiny import init, packed_batch, problem, small
 
 LOSS = config.Loss(z_loss=1e-3, router_z_loss=1e-3)
-MODELS = {"dense": small(), "mixture": small(n_experts=4)}
-KINDS = ("pretrain", "sft", "dpo")
+# The first layer of "both" is dense, the second a mixture.
+MODELS = {"dense": small(), "mixture": small(n_experts=4), "both": small(n_experts=4, first_dense=1)}
 
 
 @functools.cache
@@ -58,14 +58,32 @@ MESHES = {
     "data 2 x expert 2 x tensor 2": dict(data=2, expert=2, tensor=2),
     "expert 2 x context 2 x tensor 2": dict(expert=2, context=2, tensor=2),
 }
-ALL = [(kind, name) for name in MODELS for kind in KINDS]
-CASES = [
-    *(("one device", 4, *case) for case in ALL),
-    *(("fsdp 2", 1, *case) for case in ALL),
-    *((mesh, 1, *case) for mesh in list(MESHES)[1:5] for case in (("pretrain", "dense"), ("dpo", "mixture"))),
-    *((mesh, 1, *case) for mesh in list(MESHES)[5:] for case in (("dpo", "dense"), ("pretrain", "mixture"))),
-    ("fsdp 2 x context 4", 2, "pretrain", "mixture"),
-    ("data 2 x expert 2 x tensor 2", 2, "dpo", "mixture"),
+CASES = [  # mesh, gradient_accumulation_steps, kind of stage, model
+    ("one device", 4, "sft", "dense"),
+    ("one device", 4, "pretrain", "mixture"),
+    ("one device", 4, "dpo", "both"),
+    ("fsdp 2", 1, "pretrain", "dense"),
+    ("fsdp 2", 1, "dpo", "mixture"),
+    ("fsdp 2", 1, "sft", "both"),
+    ("data 2", 1, "dpo", "both"),
+    ("expert 2", 1, "sft", "both"),
+    ("context 2", 1, "dpo", "both"),
+    ("tensor 2", 1, "sft", "both"),
+    ("slices 2 x context 2", 1, "sft", "both"),
+    ("data 2 x fsdp 2 x tensor 2", 1, "dpo", "both"),
+    ("expert 2 x context 2 x tensor 2", 1, "sft", "both"),
+    ("fsdp 2 x context 4", 2, "sft", "both"),
+    ("data 2 x expert 2 x tensor 2", 2, "dpo", "both"),
+    *(
+        pytest.param(mesh, 1, kind, "both", marks=pytest.mark.slow)
+        for mesh, kind in (
+            ("data 2 x fsdp 2", "dpo"),
+            ("fsdp 4 x expert 2", "sft"),
+            ("fsdp 2 x expert 4", "dpo"),
+            ("fsdp 2 x context 4", "dpo"),
+            ("data 2 x expert 2 x tensor 2", "sft"),
+        )
+    ),
 ]
 
 
