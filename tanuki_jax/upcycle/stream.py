@@ -16,7 +16,7 @@ import time
 import uuid
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypedDict
+from typing import Generic, NamedTuple, TypeAlias, TypedDict, TypeVar
 
 import jax
 import numpy as np
@@ -30,6 +30,9 @@ from tanuki_jax.progress import Progress, duration
 from tanuki_jax.upcycle import packed_bf16
 from tanuki_jax.upcycle.convert import Stats
 from tanuki_jax.upcycle.identity_check import TOKENS, Arrays, Identity, IdentityCheck
+
+T = TypeVar("T")
+Call: TypeAlias = Callable[[], np.ndarray]
 
 
 def open_dense(path: str, param_dtype: str = "") -> LazyCheckpoint:
@@ -190,35 +193,31 @@ def _blocks(job: Job, key: jax.Array, check: IdentityCheck) -> Generator[checkpo
     sources, cfg, options, _ = job
     moe_layers, dense_layers = config.moe_layers(cfg), upcycle.dense_layers(cfg)
     make_experts = _ExpertMaker(cfg, options, key)
-    reader = _DenseReader(sources, cfg)
-    # A layer is read while the one before it is converted.
-    layers = [functools.partial(reader.layer, layer) for layer in range(cfg.n_layers)]
-    calls: list[Callable[[], _DensePart]] = [reader.embedding, *layers, reader.output]
-    parts = files.prefetch(calls, 1, threads=1)
-    embedding = next(parts)
-    check.begin(embedding.shared["embed/table"])
-    yield from _unstacked(embedding.shared)
+    parts = _dense_parts(sources, cfg)
+    embedding = next(parts).shared
+    check.begin(embedding["embed/table"])
+    yield from _unstacked(embedding)
     del embedding
     for layer in range(cfg.n_layers):
-        part = next(parts)
-        for name, array in part.shared.items():
+        shared, ffns = next(parts)
+        for name, array in shared.items():
             yield f"layers/{name}", (layer,), array
         if layer in moe_layers:
             at = moe_layers.index(layer)
             router = np.asarray(upcycle.router(layer, cfg, options, key, np.dtype(cfg.param_dtype)))
-            check.enter(part.shared, part.ffns[0], router)
+            check.enter(shared, ffns[0], router)
             yield "layers/moe/router", (at,), router
             if cfg.router_bias:
                 yield "layers/moe/bias", (at,), np.zeros(cfg.n_experts, np.float32)
             # An expert is made while the one before it is written.
-            for number, expert in enumerate(files.prefetch(make_experts.calls(part.ffns, layer), 1, threads=1)):
+            for number, expert in enumerate(files.prefetch(make_experts.calls(ffns, layer), 1, threads=1)):
                 check.expert(number, expert)
                 for name in upcycle.FFN:
                     yield f"layers/moe/{name}", (at, number), expert[name]
         else:
-            check.enter(part.shared, part.ffns[0])
+            check.enter(shared, ffns[0])
             for name in upcycle.FFN:
-                yield f"layers/mlp/{name}", (dense_layers.index(layer),), part.ffns[0][name]
+                yield f"layers/mlp/{name}", (dense_layers.index(layer),), ffns[0][name]
     output = next(parts).shared
     check.end(output["norm_final"], output["head"])
     yield from _unstacked(output)
@@ -230,38 +229,48 @@ def _unstacked(arrays: Arrays) -> Iterator[checkpoint.Block]:
         yield name, (), array
 
 
-class _DensePart(NamedTuple):
-    """A part of the dense models, in the mixture's dtypes."""
+class _DensePart(NamedTuple, Generic[T]):
+    """A part of the dense models: its arrays in the mixture's dtypes, or the calls that read them."""
 
-    shared: Arrays  # what the sources have in common: the mean of theirs
-    ffns: Sequence[Arrays] = ()  # of each source; only the mean where the layer stays dense
+    shared: dict[str, T]  # what the sources have in common: the mean of theirs
+    ffns: list[dict[str, T]]  # of each source; only the mean where the layer stays dense
+
+
+def _dense_parts(sources: Sequence[LazyCheckpoint], cfg: config.ModelConfig) -> Iterator[_DensePart[np.ndarray]]:
+    """Embedding, layers, and the last norm with the head; array by array, a layer is read while the one before is used."""
+    reader = _DenseReader(sources, cfg)
+    layers = [reader.layer(layer) for layer in range(cfg.n_layers)]
+    parts = [reader.outside("embed/table"), *layers, reader.outside("norm_final", "head")]
+    count = max(len(jax.tree.leaves(layer)) for layer in layers)
+    arrays = files.prefetch(jax.tree.leaves(parts), count, threads=1)
+    for part in parts:
+        yield jax.tree.map(lambda _: next(arrays), part)
 
 
 class _DenseReader:
-    """Reads the dense models; NaN and Inf are errors."""
+    """Calls that read the dense models; NaN and Inf are errors."""
 
     def __init__(self, sources: Sequence[LazyCheckpoint], cfg: config.ModelConfig) -> None:
         self._sources, self._cfg, self._moe_layers = sources, cfg, config.moe_layers(cfg)
         names = [name for name, _, _ in model.named_parameters(sources[0].cfg) if name.startswith("layers/")]
-        self._ffn = [f"layers/mlp/{name}" for name in upcycle.FFN]
-        self._shared = [name for name in names if name not in self._ffn]
+        self._shared = [name.removeprefix("layers/") for name in names if not name.startswith("layers/mlp/")]
 
-    def embedding(self) -> _DensePart:
-        """The table."""
-        return _DensePart({"embed/table": self._mean("embed/table")})
+    def outside(self, *names: str) -> _DensePart[Call]:
+        """Parameters outside the layers."""
+        shared: dict[str, Call] = {name: functools.partial(self._mean, name) for name in names}
+        return _DensePart(shared, [])
 
-    def layer(self, layer: int) -> _DensePart:
+    def layer(self, layer: int) -> _DensePart[Call]:
         """One layer."""
-        shared = {name.removeprefix("layers/"): self._mean(name, layer) for name in self._shared}
+        shared: dict[str, Call] = {name: functools.partial(self._mean, f"layers/{name}", layer) for name in self._shared}
         if layer in self._moe_layers:
-            ffns = [[self._read(source, name, layer) for name in self._ffn] for source in self._sources]
+            reads: list[Callable[..., np.ndarray]] = [functools.partial(self._read, source) for source in self._sources]
         else:
-            ffns = [[self._mean(name, layer) for name in self._ffn]]
-        return _DensePart(shared, [dict(zip(upcycle.FFN, ffn, strict=True)) for ffn in ffns])
-
-    def output(self) -> _DensePart:
-        """The last norm and the head."""
-        return _DensePart({name: self._mean(name) for name in ("norm_final", "head")})
+            reads = [self._mean]
+        ffns: list[dict[str, Call]] = [
+            {name: functools.partial(read, f"layers/mlp/{name}", layer) for name in upcycle.FFN} for read in reads
+        ]
+        return _DensePart(shared, ffns)
 
     def _mean(self, name: str, *layer: int) -> np.ndarray:
         arrays = [self._read(source, name, *layer) for source in self._sources]
