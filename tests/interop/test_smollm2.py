@@ -103,7 +103,7 @@ def trained(imported):
     command = [
         sys.executable,
         "-m",
-        "tanuki_jax.cli.main",
+        "tanuki_jax.cli",
         "run",
         f"--config={work / 'recipe.py'}",
         f"--workdir={work / 'run'}",

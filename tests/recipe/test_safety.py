@@ -28,7 +28,7 @@ def test_no_secret_of_the_environment_is_printed_or_stored(tmp_path):
     command = [
         sys.executable,
         "-m",
-        "tanuki_jax.cli.main",
+        "tanuki_jax.cli",
         "train",
         tiny_recipe.CONFIG,
         f"--workdir={tmp_path}",
