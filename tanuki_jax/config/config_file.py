@@ -96,11 +96,11 @@ def _check_argument(function: Callable[..., Any], path: Path, argument: str | No
     try:
         signature.bind(*(() if argument is None else (argument,)))
     except TypeError:
-        said = f"config {path}: get_config{signature}"
+        message = f"config {path}: get_config{signature}"
         if argument is None:
             names = ":".join(name.upper() for name in signature.parameters)
-            raise UserError(f"{said} needs an argument; give it after a colon, --config={path}:{names}") from None
-        raise UserError(f"{said} takes no argument; leave out :{argument}, --config={path}") from None
+            raise UserError(f"{message} needs an argument; give it after a colon, --config={path}:{names}") from None
+        raise UserError(f"{message} takes no argument; leave out :{argument}, --config={path}") from None
 
 
 def _place(error: BaseException, path: Path) -> str:

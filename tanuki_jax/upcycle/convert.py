@@ -145,6 +145,7 @@ def router(layer: Index, cfg: config.ModelConfig, options: config.Upcycle, key: 
 class Strategy(Protocol):
     """Makes the weights of one expert; its arguments are those of `expert`, the key being the expert's own."""
 
+    # Seven arguments: what the strategies use between them, so that all are called alike.
     def __call__(
         self,
         weights: Weights,

@@ -128,7 +128,10 @@ def params_of(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_the_whole_loss_and_all_its_gradients_are_those_of_a_plain_loop(name):
     cfg, options = MODELS[name], config.Loss(z_loss=1e-2, router_z_loss=0.3, router_aux_adaptive=0.2)
-    batch, coefficient = as_arrays(packed_batch(np.random.default_rng(0), cfg, rows=3)), jnp.float32(COEFFICIENT[name])
+    batch, coefficient = (
+        as_arrays(packed_batch(np.random.default_rng(0), cfg, rows=3, length=12)),
+        jnp.float32(COEFFICIENT[name]),
+    )
     loss = losses.make_loss("pretrain", cfg, options)
 
     @jax.jit

@@ -11,6 +11,7 @@ from tests.tiny import apply, as_arrays, init, of_batch, packed_batch, pair_batc
 CFG = small(n_experts=4)
 PARAMS = init(CFG, jax.random.key(0))
 PLAIN = config.Loss(router_aux_loss=0.0)
+PREFERENCE = jax.jit(of_batch(losses.preference(CFG, config.Loss(beta=0.3, router_aux_loss=0.0))))
 
 
 def numpy_logprobs(batch):
@@ -125,9 +126,7 @@ def test_no_pair_gives_a_finite_loss_and_gradient(name):
 
 def test_preference_loss_against_numpy():
     batch = pair_batch(np.random.default_rng(0), CFG)
-    total, weight, metrics = jax.jit(of_batch(losses.preference(CFG, config.Loss(beta=0.3, router_aux_loss=0.0))))(
-        PARAMS, as_arrays(batch)
-    )
+    total, weight, metrics = PREFERENCE(PARAMS, as_arrays(batch))
     logprobs, _ = numpy_logprobs(batch)
     margins = []
     for r in range(len(logprobs)):
@@ -149,7 +148,7 @@ def with_own_reference(batch):
 
 def test_policy_equal_to_reference_gives_ln_2_and_no_reward():
     batch = with_own_reference(pair_batch(np.random.default_rng(0), CFG))
-    total, weight, metrics = jax.jit(of_batch(losses.preference(CFG, PLAIN)))(PARAMS, as_arrays(batch))
+    total, weight, metrics = PREFERENCE(PARAMS, as_arrays(batch))
     np.testing.assert_allclose(total / weight, np.log(2), rtol=1e-6)
     for name in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
         np.testing.assert_allclose(metrics[name][0], 0, atol=1e-5)
@@ -158,8 +157,7 @@ def test_policy_equal_to_reference_gives_ln_2_and_no_reward():
 def test_swapping_chosen_and_rejected_flips_the_margin():
     batch = pair_batch(np.random.default_rng(0), CFG)
     swapped = {**batch, **{n: batch[n][..., ::-1].copy() for n in ("pair_segments", "ref_logprobs")}}
-    loss = jax.jit(of_batch(losses.preference(CFG, PLAIN)))
-    a, b = (loss(PARAMS, as_arrays(x))[2]["rewards/margins"][0] for x in (batch, swapped))
+    a, b = (PREFERENCE(PARAMS, as_arrays(x))[2]["rewards/margins"][0] for x in (batch, swapped))
     np.testing.assert_allclose(a, -b, rtol=1e-5)
 
 
