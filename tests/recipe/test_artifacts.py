@@ -66,7 +66,7 @@ def test_a_file_of_two_sources_is_told(tmp_path, capsys):
     "victim", ["store-*/manifest.json", "store-*/tokens-*.bin", "store-*/tokens-*.idx", "tokenizer-*/tokenizer.json"]
 )
 @pytest.mark.parametrize("damage", ["cut", "gone"])
-def test_what_is_damaged_of_the_cache_is_made_anew_and_told(tmp_path, capsys, victim, damage):
+def test_what_is_damaged_of_the_cache_is_made_anew_and_told(tmp_path, capsys, caplog, victim, damage):
     made = config.resolve(two_languages(tmp_path, ja=1))
     before = read_manifest(artifacts.prepare(made, Workdir(tmp_path / "run"), {"ja"}).stores["ja"])
     [path] = (tmp_path / "run" / "data").glob(victim)
@@ -74,9 +74,10 @@ def test_what_is_damaged_of_the_cache_is_made_anew_and_told(tmp_path, capsys, vi
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     else:
         path.unlink()
-    capsys.readouterr()
+    caplog.clear()
     assert read_manifest(artifacts.prepare(made, Workdir(tmp_path / "run"), {"ja"}).stores["ja"]) == before
-    told = [line for line in capsys.readouterr().err.splitlines() if "damaged" in line]
+    told = [line for line in caplog.messages if "damaged" in line]
+    capsys.readouterr()
     assert len(told) == 1 and str(path.parent) in told[0] and "made anew" in told[0]
     artifacts.prepare(made, Workdir(tmp_path / "run"), {"ja"})
     assert capsys.readouterr().err == ""

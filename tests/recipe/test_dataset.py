@@ -352,7 +352,7 @@ def test_dialogues_are_packed_once(inputs, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "damage", [lambda data: b"", lambda data: data[:100], lambda data: b"x" * len(data), "other"], ids=range(4)
 )
-def test_a_damaged_pack_index_is_made_anew_and_told(inputs, tmp_path, capsys, damage):
+def test_a_damaged_pack_index_is_made_anew_and_told(inputs, tmp_path, caplog, damage):
     made = tuned("sft", ["dialogues"], seq_len=96)
     first = opened(made, "b", inputs, tmp_path)
     [path] = tmp_path.glob("pack-*.npz")
@@ -360,12 +360,12 @@ def test_a_damaged_pack_index_is_made_anew_and_told(inputs, tmp_path, capsys, da
         np.savez(path, starts=np.array([0, 1]), units=np.array([10**6]), dropped=0)
     else:
         path.write_bytes(damage(path.read_bytes()))
-    capsys.readouterr()
     assert texts(opened(made, "b", inputs, tmp_path)) == texts(first)
-    [line] = [line for line in capsys.readouterr().err.splitlines() if "damaged" in line]
+    [line] = [line for line in caplog.messages if "damaged" in line]
+    caplog.clear()
     assert str(path) in line and "made anew" in line
     opened(made, "b", inputs, tmp_path)
-    assert "damaged" not in capsys.readouterr().err
+    assert "damaged" not in caplog.text
 
 
 @pytest.mark.parametrize(
