@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import zipfile
 import zlib
@@ -18,6 +19,7 @@ from tanuki_jax.data.packing import Packing
 from tanuki_jax.data.store import Store
 from tanuki_jax.errors import UserError
 
+logger = logging.getLogger(__name__)
 Example: TypeAlias = dict[str, np.ndarray]
 
 
@@ -255,5 +257,5 @@ def _read_packing(path: Path, units: int) -> Packing | None:
         reason = "its numbers do not fit the data"
     except (OSError, ValueError, KeyError, IndexError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         reason = str(error) or type(error).__name__
-    print(f"data: {path} is damaged ({reason}) and made anew", file=sys.stderr)
+    logger.warning("data: %s is damaged (%s) and made anew", path, reason)
     return None

@@ -7,11 +7,11 @@ is written at the end.  Until then all files lie in a hidden folder next to the 
 from __future__ import annotations
 
 import concurrent.futures
+import logging
 import math
 import multiprocessing
 import os
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +25,8 @@ from tanuki_jax.data.tokenizer import Tokenizer
 from tanuki_jax.errors import UserError
 from tanuki_jax.files import lock
 from tanuki_jax.progress import Progress
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ def plan(patterns: str, tokenizer: Tokenizer, output: Path, options: Options = D
         shutil.rmtree(directory)  # other files, another tokenizer or other options
     damaged = damaged_shard(directory)
     if damaged:
-        print(f"data: {damaged} is damaged; {output} is begun anew", file=sys.stderr)
+        logger.warning("data: %s is damaged; %s is begun anew", damaged, output)
         shutil.rmtree(directory)
     if not options.skip_invalid and any(shard.rejected for shard in finished_shards(directory)):
         shutil.rmtree(directory)  # it left out invalid rows, which are errors in this run

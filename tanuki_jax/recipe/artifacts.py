@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from tanuki_jax.files import lock
 from tanuki_jax.recipe.workdir import Workdir
 from tanuki_jax.synth import rules
 
+logger = logging.getLogger(__name__)
 RULES = "rules:"
 
 
@@ -59,7 +61,7 @@ def _prepare(recipe: Recipe, where: Path, names: set[str]) -> Artifacts:
         if stores[name].is_dir():
             _remove_damaged(stores[name], open_store)
         if stores[name].is_dir() and not is_current_version(read_manifest(stores[name])):
-            print(f"data {name}: chat templates were followed otherwise when it was made; it is made anew", file=sys.stderr)
+            logger.info("data %s: chat templates were followed otherwise when it was made; it is made anew", name)
             shutil.rmtree(stores[name])
         if not stores[name].is_dir():
             options = Options(_fields(source), source.skip_invalid)
@@ -85,7 +87,7 @@ def _remove_damaged(path: Path, opens: Callable[[Path], object]) -> None:
     try:
         opens(path)
     except (UserError, OSError, ValueError, KeyError, TypeError) as error:
-        print(f"data: {path} is damaged ({error}) and made anew", file=sys.stderr, flush=True)
+        logger.warning("data: %s is damaged (%s) and made anew", path, error)
         shutil.rmtree(path)
 
 

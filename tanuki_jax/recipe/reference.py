@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from pathlib import Path
 
 import jax
@@ -16,6 +16,8 @@ from tanuki_jax.recipe.initial_state import InitialState
 from tanuki_jax.recipe.workdir import Workdir
 from tanuki_jax.train.preference import pair_scores
 from tanuki_jax.train.step import Params
+
+logger = logging.getLogger(__name__)
 
 
 def add_reference(data: StageDataset, start: InitialState, frozen: Params, workdir: Workdir) -> StageDataset:
@@ -42,7 +44,7 @@ def _is_whole(path: Path, pairs: int) -> bool:
             return True
     except (ValueError, EOFError, OSError):
         pass
-    print(f"{path} is damaged or of other pairs; reference log-probabilities are computed anew", file=sys.stderr)
+    logger.warning("%s is damaged or of other pairs; reference log-probabilities are computed anew", path)
     return False
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.metadata
+import logging
 import platform
 import sys
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,7 @@ from tanuki_jax.report import trackers
 from tanuki_jax.report.html import write_report
 from tanuki_jax.train import profile
 
+logger = logging.getLogger(__name__)
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "sentencepiece", "tokenizers", "numpy")
 
 
@@ -105,4 +107,4 @@ def versions() -> dict[str, str]:
 def _report_hang(details: Mapping[str, Any]) -> None:
     """Between stages, whose own events have a file."""
     text = ", ".join(f"{name} {value}" for name, value in details.items())
-    print(f"takes long: {text}", file=sys.stderr, flush=True)
+    logger.warning("takes long: %s", text)

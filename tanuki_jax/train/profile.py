@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 
+logger = logging.getLogger(__name__)
 _requested = threading.Event()
 
 
@@ -45,7 +46,7 @@ class Profile:
         with _report_failure():
             jax.profiler.start_trace(str(place))
             self._end = step + self._steps - 1
-            print(f"step {step}: profile of {self._steps} steps into {place}", file=sys.stderr, flush=True)
+            logger.info("step %d: profile of %d steps into %s", step, self._steps, place)
 
     def after(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """A step has been handed to the devices."""
@@ -66,4 +67,4 @@ def _report_failure() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        print(f"profile: {error}", file=sys.stderr, flush=True)
+        logger.warning("profile: %s", error)

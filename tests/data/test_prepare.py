@@ -392,7 +392,7 @@ def test_a_disk_that_fills_at_the_first_byte_is_one_line(tokenizer, tmp_path, mo
 
 
 @pytest.mark.parametrize("victim", ["identity.json", "00000-00000.json", "tokens-00000-00000.bin", "tokens-00000-00000.idx"])
-def test_work_that_a_power_cut_damaged_is_begun_anew(tokenizer, tmp_path, monkeypatch, capsys, victim):
+def test_work_that_a_power_cut_damaged_is_begun_anew(tokenizer, tmp_path, monkeypatch, caplog, victim):
     monkeypatch.setattr(shards, "CHUNK_ROWS", 1)
     (tmp_path / "rows.jsonl").write_text(lines_of([{"text": f"{i} 狸"} for i in range(6)]))
     run = (str(tmp_path / "rows.jsonl"), tokenizer, tmp_path / "store", prepare.Options(shard_characters=1))
@@ -404,7 +404,7 @@ def test_work_that_a_power_cut_damaged_is_begun_anew(tokenizer, tmp_path, monkey
     path = tmp_path / ".store.partial" / victim
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     assert prepare.prepare(*run, workers=1).content == expected.content
-    told = capsys.readouterr().err
+    told = caplog.text
     assert victim == "identity.json" or ("00000-00000.json is damaged" in told and "begun anew" in told)
 
 
