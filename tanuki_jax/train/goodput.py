@@ -17,7 +17,7 @@ PHASES = ("compile", "input", "step", "score", "save", "restore", "replayed")
 
 
 class Clock:
-    """Seconds by kind, the recent rate, and the wait for input; it also tells parallel/watch.py where the run is.
+    """Seconds by kind, the recent rate, and the wait for input; it also tells multihost/watchdog.py where the run is.
 
     step_timeout_seconds: a step that takes longer ends the process; 0 = never.
     seconds: of all kinds but `lost`, as `seconds_by_phase` (KINDS but `step`) of earlier runs has them.

@@ -1,6 +1,6 @@
 """The train step: the whole of pretraining, upcycled continuation, SFT and DPO is this function with another loss.
 
-How a 47B mixture trains on 256 chips: the state is sharded over the mesh by parallel/rules.py, the batch over its rows;
+How a 47B mixture trains on 256 chips: the state is sharded over the mesh by parallel/sharding.py, the batch over its rows;
 the loss is a sum over rows and a weight; XLA inserts the collectives.  Nothing here knows of devices.
 """
 
