@@ -234,7 +234,6 @@ def _product(x_RA: jax.Array, w: jax.Array, tiles: Tiles, transposed: bool, plus
     return y_RB
 
 
-# Long: a kernel of its own, since its grid and its accumulator differ from those of `_call`.
 def _weight_grad(x_RA: jax.Array, y_RB: jax.Array, experts: int, tiles: Tiles) -> jax.Array:
     """Sum over each expert's rows of the outer product of x and y, [E, A, B]."""
     (R, A), B = x_RA.shape, y_RB.shape[1]

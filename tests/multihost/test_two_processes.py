@@ -13,7 +13,8 @@ import pytest
 from tanuki_jax import config
 from tanuki_jax.train import losses
 from tanuki_jax.train.step import gradients
-from tests.tiny import init, problem, small
+from tests.multihost.two_processes import CFG, KINDS
+from tests.tiny import init, problem
 
 ROOT = Path(__file__).parents[2]
 
@@ -45,16 +46,13 @@ def found(tmp_path_factory):
     return json.loads(output.read_text())
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"), [("dense", "pretrain"), ("mixture", "pretrain"), ("mixture", "sft"), ("mixture", "dpo")]
-)
-def test_two_processes_of_four_devices_equal_one_device(found, name, kind):
-    cfg = small(n_experts=4 if name == "mixture" else 0)
-    batch = problem(kind, cfg)
-    loss = losses.make_loss(kind, cfg, config.Loss(z_loss=1e-3, router_z_loss=1e-3))
-    params = init(cfg, jax.random.key(0))
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_of_four_devices_equal_one_device(found, kind):
+    batch = problem(kind, CFG)
+    loss = losses.make_loss(kind, CFG, config.Loss(z_loss=1e-3, router_z_loss=1e-3))
+    params = init(CFG, jax.random.key(0))
     grads, metrics = jax.jit(lambda p, b: gradients(loss, p, b))(params, {n: jnp.asarray(v) for n, v in batch.items()})
-    result = found[f"{name} {kind}"]
+    result = found[kind]
     np.testing.assert_allclose(result["loss"], metrics["loss"], rtol=1e-5)
     for path, g in jax.tree_util.tree_leaves_with_path(grads):
         theirs = np.array(result["grads"][jax.tree_util.keystr(path)]).reshape(g.shape)
