@@ -60,10 +60,22 @@ def kill_when(process, reached):
     process.communicate()
 
 
+PRETRAIN = ("--stage=pretrain", "--config.scoring.prompts=0")
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
+    """The whole recipe."""
     workdir = tmp_path_factory.mktemp("whole") / "run"
     finish(start(workdir))
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """Its first stage."""
+    workdir = tmp_path_factory.mktemp("first") / "run"
+    finish(start(workdir, *PRETRAIN, verb="train"))
     return workdir
 
 
@@ -72,6 +84,7 @@ def same_weights(one, other):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
+@pytest.mark.slow
 def test_kill_9_in_every_stage_changes_no_bit(uninterrupted, tmp_path):
     workdir, rng = tmp_path / "run", random.Random(4)
     for stage in STAGES:
@@ -88,50 +101,60 @@ def test_kill_9_in_every_stage_changes_no_bit(uninterrupted, tmp_path):
     assert not list(workdir.rglob(".*.tmp"))
 
 
-def test_kill_9_while_a_checkpoint_is_written_loses_at_most_that_one(uninterrupted, tmp_path):
+def test_kill_9_while_a_checkpoint_is_written_loses_at_most_that_one(pretrained, tmp_path):
     workdir = tmp_path / "run"
     written = workdir / "stages" / "pretrain" / "checkpoints"
     kill_when(
-        start(workdir, "--stage=pretrain", verb="train"),
+        start(workdir, *PRETRAIN, verb="train"),
         lambda: any("tmp" in p.name for p in written.glob("*")) and len(metrics(workdir, "pretrain")) > SAVE_EVERY,
     )
-    finish(start(workdir, "--stage=pretrain", verb="train"))
-    same_weights(workdir / "stages" / "pretrain", uninterrupted / "stages" / "pretrain")
+    finish(start(workdir, *PRETRAIN, verb="train"))
+    same_weights(workdir / "stages" / "pretrain", pretrained / "stages" / "pretrain")
+    ours, theirs = metrics(workdir, "pretrain"), metrics(pretrained, "pretrain")
+    assert [(r["step"], r["loss"]) for r in ours] == [(r["step"], r["loss"]) for r in theirs]
+    assert not list(workdir.rglob(".*.tmp"))
 
 
-def test_another_number_of_devices_goes_on_with_the_same_losses(uninterrupted, tmp_path):
+def two_processes(workdir, *flags, **options):
+    """Two processes of two devices each, as one run."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    env = dict(NPROC="16", TANUKI_COORDINATOR=f"127.0.0.1:{port}", TANUKI_PROCESSES="2")
+    mesh = ["--config.mesh.data=2", "--config.mesh.fsdp=2"]
+    return [start(workdir, *mesh, *flags, devices=2, TANUKI_PROCESS_ID=str(i), **env, **options) for i in range(2)]
+
+
+def test_other_devices_and_processes_go_on_with_the_same_losses(pretrained, tmp_path):
+    """First one device, then two processes of two devices each."""
+    workdir = tmp_path / "run"
+    mesh = ["--config.mesh.data=1", "--config.mesh.fsdp=1"]
+    kill_when(start(workdir, *mesh, *PRETRAIN, verb="train"), lambda: len(metrics(workdir, "pretrain")) >= 8)
+    for process in two_processes(workdir, *PRETRAIN, verb="train"):
+        finish(process)
+    found, wanted = ([r["loss"] for r in metrics(w, "pretrain")] for w in (workdir, pretrained))
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_another_number_of_devices_goes_on_with_the_same_losses(pretrained, tmp_path):
     workdir = tmp_path / "run"
     for devices, mesh in ((1, (1, 1)), (4, (2, 2)), (2, (1, 2))):
-        flags = [f"--config.mesh.data={mesh[0]}", f"--config.mesh.fsdp={mesh[1]}", "--stage=pretrain"]
+        flags = [f"--config.mesh.data={mesh[0]}", f"--config.mesh.fsdp={mesh[1]}", *PRETRAIN]
         process = start(workdir, *flags, devices=devices, verb="train", NPROC="16")
         if devices == 2:
             finish(process)
         else:
             done = len(metrics(workdir, "pretrain"))
             kill_when(process, lambda done=done: len(metrics(workdir, "pretrain")) >= done + 8)
-    found, wanted = ([r["loss"] for r in metrics(w, "pretrain")] for w in (workdir, uninterrupted))
+    found, wanted = ([r["loss"] for r in metrics(w, "pretrain")] for w in (workdir, pretrained))
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_of_two_devices_run_the_recipe_like_one(uninterrupted, tmp_path):
     workdir = tmp_path / "run"
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    both = [
-        start(
-            workdir,
-            "--config.mesh.data=2",
-            "--config.mesh.fsdp=2",
-            devices=2,
-            NPROC="16",
-            TANUKI_COORDINATOR=f"127.0.0.1:{port}",
-            TANUKI_PROCESSES="2",
-            TANUKI_PROCESS_ID=str(i),
-        )
-        for i in range(2)
-    ]
-    for process in both:
+    for process in two_processes(workdir):
         finish(process)
     for stage in STAGES:
         found, wanted = ([r["loss"] for r in metrics(w, stage)] for w in (workdir, uninterrupted))
