@@ -261,7 +261,9 @@ def test_a_save_that_fails_leaves_no_thread_that_waits_for_it(tmp_path, monkeypa
 
     monkeypatch.setattr(type(checkpoints._manager), "check_for_errors", full)
     monkeypatch.setattr(checksums, "write_checksums", lambda *args: time.sleep(0.1))
-    checkpoints._checksum_thread = threading.Thread(target=checkpoints._write_checksums, args=(4,), name="seal")  # of a step that never comes
+    checkpoints._checksum_thread = threading.Thread(
+        target=checkpoints._write_checksums, args=(4,), name="seal"
+    )  # of a step that never comes
     checkpoints._checksum_thread.start()
     with pytest.raises(UserError, match="is full"):
         checkpoints.save(6, state_of(6.0), {})
