@@ -223,8 +223,7 @@ def import_adapters(path: Path, base: Path, output: Path) -> str:
     if base_fingerprint and base_fingerprint != files.fingerprint(meta):
         raise UserError(f"import: the adapters in {path} were trained on another model than {base}; give that one as --base")
     count = sum(t.size for t in tensors.values())
-    sides = _by_matrix(path, cfg, settings, tensors)
-    ranks, params, scales = _stack(path, cfg, sides)
+    ranks, params, scales = _stack(path, cfg, _by_matrix(path, cfg, settings, tensors))
     with lock.output(output), files.disk_errors(output), files.atomic_path(output) as temporary:
         adapter = checkpoint.adapters_meta(temporary, base, ranks, scales)
         adapters_meta: checkpoint.Meta = {

@@ -137,7 +137,7 @@ def test_another_architecture_is_named_by_the_key_that_differs(key, value):
 def test_a_checkpoint_is_restored_in_another_dtype(tmp_path, kept):
     """The router's bias is float32 in either."""
     cfg = small(n_experts=4, router_bias=True, param_dtype=kept)
-    params = model.init(cfg, jax.random.key(0))
+    params = init(cfg, jax.random.key(0))
     checkpoint.save_params(tmp_path, params, {"model": config.to_dict(cfg)})
     other = dataclasses.replace(cfg, param_dtype="float32" if kept == "bfloat16" else "bfloat16")
     mesh = parallel.make_mesh(config.Mesh(fsdp=4, tensor=2))
@@ -254,6 +254,7 @@ def test_a_full_disk_is_one_message_and_the_earlier_checkpoint_stays_good(size, 
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["2"]
 
 
+@pytest.mark.slow  # in one process: tests/upcycle/test_stream_failures.py
 def test_a_full_disk_under_the_command_line_is_one_line_and_leaves_nothing(tmp_path):
     dense = small()
     checkpoint.save_params(tmp_path / "dense", init(dense, jax.random.key(0)), {"model": config.to_dict(dense)})

@@ -55,6 +55,15 @@ CASES = {
     "two checkpoints of two dtypes": Case(GROUPS, (Source(), Source("llama", "bfloat16", 1)), FOUR),
 }
 EXACT = ("copy", "groups")
+# Those whose identity check is compared with the whole models: both gates, dense layers, another scale, both dtypes.
+COMPARED = (
+    "copy",
+    "noise, bfloat16",
+    "noise, wider",
+    "noise, some layers",
+    "drop, bfloat16, every second layer",
+    "groups, bfloat16",
+)
 
 
 def in_dtype(params, dtype):
@@ -103,11 +112,12 @@ def test_what_is_streamed_is_what_upcycling_a_tree_gives(name, place, tmp_path):
         else:
             np.testing.assert_allclose(*(np.float32(w) for w in (found[path], array)), rtol=1e-6, atol=3e-8, err_msg=path)
 
-    if len(case.sources) == 1:
+    if name in COMPARED:
         dense_cfg = dataclasses.replace(CFG, param_dtype=cfg.param_dtype)
         before, after = logits(dense_cfg, trees[0], case.seed), logits(cfg, loaded.params, case.seed)
         assert identity.spread == pytest.approx(before.std(), rel=1e-5)
         assert identity.difference == pytest.approx(np.abs(before - after).max(), rel=1e-5, abs=3e-6)
+    if len(case.sources) == 1:
         assert (identity.difference < 1e-5) == (case.strategy["strategy"] in EXACT)
 
 
@@ -214,6 +224,7 @@ def test_the_tokenizer_goes_along(tokenizer, tmp_path):
         assert found == {name: (directory / name).read_bytes() for name in names}
 
 
+@pytest.mark.slow
 def test_a_stage_of_a_recipe_starts_from_the_output(tokenizer, tmp_path):
     cfg = config.model_config(config.load([tiny_recipe.CONFIG]), "pretrain")
     home = write(tmp_path / "llama", cfg, drawn(cfg))

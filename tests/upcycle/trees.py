@@ -43,7 +43,9 @@ def drawn(cfg=ODD, seed=0, dtype=None):
     return jax.tree_util.tree_map_with_path(leaf, model.parameter_shapes(cfg))
 
 
-convert = jax.jit(upcycle.upcycle, static_argnums=(1, 2))
+# Op by op: the ops are shared by most cases, whereas compiling a case as a whole takes seconds.  The compiled one is held
+# against numpy's by way of the streamed one (test_stream.py), and on several meshes (test_convert.py).
+convert = upcycle.upcycle
 
 
 def made_of(dense, strategy, n_experts=5, seed=0, others=(), shape=None, source=ODD, **options):
