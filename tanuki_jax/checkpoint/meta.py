@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TypedDict
 
+from tanuki_jax.config import STAGE_KINDS
+
 
 class AdapterMeta(TypedDict):
     """What a checkpoint of adapters says of them and of the checkpoint that they lie on."""
@@ -71,7 +73,7 @@ def lineage(meta: Meta) -> dict[str, StageRecord]:
 
 def max_seq_len(meta: Meta) -> int:
     """The longest row that a model was trained on, here or before, or that its publisher names; 2048 where it is not known."""
-    lengths = [stage["seq_len"] for stage in lineage(meta).values() if stage["kind"] != "upcycle"]
+    lengths = [stage["seq_len"] for stage in lineage(meta).values() if STAGE_KINDS[stage["kind"]].trains]
     return max([*lengths, meta.get("longest") or 0]) or 2048
 
 

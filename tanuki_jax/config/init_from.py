@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tanuki_jax import files
+from tanuki_jax.config.kinds import STAGE_KINDS
 from tanuki_jax.config.schema import MOE_KEYS, Recipe, is_moe
 from tanuki_jax.errors import UserError
 
@@ -61,7 +62,7 @@ def _external_checkpoints(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
     for name, stage in recipe.stages.items():
         if stage.init_from and stage.init_from not in recipe.stages and Path(stage.init_from).is_dir():
             yield name, "init_from", stage.init_from
-        for path in stage.upcycle.experts_from if stage.kind == "upcycle" else ():
+        for path in stage.upcycle.experts_from if STAGE_KINDS[stage.kind].makes_moe else ():
             if path not in recipe.stages and (Path(path) / "checkpoints").is_dir():
                 yield name, "upcycle.experts_from", path
 
@@ -83,7 +84,7 @@ def _with_model(
     """The recipe with a checkpoint's shape in `unset`, which loses what is settled now."""
     stage = recipe.stages[name]
     mixture = brought.get("n_experts", 0) > 0
-    if mixture and stage.kind != "upcycle" and "n_experts" in left_out:
+    if mixture and not STAGE_KINDS[stage.kind].makes_moe and "n_experts" in left_out:
         stages = recipe.stages | {name: dataclasses.replace(stage, moe=True)}
         recipe = dataclasses.replace(recipe, stages=stages)
     keys = [*SHAPE, *(("n_experts", *MOE_KEYS) if mixture else ())]
@@ -92,7 +93,7 @@ def _with_model(
     unset.difference_update(filled)
     recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, **filled))
     ours = {key: getattr(recipe.model, key) for key in theirs} | {"n_experts": recipe.model.n_experts}
-    if not is_moe(recipe, name) or stage.kind == "upcycle":
+    if not is_moe(recipe, name) or STAGE_KINDS[stage.kind].makes_moe:
         ours["n_experts"] = 0
     theirs["n_experts"] = brought.get("n_experts", 0)
     if stage.rope_theta:  # which says that a change is meant

@@ -29,6 +29,7 @@ class StageKind:
     batch: Mapping[str, BatchArray] = field(default_factory=dict)  # arrays beside the five of every batch
     needs_reference: bool = False  # log-probabilities of the model that it starts from, computed before the first step
     from_scratch: bool = False  # it may start from random weights
+    makes_moe: bool = False  # a dense model becomes a mixture of experts
 
     @property
     def trains(self) -> bool:
@@ -53,7 +54,7 @@ STAGE_KINDS: Mapping[str, StageKind] = {
         loss="next_token",
         from_scratch=True,
     ),
-    "upcycle": StageKind("a dense model becomes a mixture of experts; nothing is trained"),
+    "upcycle": StageKind("a dense model becomes a mixture of experts; nothing is trained", makes_moe=True),
     "sft": StageKind("next-token prediction on the assistant's tokens", rows=("dialogue",), layout="dialogues", loss="sft"),
     "dpo": StageKind(
         "preference optimisation against the model that the stage starts from",

@@ -394,7 +394,7 @@ MOE_KEYS = ("expert_d_ff", "first_dense", "moe_every", "top_k", "normalized_gate
 def is_moe(recipe: Recipe, name: str) -> bool:
     """Whether stage `name` ends as a mixture of experts."""
     stage = recipe.stages[name]
-    if stage.kind == "upcycle" or stage.moe:
+    if STAGE_KINDS[stage.kind].makes_moe or stage.moe:
         return True
     return stage.init_from in recipe.stages and is_moe(recipe, stage.init_from)
 

@@ -106,7 +106,7 @@ def _check_parents(recipe: Recipe, name: str) -> None:
         raise UserError(
             f"config: stages.{name}.init_from {stage.init_from!r} is neither a stage ({names}) nor a checkpoint directory"
         )
-    for other in stage.upcycle.experts_from if stage.kind == "upcycle" else ():
+    for other in stage.upcycle.experts_from if STAGE_KINDS[stage.kind].makes_moe else ():
         if other not in recipe.stages and not _exists(other):
             raise UserError(
                 f"config: stages.{name}.upcycle.experts_from {other!r} is neither a stage nor a checkpoint directory"

@@ -75,7 +75,7 @@ def test_a_stage_or_source_that_is_new_or_gone_is_named():
 def test_the_page_lists_what_may_differ():
     page = re.sub(r"\s+", " ", DOCS.read_text(encoding="utf-8"))
     told = page.partition("(`resumable` in the schema): ")[2].partition(". ")[0]
-    assert set(re.findall(r"`(\w+)`", told)) == {path.rsplit(".", 1)[-1] for path in RESUMABLE}
+    assert set(re.findall(r"`(?:\w+\.)*(\w+)`", told)) == {path.rsplit(".", 1)[-1] for path in RESUMABLE}
 
 
 @pytest.mark.parametrize("stored", ["[]", "3", '{"stages": 3}', '{"modle": {}}', '{"seed": "a"}', '{"model": {"d_model": -1}}'])
