@@ -3,7 +3,7 @@ import json
 import typing
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tanuki_jax import config
@@ -161,6 +161,7 @@ def test_changed_names_a_changed_key_and_no_other(name):
     rate=st.floats(0, 1, allow_subnormal=False),
     name=st.text(max_size=5),
 )
+@settings(max_examples=30)
 def test_a_recipe_survives_json(steps, weights, rate, name):
     starts = tuple(range(len(weights)))
     values = with_changes(name=name, stages__pretrain__steps=steps, stages__pretrain__phase_start_tokens=starts)
@@ -171,6 +172,7 @@ def test_a_recipe_survives_json(steps, weights, rate, name):
 
 
 @given(st.permutations(["a", "b", "c", "d", "e"]), st.data())
+@settings(max_examples=30)
 def test_a_stage_comes_after_the_stage_it_starts_from(names, data):
     parents = {n: data.draw(st.sampled_from(["", *names[:i]])) for i, n in enumerate(names)}
     stage = config.to_dict(config.resolve(recipe()).stages["pretrain"])
@@ -417,6 +419,7 @@ def test_a_dense_stage_of_a_recipe_with_experts_has_no_mixture_and_the_others_ha
 
 
 @given(st.permutations(["a", "b", "c", "d", "e"]), st.data())
+@settings(max_examples=30)
 def test_a_mixture_comes_after_all_the_stages_that_its_experts_come_from(names, data):
     dense, [last] = names[:-1], names[-1:]
     stages = recipe()["stages"]

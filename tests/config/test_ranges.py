@@ -60,7 +60,7 @@ def test_every_number_has_a_range_that_its_default_is_in():
 
 def test_the_page_lists_the_ranges_of_the_schema():
     page = DOCS.read_text(encoding="utf-8")
-    assert page.endswith(ranges()), "the ranges have changed; run `python -m tests.config.golden`"
+    assert page.endswith(ranges()), "the keys have changed; run `python -m tests.config.golden`"
     assert all(f"| `{name}` |" in page and found.describe() in page for name, found in RANGES.items())
 
 
@@ -102,7 +102,7 @@ def file(tmp_path_factory):
 def test_a_flag_is_accepted_only_inside_the_range(name, file):
     if name == "tokenizer.language_weights":  # has no name that a flag could set in this recipe
         return
-    for value in (-1, 0, math.nan, math.inf, 1e30, "x", ""):
+    for value in (-1, 1e30, math.nan, "x"):  # of all others the test above
         held = HELD.get(name, lambda x: x)(value)
         try:
             config.load([f"--config={file}", f"--config.{named(name)}={held}"])

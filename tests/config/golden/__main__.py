@@ -32,15 +32,54 @@ def numeric():
 
 
 def ranges():
-    """The table of docs/config.md: each numeric key with its default and range."""
-    rows = []
-    for name, field in numeric().items():
-        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
-        rows.append(
-            f"| `{name}` | {default:,} |" if isinstance(default, int | float) else f"| `{name}` | {default or 'none'} |"
+    """The tables that end docs/config.md: the stage kinds, and each key with its default, what is allowed and its meaning."""
+    kinds = [
+        f"| `{name}` | {kind.doc} | {', '.join(kind.rows) or 'none'} | {kind.layout or 'none'} | {kind.loss or 'none'} | "
+        f"{', '.join(f'`{array}`' for array in kind.batch) or 'none'} |"
+        for name, kind in config.STAGE_KINDS.items()
+    ]
+    rows = [
+        f"| `{name}` | {default_of(field)} | {allowed(name, field)} | {escape(field.metadata['doc'])} |"
+        for name, field in keys()
+    ]
+    return (
+        "\n".join(
+            [
+                *(
+                    "| kind | what it is | rows | layout | loss | arrays beside the five |",
+                    "|---|---|---|---|---|---|",
+                    *kinds,
+                    "",
+                ),
+                *("## All keys", "", ALL_KEYS, "", "| key | default | allowed | meaning |", "|---|---|---|---|", *rows),
+            ]
         )
-        rows[-1] += f" {field.metadata['range'].describe()} |"
-    return "\n".join(["| key | default | each number |", "|---|---|---|", *rows]) + "\n"
+        + "\n"
+    )
+
+
+ALL_KEYS = (
+    "`NAME` is any stage or source. NaN and infinities are never allowed; in a tuple or dictionary, each number must be in\n"
+    "the range."
+)
+
+
+def default_of(field):
+    default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+    if isinstance(default, int | float) and not isinstance(default, bool):
+        return f"{default:,}"
+    return f"`{escape(default)}`" if default or default is False else "empty"
+
+
+def allowed(name, field):
+    """A range, or a choice of words."""
+    if name in numeric():
+        return field.metadata["range"].describe()
+    return ", ".join(f"`{choice}`" for choice in config.CHOICES.get(name.rsplit(".", 1)[-1], ())) or f"{field.type}"
+
+
+def escape(value):
+    return str(value).replace("|", "\\|")
 
 
 def golden(file):
@@ -54,6 +93,6 @@ def resolved(file):
 
 if __name__ == "__main__":
     KEYS.write_text("".join(f"{name}\n" for name, _ in keys()), encoding="utf-8")
-    DOCS.write_text(DOCS.read_text(encoding="utf-8").partition("| key |")[0] + ranges(), encoding="utf-8")  # it ends the page
+    DOCS.write_text(DOCS.read_text(encoding="utf-8").partition("| kind |")[0] + ranges(), encoding="utf-8")  # it ends the page
     for file in CONFIGS:
         golden(file).write_text(json.dumps(resolved(file), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
