@@ -59,29 +59,30 @@ MESHES = {
     "expert 2 x context 2 x tensor 2": dict(expert=2, context=2, tensor=2),
 }
 CASES = [  # mesh, gradient_accumulation_steps, kind of stage, model
-    ("one device", 4, "sft", "dense"),
-    ("one device", 4, "pretrain", "mixture"),
+    ("one device", 4, "pretrain", "dense"),
+    ("one device", 4, "sft", "both"),
     ("one device", 4, "dpo", "both"),
     ("fsdp 2", 1, "pretrain", "dense"),
-    ("fsdp 2", 1, "dpo", "mixture"),
     ("fsdp 2", 1, "sft", "both"),
     ("data 2", 1, "dpo", "both"),
     ("expert 2", 1, "sft", "both"),
     ("context 2", 1, "dpo", "both"),
     ("tensor 2", 1, "sft", "both"),
     ("slices 2 x context 2", 1, "sft", "both"),
-    ("data 2 x fsdp 2 x tensor 2", 1, "dpo", "both"),
     ("expert 2 x context 2 x tensor 2", 1, "sft", "both"),
     ("fsdp 2 x context 4", 2, "sft", "both"),
     ("data 2 x expert 2 x tensor 2", 2, "dpo", "both"),
     *(
-        pytest.param(mesh, 1, kind, "both", marks=pytest.mark.slow)
-        for mesh, kind in (
-            ("data 2 x fsdp 2", "dpo"),
-            ("fsdp 4 x expert 2", "sft"),
-            ("fsdp 2 x expert 4", "dpo"),
-            ("fsdp 2 x context 4", "dpo"),
-            ("data 2 x expert 2 x tensor 2", "sft"),
+        pytest.param(mesh, parts, kind, name, marks=pytest.mark.slow)
+        for mesh, parts, kind, name in (
+            ("one device", 4, "pretrain", "mixture"),
+            ("fsdp 2", 1, "dpo", "mixture"),
+            ("data 2 x fsdp 2", 1, "dpo", "both"),
+            ("fsdp 4 x expert 2", 1, "sft", "both"),
+            ("fsdp 2 x expert 4", 1, "dpo", "both"),
+            ("fsdp 2 x context 4", 1, "dpo", "both"),
+            ("data 2 x fsdp 2 x tensor 2", 1, "dpo", "both"),
+            ("data 2 x expert 2 x tensor 2", 1, "pretrain", "mixture"),
         )
     ),
 ]
