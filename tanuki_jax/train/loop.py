@@ -21,6 +21,7 @@ from tanuki_jax.train.guard import Events, Guard, read_events
 from tanuki_jax.train.metrics import MetricsWriter, Row, mfu, read_metrics, to_plain, validation_loss
 from tanuki_jax.train.next_token import Batch, Params
 from tanuki_jax.train.profile import Profile, handle_sigusr1
+from tanuki_jax.train.retention import steps_to_keep
 from tanuki_jax.train.rollback import SkippedBatches
 from tanuki_jax.train.step import State, StepMetrics, TrainStep
 
@@ -219,9 +220,13 @@ class _Attempt:
         """A checkpoint; not in a spike, for it would push out what was before it, and the run might go back there."""
         if self._guard.spike_count and self._context.job.options.guard.spike_steps and not final:
             return
-        context = self._context
+        context, losses = self._context, self._validation_losses
+        loss = validation_loss(step.evaluated)
+        if loss is not None:
+            losses[step.number] = loss
+        keep = steps_to_keep(context.job.options, {*context.checkpoints.steps(), step.number}, losses)
         with context.clock.phase("save"):
-            context.checkpoints.save(step.number, state, context.job.meta, self._steps_to_keep(step))
+            context.checkpoints.save(step.number, state, context.job.meta, keep)
 
     def _stop(self, step: int) -> None:
         """Ends a run that was told to stop, whose last step is saved."""
@@ -230,17 +235,6 @@ class _Attempt:
             context.checkpoints.close()
         context.events.add("preempted", step)
         raise Preempted(f"stage {context.job.name} was told to stop, and is saved at step {step}")
-
-    def _steps_to_keep(self, step: _Step) -> set[int]:
-        """Of all steps up to this one, those whose checkpoints are kept however old they are."""
-        options, losses = self._context.job.options, self._validation_losses
-        loss = validation_loss(step.evaluated)
-        if loss is not None:
-            losses[step.number] = loss
-        saved = {*self._context.checkpoints.steps(), step.number}
-        best = sorted(saved.intersection(losses), key=lambda number: (losses[number], number))
-        every = range(0, step.number + 1, options.keep_every) if options.keep_every else ()
-        return {*best[: options.keep_best], *every}
 
     def _report(self, step: _Step) -> None:
         """Judges a step that has ended, and logs it."""
