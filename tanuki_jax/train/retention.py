@@ -8,7 +8,7 @@ from tanuki_jax import config
 
 
 def steps_to_keep(options: config.Stage, saved: Iterable[int], validation_losses: Mapping[int, float]) -> set[int]:
-    """Of the saved steps those with the lowest validation loss (`keep_best`), and every `keep_every`-th; the newest come besides.
+    """Of the saved steps those with the lowest validation loss (`keep_best`), and every `keep_every`-th; beside the newest.
 
     validation_losses: of every step that was validated.
     """

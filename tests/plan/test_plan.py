@@ -83,17 +83,23 @@ needs_compiler = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, 
 
 
 @needs_compiler
-def test_a_mixture_stage_on_a_slice():
-    found = plan.plan(recipe(), "second", plan.parse("v5p-8"))
-    [stage] = found["stages"]
+@pytest.mark.parametrize(
+    ("stage", "steps", "kernel"),
+    [("first", 100, "splash"), pytest.param("second", 50, "expert_", marks=pytest.mark.slow)],
+    ids=["dense", "mixture"],
+)
+def test_a_stage_on_a_slice(stage, steps, kernel):
+    found = plan.plan(recipe(remat="none"), stage, plan.parse("v5p-8"))
+    [staged] = found["stages"]
     json.dumps(found)
-    assert stage["fits"] and stage["chips"] == 4 and stage["mesh"] == {"fsdp": 4}
-    assert 1.0 <= stage["layer"]["flops_over_least"] < 2.5  # tiles that are not full cost much at this size
-    assert any(name.startswith("expert_") for name in stage["kernels"]), stage["kernels"]
-    assert any("splash" in name for name in stage["kernels"]), stage["kernels"]
-    assert stage["steps"] == 50 and stage["days"] > 0 and found["chip_hours"] == pytest.approx(stage["days"] * 96)
-    assert sum(stage["collective_bytes"].values()) > 0
-    assert "second" in plan.table(found)
+    assert staged["fits"] and staged["chips"] == 4 and staged["mesh"] == {"fsdp": 4}
+    assert 1.0 <= staged["layer"]["flops_over_least"] < 2.5  # tiles that are not full cost much at this size
+    assert any(kernel in name for name in staged["kernels"]), staged["kernels"]
+    assert any("splash" in name for name in staged["kernels"]), staged["kernels"]
+    assert staged["steps"] == steps and staged["days"] > 0
+    assert found["chip_hours"] == pytest.approx(staged["days"] * 96)
+    assert sum(staged["collective_bytes"].values()) > 0
+    assert stage in plan.table(found)
 
 
 @needs_compiler
