@@ -73,7 +73,8 @@ def lineage(meta: Meta) -> dict[str, StageRecord]:
 
 def max_seq_len(meta: Meta) -> int:
     """The longest row that a model was trained on, here or before, or that its publisher names; 2048 where it is not known."""
-    lengths = [stage["seq_len"] for stage in lineage(meta).values() if STAGE_KINDS[stage["kind"]].trains]
+    without_rows = {name for name, kind in STAGE_KINDS.items() if not kind.trains}
+    lengths = [stage["seq_len"] for stage in lineage(meta).values() if stage["kind"] not in without_rows]
     return max([*lengths, meta.get("longest") or 0]) or 2048
 
 

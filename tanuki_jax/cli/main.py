@@ -21,7 +21,7 @@ from tanuki_jax.files import lock
 PREEMPTED = 75  # exit code EX_TEMPFAIL: try again
 PEER_LOST = 77  # exit code: another process of the run is gone; start all again
 STREAMING = {"upcycle", "import", "export"}  # verbs from file to file
-LOG_FORMAT = "%(asctime)s %(levelname)s process %(process)d %(name)s: %(message)s"
+LOG_FORMAT = "%(asctime)s %(levelname)s pid %(process)d %(name)s: %(message)s"
 XLA_STATUS = ("UNKNOWN:", "UNAVAILABLE:", "INTERNAL:", "ABORTED:", "CANCELLED:", "DEADLINE_EXCEEDED:")  # begin its messages
 
 

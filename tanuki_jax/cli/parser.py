@@ -38,7 +38,7 @@ Verbs: TypeAlias = "argparse._SubParsersAction[Parser]"
 
 
 def make_parser() -> Parser:
-    """All verbs; the parsed options name the function that does the work as `work` (a key of verbs.VERBS)."""
+    """All verbs; the parsed options name the function that does the work as `work` (a key of verbs.WORK)."""
     parser = Parser(prog="tanuki", description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", metavar="<verb>")
     _add_run_and_train(verbs)

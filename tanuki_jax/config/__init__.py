@@ -3,6 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from tanuki_jax.config.derived import is_moe, model_config, moe_layers, stage_sources, stage_steps, tokens_per_step
 from tanuki_jax.config.kinds import STAGE_KINDS, BatchArray, StageKind
 from tanuki_jax.config.ranges import Range
 from tanuki_jax.config.schema import (
@@ -25,13 +26,7 @@ from tanuki_jax.config.schema import (
     Tokenizer,
     Upcycle,
     Validation,
-    is_moe,
     key_types,
-    model_config,
-    moe_layers,
-    stage_sources,
-    stage_steps,
-    tokens_per_step,
 )
 from tanuki_jax.config.validate import check_moe, check_upcycle, lora_ranks, unreached_schedule
 

@@ -62,7 +62,7 @@ def defaults(schema: Any) -> ConfigDict:
 def recipe(**overrides: Any) -> ConfigDict:
     """A recipe with every key at its default, then `overrides` (values, or dicts for nested keys).
 
-    What is left out of its model is the checkpoint's own in a recipe that starts from one (origins.py).
+    What is left out of its model is the checkpoint's own in a recipe that starts from one (init_from.py).
     """
     result, model = Group(to_dict(Recipe())), Group(to_dict(Model()))
     with result.ignore_type():

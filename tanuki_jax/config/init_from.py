@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from tanuki_jax import files
+from tanuki_jax.config.derived import is_moe
 from tanuki_jax.config.kinds import STAGE_KINDS
-from tanuki_jax.config.schema import MOE_KEYS, Recipe, is_moe
+from tanuki_jax.config.schema import MOE_KEYS, Recipe
 from tanuki_jax.errors import UserError
 
 # Keys of a model that come with its weights, beside those of a mixture.

@@ -193,7 +193,7 @@ class Optimizer:
     learning_rate: float = key(1e-4, "peak", Range(0, 10))
     learning_rate_floor: float = key(0.0, "final value of the schedule", Range(0, 10))
     schedule: str = key(
-        "cosine", "cosine, wsd (warm-up, stable, linear decay), constant, or range: rises from the floor (LR-range test)"
+        "cosine", "cosine, wsd (warm-up, stable, linear decay), constant, or lr_range_test: rises from the floor"
     )
     warmup_steps: int = key(0, "steps of linear warm-up from 0", AMOUNT)
     warmup_ratio: float = key(0.0, "the same as a share of the stage's steps; one of the two is 0", SHARE)
@@ -250,8 +250,8 @@ class Guard:
     rollback_lr_scale: float = key(1.0, "factor of the learning rate after each time", Range(0, 1, open="low"))
     step_timeout_seconds: float = key(
         1800.0,
-        "a step that takes longer ends the process, for its launcher to restart; 0 = it is only told",
-        Range(0, 1e8, zero="it is only told"),
+        "a step that takes longer ends the process, for its launcher to restart; 0 = only reported",
+        Range(0, 1e8, zero="only reported"),
     )
 
 
@@ -386,43 +386,3 @@ PROJECTED = ("attn/q", "attn/k", "attn/v", "attn/o", "mlp/gate", "mlp/up", "mlp/
 ROUTED = ("moe/gate", "moe/up", "moe/down", "moe/router")
 # Keys of a model that say nothing of a dense one.
 MOE_KEYS = ("expert_d_ff", "first_dense", "moe_every", "top_k", "normalized_gate", "gate_scale", "router_bias")
-
-
-# --- what follows from a recipe -------------------------------------------------------------------------------------
-
-
-def is_moe(recipe: Recipe, name: str) -> bool:
-    """Whether stage `name` ends as a mixture of experts."""
-    stage = recipe.stages[name]
-    if STAGE_KINDS[stage.kind].makes_moe or stage.moe:
-        return True
-    return stage.init_from in recipe.stages and is_moe(recipe, stage.init_from)
-
-
-def model_config(recipe: Recipe, name: str) -> ModelConfig:
-    """The model that stage `name` ends with: dense or mixture, with the stage's RoPE base."""
-    architecture = {f.name: getattr(recipe.model, f.name) for f in dataclasses.fields(Model)}
-    architecture["n_experts"] = recipe.model.n_experts if is_moe(recipe, name) else 0
-    architecture["rope_theta"] = recipe.stages[name].rope_theta or recipe.model.rope_theta
-    return ModelConfig(**architecture, compute=recipe.compute)
-
-
-def moe_layers(model: Model) -> tuple[int, ...]:
-    """The layers whose FFN is a mixture, in order; none of a dense model."""
-    first = model.first_dense + model.moe_every - 1
-    return tuple(range(first, model.n_layers, model.moe_every)) if model.n_experts else ()
-
-
-def stage_steps(stage: Stage) -> int:
-    """Steps of a stage whose budget is in steps or tokens; 0 where epochs leave it open."""
-    return stage.steps or stage.tokens // tokens_per_step(stage)
-
-
-def tokens_per_step(stage: Stage) -> int:
-    """B*S."""
-    return stage.seq_len * stage.batch_size
-
-
-def stage_sources(stage: Stage) -> tuple[str, ...]:
-    """The names of the sources that a stage reads, in the order of their numbers."""
-    return tuple(name for name, weights in stage.mixture.items() if any(weights))

@@ -8,25 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tanuki_jax.config.derived import is_moe, model_config, moe_layers, stage_steps, tokens_per_step
 from tanuki_jax.config.kinds import STAGE_KINDS
 from tanuki_jax.config.ranges import LARGEST
-from tanuki_jax.config.schema import (
-    PREFERENCES,
-    PROJECTED,
-    ROUTED,
-    Lora,
-    Model,
-    Optimizer,
-    Recipe,
-    Stage,
-    Upcycle,
-    is_moe,
-    model_config,
-    moe_layers,
-    range_of,
-    stage_steps,
-    tokens_per_step,
-)
+from tanuki_jax.config.schema import PREFERENCES, PROJECTED, ROUTED, Lora, Model, Optimizer, Recipe, Stage, Upcycle, range_of
 from tanuki_jax.errors import UserError
 
 NAME = re.compile(r"\w[\w.-]{0,99}")
@@ -129,7 +114,7 @@ def check_recipe(recipe: Recipe) -> None:
             )
     if not recipe.stages:
         raise UserError("config: the recipe has no stages; add one, for example c.stages.pretrain = config.stage('pretrain')")
-    _check_shares(recipe)
+    _check_language_weights(recipe)
     for name in recipe.tokenizer.sources:
         if name not in recipe.data:
             raise UserError(f"config: tokenizer.sources names {name!r}, which is not in data ({', '.join(recipe.data)})")
@@ -152,7 +137,7 @@ def _exists(path: str) -> bool:
         return False
 
 
-def _check_shares(recipe: Recipe) -> None:
+def _check_language_weights(recipe: Recipe) -> None:
     language_weights = recipe.tokenizer.language_weights
     languages = {recipe.data[name].language for name in recipe.tokenizer.sources or recipe.data if name in recipe.data}
     if language_weights and set(language_weights) != languages:
@@ -168,7 +153,7 @@ def _check_stage(recipe: Recipe, name: str, stage: Stage) -> None:
     if is_moe(recipe, name) and not recipe.model.n_experts:
         raise UserError(f"{where} is a mixture of experts, but model.n_experts is 0")
     kind = STAGE_KINDS[stage.kind]
-    if not kind.trains:
+    if kind.makes_moe:
         _check_upcycling(recipe, where, stage)
         return
     if stage.moe and parent:
@@ -192,6 +177,8 @@ def _check_upcycling(recipe: Recipe, where: str, stage: Stage) -> None:
         raise UserError(f"{where}.init_from must name a dense stage or checkpoint to upcycle")
     check_upcycle(recipe.model, stage.upcycle, f"{where}.upcycle: ")
     for other in stage.upcycle.experts_from:
+        if not other:
+            raise UserError(f"{where}.upcycle.experts_from has an empty name; name dense stages or checkpoint directories")
         if other in recipe.stages and is_moe(recipe, other):
             raise UserError(f"{where}.upcycle.experts_from names {other!r}, which is a mixture; it must be dense")
 
@@ -231,31 +218,33 @@ def _check_amounts(where: str, stage: Stage, held_out: int) -> None:
         )
 
 
-def _check_schedule(where: str, rates: Optimizer) -> None:
-    where, warmup, decay = f"{where}.optimizer", rates.warmup_steps, rates.decay_steps
-    peak, floor = rates.learning_rate, rates.learning_rate_floor
+def _check_schedule(where: str, optimizer: Optimizer) -> None:
+    where, warmup, decay = f"{where}.optimizer", optimizer.warmup_steps, optimizer.decay_steps
+    peak, floor = optimizer.learning_rate, optimizer.learning_rate_floor
     if floor > peak:
         raise UserError(f"{where}.learning_rate_floor {floor:g} is above learning_rate {peak:g}; the floor is where it ends")
-    if rates.schedule == "lr_range_test" and not 0 < floor < peak:
+    if optimizer.schedule == "lr_range_test" and not 0 < floor < peak:
         raise UserError(
             f"{where}: schedule lr_range_test rises from learning_rate_floor {floor:g} to learning_rate {peak:g}; the "
             "floor must be above 0 and below"
         )
-    if peak * rates.weight_decay >= 1:
+    if peak * optimizer.weight_decay >= 1:
         raise UserError(
-            f"{where}.weight_decay {rates.weight_decay:g} x learning_rate {peak:g} is {peak * rates.weight_decay:g}: each step "
-            "would take away that share of every weight; it must be below 1"
+            f"{where}.weight_decay {optimizer.weight_decay:g} x learning_rate {peak:g} is {peak * optimizer.weight_decay:g}: "
+            "each step would take away that share of every weight; it must be below 1"
         )
-    if warmup and rates.warmup_ratio:
-        raise UserError(f"{where}: warmup_steps {warmup} and warmup_ratio {rates.warmup_ratio:g} are both set; set one to 0")
-    if rates.schedule == "cosine" and 0 < decay < warmup:
+    if warmup and optimizer.warmup_ratio:
+        raise UserError(
+            f"{where}: warmup_steps {warmup} and warmup_ratio {optimizer.warmup_ratio:g} are both set; set one to 0"
+        )
+    if optimizer.schedule == "cosine" and 0 < decay < warmup:
         raise UserError(f"{where}.decay_steps {decay} is below warmup_steps {warmup}; the decay ends after the warm-up, or 0")
 
 
-def unreached_schedule(rates: Optimizer, steps: int) -> str:
+def unreached_schedule(optimizer: Optimizer, steps: int) -> str:
     """Words about a schedule that is longer than its stage, which recorded runs have had; empty where all of it comes."""
-    end = rates.schedule_start + steps
-    needed = rates.warmup_steps + (rates.decay_steps if rates.schedule == "wsd" else 0)
+    end = optimizer.schedule_start + steps
+    needed = optimizer.warmup_steps + (optimizer.decay_steps if optimizer.schedule == "wsd" else 0)
     return "" if needed <= end else f"its schedule warms up and decays over {needed} steps, but it ends at step {end}"
 
 
@@ -350,17 +339,17 @@ def _check_data_mixture(recipe: Recipe, where: str, stage: Stage) -> None:
         )
 
 
-LEAST_FRESH = 2**-8  # 1 - beta2: a step of bfloat16
+MIN_ONE_MINUS_BETA2 = 2**-8  # 1 - beta2: a step of bfloat16
 
 
-def check_moments(where: str, rates: Optimizer) -> None:
+def check_moments(where: str, optimizer: Optimizer) -> None:
     """An error, that begins with `where`, about moments in bfloat16 that would be more rounding than gradients.
 
     Stochastic rounding keeps the mean of the second moment, and adds noise of variance 2.8e-6 / (1 - beta2) of its square,
     where that of the gradients has about 1 - beta2: from 0.998 on rounding has the greater part.
     """
-    if rates.moment_dtype == "bfloat16" and 1 - rates.beta2 < LEAST_FRESH:
+    if optimizer.moment_dtype == "bfloat16" and 1 - optimizer.beta2 < MIN_ONE_MINUS_BETA2:
         raise UserError(
-            f"{where}moment_dtype is bfloat16, which has too few digits for a beta2 of {rates.beta2:g}; use a beta2 up to "
-            f"{1 - LEAST_FRESH:.3f}, or moment_dtype=float32"
+            f"{where}moment_dtype is bfloat16, which has too few digits for a beta2 of {optimizer.beta2:g}; use a beta2 up to "
+            f"{1 - MIN_ONE_MINUS_BETA2:.3f}, or moment_dtype=float32"
         )

@@ -96,7 +96,7 @@ def _costs(recipe: Recipe, name: str, topology: Topology, mesh: Any) -> dict[str
     rows = options.batch_size // microbatches
     if cfg.n_experts and (cfg.first_dense or cfg.moe_every > SHORT):
         raise UserError(
-            "plan: costs are told from models of 2 and 4 layers, so layers must be alike or alternate; plan with "
+            "plan: costs are estimated from models of 2 and 4 layers, so layers must be alike or alternate; plan with "
             "--config.model.first_dense=0 and --config.model.moe_every=1 or 2"
         )
     short, long = (
@@ -104,7 +104,7 @@ def _costs(recipe: Recipe, name: str, topology: Topology, mesh: Any) -> dict[str
     )
     if short.needed or long.needed:
         raise UserError(
-            "plan: the unrolled models of 2 and 4 layers do not fit, so costs cannot be told; use more "
+            "plan: the unrolled models of 2 and 4 layers do not fit, so there is no estimate of the costs; use more "
             "gradient_accumulation_steps"
         )
     seconds = short.seconds + long.seconds

@@ -86,10 +86,10 @@ KEEP = 3  # plans whose costs are looked at
 
 
 def search(recipe: Recipe, only: str, topology: Topology) -> dict[str, Any]:
-    """Tries meshes x gradient_accumulation_steps x remat; what keeps most and still fits is ranked by its estimated speed.
+    """Tries meshes x accumulation steps x remat; what keeps most and still fits is ranked by its estimated speed.
 
     On each mesh and number of rows a policy is tried from the one that keeps most until one fits; costs, which take two more
-    compilations, are told for the most promising.
+    compilations, are estimated for the most promising.
     """
     if not only:
         raise UserError("plan: --search works on one stage; name it with --stage")
@@ -122,7 +122,7 @@ def search(recipe: Recipe, only: str, topology: Topology) -> dict[str, Any]:
 
 
 def _candidates(recipe: Recipe, name: str, topology: Topology) -> Iterator[tuple[config.Mesh, int]]:
-    """Meshes from the plainest on, each with the fewest gradient_accumulation_steps first."""
+    """Meshes from the plainest on, each with the fewest accumulation steps first."""
     options, cfg = recipe.stages[name], config.model_config(recipe, name)
     for tensor, context in ((1, 1), (1, 2), (1, 8), (2, 1)):
         if topology.chips_per_slice % (tensor * context):
@@ -144,4 +144,4 @@ def _with_settings(recipe: Recipe, name: str, sizes: config.Mesh, gradient_accum
 
 def _label(plan: dict[str, Any]) -> str:
     mesh = " x ".join(f"{axis} {size}" for axis, size in plan["mesh"].items())
-    return f"{mesh}, {plan['gradient_accumulation_steps']} gradient_accumulation_steps, remat {plan['remat']}"
+    return f"{mesh}, {plan['gradient_accumulation_steps']} accumulation steps, remat {plan['remat']}"

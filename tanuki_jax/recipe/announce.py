@@ -29,7 +29,7 @@ def announce(recipe: Recipe, mesh: jax.sharding.Mesh, meshes: Mapping[str, jax.s
     for moe in sorted({config.is_moe(recipe, stage) for stage in meshes}):
         stage = next(n for n in meshes if config.is_moe(recipe, n) == moe)
         lines.append(f"parameters, {'mixture' if moe else 'dense'}:")
-        lines.append(placement.describe(config.model_config(recipe, stage), mesh))
+        lines.append(placement.describe_parameters(config.model_config(recipe, stage), mesh))
     print("\n".join(lines), file=sys.stderr, flush=True)
 
 

@@ -40,8 +40,8 @@ def prepare(recipe: Recipe, workdir: Workdir, names: set[str]) -> Artifacts:
 
 
 def _prepare(recipe: Recipe, where: Path, names: set[str]) -> Artifacts:
-    for_tokenizer = () if recipe.tokenizer.path else _for_tokenizer(recipe)
-    located = {name: _locate(recipe, name, where) for name in sorted({*names, *for_tokenizer})}
+    tokenizer_sources = () if recipe.tokenizer.path else _tokenizer_sources(recipe)
+    located = {name: _locate(recipe, name, where) for name in sorted({*names, *tokenizer_sources})}
     tokenizer = Tokenizer(_tokenizer(recipe, located, where))
     if tokenizer.vocab_size > recipe.model.vocab_size:
         raise UserError(
@@ -61,7 +61,7 @@ def _prepare(recipe: Recipe, where: Path, names: set[str]) -> Artifacts:
         if stores[name].is_dir():
             _remove_damaged(stores[name], open_store)
         if stores[name].is_dir() and not is_current_version(read_manifest(stores[name])):
-            logger.info("data %s: chat templates were followed otherwise when it was made; it is made anew", name)
+            logger.warning("data %s: chat templates were followed otherwise when it was made; it is made anew", name)
             shutil.rmtree(stores[name])
         if not stores[name].is_dir():
             options = Options(_fields(source), source.skip_invalid)
@@ -76,7 +76,7 @@ def _fields(source: config.Source) -> sources.Fields:
     return sources.Fields(source.text, row_format=source.row_format)
 
 
-def _for_tokenizer(recipe: Recipe) -> tuple[str, ...]:
+def _tokenizer_sources(recipe: Recipe) -> tuple[str, ...]:
     """The sources that train the tokenizer, in this order: not those without files that no stage reads."""
     used = {name for stage in recipe.stages.values() for name in config.stage_sources(stage)}
     return recipe.tokenizer.sources or tuple(n for n, source in recipe.data.items() if source.files or n in used)
@@ -133,7 +133,7 @@ def _tokenizer(recipe: Recipe, located: dict[str, tuple[str, str]], where: Path)
     options = recipe.tokenizer
     if options.path:
         return Path(options.path)
-    names = _for_tokenizer(recipe)  # in this order, so that the fingerprint does not depend on the stages run
+    names = _tokenizer_sources(recipe)  # in this order, so that the fingerprint does not depend on the stages run
     origins = [[located[n][1], recipe.data[n].text, recipe.data[n].language] for n in names]
     output = where / f"tokenizer-{files.fingerprint(config.to_dict(options), origins)}"
     if output.is_dir():

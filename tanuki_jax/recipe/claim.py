@@ -12,7 +12,7 @@ from tanuki_jax.errors import UserError
 from tanuki_jax.recipe.workdir import Workdir
 
 
-def claim_workdir(recipe: Recipe, workdir: Workdir) -> bool:
+def claim_workdir(recipe: Recipe, workdir: Workdir) -> None:
     """Makes the workdir this recipe's, or refuses one that is another's."""
     path, ours = workdir.recipe_file, config.to_dict(recipe)
     if path.is_file():
@@ -33,7 +33,6 @@ def claim_workdir(recipe: Recipe, workdir: Workdir) -> bool:
         files.write_json(path, ours)
     except OSError as error:
         raise UserError(f"--workdir: cannot write to {workdir.root}: {error.strerror}") from error
-    return True
 
 
 def _differences(old: Any, new: Any, schema: Any = Recipe, path: str = "") -> list[str]:

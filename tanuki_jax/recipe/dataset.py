@@ -140,18 +140,18 @@ def _open_source(recipe: Recipe, stage: str, name: str, artifacts: Artifacts, ca
             f"a {options.kind} stage needs {' or '.join(kind.rows)} rows"
         )
     source = StageSource(
-        name,
-        stage,
-        options.kind,
-        manifest.content,
-        manifest.documents,
-        tokens,
-        mask,
-        options.seq_len,
-        options.reset_attention,
-        recipe.model.vocab_size,
-        recipe.validation.tokens,
-        cache,
+        name=name,
+        stage=stage,
+        kind=options.kind,
+        content=manifest.content,
+        documents=manifest.documents,
+        tokens=tokens,
+        mask=mask,
+        seq_len=options.seq_len,
+        reset_attention=options.reset_attention,
+        vocab_size=recipe.model.vocab_size,
+        held_out=recipe.validation.tokens,
+        cache=cache,
     )
     return SourceRows(manifest.content, LAYOUTS[kind.layout](source))
 

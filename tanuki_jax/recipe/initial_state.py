@@ -96,8 +96,17 @@ def resolve_initial_state(recipe: Recipe, stage: str, workdir: Workdir, mesh: ja
         if options.restore != "params":
             adapters = _load_adapters(stage, parent, cfg, options.lora, mesh)
             base, scales = adapters.base, adapters.meta["adapter"]["scales"]
-    inherited = inherit_meta(parent, workdir.stage_dir(stage))
-    return InitialState(recipe, stage, mesh, cfg, parent, base, adapters, scales, inherited)
+    return InitialState(
+        recipe=recipe,
+        stage=stage,
+        mesh=mesh,
+        cfg=cfg,
+        init_checkpoint=parent,
+        base_checkpoint=base,
+        adapters=adapters,
+        adapter_scales=scales,
+        inherited_meta=inherit_meta(parent, workdir.stage_dir(stage)),
+    )
 
 
 def inherit_meta(*places: Path | None) -> checkpoint.Meta:

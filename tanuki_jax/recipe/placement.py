@@ -126,7 +126,7 @@ def describe_adapters(cfg: config.ModelConfig, lora: config.Lora) -> str:
     return f"adapters of rank {ranks}; {count:,} parameters trained, the others frozen"
 
 
-def describe(cfg: config.ModelConfig, mesh: jax.sharding.Mesh) -> str:
+def describe_parameters(cfg: config.ModelConfig, mesh: jax.sharding.Mesh) -> str:
     """A table of the parameters: name, axes, shape, which axis is split over what, number."""
     lines = []
     for name, axes, shape in model.named_parameters(cfg):

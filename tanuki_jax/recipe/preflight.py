@@ -43,7 +43,7 @@ def check(recipe: Recipe, stages: Sequence[str], workdir: Workdir, versions: Map
         raise UserError(f"preflight: the clock of {latest} is {apart:.0f} s ahead of that of {earliest}; set them by NTP")
     _check_writable(workdir.root, process, processes)
     free = multihost.on_process_zero(lambda: check_disk_space(recipe, stages, workdir), "preflight, room on the disk")
-    took = _collective()
+    took = _time_all_reduce()
     if processes > 1 and process == 0:
         _log(
             f"{processes} processes alike, clocks within {apart:.2f} s, all write to {workdir.root}, {_gb(free or 0)} free, "
@@ -118,7 +118,7 @@ def checkpoint_bytes(recipe: Recipe, name: str) -> int:
     return sum((leaf.dtype.itemsize + moments) * math.prod(leaf.shape) for leaf in leaves)
 
 
-def _collective() -> float:
+def _time_all_reduce() -> float:
     """Seconds of a sum over all devices; an error where it is wrong."""
     began = time.monotonic()
     multihost.enter_phase("a sum over all devices")

@@ -67,7 +67,6 @@ def _source_logprobs(
     return result
 
 
-def _save(path: Path, array: np.ndarray) -> bool:
+def _save(path: Path, array: np.ndarray) -> None:
     with files.atomic_path(path) as temporary, temporary.open("wb") as f:
         np.save(f, array)
-    return True

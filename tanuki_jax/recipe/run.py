@@ -105,6 +105,6 @@ def versions() -> dict[str, str]:
 
 
 def _report_hang(details: Mapping[str, Any]) -> None:
-    """Between stages, whose own events have a file."""
+    """Logs a hang outside stages; hangs inside one go to its events.jsonl."""
     text = ", ".join(f"{name} {value}" for name, value in details.items())
     logger.warning("takes long: %s", text)

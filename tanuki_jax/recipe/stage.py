@@ -43,10 +43,10 @@ def run_stage(
     """Runs or resumes a stage and returns its part of the summary; on_metrics: sees every row of its metrics."""
     options, stage_dir = recipe.stages[stage], workdir.stage_dir(stage)
     multihost.first_then_all(lambda: copy_tokenizer(artifacts.tokenizer.directory, stage_dir / "tokenizer"), "the tokenizer")
-    if STAGE_KINDS[options.kind].trains:
-        summary = _train(recipe, stage, workdir, artifacts, mesh, allow_data_change, on_metrics)
-    else:
+    if STAGE_KINDS[options.kind].makes_moe:
         summary = run_upcycle(recipe, stage, workdir, mesh)
+        return {"name": stage, "kind": options.kind, **dataclasses.asdict(summary)}
+    summary = _train(recipe, stage, workdir, artifacts, mesh, allow_data_change, on_metrics)
     entry = {"name": stage, "kind": options.kind, **dataclasses.asdict(summary)}
     if options.optimizer.schedule == "lr_range_test":
         entry["learning_rate_range"] = lr_range.suggest(read_metrics(stage_dir))

@@ -24,11 +24,10 @@ def run_upcycle(recipe: Recipe, stage: str, workdir: Workdir, mesh: jax.sharding
     """Converts the parent's parameters and writes them as step 0 of the stage."""
     options, cfg, stage_dir = recipe.stages[stage], config.model_config(recipe, stage), workdir.stage_dir(stage)
     began = time.monotonic()
-    parent, *others = (
-        workdir.init_checkpoint(name, recipe.stages) for name in (options.init_from, *options.upcycle.experts_from)
-    )
-    assert parent is not None  # config/validate.py
-    dense = [_load_dense(path, cfg, mesh) for path in (parent, *others) if path]
+    parent = workdir.init_checkpoint(options.init_from, recipe.stages)
+    others = [workdir.init_checkpoint(name, recipe.stages) for name in options.upcycle.experts_from]
+    assert parent is not None and None not in others  # config/validate.py
+    dense = [_load_dense(path, cfg, mesh) for path in (parent, *filter(None, others))]
     multihost.enter_phase(f"upcycling in stage {stage}")
     with jax.set_mesh(mesh):
         convert = jax.jit(

@@ -11,8 +11,7 @@ from tanuki_jax import config, model, multihost
 from tanuki_jax.data import loader
 from tanuki_jax.data.layouts import Example, HeldOutRows
 from tanuki_jax.data.tokenizer import Tokenizer, byte_of
-from tanuki_jax.train import losses
-from tanuki_jax.train.next_token import Params
+from tanuki_jax.train.next_token import Params, next_token
 
 
 def make_validation(
@@ -23,7 +22,7 @@ def make_validation(
     Bits per byte compare models with different tokenizers: the bits of all tokens over the UTF-8 bytes that they spell.
     Special tokens count among the bits, since they must be predicted, and have no bytes.
     """
-    loss_fn = losses.make_loss("pretrain", model.dropless(cfg), config.Loss(router_aux_loss=0.0))
+    loss_fn = next_token(model.dropless(cfg), config.Loss(router_aux_loss=0.0))
     score = jax.jit(lambda params, batch: loss_fn(params, batch, {}, None)[2]["loss"])
     sizes = {name: sum(_bytes(rows[i], tokenizer) for i in range(len(rows))) for name, rows in held_out.items()}
 

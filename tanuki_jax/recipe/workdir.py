@@ -1,4 +1,4 @@
-"""The paths of a workdir: nothing else knows how a run's directory is laid out."""
+"""The paths of a workdir; what lies inside a stage's directory is of train, checkpoint and report."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def open_trackers(recipe: Recipe, workdir: Path) -> Iterator[MetricsCallback]:
                     callback(stage, row)
                 except Exception as error:  # of a network, say: training is worth more
                     callbacks.remove(callback)
-                    logger.warning("metrics are no longer told to %s: %s", getattr(callback, "__name__", callback), error)
+                    logger.warning("metrics no longer go to %s: %s", getattr(callback, "__name__", callback), error)
 
         yield on_metrics
 
@@ -128,7 +128,7 @@ def _wandb(recipe: Recipe, workdir: Path) -> Iterator[MetricsCallback]:
         for stage in recipe.stages:
             run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
     except Exception as error:  # of the network or of the account
-        logger.warning("metrics are not told to Weights & Biases: %s", error)
+        logger.warning("metrics do not go to Weights & Biases: %s", error)
         yield lambda stage, row: None
         return
 

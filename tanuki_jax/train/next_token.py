@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from tanuki_jax import config, model, parallel
 from tanuki_jax.train.balance import Balance
 
-Params: TypeAlias = Any  # a tree of arrays: nested dictionaries with the names of DESIGN's parameter tree
+Params: TypeAlias = Any  # a tree of arrays: nested dictionaries named as model/transformer.py says
 Batch: TypeAlias = dict[str, jax.Array]
 Mean: TypeAlias = tuple[jax.Array, jax.Array]  # a sum, and the weight that it is divided by
 Metrics: TypeAlias = dict[str, Mean]
