@@ -1,6 +1,9 @@
 """A recipe with a stage of every kind in a few steps, itself a config file; `trained` runs it once for all tests."""
 
+import fcntl
 import functools
+import os
+import shutil
 from pathlib import Path
 
 from tanuki_jax import config
@@ -30,11 +33,16 @@ def get_config():
 
 @functools.cache
 def trained(base: Path, config_flag: str = CONFIG, name: str = "tiny-run") -> Path:
-    """The workdir of a finished run, under pytest's base directory."""
+    """The workdir of a finished run, under pytest's base directory; of several workers one runs it, and each has a copy."""
     from tanuki_jax.cli.main import main
 
-    workdir = base / name
-    assert main(["run", config_flag, f"--workdir={workdir}"]) == 0
+    together = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    shared, workdir = together / f"{name}-of-all", base / name
+    with (together / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (shared / "summary.json").is_file():
+            assert main(["run", config_flag, f"--workdir={shared}"]) == 0
+        shutil.copytree(shared, workdir)
     return workdir
 
 

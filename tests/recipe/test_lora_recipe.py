@@ -97,6 +97,7 @@ def plainly(workdir, base, *flags):
     return rows_of(workdir, "one")
 
 
+@pytest.mark.slow
 def test_a_rank_is_all_that_is_needed_on_any_mesh_in_any_parts(home, tmp_path):
     base = home / "stages" / "base"
     wanted = plainly(tmp_path / "run", base)
