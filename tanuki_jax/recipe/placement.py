@@ -26,11 +26,8 @@ def make_mesh(recipe: Recipe, name: str, devices: Sequence[jax.Device] | None = 
     """
     options, sizes = recipe.stages[name], recipe.mesh
     mesh = parallel.make_mesh(sizes, devices)
-    rows, others, fsdp = (
-        options.batch_size // options.gradient_accumulation_steps,
-        mesh.shape["data"] * mesh.shape["expert"],
-        mesh.shape["fsdp"],
-    )
+    rows = options.batch_size // options.gradient_accumulation_steps
+    others, fsdp = mesh.shape["data"] * mesh.shape["expert"], mesh.shape["fsdp"]
     if (
         not STAGE_KINDS[options.kind].trains
         or sizes.fsdp != -1

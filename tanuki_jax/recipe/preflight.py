@@ -34,9 +34,9 @@ def check(recipe: Recipe, stages: Sequence[str], workdir: Workdir, versions: Map
         "recipe (fingerprint)": files.fingerprint(config.to_dict(recipe)),
     }
     _check_same([json.loads(text) for text in multihost.all_gather_text(json.dumps(facts), "preflight")])
-    times = [
-        float(text) for text in multihost.all_gather_text(str(time.time()), "preflight, clocks")
-    ]  # all come from the line above
+    # All processes come from the line above, so their clocks are read at nearly one time.
+    clocks = multihost.all_gather_text(str(time.time()), "preflight, clocks")
+    times = [float(text) for text in clocks]
     apart = max(times) - min(times)
     if apart > MAX_CLOCK_SKEW:
         earliest, latest = (multihost.process_label(times.index(pick(times))) for pick in (min, max))
