@@ -254,6 +254,7 @@ def test_flops_are_four_per_frozen_weight_plus_attention():
 # --- a base of another dtype ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_frozen_base_is_cast_once_and_computes_the_same():
     cfg = with_options(MODELS["mixture"], dtype="bfloat16")
     base, trained, scales = adapted("mixture")
@@ -273,6 +274,7 @@ def test_a_frozen_base_is_cast_once_and_computes_the_same():
         assert np.abs(merged[path].astype(np.float32) - summed[path]).max() <= 2**-8 * np.abs(summed[path]).max(), path
 
 
+@pytest.mark.slow
 def test_float32_adapters_learn_over_a_bfloat16_base():
     base, trained, scales = adapted("dense")
     low, high = with_options(MODELS["dense"], dtype="bfloat16"), MODELS["dense"]

@@ -142,6 +142,7 @@ def grads_of(**changes):
     return jax.jit(lambda t, f, batch, key: gradients(made, t, batch, 1, None, f, key))
 
 
+@pytest.mark.slow
 def test_what_is_computed_again_is_drawn_alike():
     base, trained, scales = adapted("dense")
     arguments = trained, {**base, **scales}, batch_of(DENSE, 8), jax.random.key(3)  # as on one device below

@@ -116,6 +116,7 @@ def test_a_rank_is_all_that_is_needed_on_any_mesh_in_any_parts(home, tmp_path):
         np.testing.assert_allclose(found["grad_norm"], expected["grad_norm"], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_mixture_learns_through_its_experts_and_router_and_keeps_its_bias(home, tmp_path):
     base, model_flags = tmp_path / "base", ["n_experts=3", "router_bias=True"]
     shape = {**checkpoint.load(home / "stages" / "base").meta["model"], "n_experts": 3, "router_bias": True}

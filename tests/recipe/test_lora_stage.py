@@ -230,6 +230,7 @@ def test_the_reference_is_what_the_stage_starts_from(home):
     assert np.abs(found - base).max() > 0.1  # the parent's adapters are on
 
 
+@pytest.mark.slow
 def test_the_reference_of_fresh_adapters_is_the_model_without_them(home, tmp_path):
     """Also where the parent is adapters itself, which are merged: it is the parent in either case."""
     flags = ["kind=dpo", "mixture={'pairs': (1.0,)}", "seq_len=256"]

@@ -125,7 +125,7 @@ def params_of(name):
     return params
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["normalised", pytest.param("plain, mixed, biased", marks=pytest.mark.slow)])
 def test_the_whole_loss_and_all_its_gradients_are_those_of_a_plain_loop(name):
     cfg, options = MODELS[name], config.Loss(z_loss=1e-2, router_z_loss=0.3, router_aux_adaptive=0.2)
     batch, coefficient = (

@@ -163,6 +163,7 @@ def test_coefficient_and_bias_survive_a_checkpoint_to_the_last_bit_and_go_on_as_
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_eight_devices_adapt_as_one_does():
     cfg = dataclasses.replace(STEERED, router_bias=True)
     params = steered()
