@@ -1,0 +1,382 @@
+"""A recipe on Cloud TPU slices: create, set up, install, start detached, look, again after a preemption, delete.
+
+`run` looks at what there is and does what is next, so it may be stopped and started again at any time, on any machine: the run
+itself goes on without it.  What ends it: the recipe's own sign that every stage is done, an error that would come again, or a
+cap.  Slices that are left are always named, with the command that deletes them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tanuki_jax.errors import UserError
+from tanuki_jax.launch import worker
+from tanuki_jax.launch.commands import Commands
+from tanuki_jax.launch.gcloud import Answers, NoCapacity, Slices, State, Unavailable
+from tanuki_jax.launch.settings import Settings, environment, hide, require, run_flags
+
+ACTIONS = {
+    "run": "everything, until the recipe is done; preempted slices are asked for again",
+    "create": "ask for the slices",
+    "setup": "copy the committed state of this checkout to every worker, and run the setup command",
+    "install": "install it on every worker",
+    "start": "start the run, detached",
+    "status": "how slices and run stand",
+    "logs": "the end of the first worker's log",
+    "stop": "tell the run to stop, which saves first; the slices stay",
+    "delete": "delete the slices",
+}
+PATIENCE = 20  # looks in a row without an answer after which the launch, or slices that are deaf, are given up
+INSTALLS = 3  # tries to set up and install on the same slices
+STRAGGLERS = 5  # looks that the other workers have to end after the first one has
+BAD_INPUT = 1  # exit code of a run that would fail in the same way again
+T = TypeVar("T")
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Lost(Exception):
+    """The slices are not there any more, or do not answer."""
+
+
+class Launch:
+    """One launch on Cloud TPUs."""
+
+    def __init__(self, settings: Settings, commands: Commands, sleep: Callable[[float], None] = time.sleep) -> None:
+        require(settings, "name", "zone", "type")
+        self.settings, self.commands, self._sleep = settings, commands, sleep
+        self.slices = Slices(settings, commands)
+        self._said = ""
+
+    # --- the whole
+
+    def run(self) -> None:
+        """Until the recipe is done."""
+        require(self.settings, "config", "workdir")
+        if self.commands.dry_run:
+            for step in (self.create, self.setup, self.install, self.start, self.status, self.delete):
+                step()
+            return
+        done = False
+        try:
+            self._until_done()
+            done = True
+        finally:
+            self._leave(done, sys.exc_info()[1])
+        self.say(f"done; the report is {self.settings.workdir}/report.html")
+
+    def _until_done(self) -> None:
+        """Looks at the request and does what is next; `requests` counts what may cost money."""
+        requests = 0
+        while True:
+            state, word = self._patiently(self.slices.state)
+            if state is State.NONE:
+                if requests >= self.settings.max_attempts:
+                    raise UserError(f"launch: asked for slices {requests} times (max_attempts); nothing is running")
+                requests += 1
+                self.say(f"asking for {self.settings.slices} x {self.settings.type} ({requests} of {self.settings.max_attempts})")
+                try:
+                    self.slices.create()
+                except (NoCapacity, Unavailable) as error:
+                    self.say(f"not now: {error}")
+                    self._sleep(self.settings.poll)
+            elif state is State.WAITING:
+                self.say(f"the request is {word}")
+                self._sleep(self.settings.poll)
+            elif state is State.GONE:
+                self.say(f"the request is {word}; deleting what is left")
+                self._delete()
+            else:
+                try:
+                    self._train()
+                    return
+                except Lost as lost:
+                    self.say(f"{lost}; deleting what is left")
+                    self._delete()
+
+    def _train(self) -> None:
+        """On slices that are there: prepares and starts what is not, and watches until the recipe is done."""
+        self._check_nodes()
+        status = self._look()
+        if status.get("launch") != self._digest or status.get("installed") != self._project:
+            self._prepare()
+            status = self._look()
+        watched = restarts = silent = ended = 0  # the attempt that was seen alive; looks without answer, or since the first exit
+        progress = status.get("progress")
+        while not _finished(status):
+            exits, attempt = status.get("exits", {}), status.get("attempt", 0)
+            here = bool(attempt) and status.get("here") == attempt
+            if here and attempt == watched and BAD_INPUT in exits.values():
+                raise UserError(f"launch: the run ended with exit code 1:\n{status.get('message', '')}")
+            ended = ended + 1 if here and exits else 0
+            silent = 0 if status else silent + 1
+            if silent > PATIENCE:
+                raise Lost(f"no answer from the first worker for {silent} looks")
+            if status and (not here or len(exits) >= self.workers or ended > STRAGGLERS or not (exits or status["alive"])):
+                if status["progress"] != progress:
+                    restarts, progress = 0, status["progress"]
+                if here and attempt == watched:
+                    if restarts >= self.settings.max_restarts:
+                        raise UserError(f"launch: {restarts} restarts without a new checkpoint; {_end(exits, status)}")
+                    restarts += 1
+                    self.say(f"the run ended ({_end(exits, status)}); starting it again")
+                watched = attempt + 1
+                self._start(watched, stop=here)
+            elif status:
+                watched = watched or (0 if exits else attempt)
+                self.say(f"attempt {attempt}: {status['last']}")
+            self._sleep(self.settings.poll)
+            self._check_nodes()
+            status = self._look()
+
+    def _start(self, attempt: int, stop: bool) -> None:
+        """Starts an attempt on every worker; one that lacks the project, since it was replaced, gets it."""
+        for _ in range(INSTALLS):
+            try:
+                if stop:
+                    self._every("stop", seconds=worker.STOP_SECONDS + 60)
+                self._every(f"start --attempt={attempt}")
+                return
+            except Unavailable as error:
+                self.say(str(error))
+                self._check_nodes()
+                self._prepare()
+        raise Lost("some workers do not answer")
+
+    # --- the steps
+
+    def create(self) -> None:
+        """Asks for the slices."""
+        try:
+            self.slices.create()
+        except (NoCapacity, Unavailable) as error:
+            raise UserError(f"launch: not now: {error}") from error
+
+    def setup(self) -> None:
+        """Copies the project and the settings to every worker, and runs the setup command there."""
+        require(self.settings, "config", "workdir")
+        with tempfile.TemporaryDirectory() as directory:
+            path = Path(directory) / "tanuki_launch.tar"
+            if self.commands.dry_run:
+                self._explain()
+            else:
+                _bundle(path, self._launch_json, self._archive)
+            path.chmod(0o600) if path.exists() else None
+            copied = self.slices.copy(str(path))
+        unpack = "mkdir -p -m 700 tanuki_launch && tar -xf tanuki_launch.tar -C tanuki_launch"
+        try:
+            self._every(f"setup --digest={self._digest}", before=unpack, seconds=1800)
+        except Unavailable as error:
+            raise Unavailable(f"{error}\n{copied.err.strip()}" if copied.code else str(error)) from error
+
+    def install(self) -> None:
+        """Installs the project on every worker."""
+        self._every("install", seconds=3600)
+
+    def start(self) -> None:
+        """Starts the run detached."""
+        attempt = self._look().get("attempt", 0) if not self.commands.dry_run else 0
+        self._every(f"start --attempt={attempt + 1}")
+
+    def status(self) -> None:
+        """Prints how slices and run stand."""
+        state, word = self.slices.state()
+        if self.commands.dry_run:
+            self.slices.lost_nodes()
+            self.slices.ask(_remote("status"), everywhere=False)
+            return
+        print(f"{self.settings.name}: {word} ({state.value})")
+        if state is State.ACTIVE:
+            lost, status = self.slices.lost_nodes(), self._look()
+            print(f"nodes: {', '.join(lost) or 'all there'}")
+            started = f"attempt {status['attempt']}, {len(status['started'])} workers" if status.get("attempt") else "not started"
+            exits = ", ".join(f"{host} {code}" for host, code in sorted(status.get("exits", {}).items()))
+            print(f"run: {'done' if status.get('done') else started}{f'; exit codes: {exits}' if exits else ''}")
+            print(status.get("last", ""))
+
+    def logs(self) -> None:
+        """Prints the end of the first worker's log."""
+        print(self.slices.ask(_remote("logs --lines=200"), everywhere=False).text)
+
+    def stop(self) -> None:
+        """Tells the run to stop and waits until it has saved."""
+        self._every("stop", seconds=worker.STOP_SECONDS + 60)
+
+    def delete(self) -> None:
+        """Deletes the slices."""
+        self.slices.delete()
+
+    # --- what the steps share
+
+    @property
+    def workers(self) -> int:
+        """Workers of all slices."""
+        return self.slices.topology.machines * self.settings.slices
+
+    def say(self, text: str) -> None:
+        """A line for whoever watches; the same one is not repeated."""
+        if text != self._said:
+            print(f"launch: {text}", file=sys.stderr, flush=True)
+            self._said = text
+
+    @property
+    def _project(self) -> str:
+        """What the committed state of this checkout is, by its content."""
+        return str(json.loads(self._launch_json)["project"])
+
+    @property
+    def _digest(self) -> str:
+        return hashlib.sha256(self._launch_json).hexdigest()
+
+    @property
+    def _archive(self) -> bytes:
+        done = subprocess.run(["git", "-C", str(ROOT), "archive", "--format=tar.gz", "HEAD"], capture_output=True)
+        if done.returncode:
+            raise UserError(f"launch: {ROOT} is no git checkout, whose committed state would be sent: {done.stderr.decode().strip()}")
+        return done.stdout
+
+    @property
+    def _launch_json(self) -> bytes:
+        """What the workers read; the same bytes each time."""
+        s = self.settings
+        commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+        launch = {
+            "project": f"{commit} python {s.python}",
+            "workdir": s.workdir,
+            "setup": s.setup,
+            "python": s.python,
+            "allow_boot_disk": s.allow_boot_disk,
+            "run": run_flags(s),
+            "env": environment(s, "tpu"),
+        }
+        return json.dumps(launch, indent=1, sort_keys=True).encode()
+
+    def _explain(self) -> None:
+        launch = json.loads(self._launch_json)
+        launch["env"] = hide(launch["env"], self.settings)
+        print("# tanuki_launch.tar: worker.py, tanuki_jax.tar.gz (git archive HEAD), and launch.json:")
+        print("\n".join(f"#   {line}" for line in json.dumps(launch, indent=1, sort_keys=True).splitlines()))
+
+    def _prepare(self) -> None:
+        """Sets up and installs; what fails again and again is an error, not a preemption."""
+        for left in reversed(range(INSTALLS)):
+            try:
+                self.say("setting up every worker")
+                self.setup()
+                self.say("installing on every worker")
+                self.install()
+                return
+            except (Unavailable, UserError) as error:
+                self._check_nodes()
+                if not left:
+                    raise UserError(f"launch: the workers could not be prepared, {INSTALLS} times: {error}") from error
+                self.say(f"again, for: {error}")
+                self._sleep(self.settings.poll)
+
+    def _every(self, action: str, before: str = "", seconds: float = 600.0) -> Answers:
+        """An action of every worker; an error where one fails, Unavailable where one is not heard."""
+        answers = self.slices.ask(_remote(action, before), seconds=seconds)
+        for host, error in sorted(answers.errors.items())[:1]:
+            others = f" (and {len(answers.errors) - 1} more workers)" if len(answers.errors) > 1 else ""
+            raise UserError(f"launch: {action.split()[0]} on {host}{others}: {error}")
+        if answers.missing > 0:
+            hint = "is the key in ssh-agent (ssh-add ~/.ssh/google_compute_engine)?"
+            raise Unavailable(f"{answers.missing} of {answers.expected} workers did not answer; {hint}\n{answers.text[-2000:]}")
+        return answers
+
+    def _look(self) -> dict[str, Any]:
+        """The first worker's answer; empty where it gives none."""
+        answers = self.slices.ask(_remote("status"), everywhere=False)
+        return next((answer for answer in answers.by_host.values() if answer["ok"]), {})
+
+    def _check_nodes(self) -> None:
+        """Lost where the request or one of its slices is not there any more."""
+        state, word = self._patiently(self.slices.state)
+        if state is not State.ACTIVE:
+            raise Lost(f"the request is {word}")
+        if lost := self._patiently(self.slices.lost_nodes):
+            raise Lost(f"not there: {', '.join(lost)}")
+
+    def _delete(self) -> None:
+        """Deletes, and waits until there is nothing left."""
+        for _ in range(PATIENCE):
+            try:
+                self.slices.delete()
+                if self.slices.state()[0] is State.NONE:
+                    return
+            except Unavailable as error:
+                self.say(f"deleting: {error}")
+            self._sleep(self.settings.poll)
+        raise UserError("launch: the slices could not be deleted")
+
+    def _patiently(self, ask: Callable[[], T]) -> T:
+        """Asks again while the platform does not answer: that says nothing about the slices."""
+        for left in reversed(range(PATIENCE)):
+            try:
+                return ask()
+            except Unavailable as error:
+                if not left:
+                    raise UserError(f"launch: the platform does not answer: {error}") from error
+                self.say(f"no answer: {error}")
+                self._sleep(self.settings.poll)
+        raise AssertionError
+
+    def _leave(self, done: bool, error: BaseException | None) -> None:
+        """At the end of `run`: deletes the slices where that is asked for, and says what is left."""
+        command = f"tanuki launch tpu delete --name={self.settings.name} --zone={self.settings.zone}"
+        interrupted = isinstance(error, KeyboardInterrupt)
+        try:
+            if not interrupted and (self.settings.delete == "always" or (done and self.settings.delete == "done")):
+                self._delete()
+            state, word = self.slices.state()
+        except (Unavailable, UserError) as unknown:
+            self.say(f"slices may be left, and cost money: {unknown}; look, and delete them: {command}")
+            return
+        if state is not State.NONE:
+            going = "the run goes on there, and the same command watches it again; " if interrupted else ""
+            self.say(f"the slices are left ({word}) and cost money; {going}they are deleted by: {command}")
+
+
+def _remote(action: str, before: str = "") -> str:
+    return f"{before + ' && ' if before else ''}python3 tanuki_launch/worker.py {action}"
+
+
+def _finished(status: Mapping[str, Any]) -> bool:
+    """Whether the newest attempt ended well and the run itself says that every stage is done."""
+    return bool(status.get("done")) and status["here"] == status["attempt"] and 0 in status["exits"].values()
+
+
+def _end(exits: Mapping[str, int], status: Mapping[str, Any]) -> str:
+    codes = ", ".join(f"{host} {code}" for host, code in sorted(exits.items())[:4])
+    return f"exit codes: {codes}" if codes else f"no exit code; last line: {status.get('last', '')}"
+
+
+def _bundle(path: Path, launch_json: bytes, archive: bytes) -> None:
+    """One file for every worker."""
+    files = {
+        "worker.py": Path(worker.__file__).read_bytes(),
+        "launch.json": launch_json,
+        "tanuki_jax.tar.gz": archive,
+    }
+    with tarfile.open(path, "w") as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size, member.mode = len(content), 0o600
+            tar.addfile(member, io.BytesIO(content))
+
+
+def launch(action: str, settings: Settings, commands: Commands) -> None:
+    """Does an action."""
+    try:
+        getattr(Launch(settings, commands), action)()
+    except Unavailable as error:
+        raise UserError(f"launch: {error}") from error

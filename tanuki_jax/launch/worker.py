@@ -1,0 +1,283 @@
+"""What runs on a TPU VM: prepares it, starts the run detached, and says how it stands.
+
+A file of its own for any Python from 3.8 on, with the standard library alone: an image's Python may be older than the project's.
+It lies in ~/tanuki_launch beside launch.json (what to run) and tanuki_jax.tar.gz (the project).  Every action may be repeated,
+since gcloud repeats a command whose connection broke, and it ends with one line of JSON after MARK: gcloud's own exit code says
+little about many workers.
+
+What a run leaves in WORKDIR/launch/ATTEMPT: HOST.log, and HOST.exit with its exit code.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+MARK = "##tanuki "
+HERE = Path(__file__).resolve().parent
+PROJECT = Path.home() / "tanuki_jax"
+HOST = os.environ.get("TANUKI_LAUNCH_HOST") or socket.gethostname()
+LINES = 40  # of a log that go into an answer
+STOP_SECONDS = 240  # a run that is told to stop saves first
+
+
+class Failed(Exception):
+    """What went wrong, in words for the user."""
+
+
+def setup(launch, options):
+    """Checks that this bundle is the one that was sent, and runs the user's command; the workdir must then be there."""
+    del options
+    if launch["setup"]:
+        _call(["bash", "-euo", "pipefail", "-c", launch["setup"]], "the setup command")
+    workdir = Path(launch["workdir"])
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe = workdir / f".probe-{HOST}"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise Failed(f"workdir {workdir} cannot be written: {error.strerror}; mount it in `setup`")
+    if not launch["allow_boot_disk"] and workdir.stat().st_dev == Path("/").stat().st_dev:
+        raise Failed(
+            f"workdir {workdir} lies on the boot disk, which is deleted with the VM; mount a bucket or a file share in `setup`, "
+            "or set allow_boot_disk=true"
+        )
+    return {}
+
+
+def install(launch, options):
+    """Unpacks the project and installs it, once for each bundle."""
+    del options
+    with _locked("install"):
+        done = PROJECT / ".venv" / "installed"
+        if done.is_file() and done.read_text() == launch["project"]:
+            return {"again": False}
+        PROJECT.mkdir(exist_ok=True)
+        for path in PROJECT.iterdir():  # files of an earlier state; the environment stays
+            if path.name != ".venv":
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        _call(["tar", "-xzf", str(HERE / "tanuki_jax.tar.gz"), "-C", str(PROJECT)], "unpacking the project")
+        python = str(PROJECT / ".venv" / "bin" / "python")
+        if not _runs([python, "-m", "pip", "--version"]):
+            shutil.rmtree(PROJECT / ".venv", ignore_errors=True)
+            _make_environment(launch["python"])
+        lock = ["--constraint", "requirements.lock"]
+        _call([python, "-m", "pip", "install", "--quiet", *lock, "--editable", ".[tpu]"], "the installation", cwd=PROJECT)
+        _call([python, "-c", "import tanuki_jax, jax"], "importing the project", cwd=PROJECT)
+        done.write_text(launch["project"])
+    return {"again": True}
+
+
+def _make_environment(version):
+    """By the image's Python where it is new enough, else by one that uv brings."""
+    target = str(PROJECT / ".venv")
+    if sys.version_info >= (3, 11) and _runs([sys.executable, "-m", "venv", target]):
+        return
+    shutil.rmtree(target, ignore_errors=True)
+    uv = HERE / "uv"
+    if not _runs([sys.executable, "-m", "pip", "install", "--quiet", "--target", str(uv), "uv"]):
+        raise Failed("uv, which brings a newer Python, cannot be installed: `python3 -m pip install uv` fails on this image")
+    _call([str(uv / "bin" / "uv"), "venv", "--python", version, "--seed", target], f"making an environment of Python {version}")
+
+
+def start(launch, options):
+    """Starts the run detached, unless this attempt has been started here."""
+    with _locked("start"):
+        current = _current()
+        if current.get("attempt") == options.attempt:
+            return {"again": False}
+        if _alive(current):
+            raise Failed(f"attempt {current['attempt']} still runs here; `stop` ends it")
+        directory = Path(launch["workdir"]) / "launch" / str(options.attempt)
+        directory.mkdir(parents=True, exist_ok=True)
+        log = (HERE / "supervisor.log").open("ab")
+        words = [sys.executable, str(Path(__file__).resolve()), "supervise", f"--attempt={options.attempt}"]
+        process = subprocess.Popen(
+            words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, cwd=str(PROJECT)
+        )
+        state = {"attempt": options.attempt, "pid": process.pid, "started": _started(process.pid)}
+        _write(HERE / "current.json", json.dumps(state))
+    return {"again": True}
+
+
+def supervise(launch, options):
+    """The detached process: the run, its log, and its exit code at the end."""
+    directory = Path(launch["workdir"]) / "launch" / str(options.attempt)
+    environ = dict(os.environ)
+    environ.update(launch["env"])
+    with (directory / f"{HOST}.log").open("ab") as log:
+        process = subprocess.Popen([str(PROJECT / ".venv/bin/tanuki"), "run"] + launch["run"], stdin=subprocess.DEVNULL,
+                                   stdout=log, stderr=subprocess.STDOUT, cwd=str(PROJECT), env=environ)  # fmt: skip
+        signal.signal(signal.SIGTERM, lambda *_: process.send_signal(signal.SIGTERM))
+        code = process.wait()
+    _write(directory / f"{HOST}.exit", str(128 - code if code < 0 else code))
+    return {}
+
+
+def status(launch, options):
+    """How the newest attempt stands, as any worker sees it in the workdir, and this worker itself."""
+    del options
+    workdir = Path(launch["workdir"])
+    attempts = sorted(int(path.name) for path in (workdir / "launch").glob("[0-9]*") if path.name.isdigit())
+    current = _current()
+    result = {"attempt": attempts[-1] if attempts else 0, "exits": {}, "started": [], "done": _done(workdir)}
+    if attempts:
+        directory = workdir / "launch" / str(attempts[-1])
+        result["started"] = sorted(path.name[:-4] for path in directory.glob("*.log"))
+        for path in directory.glob("*.exit"):
+            with contextlib.suppress(OSError, ValueError):
+                result["exits"][path.name[:-5]] = int(path.read_text())
+    result["alive"] = _alive(current)
+    result["here"] = current.get("attempt", 0)
+    installed = PROJECT / ".venv" / "installed"
+    result["installed"] = installed.read_text() if installed.is_file() else ""
+    result["launch"] = hashlib.sha256((HERE / "launch.json").read_bytes()).hexdigest()
+    result["progress"] = _progress(workdir)
+    result["last"] = _tail(_log(workdir, result["attempt"]), 1)
+    failed = [host for host, code in sorted(result["exits"].items()) if code == 1]
+    if failed:
+        result["message"] = _tail(workdir / "launch" / str(result["attempt"]) / f"{failed[0]}.log", LINES)
+    return result
+
+
+def logs(launch, options):
+    """The end of this worker's log."""
+    workdir = Path(launch["workdir"])
+    attempt = status(launch, options)["attempt"]
+    print(_tail(_log(workdir, attempt), options.lines))
+    return {"attempt": attempt}
+
+
+def stop(launch, options):
+    """Tells the run to stop, which saves first, and waits for its end."""
+    del launch, options
+    current = _current()
+    if not _alive(current):
+        return {"was_running": False}
+    os.kill(current["pid"], signal.SIGTERM)
+    limit = time.monotonic() + STOP_SECONDS
+    while _alive(current) and time.monotonic() < limit:
+        time.sleep(0.2)
+    if _alive(current):
+        os.killpg(current["pid"], signal.SIGKILL)
+    return {"was_running": True}
+
+
+# --- what the actions share -------------------------------------------------------------------------------------------
+
+
+def _done(workdir):
+    """Whether the run itself says that every stage of its recipe is finished: summary.json, which it writes at its end."""
+    try:
+        summary = json.loads((workdir / "summary.json").read_text())
+        return {entry["stage"] for entry in summary["stages"]} == set(summary["config"]["stages"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _progress(workdir):
+    """Something that changes with every checkpoint and every finished stage."""
+    steps = [path for path in workdir.glob("stages/*/checkpoints/*") if path.name.isdigit()]
+    newest = sorted(f"{path.parent.parent.name}/{int(path.name):012d}" for path in steps)
+    return [len(list(workdir.glob("stages/*/done.json"))), newest[-1:], len(newest)]
+
+
+def _log(workdir, attempt):
+    own = workdir / "launch" / str(attempt) / f"{HOST}.log"
+    logs = sorted((workdir / "launch" / str(attempt)).glob("*.log"))
+    return own if own.is_file() or not logs else logs[0]
+
+
+def _tail(path, lines):
+    try:
+        with path.open("rb") as f:
+            f.seek(max(0, path.stat().st_size - 65_536))
+            text = f.read().decode("utf-8", "replace")
+    except OSError:
+        return ""
+    return "\n".join(re.split(r"[\r\n]+", text.strip())[-lines:])
+
+
+def _current():
+    """The attempt that was last started here."""
+    try:
+        return json.loads((HERE / "current.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _started(pid):
+    """When a process began, in the kernel's ticks: process numbers are reused."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return "" if fields[0] == "Z" else fields[19]
+    except OSError:
+        return ""
+
+
+def _alive(current):
+    return bool(current) and _started(current["pid"]) == current["started"] != ""
+
+
+@contextlib.contextmanager
+def _locked(name):
+    """One process at a time: gcloud may repeat a command beside the first."""
+    with (HERE / f"{name}.lock").open("a") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        yield
+
+
+def _write(path, text):
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def _runs(words):
+    return subprocess.run(words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0
+
+
+def _call(words, what, cwd=None):
+    done = subprocess.run(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=cwd)
+    if done.returncode:
+        text = done.stdout.decode("utf-8", "replace").strip().splitlines()[-LINES:]
+        raise Failed("\n".join([f"{what} ended with exit code {done.returncode}", *text]))
+
+
+ACTIONS = {f.__name__: f for f in (setup, install, start, supervise, status, logs, stop)}
+
+
+def main():
+    """One action; its answer is the last line."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("action", choices=ACTIONS)
+    parser.add_argument("--attempt", type=int, default=0)
+    parser.add_argument("--lines", type=int, default=100)
+    parser.add_argument("--digest", default="", help="SHA-256 of launch.json, which must be the one that is here")
+    options = parser.parse_args()
+    answer = {"host": HOST, "action": options.action, "ok": True}
+    try:
+        text = (HERE / "launch.json").read_bytes()
+        if options.digest and hashlib.sha256(text).hexdigest() != options.digest:
+            raise Failed("another launch.json is here: nothing was copied; does ssh-agent hold the key (ssh-add -l)?")
+        answer.update(ACTIONS[options.action](json.loads(text.decode("utf-8")), options))
+    except (Failed, OSError) as error:
+        answer.update(ok=False, error=str(error))
+    if options.action != "supervise":
+        print(MARK + json.dumps(answer), flush=True)
+    return 0 if answer["ok"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
