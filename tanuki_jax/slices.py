@@ -31,15 +31,11 @@ class Generation:
 
 
 GENERATIONS = {
-    "v5p": Generation(
-        "TPU v5", 2, 3, int(95.74 * GIB), "v5p", "v2-alpha-tpuv5", "tpu-v5p-slice", "ct5p-hightpu-", 4
-    ),
+    "v5p": Generation("TPU v5", 2, 3, int(95.74 * GIB), "v5p", "v2-alpha-tpuv5", "tpu-v5p-slice", "ct5p-hightpu-", 4),
     "v5e": Generation(
         "TPU v5 lite", 1, 2, int(15.75 * GIB), "v5litepod", "v2-alpha-tpuv5-lite", "tpu-v5-lite-podslice", "ct5lp-hightpu-", 8
     ),
-    "v6e": Generation(
-        "TPU v6 lite", 1, 2, int(31.25 * GIB), "v6e", "v2-alpha-tpuv6e", "tpu-v6e-slice", "ct6e-standard-", 8
-    ),
+    "v6e": Generation("TPU v6 lite", 1, 2, int(31.25 * GIB), "v6e", "v2-alpha-tpuv6e", "tpu-v6e-slice", "ct6e-standard-", 8),
     "tpu7x": Generation("TPU7x", 2, 3, 0, "", "", "tpu7x", "tpu7x-standard-", 4, workload_policy=True),
 }
 ALIASES = {"v5litepod": "v5e"}

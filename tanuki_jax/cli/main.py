@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not hasattr(options, "work"):
             parser.print_help()
             return 0
-        if config_flags and options.verb not in ("run", "train", "plan"):
+        if config_flags and options.verb not in ("run", "train", "plan", "launch"):
             raise UserError(f"tanuki {options.verb}: takes no --config")
         options.config_flags = config_flags
         _configure_logging()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn, TypeAlias
 
+from tanuki_jax import launch
 from tanuki_jax.config.ranges import AMOUNT, SEED, TEMPERATURE, TOP_P, Range
 from tanuki_jax.config.schema import CHOICES, Model, Recipe, Scoring, Source, Tokenizer, Upcycle, range_of
 from tanuki_jax.errors import UserError
@@ -49,6 +50,7 @@ def make_parser() -> Parser:
     _add_data(verbs)
     _add_score(verbs)
     _add_generate_and_chat(verbs)
+    _add_launch(verbs)
     return parser
 
 
@@ -248,6 +250,25 @@ def _add_generate_and_chat(verbs: Verbs) -> None:
     _add_checkpoint(parser)
     _add_sampling(parser)
     parser.epilog = "/new begins a new conversation, /quit or the end of input leaves; Ctrl-C ends an answer, twice it leaves."
+
+
+def _add_launch(verbs: Verbs) -> None:
+    """A platform's actions, and its settings as flags; the config's own flags are handed on to `tanuki run` on the workers."""
+    platforms = verbs.add_parser("launch", help="run a recipe on Cloud TPUs, GKE or Slurm").add_subparsers(
+        dest="platform", required=True, metavar="|".join(launch.PLATFORMS)
+    )
+    for platform in launch.PLATFORMS:
+        parser = _add_verb(platforms, platform, "launch", launch.PLATFORMS[platform])
+        parser.formatter_class = argparse.RawDescriptionHelpFormatter
+        actions = launch.actions(platform)
+        parser.add_argument("action", choices=actions, metavar="|".join(actions))
+        parser.add_argument("--settings", type=path, help="TOML file with these keys; flags have the last word")
+        parser.add_argument("--dry_run", action="store_true", help="print every command, run none")
+        keys = parser.add_argument_group("settings, as flags or in the file")
+        for name, (text, metavar) in launch.keys(platform).items():
+            keys.add_argument(f"--{name}", action="append", dest=f"setting_{name}", metavar=metavar, help=text)
+        listed = "\n".join(f"  {action:10s}{text}" for action, text in actions.items())
+        parser.epilog = f"actions:\n{listed}\n\nlaunch/README.md leads through it."
 
 
 # --- flags that mean the same everywhere ------------------------------------------------------------------------------

@@ -276,6 +276,19 @@ def _chat(options: argparse.Namespace) -> None:
     )
 
 
+def _launch(options: argparse.Namespace) -> None:
+    from tanuki_jax import launch
+
+    prefix = "setting_"
+    flags = [
+        f"--{key.removeprefix(prefix)}={value}"
+        for key, values in vars(options).items()
+        if key.startswith(prefix)
+        for value in values or ()
+    ]
+    launch.launch(options.platform, options.action, options.settings, [*flags, *options.config_flags], options.dry_run)
+
+
 def _print(options: argparse.Namespace, document: object, text: str) -> None:
     print(json.dumps(document, ensure_ascii=False) if options.json else text)
 
@@ -293,4 +306,5 @@ WORK: dict[str, Callable[[argparse.Namespace], None]] = {
     "score": _score,
     "generate": _generate,
     "chat": _chat,
+    "launch": _launch,
 }

@@ -131,7 +131,9 @@ class Slices:
         if any(sign in done.err for sign in NO_CAPACITY):
             raise NoCapacity(done.last_line)
         if any(sign in done.err.lower() for sign in QUOTA):
-            raise UserError(f"launch: the quota of {self.settings.zone} is not enough for {self.settings.type}: {done.err.strip()}")
+            raise UserError(
+                f"launch: the quota of {self.settings.zone} is not enough for {self.settings.type}: {done.err.strip()}"
+            )
         _refuse(done)
         raise Unavailable(done.last_line)
 
@@ -150,8 +152,8 @@ class Slices:
             word = described["state"]["state"] if self.settings.queued else described["state"]
         except (KeyError, TypeError) as error:
             raise Unavailable(f"`describe` gave no state: {done.out[:200]!r}") from error
-        known = {**dict.fromkeys(WAITING, State.WAITING), **dict.fromkeys(ACTIVE, State.ACTIVE)}
-        return known.get(word, State.GONE), word
+        states = {**dict.fromkeys(WAITING, State.WAITING), **dict.fromkeys(ACTIVE, State.ACTIVE)}
+        return states.get(word, State.GONE), word
 
     def lost_nodes(self) -> list[str]:
         """The slices that are not there any more, or not well, each with its state; all of them are asked."""
@@ -163,8 +165,8 @@ class Slices:
             return []
         names = [f"{self.settings.name}-{n}" for n in range(self.settings.slices)]
         names = names if self.settings.slices > 1 else [self.settings.name]
-        found = {node["name"].rpartition("/")[2]: node.get("state", "?") for node in _json(done)}
-        states = {name: found.get(name, "NOT_FOUND") for name in names}
+        listed = {node["name"].rpartition("/")[2]: node.get("state", "?") for node in _json(done)}
+        states = {name: listed.get(name, "NOT_FOUND") for name in names}
         return [f"{name} {state}" for name, state in states.items() if state not in ACTIVE | COMING]
 
     def delete(self) -> None:
@@ -178,13 +180,12 @@ class Slices:
 
     def copy(self, path: str) -> Completed:
         """Copies a file to the home directory of every worker; who has it is for the next command to say."""
-        return self.commands.run([*self._every("scp", path, f"{self.settings.name}:")], seconds=1800)
+        return self.commands.run(self._reach("scp", path, f"{self.settings.name}:"), seconds=1800)
 
     def ask(self, command: str, everywhere: bool = True, seconds: float = 600.0) -> Answers:
         """Runs a short command on every worker, or on the first one of the first slice, and collects their answers."""
-        flags = [] if self.topology.machines == 1 and self.settings.slices == 1 else ["--batch-size=64"]
-        words = self._every("ssh", self.settings.name, everywhere=everywhere)
-        done = self.commands.run([*words, *(flags if everywhere else []), f"--command={command}"], seconds=seconds)
+        words = self._reach("ssh", self.settings.name, everywhere=everywhere)
+        done = self.commands.run([*words, f"--command={command}"], seconds=seconds)
         expected = self.topology.machines * self.settings.slices if everywhere else 1
         answers, text = {}, []
         for line in (done.out + "\n" + done.err).splitlines():
@@ -199,11 +200,12 @@ class Slices:
                 text.append(line)
         return Answers(answers, 0 if self.commands.dry_run else expected, "\n".join(text))
 
-    def _every(self, verb: str, *operands: str, everywhere: bool = True) -> list[str]:
-        where = "all" if everywhere else "0"
-        node = [f"--node={where}"] if self.settings.queued else []
-        tunnel = ["--tunnel-through-iap"] if self.settings.internal_ips else []
-        return [*self._group(self.noun), verb, *operands, *self._where(), *node, f"--worker={where}", *tunnel]
+    def _reach(self, verb: str, *operands: str, everywhere: bool = True) -> list[str]:
+        """Words for ssh and scp.  One TPU VM is reached through Identity-Aware Proxy by the alpha verbs alone."""
+        workers, tunnel = "all" if everywhere else "0", self.settings.internal_ips
+        words = [*self._group(self.noun, tunnel and not self.settings.queued), verb, *operands, *self._where()]
+        words += [f"--node={workers}"] if self.settings.queued else []
+        return [*words, f"--worker={workers}", *(["--tunnel-through-iap"] if tunnel else [])]
 
     def _group(self, noun: str, alpha: bool = False) -> list[str]:
         return ["gcloud", *(["alpha"] if alpha else []), "compute", "tpus", noun]

@@ -60,7 +60,7 @@ class Settings:
     setup: str = key("", "shell command that every worker runs before the installation: mounts, packages", "tpu")
     allow_boot_disk: bool = key(False, "let workdir lie on a disk that is deleted with the VM", "tpu")
     python: str = key("3.12", "version that is installed where the image has none from 3.11 on", "tpu")
-    max_attempts: int = key(20, "requests for slices, at most; one that was preempted is followed by another", "tpu")
+    max_attempts: int = key(50, "requests for slices, at most; one that was preempted is followed by another", "tpu")
     poll: float = key(60.0, "seconds between two looks", "tpu")
 
     # --- GKE
@@ -90,17 +90,21 @@ class Settings:
 
 
 KEYS = {f.name: f for f in dataclasses.fields(Settings)}
-TYPES = {name: type(f.default) if f.default is not dataclasses.MISSING else type(f.default_factory()) for name, f in KEYS.items()}  # type: ignore[misc]
+TYPES = {name: type(getattr(Settings(), name)) for name in KEYS}
 
 
-def describe(platform: str) -> str:
-    """A platform's keys with their defaults, for --help."""
-    lines = []
+def describe(platform: str) -> dict[str, tuple[str, str]]:
+    """A platform's keys: of each its help, with the default, and what its value looks like."""
+    values = {str: "TEXT", int: "N", float: "X", bool: "true|false", list: "'A B'", dict: "NAME=VALUE"}
+    result = {}
     for name, f in keys_of(platform).items():
-        default = "" if f.metadata["required"] or TYPES[name] in (list, dict) else f.default
-        shown = " (required)" if f.metadata["required"] else f" (default {str(default).lower() if TYPES[name] is bool else default})"
-        lines.append(f"  --{name:18s} {f.metadata['text']}{'' if default == '' and not f.metadata['required'] else shown}")
-    return "\n".join(lines)
+        text = f.metadata["text"].replace("%", "%%")
+        if f.metadata["required"]:
+            text += " (required)"
+        elif TYPES[name] not in (list, dict) and f.default != "":
+            text += f" (default {str(f.default).lower() if TYPES[name] is bool else f.default})"
+        result[name] = text, values[TYPES[name]]
+    return result
 
 
 def keys_of(platform: str) -> dict[str, dataclasses.Field[Any]]:
@@ -109,7 +113,7 @@ def keys_of(platform: str) -> dict[str, dataclasses.Field[Any]]:
 
 
 def read(platform: str, path: Path | None, flags: Sequence[str]) -> Settings:
-    """Settings from a TOML file, over which flags `--key=value` have the last word."""
+    """Settings from a TOML file, over which flags `--key=value` have the last word; `--config.a.b=value` is for the run."""
     values: dict[str, Any] = {}
     if path:
         try:
@@ -122,9 +126,10 @@ def read(platform: str, path: Path | None, flags: Sequence[str]) -> Settings:
             _check_key(platform, name, f"{path}: ")
             values[name] = _check_type(name, value, f"{path}: ")
     for flag in flags:
-        name, equals, text = flag.removeprefix("--").partition("=")
-        if not flag.startswith("--") or not equals:
-            raise UserError(f"launch: {flag!r} is no --key=value; tanuki launch {platform} --help lists the keys")
+        name, _, text = flag.removeprefix("--").partition("=")
+        if name.startswith("config."):
+            values["flags"] = [*values.get("flags", []), flag]
+            continue
         _check_key(platform, name, "launch: ")
         value = _parse(name, text)
         values[name] = {**values.get(name, {}), **value} if isinstance(value, dict) else value
@@ -180,7 +185,9 @@ def _check(platform: str, settings: Settings) -> Settings:
             raise UserError(f"launch: {name} is {value}; it must be more than 0")
     for name, choices in (("provisioning_model", PROVISIONING_MODELS), ("delete", ("done", "always", "never"))):
         if getattr(settings, name) not in choices:
-            raise UserError(f"launch: {name} is {getattr(settings, name)!r}; it must be {', '.join(choices[:-1])} or {choices[-1]}")
+            raise UserError(
+                f"launch: {name} is {getattr(settings, name)!r}; it must be {', '.join(choices[:-1])} or {choices[-1]}"
+            )
     if settings.workdir and not settings.workdir.startswith("/"):
         raise UserError(f"launch: workdir is {settings.workdir!r}; give an absolute path, the same on every worker")
     for name in (*settings.env, *settings.pass_env):
@@ -193,7 +200,9 @@ def require(settings: Settings, *names: str) -> None:
     """An error that names the first of the keys that is not set."""
     for name in names:
         if not getattr(settings, name):
-            raise UserError(f"launch: {name} is not set: {KEYS[name].metadata['text']}; in the file of --settings, or --{name}=...")
+            raise UserError(
+                f"launch: {name} is not set: {KEYS[name].metadata['text']}; in the file of --settings, or --{name}=..."
+            )
 
 
 def run_flags(settings: Settings) -> list[str]:

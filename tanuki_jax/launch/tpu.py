@@ -7,6 +7,7 @@ cap.  Slices that are left are always named, with the command that deletes them.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import json
@@ -22,7 +23,7 @@ from typing import Any, TypeVar
 from tanuki_jax.errors import UserError
 from tanuki_jax.launch import worker
 from tanuki_jax.launch.commands import Commands
-from tanuki_jax.launch.gcloud import Answers, NoCapacity, Slices, State, Unavailable
+from tanuki_jax.launch.gcloud import NoCapacity, Slices, State, Unavailable
 from tanuki_jax.launch.settings import Settings, environment, hide, require, run_flags
 
 ACTIONS = {
@@ -36,8 +37,8 @@ ACTIONS = {
     "stop": "tell the run to stop, which saves first; the slices stay",
     "delete": "delete the slices",
 }
-PATIENCE = 20  # looks in a row without an answer after which the launch, or slices that are deaf, are given up
-INSTALLS = 3  # tries to set up and install on the same slices
+PATIENCE = 20  # times in a row without an answer after which the launch gives up
+FAILURES = 3  # times that a worker may say that it failed
 STRAGGLERS = 5  # looks that the other workers have to end after the first one has
 BAD_INPUT = 1  # exit code of a run that would fail in the same way again
 T = TypeVar("T")
@@ -55,7 +56,7 @@ class Launch:
         require(settings, "name", "zone", "type")
         self.settings, self.commands, self._sleep = settings, commands, sleep
         self.slices = Slices(settings, commands)
-        self._said = ""
+        self._last_line = ""
 
     # --- the whole
 
@@ -71,7 +72,7 @@ class Launch:
             self._until_done()
             done = True
         finally:
-            self._leave(done, sys.exc_info()[1])
+            self._end(done, sys.exc_info()[1])
         self.say(f"done; the report is {self.settings.workdir}/report.html")
 
     def _until_done(self) -> None:
@@ -83,7 +84,9 @@ class Launch:
                 if requests >= self.settings.max_attempts:
                     raise UserError(f"launch: asked for slices {requests} times (max_attempts); nothing is running")
                 requests += 1
-                self.say(f"asking for {self.settings.slices} x {self.settings.type} ({requests} of {self.settings.max_attempts})")
+                self.say(
+                    f"asking for {self.settings.slices} x {self.settings.type} ({requests} of {self.settings.max_attempts})"
+                )
                 try:
                     self.slices.create()
                 except (NoCapacity, Unavailable) as error:
@@ -99,7 +102,7 @@ class Launch:
                 try:
                     self._train()
                     return
-                except Lost as lost:
+                except (Lost, Unavailable) as lost:
                     self.say(f"{lost}; deleting what is left")
                     self._delete()
 
@@ -110,7 +113,9 @@ class Launch:
         if status.get("launch") != self._digest or status.get("installed") != self._project:
             self._prepare()
             status = self._look()
-        watched = restarts = silent = ended = 0  # the attempt that was seen alive; looks without answer, or since the first exit
+        watched = restarts = silent = ended = (
+            0  # the attempt that was seen alive; looks without answer, or since the first exit
+        )
         progress = status.get("progress")
         while not _finished(status):
             exits, attempt = status.get("exits", {}), status.get("attempt", 0)
@@ -120,15 +125,17 @@ class Launch:
             ended = ended + 1 if here and exits else 0
             silent = 0 if status else silent + 1
             if silent > PATIENCE:
-                raise Lost(f"no answer from the first worker for {silent} looks")
+                raise UserError(
+                    f"launch: no worker answered for {silent} looks, though the slices are there; the run may go on"
+                )
             if status and (not here or len(exits) >= self.workers or ended > STRAGGLERS or not (exits or status["alive"])):
                 if status["progress"] != progress:
                     restarts, progress = 0, status["progress"]
                 if here and attempt == watched:
                     if restarts >= self.settings.max_restarts:
-                        raise UserError(f"launch: {restarts} restarts without a new checkpoint; {_end(exits, status)}")
+                        raise UserError(f"launch: {restarts} restarts without a new checkpoint; {_describe_end(exits, status)}")
                     restarts += 1
-                    self.say(f"the run ended ({_end(exits, status)}); starting it again")
+                    self.say(f"the run ended ({_describe_end(exits, status)}); starting it again")
                 watched = attempt + 1
                 self._start(watched, stop=here)
             elif status:
@@ -140,17 +147,23 @@ class Launch:
 
     def _start(self, attempt: int, stop: bool) -> None:
         """Starts an attempt on every worker; one that lacks the project, since it was replaced, gets it."""
-        for _ in range(INSTALLS):
+        for _ in range(FAILURES):
             try:
                 if stop:
-                    self._every("stop", seconds=worker.STOP_SECONDS + 60)
-                self._every(f"start --attempt={attempt}")
+                    self._every("stop", tries=FAILURES, seconds=worker.STOP_SECONDS + 60)
+                self._every(f"start --attempt={attempt}", tries=FAILURES)
                 return
             except Unavailable as error:
                 self.say(str(error))
-                self._check_nodes()
                 self._prepare()
         raise Lost("some workers do not answer")
+
+    def _prepare(self) -> None:
+        """Sets up and installs."""
+        self.say("setting up every worker")
+        self.setup(PATIENCE)
+        self.say("installing on every worker")
+        self.install(PATIENCE)
 
     # --- the steps
 
@@ -161,26 +174,21 @@ class Launch:
         except (NoCapacity, Unavailable) as error:
             raise UserError(f"launch: not now: {error}") from error
 
-    def setup(self) -> None:
+    def setup(self, tries: int = 1) -> None:
         """Copies the project and the settings to every worker, and runs the setup command there."""
         require(self.settings, "config", "workdir")
-        with tempfile.TemporaryDirectory() as directory:
-            path = Path(directory) / "tanuki_launch.tar"
-            if self.commands.dry_run:
-                self._explain()
-            else:
-                _bundle(path, self._launch_json, self._archive)
-            path.chmod(0o600) if path.exists() else None
-            copied = self.slices.copy(str(path))
+        if self.commands.dry_run:
+            self._explain()
         unpack = "mkdir -p -m 700 tanuki_launch && tar -xf tanuki_launch.tar -C tanuki_launch"
-        try:
-            self._every(f"setup --digest={self._digest}", before=unpack, seconds=1800)
-        except Unavailable as error:
-            raise Unavailable(f"{error}\n{copied.err.strip()}" if copied.code else str(error)) from error
+        with tempfile.TemporaryDirectory() as directory:  # which nobody else may read: there may be keys in the environment
+            path = Path(directory) / "tanuki_launch.tar"
+            if not self.commands.dry_run:
+                _bundle(path, self._launch_json, self._archive)
+            self._every(f"setup --digest={self._digest}", unpack, tries, 1800, first=lambda: self.slices.copy(str(path)))
 
-    def install(self) -> None:
+    def install(self, tries: int = 1) -> None:
         """Installs the project on every worker."""
-        self._every("install", seconds=3600)
+        self._every("install", tries=tries, seconds=3600)
 
     def start(self) -> None:
         """Starts the run detached."""
@@ -198,7 +206,9 @@ class Launch:
         if state is State.ACTIVE:
             lost, status = self.slices.lost_nodes(), self._look()
             print(f"nodes: {', '.join(lost) or 'all there'}")
-            started = f"attempt {status['attempt']}, {len(status['started'])} workers" if status.get("attempt") else "not started"
+            started = (
+                f"attempt {status['attempt']}, {len(status['started'])} workers" if status.get("attempt") else "not started"
+            )
             exits = ", ".join(f"{host} {code}" for host, code in sorted(status.get("exits", {}).items()))
             print(f"run: {'done' if status.get('done') else started}{f'; exit codes: {exits}' if exits else ''}")
             print(status.get("last", ""))
@@ -224,27 +234,29 @@ class Launch:
 
     def say(self, text: str) -> None:
         """A line for whoever watches; the same one is not repeated."""
-        if text != self._said:
+        if text != self._last_line:
             print(f"launch: {text}", file=sys.stderr, flush=True)
-            self._said = text
+            self._last_line = text
 
-    @property
+    @functools.cached_property
     def _project(self) -> str:
         """What the committed state of this checkout is, by its content."""
         return str(json.loads(self._launch_json)["project"])
 
-    @property
+    @functools.cached_property
     def _digest(self) -> str:
         return hashlib.sha256(self._launch_json).hexdigest()
 
-    @property
+    @functools.cached_property
     def _archive(self) -> bytes:
         done = subprocess.run(["git", "-C", str(ROOT), "archive", "--format=tar.gz", "HEAD"], capture_output=True)
         if done.returncode:
-            raise UserError(f"launch: {ROOT} is no git checkout, whose committed state would be sent: {done.stderr.decode().strip()}")
+            raise UserError(
+                f"launch: {ROOT} is no git checkout, whose committed state would be sent: {done.stderr.decode().strip()}"
+            )
         return done.stdout
 
-    @property
+    @functools.cached_property
     def _launch_json(self) -> bytes:
         """What the workers read; the same bytes each time."""
         s = self.settings
@@ -266,37 +278,54 @@ class Launch:
         print("# tanuki_launch.tar: worker.py, tanuki_jax.tar.gz (git archive HEAD), and launch.json:")
         print("\n".join(f"#   {line}" for line in json.dumps(launch, indent=1, sort_keys=True).splitlines()))
 
-    def _prepare(self) -> None:
-        """Sets up and installs; what fails again and again is an error, not a preemption."""
-        for left in reversed(range(INSTALLS)):
-            try:
-                self.say("setting up every worker")
-                self.setup()
-                self.say("installing on every worker")
-                self.install()
-                return
-            except (Unavailable, UserError) as error:
-                self._check_nodes()
-                if not left:
-                    raise UserError(f"launch: the workers could not be prepared, {INSTALLS} times: {error}") from error
-                self.say(f"again, for: {error}")
-                self._sleep(self.settings.poll)
+    def _every(
+        self,
+        action: str,
+        before: str = "",
+        tries: int = 1,
+        seconds: float = 600.0,
+        first: Callable[[], object] | None = None,
+    ) -> None:
+        """An action of every worker, which may be repeated, until each has done it.
 
-    def _every(self, action: str, before: str = "", seconds: float = 600.0) -> Answers:
-        """An action of every worker; an error where one fails, Unavailable where one is not heard."""
-        answers = self.slices.ask(_remote(action, before), seconds=seconds)
-        for host, error in sorted(answers.errors.items())[:1]:
-            others = f" (and {len(answers.errors) - 1} more workers)" if len(answers.errors) > 1 else ""
-            raise UserError(f"launch: {action.split()[0]} on {host}{others}: {error}")
-        if answers.missing > 0:
-            hint = "is the key in ssh-agent (ssh-add ~/.ssh/google_compute_engine)?"
-            raise Unavailable(f"{answers.missing} of {answers.expected} workers did not answer; {hint}\n{answers.text[-2000:]}")
-        return answers
+        Args:
+          action: of worker.py, with its flags.
+          before: a shell command ahead of it.
+          tries: until each worker has been heard; one that says that it failed is asked FAILURES times.
+          seconds: limit of each try.
+          first: is called before each try.
+
+        Raises UserError where a worker keeps failing, Unavailable where one is not heard, Lost where the slices are gone.
+        """
+        done: set[str] = set()
+        for number in range(1, tries + 1):
+            if first:
+                first()
+            answers = self.slices.ask(_remote(action, before), seconds=seconds)
+            done |= answers.by_host.keys() - answers.errors.keys()
+            failed = {host: error for host, error in answers.errors.items() if host not in done}
+            missing = answers.expected - len(done | failed.keys())
+            if not failed and missing <= 0:
+                return
+            if failed and number >= min(tries, FAILURES):
+                host, error = min(failed.items())
+                others = f" and {len(failed) - 1} more workers" if len(failed) > 1 else ""
+                raise UserError(f"launch: {action.split()[0]} on {host}{others}: {error}")
+            if number < tries:
+                self.say(next(iter(failed.values()), f"{missing} of {answers.expected} workers did not answer"))
+                self._sleep(self.settings.poll)
+                self._check_nodes()
+        hint = "is the key in ssh-agent (ssh-add ~/.ssh/google_compute_engine)?"
+        raise Unavailable(f"{missing} of {answers.expected} workers did not answer; {hint}\n{answers.text[-2000:]}")
 
     def _look(self) -> dict[str, Any]:
-        """The first worker's answer; empty where it gives none."""
-        answers = self.slices.ask(_remote("status"), everywhere=False)
-        return next((answer for answer in answers.by_host.values() if answer["ok"]), {})
+        """The first worker's answer, or else any other's, for all see the workdir; empty where there is none."""
+        for everywhere in (False, True):
+            answers = self.slices.ask(_remote("status"), everywhere)
+            for _, answer in sorted(answers.by_host.items()):
+                if answer["ok"]:
+                    return answer
+        return {}
 
     def _check_nodes(self) -> None:
         """Lost where the request or one of its slices is not there any more."""
@@ -310,8 +339,11 @@ class Launch:
         """Deletes, and waits until there is nothing left."""
         for _ in range(PATIENCE):
             try:
-                self.slices.delete()
-                if self.slices.state()[0] is State.NONE:
+                state, word = self.slices.state()
+                if state is not State.NONE and word != "DELETING":
+                    self.slices.delete()
+                    state, word = self.slices.state()
+                if state is State.NONE:
                     return
             except Unavailable as error:
                 self.say(f"deleting: {error}")
@@ -330,7 +362,7 @@ class Launch:
                 self._sleep(self.settings.poll)
         raise AssertionError
 
-    def _leave(self, done: bool, error: BaseException | None) -> None:
+    def _end(self, done: bool, error: BaseException | None) -> None:
         """At the end of `run`: deletes the slices where that is asked for, and says what is left."""
         command = f"tanuki launch tpu delete --name={self.settings.name} --zone={self.settings.zone}"
         interrupted = isinstance(error, KeyboardInterrupt)
@@ -355,7 +387,7 @@ def _finished(status: Mapping[str, Any]) -> bool:
     return bool(status.get("done")) and status["here"] == status["attempt"] and 0 in status["exits"].values()
 
 
-def _end(exits: Mapping[str, int], status: Mapping[str, Any]) -> str:
+def _describe_end(exits: Mapping[str, int], status: Mapping[str, Any]) -> str:
     codes = ", ".join(f"{host} {code}" for host, code in sorted(exits.items())[:4])
     return f"exit codes: {codes}" if codes else f"no exit code; last line: {status.get('last', '')}"
 

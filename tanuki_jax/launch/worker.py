@@ -1,12 +1,15 @@
 """What runs on a TPU VM: prepares it, starts the run detached, and says how it stands.
 
-A file of its own for any Python from 3.8 on, with the standard library alone: an image's Python may be older than the project's.
+A file of its own for any Python from 3.8 on, with the standard library alone: an image's Python may be older than the
+project's.
 It lies in ~/tanuki_launch beside launch.json (what to run) and tanuki_jax.tar.gz (the project).  Every action may be repeated,
 since gcloud repeats a command whose connection broke, and it ends with one line of JSON after MARK: gcloud's own exit code says
 little about many workers.
 
 What a run leaves in WORKDIR/launch/ATTEMPT: HOST.log, and HOST.exit with its exit code.
 """
+
+from __future__ import annotations
 
 import argparse
 import contextlib
@@ -21,7 +24,9 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 MARK = "##tanuki "
 HERE = Path(__file__).resolve().parent
@@ -35,7 +40,7 @@ class Failed(Exception):
     """What went wrong, in words for the user."""
 
 
-def setup(launch, options):
+def setup(launch: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     """Checks that this bundle is the one that was sent, and runs the user's command; the workdir must then be there."""
     del options
     if launch["setup"]:
@@ -47,16 +52,16 @@ def setup(launch, options):
         probe.write_text("")
         probe.unlink()
     except OSError as error:
-        raise Failed(f"workdir {workdir} cannot be written: {error.strerror}; mount it in `setup`")
+        raise Failed(f"workdir {workdir} cannot be written: {error.strerror}; mount it in `setup`") from error
     if not launch["allow_boot_disk"] and workdir.stat().st_dev == Path("/").stat().st_dev:
         raise Failed(
-            f"workdir {workdir} lies on the boot disk, which is deleted with the VM; mount a bucket or a file share in `setup`, "
-            "or set allow_boot_disk=true"
+            f"workdir {workdir} lies on the boot disk, which is deleted with the VM; mount a bucket or a file share in "
+            "`setup`, or set allow_boot_disk=true"
         )
     return {}
 
 
-def install(launch, options):
+def install(launch: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     """Unpacks the project and installs it, once for each bundle."""
     del options
     with _locked("install"):
@@ -79,7 +84,7 @@ def install(launch, options):
     return {"again": True}
 
 
-def _make_environment(version):
+def _make_environment(version: str) -> None:
     """By the image's Python where it is new enough, else by one that uv brings."""
     target = str(PROJECT / ".venv")
     if sys.version_info >= (3, 11) and _runs([sys.executable, "-m", "venv", target]):
@@ -91,7 +96,7 @@ def _make_environment(version):
     _call([str(uv / "bin" / "uv"), "venv", "--python", version, "--seed", target], f"making an environment of Python {version}")
 
 
-def start(launch, options):
+def start(launch: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     """Starts the run detached, unless this attempt has been started here."""
     with _locked("start"):
         current = _current()
@@ -111,7 +116,7 @@ def start(launch, options):
     return {"again": True}
 
 
-def supervise(launch, options):
+def supervise(launch: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     """The detached process: the run, its log, and its exit code at the end."""
     directory = Path(launch["workdir"]) / "launch" / str(options.attempt)
     environ = dict(os.environ)
@@ -125,13 +130,13 @@ def supervise(launch, options):
     return {}
 
 
-def status(launch, options):
+def status(launch: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     """How the newest attempt stands, as any worker sees it in the workdir, and this worker itself."""
     del options
     workdir = Path(launch["workdir"])
     attempts = sorted(int(path.name) for path in (workdir / "launch").glob("[0-9]*") if path.name.isdigit())
     current = _current()
-    result = {"attempt": attempts[-1] if attempts else 0, "exits": {}, "started": [], "done": _done(workdir)}
+    result: dict[str, Any] = {"attempt": attempts[-1] if attempts else 0, "exits": {}, "started": [], "done": _done(workdir)}
     if attempts:
         directory = workdir / "launch" / str(attempts[-1])
         result["started"] = sorted(path.name[:-4] for path in directory.glob("*.log"))
@@ -151,7 +156,7 @@ def status(launch, options):
     return result
 
 
-def logs(launch, options):
+def logs(launch: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     """The end of this worker's log."""
     workdir = Path(launch["workdir"])
     attempt = status(launch, options)["attempt"]
@@ -159,7 +164,7 @@ def logs(launch, options):
     return {"attempt": attempt}
 
 
-def stop(launch, options):
+def stop(launch: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     """Tells the run to stop, which saves first, and waits for its end."""
     del launch, options
     current = _current()
@@ -177,7 +182,7 @@ def stop(launch, options):
 # --- what the actions share -------------------------------------------------------------------------------------------
 
 
-def _done(workdir):
+def _done(workdir: Path) -> bool:
     """Whether the run itself says that every stage of its recipe is finished: summary.json, which it writes at its end."""
     try:
         summary = json.loads((workdir / "summary.json").read_text())
@@ -186,20 +191,20 @@ def _done(workdir):
         return False
 
 
-def _progress(workdir):
+def _progress(workdir: Path) -> list[Any]:
     """Something that changes with every checkpoint and every finished stage."""
     steps = [path for path in workdir.glob("stages/*/checkpoints/*") if path.name.isdigit()]
     newest = sorted(f"{path.parent.parent.name}/{int(path.name):012d}" for path in steps)
     return [len(list(workdir.glob("stages/*/done.json"))), newest[-1:], len(newest)]
 
 
-def _log(workdir, attempt):
-    own = workdir / "launch" / str(attempt) / f"{HOST}.log"
+def _log(workdir: Path, attempt: int) -> Path:
+    path = workdir / "launch" / str(attempt) / f"{HOST}.log"
     logs = sorted((workdir / "launch" / str(attempt)).glob("*.log"))
-    return own if own.is_file() or not logs else logs[0]
+    return path if path.is_file() or not logs else logs[0]
 
 
-def _tail(path, lines):
+def _tail(path: Path, lines: int) -> str:
     try:
         with path.open("rb") as f:
             f.seek(max(0, path.stat().st_size - 65_536))
@@ -209,7 +214,7 @@ def _tail(path, lines):
     return "\n".join(re.split(r"[\r\n]+", text.strip())[-lines:])
 
 
-def _current():
+def _current() -> dict[str, Any]:
     """The attempt that was last started here."""
     try:
         return json.loads((HERE / "current.json").read_text())
@@ -217,7 +222,7 @@ def _current():
         return {}
 
 
-def _started(pid):
+def _started(pid: int) -> str:
     """When a process began, in the kernel's ticks: process numbers are reused."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -226,39 +231,39 @@ def _started(pid):
         return ""
 
 
-def _alive(current):
+def _alive(current: dict[str, Any]) -> bool:
     return bool(current) and _started(current["pid"]) == current["started"] != ""
 
 
 @contextlib.contextmanager
-def _locked(name):
+def _locked(name: str) -> Iterator[None]:
     """One process at a time: gcloud may repeat a command beside the first."""
     with (HERE / f"{name}.lock").open("a") as f:
         fcntl.flock(f, fcntl.LOCK_EX)
         yield
 
 
-def _write(path, text):
+def _write(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text)
     temporary.replace(path)
 
 
-def _runs(words):
+def _runs(words: Sequence[str]) -> bool:
     return subprocess.run(words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0
 
 
-def _call(words, what, cwd=None):
+def _call(words: Sequence[str], action: str, cwd: Path | None = None) -> None:
     done = subprocess.run(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=cwd)
     if done.returncode:
         text = done.stdout.decode("utf-8", "replace").strip().splitlines()[-LINES:]
-        raise Failed("\n".join([f"{what} ended with exit code {done.returncode}", *text]))
+        raise Failed("\n".join([f"{action} ended with exit code {done.returncode}", *text]))
 
 
 ACTIONS = {f.__name__: f for f in (setup, install, start, supervise, status, logs, stop)}
 
 
-def main():
+def main() -> int:
     """One action; its answer is the last line."""
     parser = argparse.ArgumentParser()
     parser.add_argument("action", choices=ACTIONS)
@@ -266,7 +271,7 @@ def main():
     parser.add_argument("--lines", type=int, default=100)
     parser.add_argument("--digest", default="", help="SHA-256 of launch.json, which must be the one that is here")
     options = parser.parse_args()
-    answer = {"host": HOST, "action": options.action, "ok": True}
+    answer: dict[str, Any] = {"host": HOST, "action": options.action, "ok": True}
     try:
         text = (HERE / "launch.json").read_bytes()
         if options.digest and hashlib.sha256(text).hexdigest() != options.digest:
