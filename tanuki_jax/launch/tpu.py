@@ -102,7 +102,9 @@ class Launch:
                 try:
                     self._train()
                     return
-                except (Lost, Unavailable) as lost:
+                except Unavailable as error:  # the slices may be well, and only not be reached from here
+                    raise UserError(f"launch: {error}") from error
+                except Lost as lost:
                     self.say(f"{lost}; deleting what is left")
                     self._delete()
 
@@ -124,6 +126,8 @@ class Launch:
                 raise UserError(f"launch: the run ended with exit code 1:\n{status.get('message', '')}")
             ended = ended + 1 if here and exits else 0
             silent = 0 if status else silent + 1
+            if silent == FAILURES:  # machines that were replaced know nothing
+                self._prepare()
             if silent > PATIENCE:
                 raise UserError(
                     f"launch: no worker answered for {silent} looks, though the slices are there; the run may go on"
@@ -156,14 +160,21 @@ class Launch:
             except Unavailable as error:
                 self.say(str(error))
                 self._prepare()
-        raise Lost("some workers do not answer")
+        raise Lost("some workers do not start")
 
     def _prepare(self) -> None:
-        """Sets up and installs."""
-        self.say("setting up every worker")
-        self.setup(PATIENCE)
-        self.say("installing on every worker")
-        self.install(PATIENCE)
+        """Sets up and installs; anew where a machine is replaced in between."""
+        for number in range(1, FAILURES + 1):
+            self.say("setting up every worker")
+            self.setup(PATIENCE)
+            self.say("installing on every worker")
+            try:
+                self.install(FAILURES)
+                return
+            except Unavailable as error:
+                if number == FAILURES:
+                    raise
+                self.say(str(error))
 
     # --- the steps
 
@@ -295,7 +306,8 @@ class Launch:
           seconds: limit of each try.
           first: is called before each try.
 
-        Raises UserError where a worker keeps failing, Unavailable where one is not heard, Lost where the slices are gone.
+        Raises UserError where a worker keeps failing, Unavailable where none or, after a few tries, one is not heard, Lost
+        where the slices are gone or some of many workers are deaf.
         """
         done: set[str] = set()
         for number in range(1, tries + 1):
@@ -315,6 +327,8 @@ class Launch:
                 self.say(next(iter(failed.values()), f"{missing} of {answers.expected} workers did not answer"))
                 self._sleep(self.settings.poll)
                 self._check_nodes()
+        if done and tries == PATIENCE:  # others were reached, so it is not for the way to them
+            raise Lost(f"{missing} of {answers.expected} workers do not answer")
         hint = "is the key in ssh-agent (ssh-add ~/.ssh/google_compute_engine)?"
         raise Unavailable(f"{missing} of {answers.expected} workers did not answer; {hint}\n{answers.text[-2000:]}")
 

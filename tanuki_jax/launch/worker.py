@@ -250,7 +250,10 @@ def _write(path: Path, text: str) -> None:
 
 
 def _runs(words: Sequence[str]) -> bool:
-    return subprocess.run(words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0
+    try:
+        return subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True).returncode == 0
+    except OSError:
+        return False
 
 
 def _call(words: Sequence[str], action: str, cwd: Path | None = None) -> None:

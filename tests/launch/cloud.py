@@ -68,7 +68,7 @@ class Cloud(Commands):
                 self._boot()
         elif self.state == "DELETING":
             self.state, self.nodes = "", {}
-        elif self.state == "ACTIVE":
+        elif self.state in ("ACTIVE", "READY"):
             self._events()
         elif self.state == "SUSPENDING":
             self.state = "SUSPENDED"
@@ -90,7 +90,8 @@ class Cloud(Commands):
         if self.happens("preempted"):
             self._end_all(lost=True)
             self.nodes = dict.fromkeys(self.nodes, "PREEMPTED")
-            self.state = self.random.choice(["SUSPENDING", "ACTIVE"])  # the request may say ACTIVE for long
+            if self.state == "ACTIVE":  # of a request, which may say so for long
+                self.state = self.random.choice(["SUSPENDING", "ACTIVE"])
         elif self.happens("node_lost"):
             name = self.random.choice(list(self.nodes))
             self._end_all(lost=True)
