@@ -186,7 +186,7 @@ def _done(workdir: Path) -> bool:
     """Whether the run itself says that every stage of its recipe is finished: summary.json, which it writes at its end."""
     try:
         summary = json.loads((workdir / "summary.json").read_text())
-        return {entry["stage"] for entry in summary["stages"]} == set(summary["config"]["stages"])
+        return {entry["name"] for entry in summary["stages"]} == set(summary["config"]["stages"])
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

@@ -78,7 +78,9 @@ class Machines(Cloud):
     def _execute(self, worker, command):
         home = self._home(worker)
         env = {"HOME": str(home), "TANUKI_LAUNCH_HOST": worker.host, "PATH": os.environ["PATH"]}
-        done = subprocess.run(["bash", "-c", command], cwd=home, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        done = subprocess.run(
+            ["bash", "-c", command], cwd=home, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True
+        )
         return (done.stdout + done.stderr).splitlines()
 
 
@@ -101,7 +103,9 @@ def make(directory: Path, python: str = sys.executable) -> Path:
     (directory / "state").write_bytes(pickle.dumps(Machines(directory.absolute(), python)))
     program = directory / "bin" / "gcloud"
     words = [sys.executable, "-c", "import sys; from tests.launch import machines; sys.exit(machines.main())"]
-    program.write_text(f'#!/bin/bash\nPYTHONPATH={shlex.quote(str(ROOT))} exec {shlex.join(words)} {shlex.quote(str(directory))} "$@"\n')
+    program.write_text(
+        f'#!/bin/bash\nPYTHONPATH={shlex.quote(str(ROOT))} exec {shlex.join(words)} {shlex.quote(str(directory))} "$@"\n'
+    )
     program.chmod(0o755)
     return program.parent
 

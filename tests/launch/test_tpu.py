@@ -179,6 +179,19 @@ def test_bad_input_ends_it_with_the_runs_own_words(capsys):
     assert sorted(cloud.run_state.attempts) == [1, 2] and cloud.counts["create"] == 1
 
 
+def test_an_exit_code_of_0_without_the_runs_own_sign_is_not_done():
+    cloud = Cloud()
+    finish = cloud._end_all
+
+    def unfinish(code=134, **rest):
+        cloud.run_state.finished = False
+        finish(code, **rest)
+
+    cloud._end_all = unfinish
+    assert "summary.json does not list every stage" in end(cloud)
+    assert sorted(cloud.run_state.attempts) == [1] and cloud.state
+
+
 def test_restarts_that_get_nowhere_are_capped():
     cloud = Script(killed=ALWAYS)
     assert "3 restarts without a new checkpoint; exit codes: tanuki-w-0 137" in end(cloud, "--max_restarts=3")

@@ -16,6 +16,7 @@ import pytest
 
 from tanuki_jax.launch import worker
 from tanuki_jax.launch.tpu import _bundle
+from tests.tiny_recipe import trained
 
 # In place of the project's environment: pip counts its calls, tanuki does what the workdir's file `do` says.
 PYTHON = """#!/bin/bash
@@ -33,7 +34,7 @@ case "$(cat {workdir}/do)" in
   wait) touch {workdir}/running; sleep 60 & sleeping=$!; wait;;
   fail) echo "tanuki: config: bad"; exit 1;;
   die) kill -9 $$;;
-  done) echo '{{"stages": [{{"stage": "a"}}], "config": {{"stages": {{"a": {{}}}}}}}}' > {workdir}/summary.json;;
+  done) echo '{{"stages": [{{"name": "a"}}], "config": {{"stages": {{"a": {{}}}}}}}}' > {workdir}/summary.json;;
   part) echo '{{"stages": [], "config": {{"stages": {{"a": {{}}}}}}}}' > {workdir}/summary.json;;
 esac
 """
@@ -247,3 +248,13 @@ def test_an_images_old_python_is_enough(tmp_path):
     target = vm.home / "tanuki_jax" / ".venv"
     assert (vm.home / "uv_arguments").read_text().split() == ["venv", "--python", "3.12", "--seed", str(target)]
     assert "--editable .[tpu]" in (vm.home / "installs").read_text()
+
+
+def test_the_runs_own_sign_is_what_a_recipe_leaves(tmp_path_factory, tmp_path):
+    workdir = trained(tmp_path_factory.getbasetemp())
+    assert worker._done(workdir)
+    summary = json.loads((workdir / "summary.json").read_text())
+    del summary["stages"][-1]
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    assert not worker._done(tmp_path) and not worker._done(tmp_path / "nowhere")
+    assert worker._progress(workdir)[0] == len(summary["stages"]) + 1
