@@ -125,9 +125,8 @@ class Launch:
             if here and attempt == watched and BAD_INPUT in exits.values():
                 raise UserError(f"launch: the run ended with exit code 1:\n{status.get('message', '')}")
             if here and attempt == watched and len(exits) >= self.workers and set(exits.values()) == {0}:
-                raise UserError(
-                    f"launch: the run ended with exit code 0, but {self.settings.workdir}/summary.json does not list every stage"
-                )
+                sign = f"{self.settings.workdir}/summary.json"
+                raise UserError(f"launch: the run ended with exit code 0, but {sign} does not list every stage")
             ended = ended + 1 if here and exits else 0
             silent = 0 if status else silent + 1
             if silent == FAILURES:  # machines that were replaced know nothing

@@ -1,1 +1,0 @@
-ACTIONS = {"run": "r"}
