@@ -81,7 +81,7 @@ def handle_sigterm() -> Iterator[None]:
 
 
 def preemption_requested() -> bool:
-    """Whether the run is to stop, after SIGTERM or the platform's notice, the same on every process.
+    """Whether the run is to stop, after SIGTERM, the same on every process.
 
     Collective: every process must call this after every step.
     """

@@ -89,7 +89,7 @@ def run_loop(
       check_meta: sees the meta of the checkpoint that is resumed, and may refuse it.
 
     Raises:
-      Preempted: SIGTERM or the platform's notice came, and the step is saved.
+      Preempted: SIGTERM came, and the step is saved.
       NotFinite: more steps in a row than the guard allows were not finite.
     """
     context = _Context(
