@@ -112,45 +112,54 @@ class Launch:
         """On slices that are there: prepares and starts what is not, and watches until the recipe is done."""
         self._check_nodes()
         status = self._look()
-        if status.get("launch") != self._digest or status.get("installed") != self._project:
+        changed = status.get("launch") != self._digest or status.get("installed") != self._project
+        if changed:
+            if status.get("alive"):
+                raise UserError("launch: a run with other settings or code is alive; end it first: tanuki launch tpu stop")
             self._prepare()
             status = self._look()
-        watched = restarts = silent = ended = (
-            0  # the attempt that was seen alive; looks without answer, or since the first exit
-        )
-        progress = status.get("progress")
-        while not _finished(status):
-            exits, attempt = status.get("exits", {}), status.get("attempt", 0)
-            here = bool(attempt) and status.get("here") == attempt
-            if here and attempt == watched and BAD_INPUT in exits.values():
-                raise UserError(f"launch: the run ended with exit code 1:\n{status.get('message', '')}")
-            if here and attempt == watched and len(exits) >= self.workers and set(exits.values()) == {0}:
-                sign = f"{self.settings.workdir}/summary.json"
-                raise UserError(f"launch: the run ended with exit code 0, but {sign} does not list every stage")
-            ended = ended + 1 if here and exits else 0
-            silent = 0 if status else silent + 1
+        watched = 0  # the attempt that was seen alive, or was started
+        restarts, progress = 0, status.get("progress")  # restarts since something was saved
+        silent = ended = 0  # looks without an answer; looks since a first worker has ended
+        while not (_finished(status) and (status["attempt"] == watched or not changed)):
+            silent, ended = (0 if status else silent + 1), (ended + 1 if status.get("exits") else 0)
             if silent == FAILURES:  # machines that were replaced know nothing
                 self._prepare()
             if silent > PATIENCE:
-                raise UserError(
-                    f"launch: no worker answered for {silent} looks, though the slices are there; the run may go on"
-                )
-            if status and (not here or len(exits) >= self.workers or ended > STRAGGLERS or not (exits or status["alive"])):
-                if status["progress"] != progress:
-                    restarts, progress = 0, status["progress"]
-                if here and attempt == watched:
-                    if restarts >= self.settings.max_restarts:
-                        raise UserError(f"launch: {restarts} restarts without a new checkpoint; {_describe_end(exits, status)}")
-                    restarts += 1
-                    self.say(f"the run ended ({_describe_end(exits, status)}); starting it again")
-                watched = attempt + 1
-                self._start(watched, stop=here)
+                raise UserError(f"launch: the slices are there, but no worker answered for {silent} looks; the run may go on")
+            if status and self._over(status, ended):
+                attempt = status["attempt"]
+                if attempt == watched == status["here"]:
+                    self._check_end(status)
+                    restarts = restarts + 1 if status["progress"] == progress else 1
+                    if restarts > self.settings.max_restarts:
+                        raise UserError(f"launch: {restarts - 1} restarts without a new checkpoint; {_describe_end(status)}")
+                    self.say(f"the run ended ({_describe_end(status)}); starting it again")
+                watched, progress, ended = attempt + 1, status["progress"], 0
+                self._start(watched, stop=0 < attempt == status["here"])
             elif status:
-                watched = watched or (0 if exits else attempt)
-                self.say(f"attempt {attempt}: {status['last']}")
+                watched = watched or (0 if status["exits"] else status["attempt"])
+                self.say(f"attempt {status['attempt']}: {status['last']}")
             self._sleep(self.settings.poll)
             self._check_nodes()
             status = self._look()
+
+    def _over(self, status: Mapping[str, Any], ended: int) -> bool:
+        """Whether the newest attempt is none of these slices, or has ended on them."""
+        exits = status["exits"]
+        if not status["attempt"] or status["here"] != status["attempt"]:
+            return True
+        if BAD_INPUT in exits.values() or len(exits) >= self.workers or ended > STRAGGLERS:
+            return True
+        return not exits and not status["alive"]  # the process vanished with its machine
+
+    def _check_end(self, status: Mapping[str, Any]) -> None:
+        """An error where the same would come again."""
+        if BAD_INPUT in status["exits"].values():
+            raise UserError(f"launch: the run ended with exit code 1:\n{status.get('message', '')}")
+        if set(status["exits"].values()) == {0}:
+            sign = f"{self.settings.workdir}/summary.json"
+            raise UserError(f"launch: the run ended with exit code 0, but {sign} does not list every stage")
 
     def _start(self, attempt: int, stop: bool) -> None:
         """Starts an attempt on every worker; one that lacks the project, since it was replaced, gets it."""
@@ -404,9 +413,9 @@ def _finished(status: Mapping[str, Any]) -> bool:
     return bool(status.get("done")) and status["here"] == status["attempt"] and 0 in status["exits"].values()
 
 
-def _describe_end(exits: Mapping[str, int], status: Mapping[str, Any]) -> str:
-    codes = ", ".join(f"{host} {code}" for host, code in sorted(exits.items())[:4])
-    return f"exit codes: {codes}" if codes else f"no exit code; last line: {status.get('last', '')}"
+def _describe_end(status: Mapping[str, Any]) -> str:
+    codes = ", ".join(f"{host} {code}" for host, code in sorted(status["exits"].items())[:4])
+    return f"exit codes: {codes}" if codes else f"no exit code; last line: {status['last']}"
 
 
 def _bundle(path: Path, launch_json: bytes, archive: bytes) -> None:
