@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import io
 import json
-import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -21,10 +18,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tanuki_jax.errors import UserError
-from tanuki_jax.launch import worker
+from tanuki_jax.launch import bundle, worker
 from tanuki_jax.launch.commands import Commands
 from tanuki_jax.launch.gcloud import NoCapacity, Slices, State, Unavailable
-from tanuki_jax.launch.settings import Settings, environment, hide, require, run_flags
+from tanuki_jax.launch.settings import Settings, require
 
 ACTIONS = {
     "run": "everything, until the recipe is done; preempted slices are asked for again",
@@ -42,7 +39,6 @@ FAILURES = 3  # times that a worker may say that it failed
 STRAGGLERS = 5  # looks that the other workers have to end after the first one has
 BAD_INPUT = 1  # exit code of a run that would fail in the same way again
 T = TypeVar("T")
-ROOT = Path(__file__).resolve().parents[2]
 
 
 class Lost(Exception):
@@ -201,12 +197,12 @@ class Launch:
         """Copies the project and the settings to every worker, and runs the setup command there."""
         require(self.settings, "config", "workdir")
         if self.commands.dry_run:
-            self._explain()
+            print(bundle.explain(self.settings))
         unpack = "mkdir -p -m 700 tanuki_launch && tar -xf tanuki_launch.tar -C tanuki_launch"
         with tempfile.TemporaryDirectory() as directory:  # which nobody else may read: there may be keys in the environment
             path = Path(directory) / "tanuki_launch.tar"
             if not self.commands.dry_run:
-                _bundle(path, self._launch_json, self._archive)
+                bundle.write(path, self._launch_json, self._archive)
             self._every(f"setup --digest={self._digest}", unpack, tries, 1800, first=lambda: self.slices.copy(str(path)))
 
     def install(self, tries: int = 1) -> None:
@@ -262,44 +258,20 @@ class Launch:
             self._last_line = text
 
     @functools.cached_property
-    def _project(self) -> str:
-        """What the committed state of this checkout is, by its content."""
-        return str(json.loads(self._launch_json)["project"])
-
-    @functools.cached_property
-    def _digest(self) -> str:
-        return hashlib.sha256(self._launch_json).hexdigest()
+    def _launch_json(self) -> bytes:
+        return bundle.launch_json(self.settings)
 
     @functools.cached_property
     def _archive(self) -> bytes:
-        done = subprocess.run(["git", "-C", str(ROOT), "archive", "--format=tar.gz", "HEAD"], capture_output=True)
-        if done.returncode:
-            raise UserError(
-                f"launch: {ROOT} is no git checkout, whose committed state would be sent: {done.stderr.decode().strip()}"
-            )
-        return done.stdout
+        return bundle.archive()
 
-    @functools.cached_property
-    def _launch_json(self) -> bytes:
-        """What the workers read; the same bytes each time."""
-        s = self.settings
-        commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-        launch = {
-            "project": f"{commit} python {s.python}",
-            "workdir": s.workdir,
-            "setup": s.setup,
-            "python": s.python,
-            "allow_boot_disk": s.allow_boot_disk,
-            "run": run_flags(s),
-            "env": environment(s, "tpu"),
-        }
-        return json.dumps(launch, indent=1, sort_keys=True).encode()
+    @property
+    def _digest(self) -> str:
+        return hashlib.sha256(self._launch_json).hexdigest()
 
-    def _explain(self) -> None:
-        launch = json.loads(self._launch_json)
-        launch["env"] = hide(launch["env"], self.settings)
-        print("# tanuki_launch.tar: worker.py, tanuki_jax.tar.gz (git archive HEAD), and launch.json:")
-        print("\n".join(f"#   {line}" for line in json.dumps(launch, indent=1, sort_keys=True).splitlines()))
+    @property
+    def _project(self) -> str:
+        return str(json.loads(self._launch_json)["project"])
 
     def _every(
         self,
@@ -390,7 +362,10 @@ class Launch:
 
     def _end(self, done: bool, error: BaseException | None) -> None:
         """At the end of `run`: deletes the slices where that is asked for, and says what is left."""
-        command = f"tanuki launch tpu delete --name={self.settings.name} --zone={self.settings.zone}"
+        keys = ("name", "zone", "type", "project") if self.settings.queued else ("name", "zone", "type", "project", "queued")
+        flags = {key: getattr(self.settings, key) for key in keys}
+        words = (f"--{key}={str(value).lower()}" for key, value in flags.items() if value != "")
+        command = f"tanuki launch tpu delete {' '.join(words)}"
         interrupted = isinstance(error, KeyboardInterrupt)
         try:
             if not interrupted and (self.settings.delete == "always" or (done and self.settings.delete == "done")):
@@ -416,20 +391,6 @@ def _finished(status: Mapping[str, Any]) -> bool:
 def _describe_end(status: Mapping[str, Any]) -> str:
     codes = ", ".join(f"{host} {code}" for host, code in sorted(status["exits"].items())[:4])
     return f"exit codes: {codes}" if codes else f"no exit code; last line: {status['last']}"
-
-
-def _bundle(path: Path, launch_json: bytes, archive: bytes) -> None:
-    """One file for every worker."""
-    files = {
-        "worker.py": Path(worker.__file__).read_bytes(),
-        "launch.json": launch_json,
-        "tanuki_jax.tar.gz": archive,
-    }
-    with tarfile.open(path, "w") as tar:
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            member.size, member.mode = len(content), 0o600
-            tar.addfile(member, io.BytesIO(content))
 
 
 def launch(action: str, settings: Settings, commands: Commands) -> None:

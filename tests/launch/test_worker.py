@@ -14,8 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tanuki_jax.launch import worker
-from tanuki_jax.launch.tpu import _bundle
+from tanuki_jax.launch import bundle, worker
 from tests.tiny_recipe import trained
 
 # In place of the project's environment: pip counts its calls, tanuki does what the workdir's file `do` says.
@@ -68,7 +67,7 @@ class Vm:
     def send(self):
         path = self.home / "tanuki_launch.tar"
         self.text = json.dumps(self.launch).encode()
-        _bundle(path, self.text, self.archive)
+        bundle.write(path, self.text, self.archive)
         with tarfile.open(path) as tar:
             tar.extractall(self.home / "tanuki_launch", filter="data")
 
