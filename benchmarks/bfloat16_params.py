@@ -31,7 +31,7 @@ def get_config(dtype: str = "float32", steps: int = 500, width: int = 512, layer
     c.data = dict(ja="rules:documents_ja", en="rules:documents_en")
     c.rules.update(dict(documents=4000))
     c.tokenizer.update(dict(vocab_size=1280, character_coverage=1.0, boundary="none", max_bytes=2_000_000))
-    c.validation.update(dict(tokens=4096, every=10_000))
+    c.validation.update(dict(tokens=4096, every_steps=10_000))
     for name, rate in RATES.items():
         c.stages[name] = config.stage(
             "pretrain",

@@ -44,7 +44,7 @@ def get_config() -> Any:
     c.data = dict(ja="rules:documents_ja", en="rules:documents_en")
     c.rules.update(dict(documents=4000))
     c.tokenizer.update(dict(vocab_size=768, character_coverage=1.0, boundary="none"))
-    c.validation.update(dict(tokens=8000, every=10_000))
+    c.validation.update(dict(tokens=8000, every_steps=10_000))
     c.stages[STAGE] = config.stage(
         "pretrain",
         mixture=dict(ja=(0.5,), en=(0.5,)),
