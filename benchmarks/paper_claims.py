@@ -51,7 +51,7 @@ def get_config(argument="main.0"):
     if part != "finale":
         c.scoring.update(dict(prompts=0, pairs=0))
     shape = config.read_model({"model": c.model.to_dict()})
-    row = dict(seq_len=128, batch_size=16, save_every_steps=10_000, log_every=20)
+    row = dict(seq_len=128, batch_size=16, save_every=10_000, log_every=20)
 
     def train(init_from, tokens, mixture=GENERAL, peak=1.5e-3, loss=None, kind="pretrain", **options):
         adam = dict(learning_rate=peak, learning_rate_floor=peak / 20, warmup_ratio=0.05, clip_norm=1.0)
