@@ -13,7 +13,7 @@ from tanuki_jax.errors import UserError
 INSTALL = {
     "gcloud": "see https://cloud.google.com/sdk/docs/install",
     "kubectl": "gcloud components install kubectl",
-    "sbatch": "run this on a login node of the cluster",
+    **dict.fromkeys(("sbatch", "squeue", "scancel"), "run this on a login node of the cluster"),
 }
 TIMED_OUT = 124  # exit code of a command that was stopped at its time limit, as of timeout(1)
 

@@ -77,8 +77,8 @@ class Settings:
 
     # --- Slurm
     nodes: int = key(1, "how many", "slurm")
-    gpus: int = key(8, "of a node; one process for each", "slurm")
-    cpus_per_gpu: int = key(8, "cores of each process", "slurm")
+    gpus: int = key(8, "of a node, one process for each; 0 = CPUs alone, one process of a node", "slurm")
+    cpus_per_gpu: int = key(8, "CPUs of each process", "slurm")
     time: str = key("24:00:00", "limit of one run of the job", "slurm")
     partition: str = key("", "Slurm's --partition", "slurm")
     account: str = key("", "Slurm's --account", "slurm")
@@ -181,7 +181,7 @@ def _check(platform: str, settings: Settings) -> Settings:
         raise UserError(f"launch: name is {settings.name!r}; use at most 50 small letters, digits and '-', a letter first")
     for name in keys_of(platform):
         value = getattr(settings, name)
-        if TYPES[name] in (int, float) and not 0 < value < 1e9 and not (name == "poll" and value == 0):
+        if TYPES[name] in (int, float) and not 0 < value < 1e9 and not (name in ("poll", "gpus") and value == 0):
             raise UserError(f"launch: {name} is {value}; it must be more than 0")
     for name, choices in (("provisioning_model", PROVISIONING_MODELS), ("delete", ("done", "always", "never"))):
         if getattr(settings, name) not in choices:
