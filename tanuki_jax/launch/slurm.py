@@ -7,7 +7,6 @@ readable by the user alone), JOB.log (of all its starts), JOB/ended (why it ende
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
@@ -16,6 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from tanuki_jax.errors import UserError
+from tanuki_jax.launch import worker
 from tanuki_jax.launch.commands import Commands
 from tanuki_jax.launch.settings import Settings, environment, hide, require, run_flags
 
@@ -29,7 +29,7 @@ ACTIONS = {
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = Path(sys.executable).with_name("tanuki")
 LINES = 200  # of the log
-# Whether the run itself says that it is done: every stage of its recipe is in its summary.
+# worker.is_done for a script: whether every stage of the recipe is in its summary.
 CHECK = """import json, sys
 with open(sys.argv[1], encoding="utf-8") as f:
     summary = json.load(f)
@@ -89,7 +89,7 @@ def status(settings: Settings, commands: Commands) -> None:
     stages = sorted(path.parent.name for path in workdir.glob("stages/*/done.json"))
     steps = [path for path in workdir.glob("stages/*/checkpoints/*") if path.name.isdigit()]
     newest = max(steps, key=lambda path: path.stat().st_mtime, default=None)
-    print(f"run: {'done' if _finished(workdir) else 'not done'}; stages done: {', '.join(stages) or 'none'}", end="")
+    print(f"run: {'done' if worker.is_done(workdir) else 'not done'}; stages done: {', '.join(stages) or 'none'}", end="")
     print(f"; newest checkpoint: {newest.parent.parent.name}, step {int(newest.name)}" if newest else "; no checkpoint")
 
 
@@ -232,15 +232,6 @@ def _jobs(settings: Settings, commands: Commands) -> list[tuple[str, str]]:
 
 def _newest(settings: Settings, pattern: str) -> Path | None:
     return max(_folder(settings).glob(pattern), key=lambda path: path.stat().st_mtime, default=None)
-
-
-def _finished(workdir: Path) -> bool:
-    """The same as CHECK."""
-    try:
-        summary = json.loads((workdir / "summary.json").read_text(encoding="utf-8"))
-        return {stage["name"] for stage in summary["stages"]} == set(summary["config"]["stages"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
 
 
 def _shell(value: str | list[str]) -> str:

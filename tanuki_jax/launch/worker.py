@@ -136,7 +136,7 @@ def status(launch: dict[str, Any], options: argparse.Namespace) -> dict[str, Any
     workdir = Path(launch["workdir"])
     attempts = sorted(int(path.name) for path in (workdir / "launch").glob("[0-9]*") if path.name.isdigit())
     current = _current()
-    result: dict[str, Any] = {"attempt": attempts[-1] if attempts else 0, "exits": {}, "started": [], "done": _done(workdir)}
+    result: dict[str, Any] = {"attempt": attempts[-1] if attempts else 0, "exits": {}, "started": [], "done": is_done(workdir)}
     if attempts:
         directory = workdir / "launch" / str(attempts[-1])
         result["started"] = sorted(path.name[:-4] for path in directory.glob("*.log"))
@@ -182,7 +182,7 @@ def stop(launch: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
 # --- what the actions share -------------------------------------------------------------------------------------------
 
 
-def _done(workdir: Path) -> bool:
+def is_done(workdir: Path) -> bool:
     """Whether the run itself says that every stage of its recipe is finished: summary.json, which it writes at its end."""
     try:
         summary = json.loads((workdir / "summary.json").read_text())

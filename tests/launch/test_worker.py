@@ -251,9 +251,9 @@ def test_an_images_old_python_is_enough(tmp_path):
 
 def test_the_runs_own_sign_is_what_a_recipe_leaves(tmp_path_factory, tmp_path):
     workdir = trained(tmp_path_factory.getbasetemp())
-    assert worker._done(workdir)
+    assert worker.is_done(workdir)
     summary = json.loads((workdir / "summary.json").read_text())
     del summary["stages"][-1]
     (tmp_path / "summary.json").write_text(json.dumps(summary))
-    assert not worker._done(tmp_path) and not worker._done(tmp_path / "nowhere")
+    assert not worker.is_done(tmp_path) and not worker.is_done(tmp_path / "nowhere")
     assert worker._progress(workdir)[0] == len(summary["stages"]) + 1
