@@ -16,7 +16,8 @@ from tanuki_jax.config.schema import Recipe
 from tanuki_jax.errors import UserError
 from tanuki_jax.recipe import placement
 from tanuki_jax.recipe.workdir import Workdir
-from tanuki_jax.train.step import Params, State
+from tanuki_jax.train.contract import Params
+from tanuki_jax.train.step import State
 
 
 @dataclass(frozen=True)

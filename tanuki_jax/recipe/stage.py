@@ -26,9 +26,10 @@ from tanuki_jax.recipe.validation import make_validation
 from tanuki_jax.recipe.workdir import Workdir
 from tanuki_jax.report.trackers import MetricsCallback
 from tanuki_jax.train import balance, loop, lr_range
+from tanuki_jax.train.contract import Params
 from tanuki_jax.train.loop import Job, StageSummary, run_loop
 from tanuki_jax.train.metrics import read_metrics
-from tanuki_jax.train.step import Params, State, init_state
+from tanuki_jax.train.step import State, init_state
 
 
 def run_stage(

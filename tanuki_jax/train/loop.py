@@ -16,10 +16,10 @@ from tanuki_jax import config, files, multihost
 from tanuki_jax.checkpoint import Checkpoints, Meta
 from tanuki_jax.errors import Preempted, UserError
 from tanuki_jax.progress import Progress
+from tanuki_jax.train.contract import Batch, Params
 from tanuki_jax.train.goodput import Clock
 from tanuki_jax.train.guard import Events, Guard, read_events
 from tanuki_jax.train.metrics import MetricsWriter, Row, mfu, read_metrics, to_plain, validation_loss
-from tanuki_jax.train.next_token import Batch, Params
 from tanuki_jax.train.profile import Profile, handle_sigusr1
 from tanuki_jax.train.retention import steps_to_keep
 from tanuki_jax.train.rollback import SkippedBatches
