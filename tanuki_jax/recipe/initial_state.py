@@ -73,12 +73,6 @@ class InitialState:
         with jax.set_mesh(mesh):
             return cast(loaded.params, model.lora.scale_tree(self.adapter_scales))
 
-    def load_moments(self, abstract: State) -> optax.OptState:
-        """The optimizer's state of the checkpoint; abstract: shapes and shardings of the state that holds it."""
-        if self.init_checkpoint is None:
-            raise UserError("config: restore='all' needs a stage or checkpoint in init_from")
-        return load_moments(self.init_checkpoint, abstract)
-
     def adapter_meta(self, stage_dir: Path) -> checkpoint.AdapterMeta:
         """What the stage's checkpoints say of their adapters."""
         assert self.base_checkpoint is not None
@@ -142,7 +136,7 @@ def _load_adapters(
 
 
 def load_moments(path: Path, abstract: State) -> optax.OptState:
-    """The optimizer's state of a checkpoint."""
+    """The optimizer's state of a checkpoint; abstract: shapes and shardings of the train state that holds it."""
     stage_dir, step = checkpoint.locate(path)
     checkpoint.check_sums(stage_dir, step, "optimizer")
     checkpoints = checkpoint.Checkpoints(stage_dir, keep=checkpoint.KEEP_ALL)

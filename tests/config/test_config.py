@@ -218,6 +218,7 @@ INVALID = {
     "mixture from a parent": (dict(stages__sft__moe=True), ["stages.sft.moe", "'upcycle'"]),
     "sft of nothing": (dict(stages__sft__init_from=""), ["stages.sft.init_from is empty", "trained model"]),
     "dpo of nothing": (dict(stages__dpo__init_from=""), ["stages.dpo.init_from is empty", "trained model"]),
+    "moments of nothing": (dict(stages__pretrain__restore="all"), ["restore='all' needs a stage or checkpoint in init_from"]),
     "no budget": (dict(stages__pretrain__steps=0), ["stages.pretrain", "exactly one of steps, tokens and epochs", "0, 0"]),
     "two budgets": (dict(stages__pretrain__tokens=9), ["stages.pretrain", "exactly one of", "3, 9"]),
     "negative steps": (dict(stages__pretrain__steps=-3), ["stages.pretrain.steps", "-3"]),
