@@ -25,7 +25,7 @@ from tanuki_jax.checkpoint.restore import (
     save_params,
 )
 from tanuki_jax.checkpoint.sharding import parameter_shardings, replicated, sharded_like, single_device
-from tanuki_jax.config.init_from import locate
+from tanuki_jax.config.checkpoint_paths import locate
 
 if TYPE_CHECKING:
     from tanuki_jax.checkpoint.manager import KEEP_ALL, Checkpoints

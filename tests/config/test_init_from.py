@@ -7,7 +7,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from tanuki_jax import config
-from tanuki_jax.config.init_from import locate
+from tanuki_jax.config.checkpoint_paths import locate
 from tanuki_jax.errors import UserError
 
 SHAPE = dict(vocab_size=512, n_layers=2, d_model=32, d_ff=64, n_heads=4, n_kv_heads=2, head_dim=8)
