@@ -96,7 +96,7 @@ def kind_of(field):
     return typing.get_type_hints(next(c for c in SCHEMAS if field in dataclasses.fields(c)))[field.name]
 
 
-SCHEMAS = [c for c in vars(config).values() if isinstance(c, type) and dataclasses.is_dataclass(c)]
+SCHEMAS = [c for c in vars(schema).values() if isinstance(c, type) and dataclasses.is_dataclass(c)]
 WRONG = {str: [3], int: ["3", 1.5, True], float: ["3", True], bool: [1, "yes"], tuple: ["abc", 3, (None,)], dict: [3, "a"]}
 OTHER = {str: "else", int: 77, float: 0.77, bool: None, tuple: (7,), dict: {"else": (0.5,)}}
 
