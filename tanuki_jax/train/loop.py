@@ -163,8 +163,8 @@ class _Attempt:
         rows = self._writer.rows if self._writer else read_metrics(job.directory)
         guard.replay(row for row in rows if row["step"] <= start)
         if self._writer and self._writer.replayed_seconds:
-            context.events.add("resumed", start, lost_seconds=round(self._writer.replayed_seconds, 3))
-        replayed = sum(event.get("lost_seconds", 0.0) for event in read_events(job.directory))
+            context.events.add("resumed", start, replayed_seconds=round(self._writer.replayed_seconds, 3))
+        replayed = sum(event.get("replayed_seconds", 0.0) for event in read_events(job.directory))
         context.clock.resume(start, rows[-1] if self._writer and rows else {}, replayed)
         self._progress = Progress(job.name, job.steps, quiet=jax.process_index() != 0)
         self._has_slow_host = False

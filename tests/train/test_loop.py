@@ -313,7 +313,8 @@ def test_the_times_add_up_and_lost_ones_are_told(tmp_path):
     assert first["step"] == 6 and first["seconds_by_phase"]["replayed"] == 0
     run(job(tmp_path, save_every=4))
     last = rows(tmp_path)[-1]
-    times = last["seconds_by_phase"]
+    times, [event] = last["seconds_by_phase"], events(tmp_path)
+    assert event["event"] == "resumed" and times["replayed"] == event["replayed_seconds"]
     assert times["replayed"] == pytest.approx(first["seconds"] - rows(tmp_path)[3]["seconds"], abs=2e-3)
     assert sum(times.values()) - times["replayed"] == pytest.approx(last["seconds"], abs=1e-2)
     assert 0 < last["goodput"] < 1 and all(value >= 0 for value in times.values())
