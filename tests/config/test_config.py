@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from tanuki_jax import config
 from tanuki_jax.config import schema
 from tanuki_jax.errors import UserError
+from tests import tiny_recipe
 from tests.config.golden.__main__ import CONFIGS, HERE, KEYS, golden, keys, resolved
 
 ANEW = "if this is meant, run `python -m tests.config.golden` and read its diff"
@@ -185,7 +186,7 @@ def test_stages_after_upcycling_are_mixtures_and_keep_their_rope_base():
     made = config.resolve(with_changes(stages__sft__rope_theta=5e5))
     experts = {name: config.model_config(made, name).n_experts for name in made.stages}
     assert experts == {"pretrain": 0, "upcycle": 4, "sft": 4, "dpo": 4}
-    assert [config.model_config(made, name).rope_theta for name in ("pretrain", "sft", "dpo")] == [1e4, 5e5, 1e4]
+    assert [config.model_config(made, name).rope_theta for name in ("pretrain", "sft", "dpo")] == [1e4, 5e5, 5e5]
 
 
 def test_keys_of_the_mixture_say_nothing_where_there_is_none():
@@ -266,3 +267,16 @@ def test_bad_flags_are_one_message_with_the_key(flags, words, file):
     with pytest.raises(UserError) as error:
         config.load([flag.format(file=file) for flag in flags])
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+
+
+def test_a_stage_goes_on_with_the_rotary_base_of_the_stage_that_it_starts_from():
+    """Also through an upcycling, which trains nothing."""
+    c = tiny_recipe.get_config()
+    stages = tiny_recipe.STAGES
+    c.stages.pretrain.rope_theta = 5e5
+    c.stages.dpo.rope_theta = 2e4
+    resolved = config.resolve(c)
+    assert [config.model_config(resolved, name).rope_theta for name in stages] == [5e5] * (len(stages) - 1) + [2e4]
+    c.stages.pretrain.rope_theta = 0.0
+    resolved = config.resolve(c)
+    assert [config.model_config(resolved, name).rope_theta for name in stages] == [1e4] * (len(stages) - 1) + [2e4]

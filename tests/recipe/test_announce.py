@@ -22,14 +22,6 @@ def test_keys_that_differ_from_the_defaults_and_both_tables_of_parameters(capsys
     assert "parameters, mixture:" not in printed(capsys, stages=("pretrain",))
 
 
-def test_a_rotary_base_that_changes_between_stages_is_told(capsys):
-    def change(c):
-        c.stages.continued.rope_theta = 5e5
-
-    assert "rope_theta" not in printed(capsys)
-    assert "stage sft: rope_theta is 10000, and 500000 in stage continued that it starts from" in printed(capsys, change)
-
-
 def test_a_schedule_that_does_not_end_within_its_stage_is_told(capsys):
     def change(c):
         c.stages.pretrain.optimizer.warmup_steps = 9
