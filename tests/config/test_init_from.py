@@ -137,7 +137,7 @@ def test_a_stage_says_that_another_rotary_base_is_meant(tmp_path):
     assert "stages.sft.rope_theta" in message(recipe(home, rope_theta=1e4))
     made = config.resolve(recipe(home, dict(rope_theta=8e6), rope_theta=1e4))
     assert config.model_config(made, "sft").rope_theta == 8e6
-    assert config.model_config(config.resolve(recipe(home, dict(rope_theta=8e6))), "dpo").rope_theta == 5e5
+    assert config.model_config(config.resolve(recipe(home, dict(rope_theta=8e6))), "dpo").rope_theta == 8e6
 
 
 MIXTURES = {
