@@ -11,10 +11,9 @@ import importlib
 from typing import TYPE_CHECKING
 
 from tanuki_jax.checkpoint.lazy import Block, LazyArray, LazyCheckpoint, block_indices, open_lazy
-from tanuki_jax.checkpoint.meta import AdapterMeta, Meta, StageRecord, inherited_meta, lineage, max_seq_len
+from tanuki_jax.checkpoint.meta import AdapterMeta, Meta, inherited_meta, lineage, max_seq_len
 from tanuki_jax.checkpoint.restore import (
     Adapters,
-    Loaded,
     adapters_meta,
     check_architecture,
     check_sums,
@@ -24,8 +23,8 @@ from tanuki_jax.checkpoint.restore import (
     read_meta,
     save_params,
 )
-from tanuki_jax.checkpoint.sharding import parameter_shardings, replicated, sharded_like, single_device
-from tanuki_jax.config.init_from import locate
+from tanuki_jax.checkpoint.sharding import parameter_shardings, replicated, sharded_like
+from tanuki_jax.config.checkpoint_paths import locate
 
 if TYPE_CHECKING:
     from tanuki_jax.checkpoint.manager import KEEP_ALL, Checkpoints
@@ -39,9 +38,7 @@ __all__ = [
     "KEEP_ALL",
     "LazyArray",
     "LazyCheckpoint",
-    "Loaded",
     "Meta",
-    "StageRecord",
     "adapters_meta",
     "block_indices",
     "check_architecture",
@@ -60,7 +57,6 @@ __all__ = [
     "save_params",
     "save_streaming",
     "sharded_like",
-    "single_device",
 ]
 
 LAZY_MODULES = {  # of what needs Orbax, whose import takes a tenth of a second

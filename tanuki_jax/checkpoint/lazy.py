@@ -14,7 +14,7 @@ from tanuki_jax import config, files, model
 from tanuki_jax.checkpoint import checksums
 from tanuki_jax.checkpoint.meta import Meta, without_adapter
 from tanuki_jax.checkpoint.restore import base_of, check_sums, read_meta
-from tanuki_jax.config.init_from import locate
+from tanuki_jax.config.checkpoint_paths import locate, step_directory
 from tanuki_jax.errors import UserError
 
 Block = tuple[str, tuple[int, ...], np.ndarray]  # name, leading indices, array
@@ -110,7 +110,7 @@ class _StepArrays:
 
     def __init__(self, stage_directory: Path, step: int) -> None:
         self._step = f"{stage_directory} step {step}"
-        self._directory = stage_directory / "checkpoints" / str(step) / "params"
+        self._directory = step_directory(stage_directory, step) / "params"
         self._checksums = checksums.ChecksumVerifier(self._directory.parent)
         self.verify = functools.cache(lambda: check_sums(stage_directory, step, "params", self._checksums.verified))
         try:

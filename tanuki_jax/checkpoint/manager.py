@@ -19,6 +19,7 @@ from tanuki_jax import files, multihost
 from tanuki_jax.checkpoint import checksums
 from tanuki_jax.checkpoint.meta import Meta
 from tanuki_jax.checkpoint.sharding import Tree
+from tanuki_jax.config.checkpoint_paths import checkpoints_directory, step_directory
 from tanuki_jax.errors import UserError
 from tanuki_jax.files import lock
 
@@ -89,7 +90,8 @@ class Checkpoints:
     """
 
     def __init__(self, stage_directory: Path, keep: int = 1) -> None:
-        self.directory = files.absolute(stage_directory) / "checkpoints"
+        self._stage_directory = files.absolute(stage_directory)
+        self.directory = checkpoints_directory(self._stage_directory)
         self._keep_steps = _KeepSteps()
         policies = [ocp.checkpoint_managers.LatestN(keep), self._keep_steps]
         processes = set(range(jax.process_count())) if jax.process_count() > 1 else None
@@ -108,6 +110,9 @@ class Checkpoints:
         self._checksum_thread: threading.Thread | None = None
         self._checksum_error: OSError | None = None  # why the check sums could not be written
 
+    def _step_directory(self, step: int) -> Path:
+        return step_directory(self._stage_directory, step)
+
     def latest(self) -> int | None:
         """The newest whole checkpoint's step."""
         return self._manager.latest_step()
@@ -125,11 +130,11 @@ class Checkpoints:
         run was killed before they were written, cannot be verified; it is tried only if there is no other.
         """
         candidates = _from_process_zero(
-            sorted((checksums.has_checksums(self.directory / str(step)), step) for step in self.steps())
+            sorted((checksums.has_checksums(self._step_directory(step)), step) for step in self.steps())
         )
         while candidates:
             has_checksums, step = candidates.pop()
-            damage = checksums.find_corruption(self.directory / str(step), *multihost.process_slice())
+            damage = checksums.find_corruption(self._step_directory(step), *multihost.process_slice())
             damage, state = multihost.first_error(damage, "check sums"), None
             if not damage:
                 try:
@@ -167,7 +172,7 @@ class Checkpoints:
         def move() -> None:
             target = self.directory / f"{prefix}-{step}"
             shutil.rmtree(target, ignore_errors=True)
-            (self.directory / str(step)).rename(target)
+            self._step_directory(step).rename(target)
 
         multihost.on_process_zero(move, "putting a checkpoint aside")
         self._manager.reload()
@@ -236,7 +241,7 @@ class Checkpoints:
 
     def _write_checksums(self, step: int) -> None:
         """Once the save is complete, writes the check sums of its files."""
-        step_dir = self.directory / str(step)
+        step_dir = self._step_directory(step)
         while not step_dir.is_dir():  # Orbax gives it its name last
             if self._abandoned:
                 return

@@ -16,7 +16,7 @@ from tanuki_jax import config, files, model, multihost, parallel
 from tanuki_jax.checkpoint import checksums
 from tanuki_jax.checkpoint.meta import AdapterMeta, Meta, without_adapter
 from tanuki_jax.checkpoint.sharding import Tree, parameter_shardings, replicated, sharded_like, single_device
-from tanuki_jax.config.init_from import locate
+from tanuki_jax.config.checkpoint_paths import locate, meta_file, step_directory
 from tanuki_jax.errors import UserError
 
 REMOVAL_SECONDS = 2.0  # that retention may take to remove a step of which files are missing
@@ -94,7 +94,7 @@ def _restore(stage_directory: Path, step: int, shapes: Tree, shardings: Tree | N
         like = sharded_like(shapes, shardings) if shardings else single_device(shapes)
         return checkpoints.restore_items(step, {"params": like})["params"]
     except (ValueError, KeyError, FileNotFoundError) as error:
-        check_not_removed(stage_directory / "checkpoints" / str(step))
+        check_not_removed(step_directory(stage_directory, step))
         raise _unreadable(stage_directory, step, str(error).splitlines()[0]) from error
     finally:
         checkpoints.close()
@@ -105,7 +105,7 @@ def check_sums(stage_directory: Path, step: int, item: str, verified: Collection
 
     verified: files that were compared already, by their paths in the step.
     """
-    step_dir = Path(stage_directory) / "checkpoints" / str(step)
+    step_dir = step_directory(stage_directory, step)
     damage = checksums.find_corruption(step_dir, *multihost.process_slice(), item=item, verified=verified)
     if not damage and not step_dir.is_dir():
         damage = "it is missing"
@@ -143,11 +143,11 @@ def _unreadable(stage_directory: Path, step: int, reason: str) -> UserError:
 
 def read_meta(stage_directory: Path, step: int) -> Meta:
     """What was saved beside the arrays of one step."""
-    step_dir = Path(stage_directory) / "checkpoints" / str(step)
+    step_dir = step_directory(stage_directory, step)
     if damage := checksums.find_corruption(step_dir, item="meta"):
         _raise_damaged(step_dir, damage)
     try:
-        meta: Meta = files.read_json(step_dir / "meta" / "metadata")  # through Orbax's manager it takes ten times as long
+        meta: Meta = files.read_json(meta_file(stage_directory, step))  # through Orbax's manager it takes ten times as long
         config.read_model(meta)
     except KeyError as error:
         raise _unreadable(stage_directory, step, f"{error} is missing in its meta") from error
@@ -206,7 +206,7 @@ def adapters_meta(stage_directory: Path, base: Path, ranks: dict[str, int], scal
       scales: of each adapter, for each layer.
     """
     base_stage, step = locate(base)
-    path = base_stage / "checkpoints" / str(step)
+    path = step_directory(base_stage, step)
     same_workdir = base_stage.parent == files.absolute(stage_directory).parent
     return {
         "base": os.path.relpath(path, files.absolute(stage_directory)) if same_workdir else str(path),

@@ -19,6 +19,7 @@ from tanuki_jax.checkpoint.lazy import Block, block_shape, file_of, in_step
 from tanuki_jax.checkpoint.manager import join_orbax
 from tanuki_jax.checkpoint.meta import Meta
 from tanuki_jax.checkpoint.sharding import Tree
+from tanuki_jax.config.checkpoint_paths import checkpoints_directory, step_directory
 
 PREFETCH = 3  # blocks that are written while the next one is made: the matrices of an expert
 
@@ -86,7 +87,8 @@ def save_streaming(stage_directory: Path, cfg: config.ModelConfig, blocks: Itera
     stream_handler = _StreamHandler(len(streams), until_stopped())
     registry = ocp.type_handlers.create_type_handler_registry((_Stream, stream_handler))
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry)
-    directory = files.absolute(stage_directory) / "checkpoints"
+    stage_directory = files.absolute(stage_directory)
+    directory = checkpoints_directory(stage_directory)
     options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
     handlers = {"params": handler, "meta": ocp.JsonCheckpointHandler()}
     with files.disk_errors(directory), ocp.CheckpointManager(directory, options=options, item_handlers=handlers) as manager:
@@ -98,7 +100,7 @@ def save_streaming(stage_directory: Path, cfg: config.ModelConfig, blocks: Itera
             stopped.set()
             join_orbax()
             raise
-        checksums.write_checksums(directory / "0", 0, 1, stream_handler.sums)
+        checksums.write_checksums(step_directory(stage_directory, 0), 0, 1, stream_handler.sums)
         files.sync(directory)
 
 

@@ -135,11 +135,11 @@ def _tokenizer_train(options: argparse.Namespace) -> None:
     from tokenization.vocab_size import check_vocab_size
 
     train_options = TrainOptions(
-        options.vocab_size,
-        options.character_coverage,
-        options.boundary,
-        options.dictionary,
-        _parse_language_weights(options.language_weights),
+        vocab_size=options.vocab_size,
+        character_coverage=options.character_coverage,
+        boundary=options.boundary,
+        dictionary=options.dictionary,
+        language_weights=_parse_language_weights(options.language_weights),
     )
 
     def texts() -> Iterator[tuple[str, str]]:

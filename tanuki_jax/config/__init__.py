@@ -4,8 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from tanuki_jax.config.derived import is_moe, model_config, moe_layers, stage_sources, stage_steps, tokens_per_step
-from tanuki_jax.config.kinds import STAGE_KINDS, BatchArray, StageKind
-from tanuki_jax.config.ranges import Range
+from tanuki_jax.config.kinds import STAGE_KINDS
 from tanuki_jax.config.schema import (
     CHOICES,
     MOE_KEYS,
@@ -19,20 +18,16 @@ from tanuki_jax.config.schema import (
     ModelConfig,
     Optimizer,
     Recipe,
-    Rules,
-    Scoring,
     Source,
     Stage,
     Tokenizer,
     Upcycle,
-    Validation,
     key_types,
 )
 from tanuki_jax.config.validate import check_moe, check_upcycle, lora_ranks, unreached_schedule
 
 if TYPE_CHECKING:
     from tanuki_jax.config.build import (
-        defaults,
         from_dict,
         load,
         non_default,
@@ -45,8 +40,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "STAGE_KINDS",
-    "BatchArray",
-    "StageKind",
     "stage_sources",
     "tokens_per_step",
     "CHOICES",
@@ -60,18 +53,13 @@ __all__ = [
     "Compute",
     "Optimizer",
     "PREFERENCES",
-    "Range",
     "Recipe",
-    "Rules",
-    "Scoring",
     "Source",
     "Stage",
     "Tokenizer",
     "Upcycle",
-    "Validation",
     "check_moe",
     "check_upcycle",
-    "defaults",
     "from_dict",
     "is_moe",
     "key_types",
@@ -90,7 +78,7 @@ __all__ = [
 ]
 
 # Of build.py, which imports ml_collections.
-LAZY = ("non_default", "defaults", "from_dict", "load", "read_model", "recipe", "resolve", "stage", "to_dict")
+LAZY = ("non_default", "from_dict", "load", "read_model", "recipe", "resolve", "stage", "to_dict")
 
 
 def __getattr__(name: str) -> Any:

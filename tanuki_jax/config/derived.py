@@ -16,11 +16,19 @@ def is_moe(recipe: Recipe, name: str) -> bool:
     return stage.init_from in recipe.stages and is_moe(recipe, stage.init_from)
 
 
+def rope_theta(recipe: Recipe, name: str) -> float:
+    """RoPE base of a stage: its own, else that of the stage that it starts from, else the model's."""
+    stage = recipe.stages[name]
+    if stage.rope_theta:
+        return stage.rope_theta
+    return rope_theta(recipe, stage.init_from) if stage.init_from in recipe.stages else recipe.model.rope_theta
+
+
 def model_config(recipe: Recipe, name: str) -> ModelConfig:
     """The model that stage `name` ends with: dense or mixture, with the stage's RoPE base."""
     architecture = {f.name: getattr(recipe.model, f.name) for f in dataclasses.fields(Model)}
     architecture["n_experts"] = recipe.model.n_experts if is_moe(recipe, name) else 0
-    architecture["rope_theta"] = recipe.stages[name].rope_theta or recipe.model.rope_theta
+    architecture["rope_theta"] = rope_theta(recipe, name)
     return ModelConfig(**architecture, compute=recipe.compute)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tanuki_jax import files
+from tanuki_jax.config.checkpoint_paths import checkpoints_directory, locate, meta_file
 from tanuki_jax.config.derived import is_moe
 from tanuki_jax.config.kinds import STAGE_KINDS
 from tanuki_jax.config.schema import MOE_KEYS, Recipe
@@ -23,19 +24,6 @@ SHAPE = (
     *("vocab_size", "n_layers", "d_model", "d_ff", "n_heads", "n_kv_heads", "head_dim"),
     *("norm_eps", "qk_norm", "rope_theta"),
 )
-
-
-def locate(path: str | Path) -> tuple[Path, int]:
-    """Stage directory and step of a `--checkpoint`: a stage's directory (newest step) or one step's."""
-    path = files.absolute(path)
-    if path.name.isdigit() and path.parent.name == "checkpoints" and path.is_dir():
-        return path.parent.parent, int(path.name)
-    steps = [int(p.name) for p in (path / "checkpoints").glob("*") if p.name.isdigit()] if path.is_dir() else []
-    if not steps:
-        raise UserError(
-            f"checkpoint: {path} has no checkpoints/<step>; give a stage's directory, runs/nano/stages/sft for example"
-        )
-    return path, max(steps)
 
 
 def inherit(recipe: Recipe, left_out: Collection[str]) -> Recipe:
@@ -49,7 +37,7 @@ def inherit(recipe: Recipe, left_out: Collection[str]) -> Recipe:
         where = f"config: stages.{name}.{key} {path}"
         _refuse_published(where, path)
         stage_dir, step = locate(path)
-        meta = files.read_json(stage_dir / "checkpoints" / str(step) / "meta" / "metadata")
+        meta = files.read_json(meta_file(stage_dir, step))
         brought = meta.get("model") if isinstance(meta, dict) else None
         if not isinstance(brought, dict):
             raise UserError(f"{where} has no model in its meta; it is damaged, or no checkpoint of this project")
@@ -64,14 +52,14 @@ def _external_checkpoints(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
         if stage.init_from and stage.init_from not in recipe.stages and Path(stage.init_from).is_dir():
             yield name, "init_from", stage.init_from
         for path in stage.upcycle.experts_from if STAGE_KINDS[stage.kind].makes_moe else ():
-            if path not in recipe.stages and (Path(path) / "checkpoints").is_dir():
+            if path not in recipe.stages and checkpoints_directory(Path(path)).is_dir():
                 yield name, "upcycle.experts_from", path
 
 
 def _refuse_published(where: str, path: str) -> None:
     kinds = (("adapter_config.json", "PEFT's adapters", " --base=CHECKPOINT"), ("config.json", "a Hugging Face model", ""))
     for file, content, flag in kinds:
-        if (Path(path) / file).is_file() and not (Path(path) / "checkpoints").is_dir():
+        if (Path(path) / file).is_file() and not checkpoints_directory(Path(path)).is_dir():
             output = f"{path.rstrip('/')}-imported"
             raise UserError(
                 f"{where} holds {content}; run `tanuki import --hf={path}{flag} --output={output}` first, and start from "

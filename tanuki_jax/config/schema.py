@@ -312,7 +312,7 @@ class Stage:
     tokens: int = key(0, "budget in tokens, B*S per step", TOKENS)
     epochs: float = key(0.0, "budget in passes over the packed rows (sft and dpo)", Range(0, 1e6))
     reset_attention: bool = key(True, "attention and positions start anew at each document (Tanuki's pretraining: no)")
-    rope_theta: float = key(0.0, "RoPE base of this stage; 0 = the model's", Range(1, 1e12, besides=0))
+    rope_theta: float = key(0.0, "RoPE base from this stage on; 0 = as before", Range(1, 1e12, besides=0))
     optimizer: Optimizer = key(Optimizer, "AdamW and its schedule")
     loss: Loss = key(Loss, "loss options")
     lora: Lora = key(Lora, "adapters instead of all parameters")

@@ -160,6 +160,8 @@ def _check_stage(recipe: Recipe, name: str, stage: Stage) -> None:
         raise UserError(f"{where}.moe follows from stage {stage.init_from!r} that it starts from; leave it out")
     if not kind.from_scratch and not stage.init_from:
         raise UserError(f"{where}.init_from is empty; a {stage.kind} stage must start from a trained model")
+    if stage.restore == "all" and not stage.init_from:
+        raise UserError("config: restore='all' needs a stage or checkpoint in init_from")
     _check_amounts(where, stage, recipe.validation.tokens)
     check_moments(f"{where}.optimizer.", stage.optimizer)
     _check_losses(where, stage)

@@ -189,11 +189,6 @@ class StageSource:
 
 
 def _open_windows(source: StageSource) -> Windows:
-    if 0 < source.held_out < source.seq_len:
-        raise UserError(
-            f"config: validation.tokens is {source.held_out}, less than one row of stage {source.stage} ({source.seq_len} "
-            "tokens); raise it, or set it to 0"
-        )
     windows = Windows(source.tokens, source.seq_len, source.reset_attention, source.vocab_size, source.held_out)
     if not len(windows):
         raise UserError(

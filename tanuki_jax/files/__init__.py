@@ -2,7 +2,7 @@
 
 from tanuki_jax.files.atomic import atomic_path, read_json, remove_unfinished, write_json, write_jsonl, write_text
 from tanuki_jax.files.direct_io import PIECE, advise_willneed, direct_writer, prefetch
-from tanuki_jax.files.disk import absolute, disk_errors, fingerprint, reserve, sync
+from tanuki_jax.files.disk import absolute, disk_errors, fingerprint, sync
 
 __all__ = [
     "PIECE",
@@ -15,7 +15,6 @@ __all__ = [
     "prefetch",
     "read_json",
     "remove_unfinished",
-    "reserve",
     "sync",
     "write_json",
     "write_jsonl",

@@ -9,7 +9,6 @@ from typing import Any
 import jax
 
 from tanuki_jax import config
-from tanuki_jax.config import STAGE_KINDS
 from tanuki_jax.config.schema import Recipe
 from tanuki_jax.recipe import placement
 
@@ -36,25 +35,11 @@ def announce(recipe: Recipe, mesh: jax.sharding.Mesh, meshes: Mapping[str, jax.s
 def _remarks(recipe: Recipe, stage: str) -> list[str]:
     """What a reader of the config might not expect of a stage."""
     options, lines = recipe.stages[stage], []
-    if _changes_rope_theta(recipe, stage):
-        before, here = (config.model_config(recipe, n).rope_theta for n in (options.init_from, stage))
-        lines.append(
-            f"stage {stage}: rope_theta is {here:g}, and {before:g} in stage {options.init_from} that it starts from; "
-            f"stages.{stage}.rope_theta={before:g} goes on with that"
-        )
     if options.lora.rank:
         lines.append(f"stage {stage}: {placement.describe_adapters(config.model_config(recipe, stage), options.lora)}")
     steps = config.stage_steps(options)
     message = config.unreached_schedule(options.optimizer, steps) if steps else ""
     return [*lines, f"stage {stage}: {message}"] if message else lines
-
-
-def _changes_rope_theta(recipe: Recipe, stage: str) -> bool:
-    """Whether a stage leaves the rotary base of the stage before it without saying so."""
-    options, parent = recipe.stages[stage], recipe.stages[stage].init_from
-    if not STAGE_KINDS[options.kind].trains or options.rope_theta or parent not in recipe.stages:
-        return False
-    return config.model_config(recipe, parent).rope_theta != config.model_config(recipe, stage).rope_theta
 
 
 def _format_mesh(mesh: jax.sharding.Mesh) -> str:

@@ -42,7 +42,7 @@ def prepare(recipe: Recipe, workdir: Workdir, names: set[str]) -> Artifacts:
 def _prepare(recipe: Recipe, where: Path, names: set[str]) -> Artifacts:
     tokenizer_sources = () if recipe.tokenizer.path else _tokenizer_sources(recipe)
     located = {name: _locate(recipe, name, where) for name in sorted({*names, *tokenizer_sources})}
-    tokenizer = Tokenizer(_tokenizer(recipe, located, where))
+    tokenizer = Tokenizer(_prepare_tokenizer(recipe, located, where))
     if tokenizer.vocab_size > recipe.model.vocab_size:
         raise UserError(
             f"config: model.vocab_size {recipe.model.vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size} "
@@ -128,7 +128,7 @@ def _locate(recipe: Recipe, name: str, where: Path) -> tuple[str, str]:
     return str(path), identity
 
 
-def _tokenizer(recipe: Recipe, located: dict[str, tuple[str, str]], where: Path) -> Path:
+def _prepare_tokenizer(recipe: Recipe, located: dict[str, tuple[str, str]], where: Path) -> Path:
     """The directory of the tokenizer, trained first where the recipe names none."""
     options = recipe.tokenizer
     if options.path:
@@ -144,11 +144,11 @@ def _tokenizer(recipe: Recipe, located: dict[str, tuple[str, str]], where: Path)
         from tokenization.train import train
 
         train_options = TrainOptions(
-            options.vocab_size,
-            options.character_coverage,
-            options.boundary,
-            options.dictionary,
-            options.language_weights,
+            vocab_size=options.vocab_size,
+            character_coverage=options.character_coverage,
+            boundary=options.boundary,
+            dictionary=options.dictionary,
+            language_weights=options.language_weights,
         )
         texts = chain.from_iterable(_texts(recipe.data[n], located[n][0], options.max_bytes) for n in names)
         with user_errors(), lock.output(output), files.atomic_path(output) as temporary:

@@ -16,7 +16,8 @@ from tanuki_jax.config.schema import Recipe
 from tanuki_jax.errors import UserError
 from tanuki_jax.recipe import placement
 from tanuki_jax.recipe.workdir import Workdir
-from tanuki_jax.train.step import Params, State
+from tanuki_jax.train.contract import Params
+from tanuki_jax.train.step import State
 
 
 @dataclass(frozen=True)
@@ -71,12 +72,6 @@ class InitialState:
         cast = jax.jit(lambda p, s: model.lora.frozen_params(cfg, p) | s, out_shardings=shardings, donate_argnums=0)
         with jax.set_mesh(mesh):
             return cast(loaded.params, model.lora.scale_tree(self.adapter_scales))
-
-    def load_moments(self, abstract: State) -> optax.OptState:
-        """The optimizer's state of the checkpoint; abstract: shapes and shardings of the state that holds it."""
-        if self.init_checkpoint is None:
-            raise UserError("config: restore='all' needs a stage or checkpoint in init_from")
-        return load_moments(self.init_checkpoint, abstract)
 
     def adapter_meta(self, stage_dir: Path) -> checkpoint.AdapterMeta:
         """What the stage's checkpoints say of their adapters."""
@@ -141,7 +136,7 @@ def _load_adapters(
 
 
 def load_moments(path: Path, abstract: State) -> optax.OptState:
-    """The optimizer's state of a checkpoint."""
+    """The optimizer's state of a checkpoint; abstract: shapes and shardings of the train state that holds it."""
     stage_dir, step = checkpoint.locate(path)
     checkpoint.check_sums(stage_dir, step, "optimizer")
     checkpoints = checkpoint.Checkpoints(stage_dir, keep=checkpoint.KEEP_ALL)

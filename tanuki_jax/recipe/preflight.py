@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tanuki_jax import config, files, model, multihost
 from tanuki_jax.config import STAGE_KINDS
+from tanuki_jax.config.checkpoint_paths import list_steps
 from tanuki_jax.config.schema import Recipe
 from tanuki_jax.errors import UserError
 from tanuki_jax.recipe.workdir import Workdir
@@ -96,7 +97,7 @@ def check_disk_space(recipe: Recipe, stages: Sequence[str], workdir: Workdir) ->
         options = recipe.stages[stage]
         if not STAGE_KINDS[options.kind].trains or options.lora.rank or workdir.done_file(stage).is_file():
             continue
-        size, saved = checkpoint_bytes(recipe, stage), len(list((workdir.stage_dir(stage) / "checkpoints").glob("[0-9]*")))
+        size, saved = checkpoint_bytes(recipe, stage), len(list_steps(workdir.stage_dir(stage)))
         if free < size:
             raise UserError(
                 f"preflight: a checkpoint of stage {stage} has {_gb(size)}, and {workdir.root} {_gb(free)} free; make room, or "

@@ -14,8 +14,9 @@ from tanuki_jax.config import STAGE_KINDS
 from tanuki_jax.config.schema import Recipe
 from tanuki_jax.recipe import placement
 from tanuki_jax.train import balance, losses
+from tanuki_jax.train.contract import Params
 from tanuki_jax.train.optimizer import make_optimizer, make_schedule
-from tanuki_jax.train.step import Params, State, TrainStep, make_train_step, make_update
+from tanuki_jax.train.step import State, TrainStep, make_train_step, make_update
 
 
 class StageProgram(NamedTuple):

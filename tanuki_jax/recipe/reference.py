@@ -14,8 +14,8 @@ from tanuki_jax.progress import Progress
 from tanuki_jax.recipe.dataset import StageDataset
 from tanuki_jax.recipe.initial_state import InitialState
 from tanuki_jax.recipe.workdir import Workdir
+from tanuki_jax.train.contract import Params
 from tanuki_jax.train.preference import pair_scores
-from tanuki_jax.train.step import Params
 
 logger = logging.getLogger(__name__)
 

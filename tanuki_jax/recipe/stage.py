@@ -18,7 +18,7 @@ from tanuki_jax.errors import UserError
 from tanuki_jax.recipe import placement
 from tanuki_jax.recipe.artifacts import Artifacts
 from tanuki_jax.recipe.dataset import StageDataset, make_dataset
-from tanuki_jax.recipe.initial_state import InitialState, resolve_initial_state
+from tanuki_jax.recipe.initial_state import InitialState, load_moments, resolve_initial_state
 from tanuki_jax.recipe.program import StageProgram, make_program
 from tanuki_jax.recipe.reference import add_reference
 from tanuki_jax.recipe.upcycle_stage import run_upcycle
@@ -26,9 +26,10 @@ from tanuki_jax.recipe.validation import make_validation
 from tanuki_jax.recipe.workdir import Workdir
 from tanuki_jax.report.trackers import MetricsCallback
 from tanuki_jax.train import balance, loop, lr_range
+from tanuki_jax.train.contract import Params
 from tanuki_jax.train.loop import Job, StageSummary, run_loop
 from tanuki_jax.train.metrics import read_metrics
-from tanuki_jax.train.step import Params, State, init_state
+from tanuki_jax.train.step import State, init_state
 
 
 def run_stage(
@@ -141,7 +142,8 @@ def _fresh_state(start: InitialState, program: StageProgram, frozen: Params) -> 
     )
     state: State = dataclasses.replace(make(start.load_params()), frozen=frozen)
     if options.restore == "all":
-        state = dataclasses.replace(state, opt_state=start.load_moments(program.abstract_state))
+        assert start.init_checkpoint is not None  # config/validate.py
+        state = dataclasses.replace(state, opt_state=load_moments(start.init_checkpoint, program.abstract_state))
     return state
 
 

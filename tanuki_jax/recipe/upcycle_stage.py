@@ -15,9 +15,10 @@ from tanuki_jax.errors import UserError
 from tanuki_jax.recipe import placement
 from tanuki_jax.recipe.initial_state import derive_key, inherit_meta, load_moments
 from tanuki_jax.recipe.workdir import Workdir
+from tanuki_jax.train.contract import Params
 from tanuki_jax.train.loop import StageSummary
 from tanuki_jax.train.optimizer import make_optimizer
-from tanuki_jax.train.step import Params, State
+from tanuki_jax.train.step import State
 
 
 def run_upcycle(recipe: Recipe, stage: str, workdir: Workdir, mesh: jax.sharding.Mesh) -> StageSummary:

@@ -11,7 +11,8 @@ from tanuki_jax import config, model, multihost
 from tanuki_jax.data import loader
 from tanuki_jax.data.layouts import Example, HeldOutRows
 from tanuki_jax.data.tokenizer import Tokenizer, byte_of
-from tanuki_jax.train.next_token import Params, next_token
+from tanuki_jax.train.contract import Params
+from tanuki_jax.train.next_token import next_token
 
 
 def make_validation(

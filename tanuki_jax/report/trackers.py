@@ -9,20 +9,20 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import jax
 
 from tanuki_jax import config, files
 from tanuki_jax.config.schema import Recipe
 from tanuki_jax.errors import UserError
+from tanuki_jax.train.metrics import Row
 
 if TYPE_CHECKING:
     from wandb import Run
 
 logger = logging.getLogger(__name__)
 
-Row: TypeAlias = dict[str, Any]  # of metrics.jsonl
 MetricsCallback: TypeAlias = Callable[[str, Row], None]  # receives the name of a stage and a row of its metrics
 
 

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from itertools import pairwise
 
 from tanuki_jax import multihost
+from tanuki_jax.train.contract import Batch
 from tanuki_jax.train.metrics import Row
-from tanuki_jax.train.next_token import Batch
 
 MIN_HANG_SECONDS, HANG_FACTOR = 300.0, 20.0  # a step takes long: after so many seconds, and so many times the median
 # `step` is what is left: the time that trains.  `replayed` was spent on steps that a later run, or a rollback, repeats.

@@ -16,10 +16,10 @@ from tanuki_jax import config, files, multihost
 from tanuki_jax.checkpoint import Checkpoints, Meta
 from tanuki_jax.errors import Preempted, UserError
 from tanuki_jax.progress import Progress
+from tanuki_jax.train.contract import Batch, Params
 from tanuki_jax.train.goodput import Clock
 from tanuki_jax.train.guard import Events, Guard, read_events
 from tanuki_jax.train.metrics import MetricsWriter, Row, mfu, read_metrics, to_plain, validation_loss
-from tanuki_jax.train.next_token import Batch, Params
 from tanuki_jax.train.profile import Profile, handle_sigusr1
 from tanuki_jax.train.retention import steps_to_keep
 from tanuki_jax.train.rollback import SkippedBatches
@@ -163,8 +163,8 @@ class _Attempt:
         rows = self._writer.rows if self._writer else read_metrics(job.directory)
         guard.replay(row for row in rows if row["step"] <= start)
         if self._writer and self._writer.replayed_seconds:
-            context.events.add("resumed", start, lost_seconds=round(self._writer.replayed_seconds, 3))
-        replayed = sum(event.get("lost_seconds", 0.0) for event in read_events(job.directory))
+            context.events.add("resumed", start, replayed_seconds=round(self._writer.replayed_seconds, 3))
+        replayed = sum(event.get("replayed_seconds", 0.0) for event in read_events(job.directory))
         context.clock.resume(start, rows[-1] if self._writer and rows else {}, replayed)
         self._progress = Progress(job.name, job.steps, quiet=jax.process_index() != 0)
         self._has_slow_host = False

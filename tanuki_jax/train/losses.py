@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from tanuki_jax import config
 from tanuki_jax.config import STAGE_KINDS
-from tanuki_jax.train.next_token import LossFn, next_token, sft
+from tanuki_jax.train.contract import LossFn
+from tanuki_jax.train.next_token import next_token, sft
 from tanuki_jax.train.preference import preference
 
 LOSSES: Mapping[str, Callable[[config.ModelConfig, config.Loss, Sequence[str], float], LossFn]] = {

@@ -1,39 +1,16 @@
-"""Next-token prediction: the loss of pretraining and SFT, and the router's losses, which every loss adds.
-
-A loss is (params, batch, balance, key) -> (sum, weight, metrics); the step divides once, by the weight of the whole batch.  A
-metric is a pair (sum, weight) too, so that accumulation, packing, padding and devices never change what is reported.
-"""
+"""Next-token prediction: the loss of pretraining and SFT."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
 from tanuki_jax import config, model, parallel
 from tanuki_jax.train.balance import Balance
-
-Params: TypeAlias = Any  # a tree of arrays: nested dictionaries named as model/transformer.py says
-Batch: TypeAlias = dict[str, jax.Array]
-Mean: TypeAlias = tuple[jax.Array, jax.Array]  # a sum, and the weight that it is divided by
-Metrics: TypeAlias = dict[str, Mean]
-
-
-class LossFn(Protocol):
-    """A loss; every argument is always passed."""
-
-    def __call__(
-        self, params: Params, batch: Batch, balance: Balance, key: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array, Metrics]:
-        """The sum over the batch, its weight, and metrics.
-
-        Args:
-          balance: what balances the experts beside the losses; empty where nothing does.
-          key: of this step's random draws; None where nothing is drawn.
-        """
-        ...
+from tanuki_jax.train.contract import Batch, LossFn, Metrics, Params
+from tanuki_jax.train.router_loss import router_loss
 
 
 def by_source(batch: Batch, sources: Sequence[str], value_B: jax.Array, weight_B: jax.Array) -> Metrics:
@@ -87,25 +64,3 @@ def next_token(
 def sft(cfg: config.ModelConfig, options: config.Loss, sources: Sequence[str] = (), dropout: float = 0.0) -> LossFn:
     """`next_token`, which also reports the entropy of the predictions, as TRL does."""
     return next_token(cfg, options, sources, dropout, entropy=True)
-
-
-def router_loss(
-    cfg: config.ModelConfig, outputs: model.Outputs, options: config.Loss, weights_B: jax.Array, balance: Balance
-) -> tuple[jax.Array, Metrics]:
-    """The router's losses, summed over layers; each row counts as much as its labelled tokens (or pairs) do."""
-    if outputs.router is None:
-        return jnp.float32(0), {}
-    aux_LB, z_LB, load_LE, dropped_L, gate_Ln = outputs.router
-    L, weight = aux_LB.shape[0], weights_B.sum()
-    aux_L, z = (aux_LB * weights_B).sum(axis=1), (z_LB * weights_B).sum()
-    coefficient = balance["coefficient"] if balance else options.router_aux_loss
-    metrics = {
-        "moe/aux_loss": (aux_L.sum() / L, weight),
-        "moe/z_loss": (z / L, weight),
-        "moe/load": (load_LE, load_LE.sum(axis=1, keepdims=True)),
-        "moe/dropped": (dropped_L.sum(), load_LE.sum()),
-        "moe/top_gate_hist": (gate_Ln, gate_Ln.sum(axis=1, keepdims=True)),
-    }
-    if cfg.capacity_factor:
-        metrics["moe/overflow"] = (dropped_L, load_LE.sum(axis=1))
-    return (coefficient * aux_L).sum() + options.router_z_loss * z, metrics

@@ -10,8 +10,10 @@ import jax.numpy as jnp
 
 from tanuki_jax import config, model, parallel
 from tanuki_jax.train.balance import Balance
-from tanuki_jax.train.next_token import Batch, LossFn, Mean, Metrics, Params, by_source, make_dropout, router_loss
+from tanuki_jax.train.contract import Batch, LossFn, Mean, Metrics, Params
+from tanuki_jax.train.next_token import by_source, make_dropout
 from tanuki_jax.train.pair_losses import pair_loss
+from tanuki_jax.train.router_loss import router_loss
 
 
 class PairScores(NamedTuple):

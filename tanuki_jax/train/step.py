@@ -16,7 +16,7 @@ import optax
 
 from tanuki_jax import model
 from tanuki_jax.train.balance import Balance, Rebalance
-from tanuki_jax.train.next_token import Batch, LossFn, Metrics, Params
+from tanuki_jax.train.contract import Batch, LossFn, Metrics, Params
 from tanuki_jax.train.optimizer import round_to_dtypes
 
 ROUNDING = 2**32 - 1  # what the keys of rounding are folded from; those of the losses' draws are folded from steps

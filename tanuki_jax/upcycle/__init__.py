@@ -1,7 +1,6 @@
 """From a dense model to a mixture of experts: on a parameter tree, or from file to file."""
 
 from tanuki_jax.upcycle.convert import (
-    FFN,
     MOE_KEYS,
     RANDOM_STRATEGIES,
     carry_moments,
@@ -17,7 +16,6 @@ from tanuki_jax.upcycle.convert import (
 )
 
 __all__ = [
-    "FFN",
     "MOE_KEYS",
     "RANDOM_STRATEGIES",
     "carry_moments",

@@ -30,12 +30,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tanuki_jax import config, ops
+from tanuki_jax import config, model, ops
 from tanuki_jax.errors import UserError
 from tanuki_jax.model.transformer import Params
 from tanuki_jax.upcycle import packed_bf16
 
-FFN = ("gate", "up", "down")
 Array: TypeAlias = jax.Array | np.ndarray
 Weights: TypeAlias = dict[str, jax.Array]  # of one FFN: gate, up [D, F], down [F, D]
 # Per matrix what `drop` needs: its mean, and per inner dimension [F] two sums.  None for the other strategies.
@@ -82,7 +81,7 @@ def upcycle(
 
     by_expert = [experts(number) for number in range(cfg.n_experts)]
     layers["moe"] = {"router": jax.vmap(lambda layer: router(layer, cfg, options, key, dtype))(moe_layers)}
-    layers["moe"] |= {name: jnp.stack([weights[name] for weights in by_expert], axis=1) for name in FFN}
+    layers["moe"] |= {name: jnp.stack([weights[name] for weights in by_expert], axis=1) for name in model.FFN_MATRICES}
     if cfg.router_bias:
         layers["moe"]["bias"] = jnp.zeros((len(moe_layers), cfg.n_experts), jnp.float32)
     if still_dense := dense_layers(cfg):
@@ -118,7 +117,7 @@ def strategy_stats(weights: Mapping[str, Array], options: config.Upcycle) -> Sta
         mean = sums_F.sum() / w.size
         return mean, sums_F - mean * w.shape[axis], _sums(w, mean, 2, axis)
 
-    return {name: of(name) for name in FFN}
+    return {name: of(name) for name in model.FFN_MATRICES}
 
 
 @functools.partial(jax.jit, static_argnames=("power", "axis"))
@@ -171,7 +170,7 @@ def _noise(
             [part + options.noise_std * n for part, n in zip(packed_bf16.planes(w), noise, strict=True)], w
         )
 
-    return {name: noisy(weights[name], k) for name, k in zip(FFN, jax.random.split(key, 3), strict=True)}
+    return {name: noisy(weights[name], k) for name, k in zip(model.FFN_MATRICES, jax.random.split(key, 3), strict=True)}
 
 
 def _drop(
@@ -194,7 +193,7 @@ def _drop(
         planes = zip(masks, packed_bf16.planes(w), packed_bf16.normals(key, w), strict=True)
         return packed_bf16.unpack([jnp.where(mask, mean + shift + std * x, old) for mask, old, x in planes], w)
 
-    return {name: redraw(name, k) for name, k in zip(FFN, keys, strict=True)}
+    return {name: redraw(name, k) for name, k in zip(model.FFN_MATRICES, keys, strict=True)}
 
 
 def _groups(

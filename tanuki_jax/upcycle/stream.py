@@ -212,11 +212,11 @@ def _blocks(job: Job, key: jax.Array, check: IdentityCheck) -> Generator[checkpo
             # An expert is made while the one before it is written.
             for number, expert in enumerate(files.prefetch(make_experts.calls(ffns, layer), 1, threads=1)):
                 check.expert(number, expert)
-                for name in upcycle.FFN:
+                for name in model.FFN_MATRICES:
                     yield f"layers/moe/{name}", (at, number), expert[name]
         else:
             check.enter(shared, ffns[0])
-            for name in upcycle.FFN:
+            for name in model.FFN_MATRICES:
                 yield f"layers/mlp/{name}", (dense_layers.index(layer),), ffns[0][name]
     output = next(parts).shared
     check.end(output["norm_final"], output["head"])
@@ -268,7 +268,7 @@ class _DenseReader:
         else:
             reads = [self._mean]
         ffns: list[dict[str, Call]] = [
-            {name: functools.partial(read, f"layers/mlp/{name}", layer) for name in upcycle.FFN} for read in reads
+            {name: functools.partial(read, f"layers/mlp/{name}", layer) for name in model.FFN_MATRICES} for read in reads
         ]
         return _DensePart(shared, ffns)
 
@@ -339,7 +339,9 @@ def predict(job: Job, output: Path) -> Needs:
     size = np.dtype(cfg.param_dtype).itemsize
     layers = config.moe_layers(cfg)
     began = time.monotonic()
-    weights = {name: sources[0].tree[f"layers/mlp/{name}"].read(layers[0]).astype(cfg.param_dtype) for name in upcycle.FFN}
+    weights = {
+        name: sources[0].tree[f"layers/mlp/{name}"].read(layers[0]).astype(cfg.param_dtype) for name in model.FFN_MATRICES
+    }
     reading = time.monotonic() - began
     experts = _ExpertMaker(cfg, options, jax.random.key(0)).calls([weights], layers[0])
     for call in itertools.islice(experts, 2):  # the first compiles

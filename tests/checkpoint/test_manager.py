@@ -108,22 +108,7 @@ def test_a_restored_key_gives_the_same_random_numbers(saved):
     assert jax.random.bits(found.key) == jax.random.bits(jax.random.key(7))
 
 
-# --- finding ------------------------------------------------------------------------------------------------------------
-
-
-def test_locate_takes_a_stage_or_one_of_its_steps(tmp_path):
-    for step in ("2", "10", "9", "11.orbax-checkpoint-tmp-3"):
-        (tmp_path / "checkpoints" / step).mkdir(parents=True)
-    assert checkpoint.locate(tmp_path) == (tmp_path, 10)
-    assert checkpoint.locate(tmp_path / "checkpoints/9") == (tmp_path, 9)
-
-
-@pytest.mark.parametrize("place", ["nowhere", ".", "checkpoints", "checkpoints/7", "file"])
-def test_locate_says_what_it_needs_where_there_is_none(place, tmp_path):
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="has no checkpoints/<step>; give a stage's directory"):
-        checkpoint.locate(tmp_path / place)
+# --- what fits a model ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("key", "value"), [("d_ff", 64), ("n_experts", 0), ("top_k", 1), ("normalized_gate", False)])

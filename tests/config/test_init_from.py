@@ -7,7 +7,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from tanuki_jax import config
-from tanuki_jax.config.init_from import locate
+from tanuki_jax.config.checkpoint_paths import locate
 from tanuki_jax.errors import UserError
 
 SHAPE = dict(vocab_size=512, n_layers=2, d_model=32, d_ff=64, n_heads=4, n_kv_heads=2, head_dim=8)
@@ -137,7 +137,7 @@ def test_a_stage_says_that_another_rotary_base_is_meant(tmp_path):
     assert "stages.sft.rope_theta" in message(recipe(home, rope_theta=1e4))
     made = config.resolve(recipe(home, dict(rope_theta=8e6), rope_theta=1e4))
     assert config.model_config(made, "sft").rope_theta == 8e6
-    assert config.model_config(config.resolve(recipe(home, dict(rope_theta=8e6))), "dpo").rope_theta == 5e5
+    assert config.model_config(config.resolve(recipe(home, dict(rope_theta=8e6))), "dpo").rope_theta == 8e6
 
 
 MIXTURES = {

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tanuki_jax import config
+from tanuki_jax.config.ranges import Range
 from tanuki_jax.errors import UserError
 from tests.config.golden.__main__ import DOCS, numeric, ranges
 from tests.config.test_config import kind_of, named, recipe
@@ -53,7 +54,7 @@ def fits(name, value):
 
 def test_every_number_has_a_range_that_its_default_is_in():
     for name, field in NUMERIC.items():
-        assert isinstance(RANGES[name], config.Range), f"{name} needs a range in the schema"
+        assert isinstance(RANGES[name], Range), f"{name} needs a range in the schema"
         if type(field.default) in (int, float):
             assert field.default in RANGES[name], name
 
@@ -117,7 +118,7 @@ numbers = st.integers() | st.floats(allow_nan=False)
 
 @given(numbers, numbers, st.sampled_from(["", "low", "high", "both"]), numbers)
 def test_a_range_holds_what_it_says(low, high, open_, value):
-    found = config.Range(low, high, open_)
+    found = Range(low, high, open_)
     assert (value in found) == (
         low <= value <= high and (value != low or open_ in ("", "high")) and (value != high or open_ in ("", "low"))
     )

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tanuki_jax import files
-from tanuki_jax.files import direct_io
+from tanuki_jax.files import direct_io, disk
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
@@ -183,12 +183,12 @@ def test_what_is_read_soon_is_all_of_the_files_small_ones_first_up_to_a_limit(tm
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="room is reserved by glibc's fallocate64")
 def test_room_on_the_disk_is_taken_or_refused_at_once(tmp_path):
     with (tmp_path / "a").open("wb") as f:
-        files.reserve(f, 1 << 20)
+        disk.reserve(f, 1 << 20)
         if not os.fstat(f.fileno()).st_size:
             pytest.skip("this file system reserves nothing")
         assert os.fstat(f.fileno()).st_blocks * 512 >= 1 << 20
         with pytest.raises(OSError) as found:
-            files.reserve(f, 1 << 60)
+            disk.reserve(f, 1 << 60)
     assert found.value.errno in (errno.ENOSPC, errno.EFBIG) and found.value.filename == f.name
 
 

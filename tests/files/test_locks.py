@@ -13,9 +13,6 @@ import threading
 import time
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from tanuki_jax import checkpoint, config, interop
@@ -310,24 +307,6 @@ def test_opening_a_stage_that_is_not_there_makes_nothing(tmp_path):
     with pytest.raises(UserError, match="has no checkpoints/<step>"):
         initial_state.load_moments(tmp_path / "stage", STATE)
     assert not list(tmp_path.iterdir())
-
-
-def test_moments_come_from_a_stage_or_from_one_of_its_steps(tmp_path):
-    saved(tmp_path, 2, 5, keep=9).close()
-    before = tree(tmp_path)
-    for path, step in ((tmp_path, 5), (tmp_path / "checkpoints/5", 5), (tmp_path / "checkpoints/2", 2)):
-        found, wanted = initial_state.load_moments(path, STATE), state_of(step).opt_state
-        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
-            np.testing.assert_array_equal(a, b)
-    assert tree(tmp_path) == before
-
-
-def test_moments_of_a_checkpoint_without_any_are_an_error(tmp_path):
-    checkpoint.save_params(tmp_path, {"w": jnp.ones(4)}, {"model": {}})
-    before = tree(tmp_path)
-    with pytest.raises(UserError, match="has no optimizer state of this model; set restore='params'"):
-        initial_state.load_moments(tmp_path / "checkpoints/0", STATE)
-    assert tree(tmp_path) == before
 
 
 def test_what_is_only_read_stays_as_it_is(tmp_path, monkeypatch, capsys, tokenizer):

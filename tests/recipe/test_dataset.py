@@ -271,15 +271,6 @@ def test_without_validation_and_in_fine_tuning_nothing_is_held_out(inputs, tmp_p
     assert opened(made, "a", inputs, tmp_path).held_out.keys() == TEXT.keys()
 
 
-def test_less_than_a_row_held_out_is_refused_or_not_scored(inputs, tmp_path):
-    try:
-        held_out = opened(recipe(BASE, validation__tokens=31), "only", inputs, tmp_path).held_out
-    except UserError as error:
-        assert "validation.tokens" in str(error)
-    else:
-        assert all(map(len, held_out.values()))
-
-
 # --- dialogues and pairs ------------------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,6 @@ import time
 import types
 
 import jax
-import numpy as np
 import pytest
 from orbax.checkpoint._src.path import atomicity
 
@@ -20,11 +19,11 @@ from tanuki_jax.checkpoint import Checkpoints, checksums
 from tanuki_jax.cli.main import main
 from tanuki_jax.errors import Preempted, UserError
 from tanuki_jax.multihost import watchdog
-from tanuki_jax.recipe import artifacts, initial_state, preflight, reference
+from tanuki_jax.recipe import artifacts, preflight
 from tanuki_jax.recipe import run as run_module
 from tanuki_jax.report import trackers
 from tests import tiny_recipe
-from tests.checkpoint.test_checksums import STATE, contents, saved, state_of
+from tests.checkpoint.test_checksums import saved, state_of
 from tests.tiny import init, small
 from tests.train.test_keep import kept, validated
 from tests.train.test_loop import job, run, train_step
@@ -184,23 +183,6 @@ def test_adapters_on_a_base_of_another_dtype_come_merged_in_their_own(tmp_path):
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(loaded.params)} == {loaded.cfg.param_dtype}
 
 
-def test_moments_and_meta_are_verified_when_they_are_read(tmp_path):
-    """A changed digit of the meta is another model; the moments are half of what restore='all' takes."""
-    cfg = small()
-    checkpoint.save_params(tmp_path / "model", init(cfg, jax.random.key(0)), {"model": config.to_dict(cfg)})
-    meta = next(p for p in contents(tmp_path / "model/checkpoints/0/meta") if "rope_theta" in p.read_text())
-    meta.write_text(meta.read_text().replace('"rope_theta": 10000.0', '"rope_theta": 10001.0'))
-    with pytest.raises(UserError, match="damaged"):
-        checkpoint.load(tmp_path / "model")
-    saved(tmp_path / "state", 2).close()
-    sealed = json.loads((tmp_path / "state/checkpoints/2/sums-0-of-1.json").read_text())
-    name = next(n for n in sealed if n.startswith("optimizer/"))
-    path = tmp_path / "state/checkpoints/2" / name
-    path.write_bytes(path.read_bytes() + b"!")
-    with pytest.raises(UserError, match="damaged"):
-        initial_state.load_moments(tmp_path / "state", STATE)
-
-
 @pytest.mark.parametrize(
     ("files", "secret"),
     [
@@ -214,25 +196,6 @@ def test_a_secret_in_an_address_and_what_only_looks_like_one(files, secret):
     c.data.ja = files
     with pytest.raises(UserError, match="password or key") if secret else contextlib.nullcontext():
         config.resolve(c)
-
-
-def test_every_batch_of_the_reference_shows_that_the_process_gets_on(monkeypatch):
-    """With several processes one place may take an hour, and millions of pairs take more."""
-
-    class Rows(list):
-        ref_logprobs = np.zeros((8, 2), np.float32)
-
-        def pairs(self, row):
-            return [row]
-
-    made = types.SimpleNamespace(logprobs=np.zeros((2, 1, 2), np.float32))
-    monkeypatch.setattr(reference, "pair_scores", lambda cfg, params, batch: (made,))
-    monkeypatch.setattr(reference.loader, "stack", lambda rows: np.zeros(2))
-    monkeypatch.setattr(reference.loader, "on_devices", lambda batch, mesh, size: batch)
-    monkeypatch.setattr(reference.jax, "jit", lambda f: f)
-    before = watchdog._phase.number
-    reference._source_logprobs(small(), {}, Rows(range(8)), 2, None)
-    assert watchdog._phase.number >= before + 4
 
 
 def test_sigusr1_before_the_first_step_does_not_kill_the_run(tmp_path, monkeypatch):

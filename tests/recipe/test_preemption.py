@@ -9,18 +9,13 @@ import sys
 import time
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from tanuki_jax import checkpoint
 from tanuki_jax.cli.main import PREEMPTED, main
 from tanuki_jax.recipe import run as run_module
 from tanuki_jax.recipe.stage import run_stage
-from tanuki_jax.train import goodput
-from tanuki_jax.train.goodput import Clock
 from tests.recipe.test_resume import ROOT, metrics, same_weights
 from tests.tiny_recipe import CONFIG
-from tests.train.test_loop import job, rows, run, train_step
 
 STEPS = 160  # long enough to be in the middle of
 
@@ -177,40 +172,3 @@ def test_two_processes_go_back_together(tmp_path):
         assert f"last {[30, *range(36, 65)]} {30 * 2.0 + 30 * 1.0}" in out, err[-3000:]
     sums = [json.loads(p.read_text()) for p in sorted((tmp_path / "checkpoints/60").glob("sums-*.json"))]
     assert len(sums) == 2 and not set(sums[0]) & set(sums[1])
-
-
-# --- what it cost ------------------------------------------------------------------------------------------------------------
-
-
-@given(st.lists(st.tuples(st.sampled_from(goodput.PHASES[:-1]), st.floats(0.1, 50)), min_size=1, max_size=30))
-@settings(deadline=None)
-def test_times_add_up_to_all_seconds(parts):
-    with pytest.MonkeyPatch.context() as patch:
-        now = [100.0]
-        patch.setattr(goodput.time, "monotonic", lambda: now[0])
-        clock = Clock(10)
-        for step, (kind, seconds) in enumerate(parts):
-            with clock.phase(kind):
-                now[0] += seconds
-            clock.end_step(step)
-        times = clock.seconds_by_phase()
-    assert sum(times.values()) == pytest.approx(clock.seconds, abs=0.01)
-    assert 0 <= clock.goodput() <= 1.01  # both are rounded
-
-
-def test_time_lost_in_several_kills_without_a_save_between_is_all_told(tmp_path):
-    """A run that dies twice after the same checkpoint lost both times."""
-    dies, lost = [14, 17], 0.0
-
-    def step(state, batch):
-        time.sleep(0.02)
-        if dies and batch == dies[0]:
-            raise RuntimeError(dies.pop(0))
-        return train_step(state, batch)
-
-    for _ in range(2):
-        with pytest.raises(RuntimeError):
-            run(job(tmp_path, steps=20, save_every=10), step=step)
-        lost += rows(tmp_path)[-1]["seconds"] - rows(tmp_path)[9]["seconds"]
-    run(job(tmp_path, steps=20, save_every=10), step=step)
-    assert rows(tmp_path)[-1]["seconds_by_phase"]["replayed"] == pytest.approx(lost, abs=5e-3)

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
 from tanuki_jax import config, interop
@@ -125,23 +124,6 @@ def test_loading_a_checkpoint_and_its_tokenizer_runs_no_code(tmp_path_factory):
     done = subprocess.run([sys.executable, "-c", WATCHED, str(home)], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"
-
-
-class Trap:
-    """Unpickled, it would leave a file behind."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
-def test_a_cached_array_is_never_unpickled(tmp_path):
-    from tanuki_jax.recipe import reference
-
-    np.save(tmp_path / "reference.npy", np.array([Trap(tmp_path / "caught")], dtype=object), allow_pickle=True)
-    assert not reference._is_whole(tmp_path / "reference.npy", 1) and not (tmp_path / "caught").exists()
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 from tanuki_jax import config
+from tanuki_jax.config import schema
 
 HERE = Path(__file__).parent
 CONFIGS = sorted((HERE.parents[2] / "configs").glob("*.py"))
@@ -15,11 +16,11 @@ KEYS = HERE.parent / "config_keys.txt"
 DOCS = HERE.parents[2] / "docs/config.md"
 
 
-def keys(schema=config.Recipe, path=""):
+def keys(group=config.Recipe, path=""):
     """Dotted names of all keys, those of one stage under stages.NAME, with their fields."""
-    for field in dataclasses.fields(schema):
+    for field in dataclasses.fields(group):
         named = {"stages": config.Stage, "data": config.Source}.get(field.name) if path == "" else None
-        inner = named or getattr(config, str(field.type), None)
+        inner = named or getattr(schema, str(field.type), None)
         if inner:
             yield from keys(inner, f"{path}{field.name}.NAME." if named else f"{path}{field.name}.")
         else:
