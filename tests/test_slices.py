@@ -65,7 +65,7 @@ def test_more_chips_than_anybody_has_are_not_planned():
 
 
 # Type of the Cloud TPU API, its runtime, Compute Engine's machine type, machines of a slice, GKE's labels of accelerator and
-# topology, and JAX's devices of the slice: from the pages that slices.py names, and xpk (src/xpk/core/system_characteristics.py,
+# topology, and JAX's devices of the slice: from the pages that slices.py names, and xpk (core/system_characteristics.py,
 # June 2026).
 PLATFORMS = {
     "v5p-8": ("v5p-8", "v2-alpha-tpuv5", "ct5p-hightpu-4t", 1, "tpu-v5p-slice", "2x2x1", 4),
