@@ -49,7 +49,7 @@ check: setup
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/shellcheck -x launch/*.sh
+	$(BIN)/shellcheck --exclude=SC2154 tanuki_jax/launch/*.sh
 
 format: setup
 	$(BIN)/ruff check --fix

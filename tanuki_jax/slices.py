@@ -1,6 +1,7 @@
 """TPU slices by the names people use (v5p-256, v6e-256, 2xv5p-256): chips, torus, machines; nothing here needs one, or JAX.
 
-Sources: the TPU pages of Google Cloud (system architecture, runtime versions, machine types of GKE).
+Sources, of Google Cloud: docs.cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x} (chips, tori, largest slices),
+.../tpu/docs/runtimes (versions), .../kubernetes-engine/docs/concepts/plan-tpus (machine types and labels).
 """
 
 from __future__ import annotations
@@ -19,24 +20,73 @@ class Generation:
     """A kind of TPU chip.  Sizes in bytes."""
 
     device_kind: str  # as JAX names it
+    devices_per_chip: int  # of JAX
     cores_in_name: int  # TensorCores that one chip adds to the number in a slice's name
     dimensions: int  # of the torus
+    largest: int  # slice, in chips; a power of two
+    whole: int  # largest slice that is one machine, in chips
     hbm_limit: int  # what the compiler leaves to a program on a device, as it says when one does not fit
     accelerator: str  # of the Cloud TPU API, before the dash; empty where it has none
     runtime: str  # version of the Cloud TPU API's images
     gke_accelerator: str  # node label cloud.google.com/gke-tpu-accelerator
     machine: str  # Compute Engine's machine type, before the number of chips
-    whole: int  # largest slice that is one machine, in chips
     workload_policy: bool = False  # GKE's node pools of several machines need a placement policy
 
 
 GENERATIONS = {
-    "v5p": Generation("TPU v5", 2, 3, int(95.74 * GIB), "v5p", "v2-alpha-tpuv5", "tpu-v5p-slice", "ct5p-hightpu-", 4),
-    "v5e": Generation(
-        "TPU v5 lite", 1, 2, int(15.75 * GIB), "v5litepod", "v2-alpha-tpuv5-lite", "tpu-v5-lite-podslice", "ct5lp-hightpu-", 8
+    "v5p": Generation(
+        device_kind="TPU v5",
+        devices_per_chip=1,
+        cores_in_name=2,
+        dimensions=3,
+        largest=4096,
+        whole=4,
+        hbm_limit=int(95.74 * GIB),
+        accelerator="v5p",
+        runtime="v2-alpha-tpuv5",
+        gke_accelerator="tpu-v5p-slice",
+        machine="ct5p-hightpu-",
     ),
-    "v6e": Generation("TPU v6 lite", 1, 2, int(31.25 * GIB), "v6e", "v2-alpha-tpuv6e", "tpu-v6e-slice", "ct6e-standard-", 8),
-    "tpu7x": Generation("TPU7x", 2, 3, 0, "", "", "tpu7x", "tpu7x-standard-", 4, workload_policy=True),
+    "v5e": Generation(
+        device_kind="TPU v5 lite",
+        devices_per_chip=1,
+        cores_in_name=1,
+        dimensions=2,
+        largest=256,
+        whole=8,
+        hbm_limit=int(15.75 * GIB),
+        accelerator="v5litepod",
+        runtime="v2-alpha-tpuv5-lite",
+        gke_accelerator="tpu-v5-lite-podslice",
+        machine="ct5lp-hightpu-",
+    ),
+    "v6e": Generation(
+        device_kind="TPU v6 lite",
+        devices_per_chip=1,
+        cores_in_name=1,
+        dimensions=2,
+        largest=256,
+        whole=8,
+        hbm_limit=int(31.25 * GIB),
+        accelerator="v6e",
+        runtime="v2-alpha-tpuv6e",
+        gke_accelerator="tpu-v6e-slice",
+        machine="ct6e-standard-",
+    ),
+    "tpu7x": Generation(
+        device_kind="TPU7x",
+        devices_per_chip=2,
+        cores_in_name=2,
+        dimensions=3,
+        largest=8192,
+        whole=4,
+        hbm_limit=int(94.75 * GIB),
+        accelerator="",
+        runtime="",
+        gke_accelerator="tpu7x",
+        machine="tpu7x-standard-",
+        workload_policy=True,
+    ),
 }
 ALIASES = {"v5litepod": "v5e"}
 CHIPS_PER_MACHINE = 4  # of a slice of several machines
@@ -61,6 +111,11 @@ class Topology:
     def chips(self) -> int:
         """Chips of all slices."""
         return self.slices * self.chips_per_slice
+
+    @property
+    def devices(self) -> int:
+        """JAX's devices of all slices."""
+        return self.chips * self.generation.devices_per_chip
 
     @property
     def chips_per_machine(self) -> int:
@@ -101,7 +156,12 @@ class Topology:
 
 
 def parse(name: str, flag: str = "--topology") -> Topology:
-    """`v5p-256` (256 TensorCores: 128 chips), `v6e-256` and `v5e-256` (chips), `2xv5p-256` for two slices of it."""
+    """`v5p-256`, `tpu7x-256` (256 TensorCores: 128 chips), `v6e-256`, `v5e-256` (chips), `2xv5p-256` for two slices of it.
+
+    Args:
+      name: of a slice; an error where there is none of this size.
+      flag: what the error calls it.
+    """
     match = re.fullmatch(r"(?:([0-9]{1,6})x)?([a-z0-9]+?)-([0-9]{1,9})", name)
     kind = ALIASES.get(match[2], match[2]) if match else ""
     if not match or kind not in GENERATIONS:
@@ -110,8 +170,8 @@ def parse(name: str, flag: str = "--topology") -> Topology:
     chips = int(match[3]) // generation.cores_in_name
     power = max(0, chips.bit_length() - 1)
     # Powers of two; flat ones have a single chip, but no pair.
-    least, largest = (0, 8) if generation.dimensions == 2 else (2, 13)
-    powers = [p for p in range(least, largest + 1) if p != 1]
+    least = 0 if generation.dimensions == 2 else 2
+    powers = [p for p in range(least, generation.largest.bit_length()) if p != 1]
     if chips != 1 << power or int(match[3]) % generation.cores_in_name or power not in powers or not slices:
         sizes = ", ".join(f"{kind}-{generation.cores_in_name << p}" for p in powers)
         raise UserError(f"{flag}: there is no slice {name!r}; {kind} has {sizes}")

@@ -85,6 +85,8 @@ class Slices:
     def __init__(self, settings: Settings, commands: Commands) -> None:
         self.settings, self.commands = settings, commands
         self.topology = slices.parse(settings.type, "launch: type")
+        if self.topology.slices > 1:
+            raise UserError(f"launch: type is {settings.type!r}; name one slice there, and set slices={self.topology.slices}")
         self.noun = "queued-resources" if settings.queued else "tpu-vm"
         if not self.topology.accelerator_type:
             raise UserError(f"launch: {settings.type} has no Cloud TPU API; use tanuki launch gke")

@@ -3,7 +3,7 @@
 from tanuki_jax.plan.estimate import plan_stage
 from tanuki_jax.plan.planner import explain, plan, problems, search
 from tanuki_jax.plan.table import table
-from tanuki_jax.plan.topology import Topology, parse
+from tanuki_jax.slices import Topology, parse
 
 __all__ = [
     "Topology",

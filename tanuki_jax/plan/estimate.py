@@ -18,8 +18,9 @@ from tanuki_jax.config import STAGE_KINDS
 from tanuki_jax.config.schema import Recipe
 from tanuki_jax.errors import UserError
 from tanuki_jax.plan import program
-from tanuki_jax.plan.topology import GIB, Topology
+from tanuki_jax.plan.topology import devices
 from tanuki_jax.recipe import placement
+from tanuki_jax.slices import GIB, Topology
 from tanuki_jax.train.metrics import PEAK_FLOPS
 
 SHORT, LONG = 2, 4  # layers of the unrolled models
@@ -43,8 +44,9 @@ def plan_stage(recipe: Recipe, name: str, topology: Topology, costs: bool = True
     except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:  # what no check has foreseen
         raise _cannot(f"stage {name} cannot be compiled for {topology.name}, mesh {dict(mesh.shape)}", error) from error
     tokens = options.batch_size * options.seq_len
-    limit = topology.generation.hbm_limit
-    needed = whole.needed or whole.arguments + whole.temporaries
+    each = topology.generation.devices_per_chip  # the compiler speaks of devices
+    limit = each * topology.generation.hbm_limit
+    needed = each * (whole.needed or whole.arguments + whole.temporaries)
     plan: dict[str, Any] = {
         "stage": name,
         "kind": options.kind,
@@ -56,7 +58,7 @@ def plan_stage(recipe: Recipe, name: str, topology: Topology, costs: bool = True
         "params_total": total,
         "params_active": active,
         "tokens_per_step": tokens,
-        "hbm_bytes_per_chip": {"arguments": whole.arguments, "temporaries": whole.temporaries, "total": needed},
+        "hbm_bytes_per_chip": {"arguments": each * whole.arguments, "temporaries": each * whole.temporaries, "total": needed},
         "hbm_limit": limit,
         "fits": not whole.needed and needed <= limit,
         "largest_buffers": program.largest(whole.text),
@@ -75,9 +77,9 @@ def lay_out(recipe: Recipe, name: str, topology: Topology) -> jax.sharding.Mesh:
     if not STAGE_KINDS[recipe.stages[name].kind].trains:
         raise UserError(f"plan: stage {name} converts parameters and trains nothing; plan another stage")
     recipe = dataclasses.replace(recipe, mesh=dataclasses.replace(recipe.mesh, slices=topology.slices))
-    devices = topology.devices()
+    found = devices(topology)
     try:
-        mesh = placement.make_mesh(recipe, name, devices)
+        mesh = placement.make_mesh(recipe, name, found)
     except (ValueError, NotImplementedError, AssertionError) as error:  # of JAX, on shapes that have no place on a torus
         sizes = {axis: size for axis, size in config.to_dict(recipe.mesh).items() if size != 1}
         raise _cannot(f"mesh {sizes} cannot be laid out on {topology.name}", error) from error
@@ -123,16 +125,22 @@ def _costs(recipe: Recipe, name: str, topology: Topology, mesh: Any) -> dict[str
     tokens = options.batch_size * options.seq_len
     model_flops = model.flops_per_token(cfg, options.seq_len, frozen=options.lora.rank > 0) * tokens
     attention = 6 * cfg.n_layers * cfg.n_heads * cfg.head_dim * options.seq_len * tokens
+    each = topology.generation.devices_per_chip
     return {
-        "flops_per_step_per_chip": step["flops"],
-        "bytes_accessed_per_step_per_chip": step["bytes"],
+        "flops_per_step_per_chip": each * step["flops"],
+        "bytes_accessed_per_step_per_chip": each * step["bytes"],
         "model_flops_per_step": model_flops,
         "step_seconds_estimate": step["seconds"],
         "tokens_per_second_per_chip": tokens / step["seconds"] / topology.chips,
-        "mfu_estimate": model_flops / (step["seconds"] * peak * topology.chips),
-        "attention_seconds_at_peak": attention / (peak * topology.chips),
-        "layer": {**layer, "flops_over_least": layer["flops"] / least_flops(cfg, options.seq_len * rows / topology.chips)},
-        "collective_bytes": moved,
+        "mfu_estimate": model_flops / (step["seconds"] * peak * topology.devices),
+        "attention_seconds_at_peak": attention / (peak * topology.devices),
+        "layer": {
+            "flops": each * layer["flops"],
+            "bytes": each * layer["bytes"],
+            "seconds": layer["seconds"],
+            "flops_over_least": layer["flops"] / least_flops(cfg, options.seq_len * rows / topology.devices),
+        },
+        "collective_bytes": {kind: each * size for kind, size in moved.items()},
         "_seconds": seconds,
     }
 
@@ -154,9 +162,12 @@ def split_layers(short: dict[str, float], long: dict[str, float]) -> tuple[dict[
 def with_cost(cost: dict[str, float], peak: float) -> dict[str, float]:
     """The cost without the -1 second that the compiler says for each instruction it cannot price (a sort, collectives on v6e).
 
-    There is a whole number of them, and the others take at least what their FLOPs do at the chip's `peak`.
+    There is a whole number of them, and the others take at least what their FLOPs do at the chip's `peak`, but for the
+    rounding of the sum, which is in single precision.
     """
-    return cost | {"seconds": cost["seconds"] + max(0, math.ceil(cost["flops"] / peak - cost["seconds"]))}
+    least = cost["flops"] / peak
+    missing = max(0, math.ceil(least - cost["seconds"] - 1e-4))
+    return cost | {"seconds": max(least, cost["seconds"] + missing)}
 
 
 def least_flops(cfg: config.ModelConfig, tokens: float) -> float:

@@ -12,8 +12,9 @@ from tanuki_jax.config import STAGE_KINDS
 from tanuki_jax.config.schema import Recipe
 from tanuki_jax.errors import UserError
 from tanuki_jax.plan.estimate import advice, lay_out, plan_stage, stage_days
-from tanuki_jax.plan.topology import Topology
+from tanuki_jax.plan.topology import devices
 from tanuki_jax.recipe import placement
+from tanuki_jax.slices import Topology
 
 
 def plan(recipe: Recipe, only: str, topology: Topology) -> dict[str, Any]:
@@ -75,7 +76,7 @@ def explain(recipe: Recipe, only: str, topology: Topology) -> str:
     """How every parameter and activation of a stage (the last one if none is named) lies on the slice."""
     name = only or list(recipe.stages)[-1]
     recipe = dataclasses.replace(recipe, mesh=dataclasses.replace(recipe.mesh, slices=topology.slices))
-    mesh = placement.make_mesh(recipe, name, topology.devices())
+    mesh = placement.make_mesh(recipe, name, devices(topology))
     return "\n".join(parallel.explain(mesh, model.named_parameters(config.model_config(recipe, name))))
 
 
@@ -111,7 +112,7 @@ def search(recipe: Recipe, only: str, topology: Topology) -> dict[str, Any]:
     if not tried:
         raise UserError(
             f"plan: batch_size {recipe.stages[only].batch_size} of stage {only} divides over no mesh of {topology.name} that "
-            f"was tried; take a smaller slice, or a multiple of {topology.chips}"
+            f"was tried; take a smaller slice, or a multiple of {topology.devices}"
         )
     fitting.sort(key=lambda item: (REMAT.index(item[1]["remat"]), item[1]["gradient_accumulation_steps"]))
     ranked = [plan_stage(changed, only, topology) for changed, _ in fitting[:KEEP]]
@@ -125,9 +126,9 @@ def _candidates(recipe: Recipe, name: str, topology: Topology) -> Iterator[tuple
     """Meshes from the plainest on, each with the fewest accumulation steps first."""
     options, cfg = recipe.stages[name], config.model_config(recipe, name)
     for tensor, context in ((1, 1), (1, 2), (1, 8), (2, 1)):
-        if topology.chips_per_slice % (tensor * context):
+        if topology.devices // topology.slices % (tensor * context):
             continue
-        groups = topology.chips // (tensor * context)
+        groups = topology.devices // (tensor * context)
         rows = options.batch_size // groups
         if options.batch_size % groups or cfg.n_kv_heads % tensor:
             continue

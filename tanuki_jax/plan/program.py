@@ -23,7 +23,7 @@ COSTS = ("flops", "bytes", "seconds")
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the TPU compiler says of one program, on one chip; bytes, FLOPs, seconds."""
+    """What the TPU compiler says of one program, on one device; bytes, FLOPs, seconds."""
 
     cost: dict[str, float]  # flops, bytes accessed, and seconds by its own model; a loop's body counts once
     arguments: int

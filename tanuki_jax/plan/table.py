@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tanuki_jax.plan.topology import GIB
+from tanuki_jax.slices import GIB
 
 COLUMNS = (
     f"{'stage':16s} {'kind':9s} {'mesh':26s} {'micro':>5s} {'remat':9s} {'HBM GiB':>14s} {'fits':4s} {'step s':>7s} "

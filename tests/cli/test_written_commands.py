@@ -31,7 +31,7 @@ def test_it_is_understood(command, monkeypatch):
     _, *given = shlex.split(command)
     flags = [word for word in given if word.startswith("--config")]
     assert hasattr(make_parser().parse_args([word for word in given if word not in flags]), "work")
-    if flags:
+    if flags and not command.startswith("tanuki launch"):  # whose config is read on the workers
         assert config.load(flags).stages
 
 

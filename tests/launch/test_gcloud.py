@@ -153,6 +153,7 @@ def test_what_the_workers_get_is_shown_without_the_users_values(capsys, monkeypa
         (["--type=v5p-8", "--queued=false", "--provisioning_model=flex-start"], "needs queued"),
         (["--type=v5p-8", "--provisioning_model=flex-start"], "needs max_run_duration"),
         (["--type=v5p-8", "--provisioning_model=reservation-bound"], "needs reservation"),
+        (["--type=2xv5p-8"], "name one slice there, and set slices=2"),
         (["--type=v5p-8", "--zone="], "zone is not set"),
         ([], "type is not set"),
     ],

@@ -11,7 +11,8 @@ import pytest
 from tanuki_jax import config, model, plan
 from tanuki_jax.cli.main import main
 from tanuki_jax.errors import UserError
-from tanuki_jax.plan import estimate, program
+from tanuki_jax.plan import estimate, program, topology
+from tanuki_jax.train.metrics import PEAK_FLOPS
 from tests.tiny import small
 
 HLO = """
@@ -58,6 +59,8 @@ def test_instructions_that_the_compiler_cannot_price_count_nothing():
     layer, rest = estimate.split_layers(*(estimate.with_cost(cost, peak=100.0) for cost in (short, long)))
     assert (round(layer["seconds"], 6), round(rest["seconds"], 6)) == (0.1, 0.3)
     assert estimate.with_cost({"seconds": 1.2 - 2, "flops": 110.0}, peak=100.0)["seconds"] == pytest.approx(1.2)
+    rounded = {"seconds": -35.0, "flops": 1e-3}  # the priced 0.00001 seconds are lost in single precision
+    assert estimate.with_cost(rounded, peak=100.0)["seconds"] == pytest.approx(1e-5)
     layer, rest = estimate.split_layers({"seconds": 1.5, "flops": 7.0}, {"seconds": 2.1, "flops": 11.0})
     assert layer == pytest.approx({"seconds": 0.3, "flops": 2.0}) and rest == pytest.approx({"seconds": 0.9, "flops": 3.0})
 
@@ -103,6 +106,18 @@ def test_a_stage_on_a_slice(stage, steps, kernel):
 
 
 @needs_compiler
+@pytest.mark.slow
+def test_a_chip_of_two_devices_has_the_memory_and_the_speed_of_both():
+    [one] = plan.plan(recipe(remat="none"), "first", plan.parse("tpu7x-8"))["stages"]
+    assert one["chips"] == 4 and one["mesh"] == {"fsdp": 8} and one["fits"]
+    assert one["hbm_limit"] == 2 * int(94.75 * 2**30)
+    assert PEAK_FLOPS["TPU7x"] * 2 == 2307e12
+    assert one["mfu_estimate"] > 0 and 1.0 <= one["layer"]["flops_over_least"] < 2.5  # seconds this small are lost in rounding
+    # The same model FLOPs whichever way they are added up: of a chip and step, and of the whole step.
+    assert one["flops_per_step_per_chip"] * one["chips"] > one["model_flops_per_step"] * 0.8
+
+
+@needs_compiler
 def test_what_does_not_fit_says_what_to_change():
     found = plan.plan(recipe(d_model=16_384, d_ff=65_536, n_layers=64, n_experts=8), "first", plan.parse("v5e-4"))
     assert not found["stages"][0]["fits"]
@@ -135,7 +150,7 @@ def test_what_cannot_be_laid_out_says_what_to_set_before_it_compiles(mesh, stage
 
 @needs_compiler
 def test_a_single_chip_is_a_slice():
-    assert len(plan.parse("v6e-1").devices()) == 1
+    assert len(topology.devices(plan.parse("v6e-1"))) == 1
 
 
 def test_what_no_check_has_foreseen_is_one_line(monkeypatch):

@@ -1,61 +1,11 @@
+import importlib.util
 import sys
 
 import pytest
 
 from tanuki_jax.errors import UserError
 from tanuki_jax.plan import topology
-from tanuki_jax.plan.topology import parse
-
-
-@pytest.mark.parametrize(
-    ("name", "shape", "chips"),
-    [
-        ("v5p-8", "v5p:2x2x1", 4),
-        ("v5p-128", "v5p:4x4x4", 64),
-        ("v5p-256", "v5p:4x4x8", 128),
-        ("v6e-256", "v6e:16x16", 256),
-        ("v6e-8", "v6e:2x4", 8),
-        ("v5e-256", "v5e:16x16", 256),
-        ("v5litepod-16", "v5e:4x4", 16),
-        ("2xv5p-256", "v5p:4x4x8", 256),
-        ("v6e-1", "v6e:1x1", 1),
-        ("v5e-1", "v5e:1x1", 1),
-    ],
-)
-def test_a_name_is_that_many_chips(name, shape, chips):
-    topology = parse(name)
-    assert (topology.shape, topology.chips) == (shape, chips)
-
-
-@pytest.mark.parametrize(
-    ("name", "wrap"),
-    [
-        ("v5p-8", (False,) * 3),
-        ("v5p-64", (False,) * 3),  # 2x4x4
-        ("v5p-128", (True,) * 3),
-        ("2xv5p-256", (True,) * 3),
-        ("v6e-64", (False,) * 3),
-        ("v6e-128", (False, True, False)),  # 8x16
-        ("v5e-256", (True, True, False)),
-    ],
-)
-def test_which_dimensions_of_a_slice_are_rings(name, wrap):
-    assert parse(name).wrap == wrap
-
-
-NONE = ["v5p", "v9-8", "v5p-100", "v5p-7", "v6e-512", "0xv6e-8", "", "v5p-0", "v5p-2", "v5p-4", "v6e-2", "v6e-3", "v5e-2"]
-NONE += ["v6e--4", "v6e-4.5", "xv6e-4", "1e3xv6e-4", "V5P-8", f"v6e-{'9' * 5000}", f"{'9' * 5000}xv6e-4", "v5p-32768", "v6e-٤"]
-
-
-@pytest.mark.parametrize("name", NONE)
-def test_other_names_are_answered_with_those_there_are(name):
-    with pytest.raises(UserError, match="v5p-256|v[56]e-256"):
-        parse(name)
-
-
-def test_more_chips_than_anybody_has_are_not_planned():
-    with pytest.raises(UserError, match="25,599,744 chips; no more than 65,536"):
-        parse("99999xv6e-256")
+from tanuki_jax.slices import parse
 
 
 @pytest.mark.parametrize(
@@ -85,4 +35,32 @@ def test_a_compiler_of_another_jax_is_told_before_it_compiles(found, wanted, wor
 def test_no_compiler_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "libtpu", None)
     with pytest.raises(UserError, match=r"pip install 'tanuki-jax\[plan\]'"):
-        parse("v5e-16").devices()
+        topology.devices.__wrapped__(parse("v5e-16"))
+
+
+needs_compiler = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is not installed")
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["v5p-16", "v5e-8", "v6e-16", "2xv6e-16", "tpu7x-16", "2xtpu7x-16", "v6e-1"])
+def test_the_table_of_slices_is_what_the_compiler_lays_out(name):
+    described = parse(name)
+    found = topology.devices(described)
+    each = described.generation.devices_per_chip
+    assert {d.device_kind for d in found} == {described.generation.device_kind}
+    assert len(found) == described.devices == described.chips * each
+    assert {getattr(d, "slice_index", None) or 0 for d in found} == set(range(described.slices))
+    places = {(getattr(d, "slice_index", None) or 0, *d.coords) for d in found}
+    assert len(places) == described.chips
+    sides = (*described.sides, 1)[:3]
+    assert {place[1:] for place in places} == {
+        (x, y, z) for x in range(sides[0]) for y in range(sides[1]) for z in range(sides[2])
+    }
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["v5p-16", "v5e-16", "v6e-16", "tpu7x-16"])
+def test_machines_of_several_are_those_of_the_compiler(name):
+    described = parse(name)
+    found = topology.devices(described)
+    assert len({d.process_index for d in found}) == described.machines
