@@ -117,7 +117,7 @@ def test_a_run_is_detached_and_its_end_is_written_down(vm):
     assert vm.ask("setup", f"--digest={hashlib.sha256(vm.text).hexdigest()}")["ok"]
     assert vm.ask("install")["again"] and vm.ask("status")["installed"] == "commit 1"
     assert vm.ask("start", "--attempt=1")["again"]
-    status = vm.until(lambda s: s["exits"])
+    status = vm.until(lambda s: s["exits"] and not s["alive"])
     assert status["exits"] == {"w-0": 0} and status["done"] and status["attempt"] == status["here"] == 1 and not status["alive"]
     assert status["last"] == f"tpu run --config=a b --workdir={vm.workdir}"
     assert not vm.ask("start", "--attempt=1")["again"]  # gcloud repeats commands
