@@ -36,6 +36,7 @@ def archive() -> bytes:
 
 def write(path: Path, settings: bytes, project: bytes) -> None:
     """Writes the file; settings: of `launch_json`, project: of `archive`.  Nobody else may read what it unpacks to."""
+    path.touch(0o600)  # scp copies the mode, too
     files = {"worker.py": Path(worker.__file__).read_bytes(), "launch.json": settings, "tanuki_jax.tar.gz": project}
     with tarfile.open(path, "w") as tar:
         for name, content in files.items():

@@ -47,9 +47,14 @@ class State(Enum):
     GONE = "its slices are gone, or will never come"
 
 
-ACTIVE = {"ACTIVE", "READY"}
-COMING = {"CREATING", "STARTING", "RESTARTING", "REPAIRING"}  # of a node
-WAITING = COMING | {"ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING", "DELETING"}
+# Words of requests and of nodes.  One that is none of these says nothing: slices are not deleted for it.
+WORDS = {
+    **dict.fromkeys(("ACTIVE", "READY"), State.ACTIVE),
+    **dict.fromkeys(("CREATING", "ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING", "DELETING"), State.WAITING),
+    **dict.fromkeys(("STARTING", "RESTARTING", "REIMAGING", "REPAIRING", "UNHIDING"), State.WAITING),
+    **dict.fromkeys(("FAILED", "SUSPENDING", "SUSPENDED", "PREEMPTED", "TERMINATED"), State.GONE),
+    **dict.fromkeys(("STOPPING", "STOPPED", "HIDING", "HIDDEN"), State.GONE),
+}
 
 
 class Unavailable(Exception):
@@ -88,6 +93,7 @@ class Slices:
         if self.topology.slices > 1:
             raise UserError(f"launch: type is {settings.type!r}; name one slice there, and set slices={self.topology.slices}")
         self.noun = "queued-resources" if settings.queued else "tpu-vm"
+        self.created = ""  # when the request that `state` last saw was made: another one of its name is not the same
         if not self.topology.accelerator_type:
             raise UserError(f"launch: {settings.type} has no Cloud TPU API; use tanuki launch gke")
         if not settings.queued and settings.slices > 1:
@@ -96,6 +102,10 @@ class Slices:
             raise UserError(f"launch: provisioning_model {settings.provisioning_model} needs queued = true")
         if settings.provisioning_model == "flex-start" and not settings.max_run_duration:
             raise UserError("launch: flex-start needs max_run_duration, how long the slices are needed: 24h say")
+        if settings.reservation and settings.provisioning_model not in ("reserved", "reservation-bound"):
+            raise UserError("launch: reservation needs provisioning_model reserved or reservation-bound")
+        if settings.reservation and not settings.queued:
+            raise UserError("launch: a reservation is named in queued requests alone; set queued=true")
         if settings.provisioning_model == "reservation-bound" and not settings.reservation:
             raise UserError("launch: reservation-bound needs reservation, the name of the calendar reservation")
 
@@ -132,7 +142,7 @@ class Slices:
             return
         if any(sign in done.err for sign in NO_CAPACITY):
             raise NoCapacity(done.last_line)
-        if any(sign in done.err.lower() for sign in QUOTA):
+        if any(sign in done.err.lower() for sign in QUOTA) and "per minute" not in done.err.lower():
             raise UserError(
                 f"launch: the quota of {self.settings.zone} is not enough for {self.settings.type}: {done.err.strip()}"
             )
@@ -152,31 +162,47 @@ class Slices:
         described = _json(done)
         try:
             word = described["state"]["state"] if self.settings.queued else described["state"]
-        except (KeyError, TypeError) as error:
+            self.created = str(described.get("createTime", ""))
+        except (KeyError, TypeError, AttributeError) as error:
             raise Unavailable(f"`describe` gave no state: {done.out[:200]!r}") from error
-        states = {**dict.fromkeys(WAITING, State.WAITING), **dict.fromkeys(ACTIVE, State.ACTIVE)}
-        return states.get(word, State.GONE), word
+        return _state(word), word
 
-    def lost_nodes(self) -> list[str]:
-        """The slices that are not there any more, or not well, each with its state; all of them are asked."""
+    def node_states(self) -> dict[str, tuple[State, str]]:
+        """Of each slice its state.  What the list lacks, or says is gone, is asked for by its name: a list may be partial."""
         done = self.commands.run([*self._group("tpu-vm"), "list", *self._where(), "--format=json"])
         if done.code:
             _refuse(done)
             raise Unavailable(done.last_line)
         if self.commands.dry_run:
-            return []
-        names = [f"{self.settings.name}-{n}" for n in range(self.settings.slices)]
-        names = names if self.settings.slices > 1 else [self.settings.name]
+            return {}
+        several = [f"{self.settings.name}-{n}" for n in range(self.settings.slices)]
         listed = {node["name"].rpartition("/")[2]: node.get("state", "?") for node in _json(done)}
-        states = {name: listed.get(name, "NOT_FOUND") for name in names}
-        return [f"{name} {state}" for name, state in states.items() if state not in ACTIVE | COMING]
+        result = {}
+        for name in several if self.settings.slices > 1 else [self.settings.name]:
+            word = listed.get(name, "?")
+            if WORDS.get(word) not in (State.ACTIVE, State.WAITING) or word == "DELETING":
+                word = self._describe_node(name)
+            gone = word in ("NOT_FOUND", "DELETING")
+            result[name] = (State.GONE if gone else _state(word)), word
+        return result
 
-    def delete(self) -> None:
-        """Deletes the request and its slices; what is not there is deleted already."""
+    def _describe_node(self, name: str) -> str:
+        done = self.commands.run([*self._group("tpu-vm"), "describe", name, *self._where(), "--format=json"])
+        if done.code and "NOT_FOUND" in done.err:
+            return "NOT_FOUND"
+        if done.code:
+            _refuse(done)
+            raise Unavailable(done.last_line)
+        return str(_json(done).get("state", "?"))
+
+    def delete(self) -> bool:
+        """Deletes the request and its slices; whether there was anything."""
         words = [*self._words("delete"), *(["--force"] if self.settings.queued else []), "--quiet"]
         done = self.commands.run(words, seconds=1800)
         if done.code and "NOT_FOUND" not in done.err:
+            _refuse(done)
             raise Unavailable(done.last_line)
+        return not done.code
 
     # --- the workers
 
@@ -217,6 +243,12 @@ class Slices:
 
     def _where(self) -> list[str]:
         return [f"--zone={self.settings.zone}", *([f"--project={self.settings.project}"] if self.settings.project else [])]
+
+
+def _state(word: str) -> State:
+    if word not in WORDS:
+        raise Unavailable(f"the platform says {word!r}, which says nothing here")
+    return WORDS[word]
 
 
 def _refuse(done: Completed) -> None:

@@ -13,6 +13,7 @@ import json
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,12 +38,20 @@ ACTIONS = {
 PATIENCE = 20  # times in a row without an answer after which the launch gives up
 FAILURES = 3  # times that a worker may say that it failed
 STRAGGLERS = 5  # looks that the other workers have to end after the first one has
-BAD_INPUT = 1  # exit code of a run that would fail in the same way again
+BAD_INPUT = {1, worker.NO_PROGRAM}  # exit codes of a run that would fail in the same way again
 T = TypeVar("T")
 
 
 class Lost(Exception):
-    """The slices are not there any more, or do not answer."""
+    """The slices are not there any more."""
+
+
+class Deaf(Lost):
+    """Some workers of many do not answer."""
+
+
+class StillRunning(UserError):
+    """The launch ends, but the run may go on: its slices are never deleted."""
 
 
 class Launch:
@@ -73,16 +82,16 @@ class Launch:
 
     def _until_done(self) -> None:
         """Looks at the request and does what is next; `requests` counts what may cost money."""
-        requests = 0
+        requests = deaf = 0
         while True:
             state, word = self._patiently(self.slices.state)
+            created = self.slices.created
             if state is State.NONE:
                 if requests >= self.settings.max_attempts:
                     raise UserError(f"launch: asked for slices {requests} times (max_attempts); nothing is running")
                 requests += 1
-                self.say(
-                    f"asking for {self.settings.slices} x {self.settings.type} ({requests} of {self.settings.max_attempts})"
-                )
+                of = f"{requests} of {self.settings.max_attempts}"
+                self.say(f"asking for {self.settings.slices} x {self.settings.type} ({of})")
                 try:
                     self.slices.create()
                 except (NoCapacity, Unavailable) as error:
@@ -93,27 +102,25 @@ class Launch:
                 self._sleep(self.settings.poll)
             elif state is State.GONE:
                 self.say(f"the request is {word}; deleting what is left")
-                self._delete()
+                self._delete(created)
+                if word == "FAILED" and self.settings.valid_until:
+                    raise UserError(f"launch: the request was not granted within valid_until={self.settings.valid_until}")
             else:
                 try:
                     self._train()
                     return
                 except Unavailable as error:  # the slices may be well, and only not be reached from here
-                    raise UserError(f"launch: {error}") from error
+                    raise StillRunning(f"launch: {error}") from error
                 except Lost as lost:
+                    deaf = deaf + 1 if isinstance(lost, Deaf) else 0
+                    if deaf >= FAILURES:
+                        raise UserError(f"launch: {lost}, on {deaf} requests in a row; does `setup` end?") from lost
                     self.say(f"{lost}; deleting what is left")
-                    self._delete()
+                    self._delete(created)
 
     def _train(self) -> None:
         """On slices that are there: prepares and starts what is not, and watches until the recipe is done."""
-        self._check_nodes()
-        status = self._look()
-        changed = status.get("launch") != self._digest or status.get("installed") != self._project
-        if changed:
-            if status.get("alive"):
-                raise UserError("launch: a run with other settings or code is alive; end it first: tanuki launch tpu stop")
-            self._prepare()
-            status = self._look()
+        status, changed = self._attach()
         watched = 0  # the attempt that was seen alive, or was started
         restarts, progress = 0, status.get("progress")  # restarts since something was saved
         silent = ended = 0  # looks without an answer; looks since a first worker has ended
@@ -122,17 +129,19 @@ class Launch:
             if silent == FAILURES:  # machines that were replaced know nothing
                 self._prepare()
             if silent > PATIENCE:
-                raise UserError(f"launch: the slices are there, but no worker answered for {silent} looks; the run may go on")
+                raise StillRunning(
+                    f"launch: the slices are there, but no worker answered for {silent} looks; the run may go on"
+                )
             if status and self._over(status, ended):
-                attempt = status["attempt"]
-                if attempt == watched == status["here"]:
+                attempt, here = status["attempt"], status["attempt"] == status["here"]
+                if 0 < attempt == watched and here:
                     self._check_end(status)
                     restarts = restarts + 1 if status["progress"] == progress else 1
                     if restarts > self.settings.max_restarts:
                         raise UserError(f"launch: {restarts - 1} restarts without a new checkpoint; {_describe_end(status)}")
                     self.say(f"the run ended ({_describe_end(status)}); starting it again")
                 watched, progress, ended = attempt + 1, status["progress"], 0
-                self._start(watched, stop=0 < attempt == status["here"])
+                self._start(watched, stop=attempt > 0 and here)
             elif status:
                 watched = watched or (0 if status["exits"] else status["attempt"])
                 self.say(f"attempt {status['attempt']}: {status['last']}")
@@ -140,20 +149,42 @@ class Launch:
             self._check_nodes()
             status = self._look()
 
+    def _attach(self) -> tuple[dict[str, Any], bool]:
+        """The state of the run on slices that are there, and whether they had to be prepared for these settings and code."""
+        for number in range(FAILURES):
+            self._check_nodes()
+            status = self._look()
+            if status:
+                break
+            self._sleep(self.settings.poll if number < FAILURES - 1 else 0)
+        alive = StillRunning("launch: a run with other settings or code is alive; end it first: tanuki launch tpu stop")
+        changed = status.get("launch") != self._digest or status.get("installed") != self._project
+        if changed:
+            if status.get("alive"):
+                raise alive
+            self._prepare()
+            status = self._look()
+            if status.get("alive") and status["launch"] != self._digest:
+                raise alive
+        return status, changed
+
     def _over(self, status: Mapping[str, Any], ended: int) -> bool:
         """Whether the newest attempt is none of these slices, or has ended on them."""
         exits = status["exits"]
         if not status["attempt"] or status["here"] != status["attempt"]:
             return True
-        if BAD_INPUT in exits.values() or len(exits) >= self.workers or ended > STRAGGLERS:
+        if BAD_INPUT & set(exits.values()) or len(exits) >= self.workers or ended > STRAGGLERS:
             return True
         return not exits and not status["alive"]  # the process vanished with its machine
 
     def _check_end(self, status: Mapping[str, Any]) -> None:
-        """An error where the same would come again."""
-        if BAD_INPUT in status["exits"].values():
-            raise UserError(f"launch: the run ended with exit code 1:\n{status.get('message', '')}")
-        if set(status["exits"].values()) == {0}:
+        """An error where the same would come again, or nobody wants it again."""
+        codes = set(status["exits"].values())
+        if codes & BAD_INPUT:
+            raise UserError(f"launch: the run ended with exit code {min(codes & BAD_INPUT)}:\n{status.get('message', '')}")
+        if status.get("stopped"):
+            raise UserError("launch: the run was told to stop; the same command goes on from its last checkpoint")
+        if codes == {0}:
             sign = f"{self.settings.workdir}/summary.json"
             raise UserError(f"launch: the run ended with exit code 0, but {sign} does not list every stage")
 
@@ -198,7 +229,8 @@ class Launch:
         require(self.settings, "config", "workdir")
         if self.commands.dry_run:
             print(bundle.explain(self.settings))
-        unpack = "mkdir -p -m 700 tanuki_launch && tar -xf tanuki_launch.tar -C tanuki_launch"
+        there = "if [ -e tanuki_launch.tar ]; then tar -xf tanuki_launch.tar -C tanuki_launch; rm tanuki_launch.tar; fi"
+        unpack = f"mkdir -p -m 700 tanuki_launch; {there}"
         with tempfile.TemporaryDirectory() as directory:  # which nobody else may read: there may be keys in the environment
             path = Path(directory) / "tanuki_launch.tar"
             if not self.commands.dry_run:
@@ -211,20 +243,22 @@ class Launch:
 
     def start(self) -> None:
         """Starts the run detached."""
-        attempt = self._look().get("attempt", 0) if not self.commands.dry_run else 0
-        self._every(f"start --attempt={attempt + 1}")
+        status = {} if self.commands.dry_run else self._look()
+        if not status and not self.commands.dry_run:
+            raise UserError("launch: no worker answers what was started before; `setup` and `install` come first")
+        self._every(f"start --attempt={status.get('attempt', 0) + 1}")
 
     def status(self) -> None:
         """Prints how slices and run stand."""
         state, word = self.slices.state()
         if self.commands.dry_run:
-            self.slices.lost_nodes()
+            self.slices.node_states()
             self.slices.ask(_remote("status"), everywhere=False)
             return
         print(f"{self.settings.name}: {word} ({state.value})")
         if state is State.ACTIVE:
-            lost, status = self.slices.lost_nodes(), self._look()
-            print(f"nodes: {', '.join(lost) or 'all there'}")
+            nodes, status = self.slices.node_states(), self._look()
+            print(f"nodes: {', '.join(f'{name} {node[1]}' for name, node in nodes.items())}")
             started = (
                 f"attempt {status['attempt']}, {len(status['started'])} workers" if status.get("attempt") else "not started"
             )
@@ -238,11 +272,13 @@ class Launch:
 
     def stop(self) -> None:
         """Tells the run to stop and waits until it has saved."""
-        self._every("stop", seconds=worker.STOP_SECONDS + 60)
+        self._every("stop --mark", seconds=worker.STOP_SECONDS + 60)
 
     def delete(self) -> None:
         """Deletes the slices."""
-        self.slices.delete()
+        there = self.slices.delete()
+        if not self.commands.dry_run:
+            self.say(f"{'deleted' if there else 'there is no'} {self.settings.name} in {self.settings.zone}")
 
     # --- what the steps share
 
@@ -294,25 +330,28 @@ class Launch:
         where the slices are gone or some of many workers are deaf.
         """
         done: set[str] = set()
+        failures: Counter[str] = Counter()
         for number in range(1, tries + 1):
             if first:
                 first()
             answers = self.slices.ask(_remote(action, before), seconds=seconds)
             done |= answers.by_host.keys() - answers.errors.keys()
             failed = {host: error for host, error in answers.errors.items() if host not in done}
+            failures.update(failed.keys())
             missing = answers.expected - len(done | failed.keys())
             if not failed and missing <= 0:
                 return
-            if failed and number >= min(tries, FAILURES):
-                host, error = min(failed.items())
-                others = f" and {len(failed) - 1} more workers" if len(failed) > 1 else ""
+            often = {host: error for host, error in failed.items() if failures[host] >= min(tries, FAILURES)}
+            if often:
+                host, error = min(often.items())
+                others = f" and {len(often) - 1} more workers" if len(often) > 1 else ""
                 raise UserError(f"launch: {action.split()[0]} on {host}{others}: {error}")
             if number < tries:
                 self.say(next(iter(failed.values()), f"{missing} of {answers.expected} workers did not answer"))
                 self._sleep(self.settings.poll)
                 self._check_nodes()
         if done and tries == PATIENCE:  # others were reached, so it is not for the way to them
-            raise Lost(f"{missing} of {answers.expected} workers do not answer")
+            raise Deaf(f"{missing} of {answers.expected} workers do not answer")
         hint = "is the key in ssh-agent (ssh-add ~/.ssh/google_compute_engine)?"
         raise Unavailable(f"{missing} of {answers.expected} workers did not answer; {hint}\n{answers.text[-2000:]}")
 
@@ -326,23 +365,30 @@ class Launch:
         return {}
 
     def _check_nodes(self) -> None:
-        """Lost where the request or one of its slices is not there any more."""
-        state, word = self._patiently(self.slices.state)
-        if state is not State.ACTIVE:
-            raise Lost(f"the request is {word}")
-        if lost := self._patiently(self.slices.lost_nodes):
-            raise Lost(f"not there: {', '.join(lost)}")
+        """Lost where the request or one of its slices is not there any more; waits for one that is being repaired."""
+        while True:
+            state, word = self._patiently(self.slices.state)
+            if state in (State.NONE, State.GONE) or word == "DELETING":
+                raise Lost(f"the request is {word}")
+            nodes = self._patiently(self.slices.node_states)
+            lost = [f"{name} {word}" for name, (node, word) in nodes.items() if node is State.GONE]
+            if lost:
+                raise Lost(f"not there: {', '.join(lost)}")
+            if state is State.ACTIVE and all(node is State.ACTIVE for node, _ in nodes.values()):
+                return
+            self.say(f"the request is {word}; nodes: {', '.join(f'{name} {node[1]}' for name, node in nodes.items())}")
+            self._sleep(self.settings.poll)
 
-    def _delete(self) -> None:
-        """Deletes, and waits until there is nothing left."""
+    def _delete(self, created: str) -> None:
+        """Deletes the request that was made then, no other of its name, and waits until there is nothing left."""
         for _ in range(PATIENCE):
             try:
-                state, word = self.slices.state()
-                if state is not State.NONE and word != "DELETING":
-                    self.slices.delete()
+                for _ in range(2):
                     state, word = self.slices.state()
-                if state is State.NONE:
-                    return
+                    if state is State.NONE or self.slices.created != created:
+                        return
+                    if word == "DELETING" or not self.slices.delete():
+                        break
             except Unavailable as error:
                 self.say(f"deleting: {error}")
             self._sleep(self.settings.poll)
@@ -367,9 +413,10 @@ class Launch:
         words = (f"--{key}={str(value).lower()}" for key, value in flags.items() if value != "")
         command = f"tanuki launch tpu delete {' '.join(words)}"
         interrupted = isinstance(error, KeyboardInterrupt)
+        going_on = interrupted or isinstance(error, StillRunning)
         try:
-            if not interrupted and (self.settings.delete == "always" or (done and self.settings.delete == "done")):
-                self._delete()
+            if not going_on and (self.settings.delete == "always" or (done and self.settings.delete == "done")):
+                self._delete(self.slices.created)
             state, word = self.slices.state()
         except (Unavailable, UserError) as unknown:
             self.say(f"slices may be left, and cost money: {unknown}; look, and delete them: {command}")

@@ -23,6 +23,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -33,7 +34,10 @@ HERE = Path(__file__).resolve().parent
 PROJECT = Path.home() / "tanuki_jax"
 HOST = os.environ.get("TANUKI_LAUNCH_HOST") or socket.gethostname()
 LINES = 40  # of a log that go into an answer
+LETTERS = 6_000  # of an answer's text: those of many workers come through one pipe
 STOP_SECONDS = 240  # a run that is told to stop saves first
+SETUP_SECONDS, INSTALL_SECONDS = 1200, 2400  # for the setup command, and for each step of the installation
+NO_PROGRAM = 127  # exit code of a run that cannot be started, as a shell's
 
 
 class Failed(Exception):
@@ -44,7 +48,8 @@ def setup(launch: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]
     """Checks that this bundle is the one that was sent, and runs the user's command; the workdir must then be there."""
     del options
     if launch["setup"]:
-        _call(["bash", "-euo", "pipefail", "-c", launch["setup"]], "the setup command")
+        with _locked("setup"):
+            _call(["bash", "-euo", "pipefail", "-c", launch["setup"]], "the setup command", seconds=SETUP_SECONDS)
     workdir = Path(launch["workdir"])
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -68,6 +73,8 @@ def install(launch: dict[str, Any], options: argparse.Namespace) -> dict[str, An
         done = PROJECT / ".venv" / "installed"
         if done.is_file() and done.read_text() == launch["project"]:
             return {"again": False}
+        if _alive(_current()):
+            raise Failed("a run of other code is alive here; `stop` ends it")
         PROJECT.mkdir(exist_ok=True)
         for path in PROJECT.iterdir():  # files of an earlier state; the environment stays
             if path.name != ".venv":
@@ -78,8 +85,8 @@ def install(launch: dict[str, Any], options: argparse.Namespace) -> dict[str, An
             shutil.rmtree(PROJECT / ".venv", ignore_errors=True)
             _make_environment(launch["python"])
         lock = ["--constraint", "requirements.lock"]
-        _call([python, "-m", "pip", "install", "--quiet", *lock, "--editable", ".[tpu]"], "the installation", cwd=PROJECT)
-        _call([python, "-c", "import tanuki_jax, jax"], "importing the project", cwd=PROJECT)
+        _call([python, "-m", "pip", "install", "--quiet", *lock, "--editable", ".[tpu]"], "the installation", PROJECT)
+        _call([python, "-c", "import tanuki_jax, jax"], "importing the project", PROJECT)
         done.write_text(launch["project"])
     return {"again": True}
 
@@ -111,7 +118,7 @@ def start(launch: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]
         process = subprocess.Popen(
             words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, cwd=str(PROJECT)
         )
-        state = {"attempt": options.attempt, "pid": process.pid, "started": _started(process.pid)}
+        state = {"attempt": options.attempt, "pid": process.pid, "started": _started(process.pid), "launch": _digest()}
         _write(HERE / "current.json", json.dumps(state))
     return {"again": True}
 
@@ -122,10 +129,16 @@ def supervise(launch: dict[str, Any], options: argparse.Namespace) -> dict[str, 
     environ = dict(os.environ)
     environ.update(launch["env"])
     with (directory / f"{HOST}.log").open("ab") as log:
-        process = subprocess.Popen([str(PROJECT / ".venv/bin/tanuki"), "run"] + launch["run"], stdin=subprocess.DEVNULL,
-                                   stdout=log, stderr=subprocess.STDOUT, cwd=str(PROJECT), env=environ)  # fmt: skip
-        signal.signal(signal.SIGTERM, lambda *_: process.send_signal(signal.SIGTERM))
-        code = process.wait()
+        words = [str(PROJECT / ".venv/bin/tanuki"), "run"] + launch["run"]
+        try:
+            process = subprocess.Popen(
+                words, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, cwd=str(PROJECT), env=environ
+            )
+            signal.signal(signal.SIGTERM, lambda *_: process.send_signal(signal.SIGTERM))
+            code = process.wait()
+        except OSError as error:
+            log.write(f"{words[0]} cannot be started: {error.strerror}\n".encode())
+            code = NO_PROGRAM
     _write(directory / f"{HOST}.exit", str(128 - code if code < 0 else code))
     return {}
 
@@ -144,15 +157,16 @@ def status(launch: dict[str, Any], options: argparse.Namespace) -> dict[str, Any
             with contextlib.suppress(OSError, ValueError):
                 result["exits"][path.name[:-5]] = int(path.read_text())
     result["alive"] = _alive(current)
+    result["stopped"] = (workdir / "launch" / str(result["attempt"]) / "stop").exists()
     result["here"] = current.get("attempt", 0)
     installed = PROJECT / ".venv" / "installed"
     result["installed"] = installed.read_text() if installed.is_file() else ""
-    result["launch"] = hashlib.sha256((HERE / "launch.json").read_bytes()).hexdigest()
+    result["launch"] = current.get("launch", "") if result["alive"] else _digest()
     result["progress"] = _progress(workdir)
     result["last"] = _tail(_log(workdir, result["attempt"]), 1)
-    failed = [host for host, code in sorted(result["exits"].items()) if code == 1]
+    failed = [host for host, code in sorted(result["exits"].items()) if code in (1, NO_PROGRAM)]
     if failed:
-        result["message"] = _tail(workdir / "launch" / str(result["attempt"]) / f"{failed[0]}.log", LINES)
+        result["message"] = _tail(workdir / "launch" / str(result["attempt"]) / f"{failed[0]}.log", LINES)[-LETTERS:]
     return result
 
 
@@ -165,17 +179,18 @@ def logs(launch: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
 
 
 def stop(launch: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
-    """Tells the run to stop, which saves first, and waits for its end."""
-    del launch, options
+    """Tells the run to stop, which saves first, and waits for its end.  A mark says that it is not to be started again."""
     current = _current()
+    if options.mark and current:
+        (Path(launch["workdir"]) / "launch" / str(current["attempt"]) / "stop").touch()
     if not _alive(current):
         return {"was_running": False}
-    os.kill(current["pid"], signal.SIGTERM)
+    leader = _started(current["pid"]) == current["started"]
+    _signal([current["pid"]] if leader else _session(current["pid"]), signal.SIGTERM)
     limit = time.monotonic() + STOP_SECONDS
     while _alive(current) and time.monotonic() < limit:
         time.sleep(0.2)
-    if _alive(current):
-        os.killpg(current["pid"], signal.SIGKILL)
+    _signal(_session(current["pid"]) if _alive(current) else [], signal.SIGKILL)
     return {"was_running": True}
 
 
@@ -232,7 +247,32 @@ def _started(pid: int) -> str:
 
 
 def _alive(current: dict[str, Any]) -> bool:
-    return bool(current) and _started(current["pid"]) == current["started"] != ""
+    """Whether the attempt's supervisor runs, or anything that it started: a run may outlive it."""
+    if not current:
+        return False
+    started = _started(current["pid"])
+    return started == current["started"] if started else bool(_session(current["pid"]))
+
+
+def _session(leader: int) -> list[int]:
+    """The processes of a session."""
+    result = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError, IndexError):
+            fields = path.read_text().rpartition(")")[2].split()
+            if fields[3] == str(leader) and fields[0] != "Z":
+                result.append(int(path.parent.name))
+    return result
+
+
+def _signal(pids: Sequence[int], number: int) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def _digest() -> str:
+    return hashlib.sha256((HERE / "launch.json").read_bytes()).hexdigest()
 
 
 @contextlib.contextmanager
@@ -256,11 +296,20 @@ def _runs(words: Sequence[str]) -> bool:
         return False
 
 
-def _call(words: Sequence[str], action: str, cwd: Path | None = None) -> None:
-    done = subprocess.run(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=cwd)
-    if done.returncode:
-        text = done.stdout.decode("utf-8", "replace").strip().splitlines()[-LINES:]
-        raise Failed("\n".join([f"{action} ended with exit code {done.returncode}", *text]))
+def _call(words: Sequence[str], action: str, cwd: Path | None = None, seconds: float = INSTALL_SECONDS) -> None:
+    """Runs a command; its output goes to a file, for a process that it leaves in the background would keep a pipe open."""
+    with tempfile.TemporaryFile() as output:
+        try:
+            code = subprocess.run(
+                words, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, cwd=cwd, timeout=seconds
+            ).returncode
+            end = f"{action} ended with exit code {code}"
+        except subprocess.TimeoutExpired:
+            code, end = 1, f"{action} did not end in {seconds:.0f} s"
+        if code:
+            output.seek(0)
+            text = output.read().decode("utf-8", "replace").strip().splitlines()[-LINES:]
+            raise Failed("\n".join([end, *text]))
 
 
 ACTIONS = {f.__name__: f for f in (setup, install, start, supervise, status, logs, stop)}
@@ -272,6 +321,7 @@ def main() -> int:
     parser.add_argument("action", choices=ACTIONS)
     parser.add_argument("--attempt", type=int, default=0)
     parser.add_argument("--lines", type=int, default=100)
+    parser.add_argument("--mark", action="store_true")
     parser.add_argument("--digest", default="", help="SHA-256 of launch.json, which must be the one that is here")
     options = parser.parse_args()
     answer: dict[str, Any] = {"host": HOST, "action": options.action, "ok": True}
@@ -280,11 +330,11 @@ def main() -> int:
         if options.digest and hashlib.sha256(text).hexdigest() != options.digest:
             raise Failed("another launch.json is here: nothing was copied; does ssh-agent hold the key (ssh-add -l)?")
         answer.update(ACTIONS[options.action](json.loads(text.decode("utf-8")), options))
-    except (Failed, OSError) as error:
-        answer.update(ok=False, error=str(error))
+    except Exception as error:  # whatever it is, no answer would look like a lost connection
+        answer.update(ok=False, error=(str(error) if isinstance(error, Failed) else repr(error))[-LETTERS:])
     if options.action != "supervise":
         print(MARK + json.dumps(answer), flush=True)
-    return 0 if answer["ok"] else 1
+    return 0  # gcloud leaves out further workers after one that fails
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from tanuki_jax.launch.commands import Commands, Completed
 from tanuki_jax.launch.worker import MARK
 
 TRACEBACK = "Traceback (most recent call last):\n  ...\nAttributeError: 'NoneType' object has no attribute 'ip_address'"
+REPAIRS = {"REPAIRING", "RESTARTING", "A_NEW_WORD"}  # states of a machine that comes back
 KEY = "WARNING: Cannot retrieve keys in ssh-agent. Command may stall."
 
 
@@ -42,6 +43,7 @@ class Worker:
     installed: str = ""
     here: int = 0
     alive: bool = False
+    running: str = ""  # digest of the settings of the run
 
 
 class Cloud(Commands):
@@ -52,7 +54,7 @@ class Cloud(Commands):
         self.random, self.chaos, self.run_state = random.Random(seed), chaos, run or Run()
         self.machines, self.count = slices.parse(kind).machines, count
         self.time, self.log, self.counts = 0.0, [], Counter()
-        self.state, self.nodes, self.workers = "", {}, []
+        self.state, self.nodes, self.workers, self.created = "", {}, [], ""
         self.name = ""
 
     # --- time
@@ -96,6 +98,12 @@ class Cloud(Commands):
             name = self.random.choice(list(self.nodes))
             self._end_all(lost=True)
             self.nodes[name] = self.random.choice(["PREEMPTED", "TERMINATED"])
+        elif set(self.nodes.values()) & REPAIRS:
+            self.nodes = {name: "READY" if state in REPAIRS else state for name, state in self.nodes.items()}
+        elif self.happens("repaired"):
+            name = self.random.choice(list(self.nodes))
+            self.nodes[name] = self.random.choice(sorted(REPAIRS))
+            self._end_all(lost=True)
         elif self.happens("reboot"):
             worker = self.random.choice(self.workers)
             worker.alive = False  # without an exit code
@@ -149,6 +157,8 @@ class Cloud(Commands):
                 1, "", f"ERROR: (gcloud.compute.tpus.{noun}.{verb}) UNAVAILABLE: The service is currently unavailable."
             )
         if verb == "list":
+            if self.happens("partial_list"):  # a zone that did not answer is left out of the list, with exit code 0
+                return Completed(0, "[]")
             nodes = [{"name": f"projects/p/locations/z/nodes/{name}", "state": state} for name, state in self.nodes.items()]
             return Completed(0, json.dumps([*nodes, {"name": "projects/p/locations/z/nodes/others", "state": "READY"}]))
         return getattr(self, f"_{verb}")(noun, words[5:])
@@ -161,6 +171,7 @@ class Cloud(Commands):
         if self.happens("stockout"):
             return Completed(1, "", 'ERROR: {"code": 8, "message": "There is no more capacity in the zone \\"us-east5-a\\"."}')
         self.counts["granted"] += 1
+        self.created = f"time {self.counts['granted']}"
         self.name, self.state = words[0], "WAITING_FOR_RESOURCES" if noun == "queued-resources" else "READY"
         if self.state == "READY":
             self._boot()
@@ -169,10 +180,11 @@ class Cloud(Commands):
         return Completed(0)
 
     def _describe(self, noun, words):
-        if not self.state:
+        if noun == "tpu-vm" and words[0] in self.nodes:
+            return Completed(0, json.dumps({"state": self.nodes[words[0]], "createTime": self.created}))
+        if not self.state or words[0] != self.name:
             return Completed(1, "", f"ERROR: (gcloud.compute.tpus.{noun}.describe) NOT_FOUND: Resource was not found.")
-        state = {"state": self.state} if noun == "queued-resources" else self.nodes.get(self.name, self.state)
-        return Completed(0, json.dumps({"name": self.name, "state": state}))
+        return Completed(0, json.dumps({"state": {"state": self.state}, "createTime": self.created}))
 
     def _delete(self, noun, words):
         if not self.state:
@@ -201,6 +213,8 @@ class Cloud(Commands):
         if len(workers) < (len(self.workers) if where == "all" else 1):
             err.append(TRACEBACK)
         for worker in workers:
+            if self.happens("hangs"):
+                continue  # the command is ended at its time limit
             for _ in range(2 if self.happens("repeated") else 1):
                 out += self._execute(worker, command)
         return Completed(0, "\n".join(out), "\n".join(err))
@@ -216,17 +230,19 @@ class Cloud(Commands):
         before, _, last = command.rpartition(" && ")
         words = shlex.split(last)
         assert words[:2] == ["python3", "tanuki_launch/worker.py"], command
-        if before:
-            worker.bundle["there"] = worker.bundle.get("sent", worker.bundle.get("there"))
+        if before and "sent" in worker.bundle:
+            worker.bundle["there"] = worker.bundle.pop("sent")
         files = worker.bundle.get("there")
         if not files:
             return ["python3: can't open file 'tanuki_launch/worker.py': [Errno 2] No such file or directory"]
-        flags = dict(word.removeprefix("--").split("=", 1) for word in words[3:])
+        flags = dict((word.removeprefix("--").split("=", 1) + [True])[:2] for word in words[3:])
         answer = {"host": worker.host, "action": words[2], "ok": True}
         answer |= getattr(self, f"_do_{words[2]}")(worker, json.loads(files["launch.json"]), files, **flags)
         return ["a line of the run's own", MARK + json.dumps(answer)]
 
     def _do_setup(self, worker, launch, files, digest):
+        if self.happens("setup_hangs"):
+            return {"ok": False, "error": "the setup command did not end in 1200 s"}
         if hashlib.sha256(files["launch.json"]).hexdigest() != digest:
             return {"ok": False, "error": "another launch.json is here"}
         return {}
@@ -234,6 +250,8 @@ class Cloud(Commands):
     def _do_install(self, worker, launch, files):
         if self.happens("install_fails"):
             return {"ok": False, "error": "the installation ended with exit code 1\nERROR: no matching distribution"}
+        if worker.alive and worker.installed != launch["project"]:
+            return {"ok": False, "error": "a run of other code is alive here; `stop` ends it"}
         assert tarfile.open(fileobj=io.BytesIO(files["tanuki_jax.tar.gz"])).getnames()
         worker.installed = launch["project"]
         return {}
@@ -248,6 +266,7 @@ class Cloud(Commands):
         entry = self.run_state.attempts.setdefault(attempt, {"started": set(), "exits": {}})
         entry["started"].add(worker.host)
         worker.here, worker.alive = attempt, True
+        worker.running = hashlib.sha256(files["launch.json"]).hexdigest()
         self.run_state.finished = False
         return {}
 
@@ -263,14 +282,17 @@ class Cloud(Commands):
             "alive": worker.alive,
             "here": worker.here,
             "installed": worker.installed,
-            "launch": hashlib.sha256(files["launch.json"]).hexdigest(),
+            "launch": worker.running if worker.alive else hashlib.sha256(files["launch.json"]).hexdigest(),
+            "stopped": entry.get("stopped", False),
             "progress": run.saved,
             "last": f"step {run.step}",
             "message": "tanuki: config: no such file" if 1 in entry["exits"].values() else "",
         }
 
-    def _do_stop(self, worker, launch, files):
+    def _do_stop(self, worker, launch, files, mark=False):
         was = worker.alive
+        if mark and worker.here:
+            self.run_state.attempts[worker.here]["stopped"] = True
         if was:
             worker.alive = False
             self.run_state.attempts[worker.here]["exits"][worker.host] = 75

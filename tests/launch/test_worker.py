@@ -85,7 +85,9 @@ class Vm:
         return subprocess.Popen(words, cwd=self.home, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     def ask(self, *words, **environ):
-        out, _ = self.command(*words, **environ).communicate(timeout=60)
+        process = self.command(*words, **environ)
+        out, _ = process.communicate(timeout=60)
+        assert process.returncode == 0  # gcloud leaves out the workers after one that fails
         *self.printed, last = out.splitlines()
         assert last.startswith(worker.MARK), out
         return json.loads(last.removeprefix(worker.MARK))
@@ -112,7 +114,7 @@ def test_a_run_is_detached_and_its_end_is_written_down(vm):
     vm.do("done")
     assert vm.ask("status") | {"launch": ""} == {
         **{"host": "w-0", "action": "status", "ok": True, "attempt": 0, "exits": {}, "started": [], "done": False},
-        **{"alive": False, "here": 0, "installed": "", "progress": [0, [], 0], "last": "", "launch": ""},
+        **{"stopped": False, "alive": False, "here": 0, "installed": "", "progress": [0, [], 0], "last": "", "launch": ""},
     }
     assert vm.ask("setup", f"--digest={hashlib.sha256(vm.text).hexdigest()}")["ok"]
     assert vm.ask("install")["again"] and vm.ask("status")["installed"] == "commit 1"
@@ -144,6 +146,45 @@ def test_stop_lets_the_run_save(vm):
     assert vm.ask("stop")["was_running"]
     status = vm.until(lambda s: not s["alive"])
     assert status["exits"] == {"w-0": 75} and status["last"] == "saved"
+
+
+def test_a_run_that_outlives_its_supervisor_is_alive_and_can_be_stopped(vm):
+    vm.do("wait")
+    vm.ask("start", "--attempt=1")
+    vm.until(lambda s: s["alive"] and (vm.workdir / "running").exists())
+    os.kill(json.loads((vm.home / "tanuki_launch/current.json").read_text())["pid"], signal.SIGKILL)
+    time.sleep(0.2)
+    assert vm.ask("status")["alive"] and not vm.ask("start", "--attempt=2")["ok"]
+    assert vm.ask("stop", "--mark")["was_running"]
+    status = vm.until(lambda s: not s["alive"])
+    assert status["last"] == "saved" and status["stopped"]
+
+
+def test_a_run_that_cannot_be_started_says_why(vm):
+    (vm.home / "tanuki_jax/.venv/bin/tanuki").unlink()
+    vm.ask("start", "--attempt=1")
+    status = vm.until(lambda s: s["exits"])
+    assert status["exits"] == {"w-0": 127} and "cannot be started: No such file" in status["message"]
+
+
+def test_a_run_is_not_given_other_code_or_taken_for_one_of_other_settings(vm):
+    vm.do("wait")
+    vm.ask("install")
+    vm.ask("start", "--attempt=1")
+    before = vm.until(lambda s: s["alive"] and (vm.workdir / "running").exists())["launch"]
+    vm.launch["project"] = "commit 2"
+    vm.send()
+    assert "a run of other code is alive" in vm.ask("install")["error"]
+    assert vm.ask("status")["launch"] == before != hashlib.sha256(vm.text).hexdigest()
+
+
+def test_a_setup_may_leave_a_process_and_is_never_run_twice_at_once(vm):
+    vm.launch["setup"] = "sleep 30 & echo begin >> ~/order; sleep 0.3; echo end >> ~/order"
+    vm.send()
+    began = time.monotonic()
+    for process in [vm.command("setup") for _ in range(2)]:
+        process.communicate(timeout=60)
+    assert (vm.home / "order").read_text().split() == ["begin", "end"] * 2 and time.monotonic() - began < 20
 
 
 def test_a_process_that_vanished_is_not_alive(vm):
@@ -202,6 +243,14 @@ def test_a_workdir_on_the_boot_disk_is_refused(tmp_path):
         pytest.skip("temporary files are on a disk of their own here")
     vm = Vm(tmp_path, allow_boot_disk=False)
     assert "lies on the boot disk" in vm.ask("setup")["error"]
+
+
+def test_only_the_user_reads_what_is_sent(tmp_path):
+    """It holds keys; scp copies the mode."""
+    bundle.write(tmp_path / "tanuki_launch.tar", b"{}", b"")
+    assert (tmp_path / "tanuki_launch.tar").stat().st_mode & 0o777 == 0o600
+    with tarfile.open(tmp_path / "tanuki_launch.tar") as tar:
+        assert {member.mode for member in tar} == {0o600}
 
 
 def old_python():
