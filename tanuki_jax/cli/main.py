@@ -75,6 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         resumes = arguments[:1] in (["run"], ["train"], ["data"])
         effect = "the same command goes on from where it was" if resumes else "no output was written"
+        effect = "what it has started goes on" if arguments[:1] == ["launch"] else effect
         print(f"\ntanuki: interrupted; {effect}", file=sys.stderr)
         _exit(130)
         return 130

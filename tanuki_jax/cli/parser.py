@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 from tanuki_jax import launch
 from tanuki_jax.config.ranges import AMOUNT, SEED, TEMPERATURE, TOP_P, Range
@@ -29,7 +29,10 @@ SHARD_CHARACTERS = 100_000_000
 
 
 class Parser(argparse.ArgumentParser):
-    """Bad flags get one line and exit code 1, like any other bad input."""
+    """Bad flags get one line and exit code 1, like any other bad input; one that is cut short is bad."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{self.prog}: {message}; see {self.prog} --help")

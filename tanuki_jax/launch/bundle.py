@@ -34,6 +34,20 @@ def archive() -> bytes:
     return _git("archive", "--format=tar.gz", "HEAD")
 
 
+def uncommitted() -> int:
+    """Files that differ from the committed state, which the workers get."""
+    return len(_git("status", "--porcelain").splitlines())
+
+
+def check_config(settings: Settings) -> None:
+    """An error where the recipe's file is none of the committed ones; one with an absolute path is on the workers."""
+    path = settings.config.partition(":")[0]
+    if Path(path).is_absolute() or not path:
+        return
+    if not _git("ls-tree", "--name-only", "HEAD", "--", path).strip():
+        raise UserError(f"launch: config: there is no {path} in the committed state of {ROOT}, which is what the workers get")
+
+
 def write(path: Path, settings: bytes, project: bytes) -> None:
     """Writes the file; settings: of `launch_json`, project: of `archive`.  Nobody else may read what it unpacks to."""
     path.touch(0o600)  # scp copies the mode, too

@@ -28,9 +28,10 @@ class Completed:
 
     @property
     def last_line(self) -> str:
-        """The last line of what it complained of, or else of what it printed."""
-        lines = (self.err.strip() or self.out.strip()).splitlines()
-        return lines[-1].strip() if lines else f"exit code {self.code}"
+        """What it complained of, in one line: from its last ERROR on, or else its last line."""
+        lines = [line.strip() for line in (self.err.strip() or self.out.strip()).splitlines()]
+        starts = [number for number, line in enumerate(lines) if line.startswith("ERROR")]
+        return " ".join(lines[starts[-1] if starts else -1 :])[:1000] if lines else f"exit code {self.code}"
 
 
 class Commands:

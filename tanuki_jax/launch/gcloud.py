@@ -163,9 +163,21 @@ class Slices:
         try:
             word = described["state"]["state"] if self.settings.queued else described["state"]
             self.created = str(described.get("createTime", ""))
+            self._check_same(described)
         except (KeyError, TypeError, AttributeError) as error:
             raise Unavailable(f"`describe` gave no state: {done.out[:200]!r}") from error
         return _state(word), word
+
+    def _check_same(self, described: dict[str, Any]) -> None:
+        """An error where the request of this name is for other slices than the settings."""
+        specs = described.get("tpu", {}).get("nodeSpec", []) if self.settings.queued else [{"node": described}]
+        counts = [spec.get("multisliceParams", {}).get("nodeCount", 0) for spec in specs]
+        count, ours = max([len(specs), *counts]), (self.settings.slices, self.topology.accelerator_type)
+        kinds = {spec.get("node", {}).get("acceleratorType") for spec in specs} - {None}
+        theirs = count, next(iter(kinds), ours[1])
+        if specs and theirs != ours:
+            difference, name = f"{theirs[0]} x {theirs[1]}, the settings say {ours[0]} x {ours[1]}", self.settings.name
+            raise UserError(f"launch: {name} is there with {difference}; take another name, or delete it first")
 
     def node_states(self) -> dict[str, tuple[State, str]]:
         """Of each slice its state.  What the list lacks, or says is gone, is asked for by its name: a list may be partial."""

@@ -42,7 +42,7 @@ class Settings:
     # --- Cloud TPU and GKE
     project: str = key("", "Google Cloud project; gcloud's own if empty", "tpu", "gke")
     type: str = key("", "of a slice: v5p-256, v6e-64, v5e-16; GKE alone: tpu7x-128", "tpu", "gke", required=True)
-    slices: int = key(1, "how many; the recipe's mesh.slices", "tpu", "gke")
+    slices: int = key(1, "how many; becomes the recipe's mesh.slices", "tpu", "gke")
     provisioning_model: str = key("standard", " | ".join(PROVISIONING_MODELS), "tpu", "gke")
     reservation: str = key("", "name of the reservation (reserved, reservation-bound)", "tpu", "gke")
     service_account: str = key("", "of the VMs (tpu: an e-mail address) or pods (gke: a Kubernetes name)", "tpu", "gke")
@@ -208,8 +208,10 @@ def require(settings: Settings, *names: str) -> None:
 
 
 def run_flags(settings: Settings) -> list[str]:
-    """The flags of `tanuki run`."""
-    return [f"--config={settings.config}", f"--workdir={settings.workdir}", *settings.flags]
+    """The flags of `tanuki run`; several slices are a mesh of several slices, unless `flags` say otherwise."""
+    named = any(flag.startswith("--config.mesh.slices") for flag in settings.flags)
+    mesh = [f"--config.mesh.slices={settings.slices}"] if settings.slices > 1 and not named else []
+    return [f"--config={settings.config}", f"--workdir={settings.workdir}", *mesh, *settings.flags]
 
 
 def environment(settings: Settings, platform: str) -> dict[str, str]:

@@ -68,6 +68,7 @@ class Launch:
     def run(self) -> None:
         """Until the recipe is done."""
         require(self.settings, "config", "workdir")
+        self._check_bundle()  # before anything costs money
         if self.commands.dry_run:
             for step in (self.create, self.setup, self.install, self.start, self.status, self.delete):
                 step()
@@ -227,6 +228,7 @@ class Launch:
     def setup(self, tries: int = 1) -> None:
         """Copies the project and the settings to every worker, and runs the setup command there."""
         require(self.settings, "config", "workdir")
+        self._check_bundle()
         if self.commands.dry_run:
             print(bundle.explain(self.settings))
         there = "if [ -e tanuki_launch.tar ]; then tar -xf tanuki_launch.tar -C tanuki_launch; rm tanuki_launch.tar; fi"
@@ -236,6 +238,12 @@ class Launch:
             if not self.commands.dry_run:
                 bundle.write(path, self._launch_json, self._archive)
             self._every(f"setup --digest={self._digest}", unpack, tries, 1800, first=lambda: self.slices.copy(str(path)))
+
+    def _check_bundle(self) -> None:
+        bundle.check_config(self.settings)
+        _ = self._launch_json  # an error where a variable is missing
+        if count := bundle.uncommitted():
+            self.say(f"{count} files of this checkout are not committed; the workers get the committed state")
 
     def install(self, tries: int = 1) -> None:
         """Installs the project on every worker."""
@@ -441,8 +449,12 @@ def _describe_end(status: Mapping[str, Any]) -> str:
 
 
 def launch(action: str, settings: Settings, commands: Commands) -> None:
-    """Does an action."""
+    """Does an action; one that needs slices is an error where there are none."""
+    steps = Launch(settings, commands)
     try:
-        getattr(Launch(settings, commands), action)()
+        needed = action in ("setup", "install", "start", "logs", "stop") and not commands.dry_run
+        if needed and steps.slices.state()[0] is State.NONE:
+            raise UserError(f"launch: there is no {settings.name} in {settings.zone}; `run` or `create` asks for slices")
+        getattr(steps, action)()
     except Unavailable as error:
         raise UserError(f"launch: {error}") from error

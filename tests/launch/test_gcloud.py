@@ -139,6 +139,9 @@ def test_what_the_workers_get_is_shown_without_the_users_values(capsys, monkeypa
     assert "secret" not in shown and '"HF_TOKEN": "***"' in shown and '"WANDB_API_KEY": "***"' in shown
     launch_json = json.loads("\n".join(line[1:] for line in shown.splitlines()[1:] if line.startswith("#")))
     assert launch_json["run"] == ["--config=configs/tanuki_8b.py:/mnt/my data", "--workdir=/mnt/run", "--config.mesh.slices=2"]
+    assert launch_settings.run_flags(launch_settings.read("tpu", None, ["--slices=3"]))[-1] == "--config.mesh.slices=3"
+    both = launch_settings.read("tpu", None, ["--slices=3", "--config.mesh.slices=1"])
+    assert launch_settings.run_flags(both)[2:] == ["--config.mesh.slices=1"]
     assert launch_json["env"]["JAX_PLATFORMS"] == "tpu" and launch_json["env"]["TANUKI_COORDINATOR"] == "auto"
     assert launch_json["env"]["JAX_COMPILATION_CACHE_DIR"] == "/mnt/run/compilation_cache"
     assert launch_json["setup"] == "sudo mount x /mnt"
@@ -182,6 +185,33 @@ def ask(*answer, queued=True):
 
 
 NOT_FOUND = "ERROR: (gcloud.compute.tpus.queued-resources.describe) NOT_FOUND: Resource was not found."
+
+
+def request(count, kind, queued=True):
+    """What `describe` says: a slice each, or, before they are made, their number."""
+    node = {"acceleratorType": kind}
+    if not queued:
+        return json.dumps({"state": "READY", **node})
+    specs = [{"node": node, "nodeId": f"n-{n}"} for n in range(count)]
+    if count > 2:
+        specs = [{"node": node, "multisliceParams": {"nodeCount": count}}]
+    return json.dumps({"state": {"state": "ACTIVE"}, "tpu": {"nodeSpec": specs}})
+
+
+def test_a_request_of_this_name_for_other_slices_is_not_touched():
+    assert (
+        ask(0, request(1, "v5p-16")).state()[0] is ask(0, request(1, "v5p-16", False), queued=False).state()[0] is State.ACTIVE
+    )
+    for answer, queued in ((request(2, "v5p-16"), True), (request(5, "v5p-16"), True), (request(1, "v5p-8", False), False)):
+        with pytest.raises(UserError, match="is there with . x v5p-(16|8), the settings say 1 x v5p-16; take another name"):
+            ask(0, answer, queued=queued).state()
+
+
+def test_an_error_is_shown_from_its_beginning():
+    done = Completed(
+        1, "", "WARNING: x\nERROR: (gcloud) The required property [project] is not set.\nSet it:\n- set the property\n"
+    )
+    assert done.last_line == "ERROR: (gcloud) The required property [project] is not set. Set it: - set the property"
 
 
 @pytest.mark.parametrize("state", ["CREATING", "ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING", "DELETING"])

@@ -74,6 +74,8 @@ def test_mistakes_in_the_file(text, words, tmp_path, capsys):
         ("--pass_env=NOT_SET_ANYWHERE", "pass_env names NOT_SET_ANYWHERE, which is not set here"),
         ("--settings=nowhere.toml", "cannot read nowhere.toml: No such file"),
         ("--claim=x", "unrecognized arguments: --claim=x"),
+        ("--slice=2", "unrecognized arguments: --slice=2"),
+        ("--config=configs/nowhere.py", "config: there is no configs/nowhere.py in the committed state"),
     ],
 )
 def test_mistakes_in_flags(flag, words, capsys):

@@ -5,6 +5,7 @@ import re
 import pytest
 
 from tanuki_jax.errors import UserError
+from tanuki_jax.launch import bundle, tpu
 from tanuki_jax.launch import settings as launch_settings
 from tanuki_jax.launch.tpu import Launch
 from tests.launch.cloud import REPAIRS as cloud_repairs
@@ -406,3 +407,14 @@ def test_random_sequences_of_what_goes_wrong(kind, count, number, capsys):
             assert not error or re.search("the installation ended|setup command did not end|answer", error), (seed, error)
         ends["error" if error else "done"] += 1
     assert ends["done"] >= number // 2, ends
+
+
+@pytest.mark.parametrize("action", ["setup", "install", "start", "logs", "stop"])
+def test_what_needs_slices_says_that_there_are_none(action):
+    with pytest.raises(UserError, match="there is no tanuki in us-east5-a; `run` or `create` asks for slices"):
+        tpu.launch(action, launch_settings.read("tpu", None, BASE), Cloud())
+
+
+def test_what_is_not_committed_is_told(monkeypatch, capsys):
+    monkeypatch.setattr(bundle, "uncommitted", lambda: 2)
+    assert not end(Cloud()) and "2 files of this checkout are not committed" in capsys.readouterr().err
