@@ -14,6 +14,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from tanuki_jax.errors import UserError
+from tanuki_jax.launch import worker
 from tanuki_jax.launch.commands import Commands, Completed
 from tanuki_jax.launch.manifest import CONTAINER, make_jobset, make_secret, parse_slices, secret_name
 from tanuki_jax.launch.settings import Settings, require
@@ -226,9 +227,8 @@ def _check_sign(settings: Settings, commands: Commands, state: str) -> None:
 def _is_done(done: Completed) -> bool:
     """Whether summary.json has every stage of its recipe."""
     try:
-        summary = json.loads(done.out)
-        return not done.code and {entry["stage"] for entry in summary["stages"]} == set(summary["config"]["stages"])
-    except (ValueError, KeyError, TypeError):
+        return not done.code and worker.lists_every_stage(json.loads(done.out))
+    except ValueError:
         return False
 
 

@@ -15,6 +15,7 @@ from tanuki_jax.errors import UserError
 from tanuki_jax.launch import gke, manifest, settings
 from tanuki_jax.launch.commands import Commands, Completed
 from tests.launch.gke_fields import FIELDS, FREE, POLICY_FLAGS, POOL_FLAGS
+from tests.tiny_recipe import trained
 
 BASE = {
     "name": "tanuki",
@@ -325,7 +326,7 @@ def test_status_tells_restarts_and_why_it_failed(capsys):
     assert "there is no JobSet tanuki" in capsys.readouterr().out
 
 
-SUMMARY = {"stages": [{"stage": "a"}, {"stage": "b"}], "config": {"stages": {"a": {}, "b": {}}}}
+SUMMARY = {"stages": [{"name": "a"}, {"name": "b"}], "config": {"stages": {"a": {}, "b": {}}}}
 
 
 def test_done_is_what_the_run_says_where_its_workdir_can_be_read(capsys):
@@ -334,12 +335,18 @@ def test_done_is_what_the_run_says_where_its_workdir_can_be_read(capsys):
     gke.launch("status", read(), fake)
     assert "every stage is done" in capsys.readouterr().out
     assert ["gcloud", "storage", "cat", "gs://my-runs/runs/8b/summary.json"] in [words for words, _ in fake.calls]
-    half = Completed(0, json.dumps(SUMMARY | {"stages": [{"stage": "a"}]}))
+    half = Completed(0, json.dumps(SUMMARY | {"stages": [{"name": "a"}]}))
     for lie in (Completed(1, "", "One or more URLs matched no objects"), half, Completed(0, "[]")):
         with pytest.raises(UserError, match="does not say that every stage is"):
             gke.launch("status", read(), Fake(get=jobset("Completed"), cat=lie))
     gke.launch("status", read(**CLAIM), Fake(get=jobset("Completed")))
     assert "the run's own sign is /mnt/runs/8b/summary.json" in capsys.readouterr().out
+
+
+def test_a_real_runs_summary_says_that_it_is_done(tmp_path_factory, capsys):
+    text = (trained(tmp_path_factory.getbasetemp()) / "summary.json").read_text()
+    gke.launch("status", read(), Fake(get=jobset("Completed"), cat=Completed(0, text)))
+    assert "every stage is done" in capsys.readouterr().out
 
 
 def test_logs_are_those_of_one_pod():
