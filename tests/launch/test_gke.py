@@ -58,6 +58,8 @@ class Fake(Commands):
         self.calls.append((list(words), text))
         for word, answer in self.answers.items():
             if word in words:
+                if isinstance(answer, UserError):
+                    raise answer
                 return answer.pop(0) if isinstance(answer, list) else answer
         return Completed(0)
 
@@ -453,6 +455,44 @@ def test_delete_tries_every_pool_and_says_what_is_left():
     with pytest.raises(UserError, match="not deleted, and may cost money: node pool tanuki-1: ERROR: Operation"):
         gke.launch("delete", read(slices="3"), fake)
     assert sum("node-pools" in words for words, _ in fake.calls) == 3
+
+
+@pytest.mark.parametrize(
+    "silent",
+    [
+        Completed(1, "", 'error: the server doesn\'t have a resource type "jobset"'),
+        Completed(1, "", "E1: dial\nUnable to connect to the server: dial tcp: i/o timeout"),
+        UserError("launch: kubectl is not installed; gcloud components install kubectl"),
+    ],
+)
+def test_delete_goes_on_to_the_pools_where_kubectl_fails(silent):
+    fake = Fake(jobset=silent, secret=silent)
+    with pytest.raises(UserError) as caught:
+        gke.launch("delete", read(slices="2", type="tpu7x-128"), fake)
+    assert [words[4] for words, _ in fake.calls if words[:3] == ["gcloud", "container", "node-pools"]] == [
+        "tanuki-0",
+        "tanuki-1",
+    ]
+    assert "resource-policies" in fake.calls[-1][0]
+    text = str(caught.value)
+    reason = str(silent).removeprefix("launch: ") if isinstance(silent, UserError) else silent.last_line
+    assert f"JobSet tanuki: {reason}" in text and "node pool" not in text
+    assert text.count("launch: ") == 1 and "\n" not in text and "tanuki launch gke delete" in text
+
+
+def test_delete_names_every_pool_where_nothing_answers():
+    down = Completed(1, "", "no route to host")
+    with pytest.raises(
+        UserError, match="JobSet tanuki: .*node pool tanuki-0: .*node pool tanuki-1: .*tanuki launch gke delete"
+    ):
+        gke.launch("delete", read(slices="2"), Fake(jobset=down, secret=down, gcloud=down))
+
+
+def test_delete_checks_its_settings_before_anything_is_deleted():
+    fake = Fake()
+    with pytest.raises(UserError, match="location is not set"):
+        gke.launch("delete", read(location=""), fake)
+    assert not fake.calls
 
 
 def test_a_cluster_that_is_not_found_says_nothing_of_its_pools():
