@@ -172,6 +172,7 @@ def run(settings: Settings, commands: Commands) -> None:
     commands.require(_kubectl(settings, "apply", "--filename=-"), _yaml(jobset))
     if not commands.dry_run:
         print(f"launch: the JobSet {settings.name} is applied; tanuki launch gke status shows how it stands")
+        _print_cost(settings)
 
 
 def find(settings: Settings, commands: Commands) -> dict[str, Any]:
@@ -213,6 +214,8 @@ def show_status(settings: Settings, commands: Commands) -> None:
         print(f"there is no JobSet {settings.name}; one that is finished is deleted after ttl_seconds")
     if jobset or commands.dry_run:
         commands.show(_kubectl(settings, "get", "pods", f"--selector={JOBSET_LABEL}={settings.name}", "--output=wide"))
+    if state not in ("runs", "waits") and not commands.dry_run:
+        _print_cost(settings)
     _check_sign(settings, commands, state)
 
 
@@ -242,6 +245,14 @@ def _is_done(done: Completed) -> bool:
         return False
 
 
+def _print_cost(settings: Settings) -> None:
+    """Says what outlives the JobSet.  Pools of flex-start shrink to nothing, and nodes that GKE made itself go by themselves."""
+    if settings.cluster and settings.provisioning_model != "flex-start":
+        last = f" to {settings.name}-{settings.slices - 1}" if settings.slices > 1 else ""
+        pools = f"node pool{'s' * bool(last)} {settings.name}-0{last}"
+        print(f"launch: what `create` made ({pools}) costs money until `tanuki launch gke delete` deletes it")
+
+
 def show_logs(settings: Settings, commands: Commands) -> None:
     """Prints the end of the first machine's log."""
     first = {JOBSET_LABEL: settings.name, "jobset.sigs.k8s.io/job-index": "0", "batch.kubernetes.io/job-completion-index": "0"}
@@ -253,6 +264,8 @@ def stop(settings: Settings, commands: Commands) -> None:
     """Deletes the JobSet, whose pods get SIGTERM and `grace_seconds`; returns when they have ended."""
     for deletion in _jobset_deletions(settings):
         commands.require(deletion.words, seconds=deletion.seconds)
+    if not commands.dry_run:
+        _print_cost(settings)
 
 
 def delete(settings: Settings, commands: Commands) -> None:

@@ -351,6 +351,36 @@ def test_a_real_runs_summary_says_that_it_is_done(tmp_path_factory, capsys):
     assert "every stage is done" in capsys.readouterr().out
 
 
+COST = "costs money until `tanuki launch gke delete` deletes it"
+
+
+@pytest.mark.parametrize(
+    ("action", "found"),
+    [
+        ("status", jobset("Completed")),
+        ("status", jobset("Failed")),
+        ("status", Completed(0)),  # deleted after ttl_seconds
+        ("run", Completed(0)),
+        ("stop", Completed(0)),
+    ],
+)
+def test_node_pools_cost_on_and_the_actions_say_so(action, found, capsys):
+    gke.launch(action, read(slices="2", **CLAIM), Fake(get=found))
+    out = capsys.readouterr().out
+    assert f"what `create` made (node pools tanuki-0 to tanuki-1) {COST}" in out
+    for other in ({"cluster": ""}, {"provisioning_model": "flex-start"}):  # no pools, or pools that shrink to nothing
+        gke.launch(action, read(**CLAIM, **other), Fake(get=found))
+    assert COST not in capsys.readouterr().out
+
+
+def test_node_pools_cost_on_where_the_run_says_not_that_it_is_done(capsys):
+    with pytest.raises(UserError, match="does not say that every stage is"):
+        gke.launch("status", read(), Fake(get=jobset("Completed"), cat=Completed(1)))
+    assert COST in capsys.readouterr().out
+    gke.launch("status", read(), Fake(get=jobset(), cat=Completed(1)))
+    assert COST not in capsys.readouterr().out
+
+
 def test_logs_are_those_of_one_pod():
     fake = Fake()
     gke.launch("logs", read(), fake)
