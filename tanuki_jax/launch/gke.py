@@ -246,7 +246,7 @@ def _is_done(done: Completed) -> bool:
 
 
 def _print_cost(settings: Settings) -> None:
-    """Says what outlives the JobSet.  Pools of flex-start shrink to nothing, and nodes that GKE made itself go by themselves."""
+    """Says what outlives the JobSet.  Pools of flex-start shrink to nothing, nodes that GKE made itself go by themselves."""
     if settings.cluster and settings.provisioning_model != "flex-start":
         last = f" to {settings.name}-{settings.slices - 1}" if settings.slices > 1 else ""
         pools = f"node pool{'s' * bool(last)} {settings.name}-0{last}"

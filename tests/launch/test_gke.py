@@ -173,30 +173,45 @@ def test_nodes_are_chosen_by_how_they_are_paid_for(kind, labels):
     assert {name: text for name, text in found.items() if "tpu" not in name} == labels
 
 
-def outcome(message):
-    """What JobSet does with a Job that failed by its pod failure policy with this message (JobSet's failure_policy.go)."""
-    for rule in manifest.make_jobset(read())["spec"]["failurePolicy"]["rules"]:
+def outcome(code=None, disrupted=False):
+    """What becomes of the JobSet after a pod that ended with this exit code, or vanished: Kubernetes' pod_failure_policy.go,
+    with its messages, and job_controller.go; JobSet's failure_policy.go."""
+    made = manifest.make_jobset(read())
+    reason, message = "BackoffLimitExceeded", "Job has reached the specified backoff limit"
+    for rule in reversed(made["spec"]["replicatedJobs"][0]["template"]["spec"]["podFailurePolicy"]["rules"]):
+        assert rule["action"] == "FailJob"
+        if code and code in rule.get("onExitCodes", {"values": []})["values"]:
+            reason = "PodFailurePolicy"
+            message = f"Container tanuki for pod default/x failed with exit code {code} matching FailJob rule at index 0"
+        if disrupted and "onPodConditions" in rule:
+            reason = "PodFailurePolicy"
+            message = "Pod default/x has condition DisruptionTarget matching FailJob rule at index 0"
+    return jobset_action(made, reason, message)
+
+
+def jobset_action(made, reason, message):
+    for rule in made["spec"]["failurePolicy"]["rules"]:
         patterns = rule.get("onJobFailureMessagePatterns", [])
-        if "PodFailurePolicy" in rule["onJobFailureReasons"] and (not patterns or any(re.search(p, message) for p in patterns)):
+        if reason in rule["onJobFailureReasons"] and (not patterns or any(re.search(p, message) for p in patterns)):
             return rule["action"]
+    return "RestartJobSet"  # counted
 
 
-def test_bad_input_ends_the_jobset_and_a_preemption_does_not_count():
-    """Messages as Kubernetes writes them: pkg/controller/job/pod_failure_policy.go."""
-    exits = "Container tanuki for pod default/tanuki-slice-0-3-x failed with exit code {} matching FailJob rule at index 0"
-    assert outcome(exits.format(1)) == "FailJobSet"
-    assert outcome(exits.format(75)) == outcome(exits.format(143)) == "RestartJobSetAndIgnoreMaxRestarts"
-    assert outcome("Pod default/tanuki-slice-0-3-x has condition DisruptionTarget matching FailJob rule at index 1") == (
-        "RestartJobSetAndIgnoreMaxRestarts"
-    )
-    assert outcome("something that a later Kubernetes says") == "FailJobSet"  # never a restart without end
+@pytest.mark.parametrize("disrupted", [True, False])
+def test_bad_input_ends_the_jobset_and_no_restart_without_a_save_goes_uncounted(disrupted):
+    """Who evicts a pod is not in what JobSet sees: a full disk looks like a preemption, and would come again for ever."""
+    assert outcome(1, disrupted) == "FailJobSet"
+    assert outcome(75, disrupted) == "RestartJobSetAndIgnoreMaxRestarts"
+    for code in (143, 137, 76, 77, 134, None):
+        assert outcome(code, disrupted) == "RestartJobSet"
+
+
+def test_the_rules_of_failure():
     made = manifest.make_jobset(read(max_restarts="7"))
     policy = made["spec"]["failurePolicy"]
+    assert jobset_action(made, "PodFailurePolicy", "something that a later Kubernetes says") == "FailJobSet"
     assert (policy["maxRestarts"], policy["restartStrategy"]) == (7, "BlockingRecreate")
-    rules = made["spec"]["replicatedJobs"][0]["template"]["spec"]["podFailurePolicy"]["rules"]
-    assert all(rule["action"] == "FailJob" for rule in rules)
-    assert [rule["onExitCodes"]["values"] for rule in rules if "onExitCodes" in rule] == [[1], [75], [143]]
-    names = [rule["name"] for rule in made["spec"]["failurePolicy"]["rules"]]
+    names = [rule["name"] for rule in policy["rules"]]
     assert all(re.fullmatch("[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?", name) for name in names)  # JobSet's pattern
 
 
