@@ -7,6 +7,7 @@ https://docs.cloud.google.com/kubernetes-engine/docs/how-to/tpu-multislice, .../
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Mapping
 from typing import Any
 
@@ -86,11 +87,16 @@ def make_secret(settings: Settings, hidden: bool = False) -> Object | None:
       hidden: *** instead of the values, for what is printed.
     """
     environ = environment(settings, "tpu")
-    values = hide(environ, settings) if hidden else environ
+    values = hide(environ, settings) if hidden else {name: _encode(value) for name, value in environ.items()}
     values = {name: value for name, value in values.items() if name in _users(settings)}
     metadata = {"name": secret_name(settings), "namespace": settings.namespace}
-    secret = {"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "type": "Opaque", "stringData": values}
+    # Not stringData, of which `kubectl apply` removes no key that is no longer there.
+    secret = {"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "type": "Opaque", "data": values}
     return secret if values else None
+
+
+def _encode(value: str) -> str:
+    return base64.b64encode(value.encode("utf-8", "surrogateescape")).decode("ascii")
 
 
 def secret_name(settings: Settings) -> str:

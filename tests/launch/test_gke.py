@@ -1,5 +1,6 @@
 """What the launcher does on GKE, against an imitation of kubectl and gcloud and the names of the API's fields."""
 
+import base64
 import importlib.util
 import json
 import os
@@ -244,20 +245,25 @@ def test_a_claim_needs_no_second_container():
 
 def test_values_of_variables_are_in_a_secret_and_never_printed(capsys, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "wandb_secret")
-    chosen = read(env="HF_TOKEN=hf_secret", pass_env="WANDB_API_KEY")
+    chosen = read(env="HF_TOKEN=hf_secret 狸", pass_env="WANDB_API_KEY")
     [container] = pod_of(manifest.make_jobset(chosen))["containers"]
     plain = {e["name"]: e["value"] for e in container["env"]}
     assert plain["JAX_PLATFORMS"] == "tpu" and plain["TANUKI_COORDINATOR"] == "auto"
     assert plain["JAX_COMPILATION_CACHE_DIR"] == "/mnt/runs/8b/compilation_cache"
     assert container["envFrom"] == [{"secretRef": {"name": "tanuki-environment"}}]
-    assert manifest.make_secret(chosen)["stringData"] == {"HF_TOKEN": "hf_secret", "WANDB_API_KEY": "wandb_secret"}
+    secret = manifest.make_secret(chosen)
+    assert "stringData" not in secret  # of it `kubectl apply` removes no key that is no longer there
+    assert {name: base64.b64decode(text).decode() for name, text in secret["data"].items()} == {
+        "HF_TOKEN": "hf_secret 狸",
+        "WANDB_API_KEY": "wandb_secret",
+    }
     for action in ("manifest", "run"):
         gke.launch(action, chosen, Commands(dry_run=True))
     printed = capsys.readouterr().out
     assert "_secret" not in printed and "HF_TOKEN: '***'" in printed
     fake = Fake()
     gke.launch("run", chosen, fake)
-    assert any("hf_secret" in text for _, text in fake.calls)
+    assert any(secret["data"]["HF_TOKEN"] in text for _, text in fake.calls)
     assert not any("_secret" in word for words, _ in fake.calls for word in words)  # other users see a process's words
 
 
