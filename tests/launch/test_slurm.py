@@ -94,10 +94,35 @@ def test_in_a_container_tanuki_is_the_images_and_the_workdir_is_mounted(tmp_path
     assert f"--chdir={workdir}" in job_flags(slurm.batch_script(values))
 
 
-@pytest.mark.parametrize("mount", ["/mnt:/mnt", "/lustre/me:/mnt/runs", "/mnt", "/a:/mnt/runs/nano:rw"])
+@pytest.mark.parametrize("mount", ["/mnt:/mnt", "/mnt", "/mnt/runs/:/mnt/runs:rw", "/mnt/runs/nano:/mnt/runs/nano"])
 def test_a_workdir_that_the_users_mounts_hold_is_not_mounted_twice(mount):
     values = read_settings(Path("/mnt/runs/nano"), *CONTAINER[:1], f"--container_mounts={mount}")
     assert slurm._mounts(values) == mount
+
+
+@pytest.mark.parametrize(
+    ("mount", "folder", "source"),
+    [
+        ("/lustre/me:/mnt/runs", "/lustre/me/nano", "/lustre/me"),
+        ("/a:/mnt/runs/nano:rw", "/a", "/a"),
+        ("/data,/lustre:/mnt/:ro", "/lustre/runs/nano", "/lustre"),
+    ],
+)
+def test_a_workdir_that_is_another_directory_in_the_container_is_an_error(mount, folder, source):
+    """The batch script reads the host's."""
+    with pytest.raises(UserError) as caught:
+        slurm.batch_script(read_settings(Path("/mnt/runs/nano"), *CONTAINER[:1], f"--container_mounts={mount}"))
+    text = str(caught.value)
+    assert (
+        "workdir /mnt/runs/nano" in text and f"workdir={folder}" in text and f"{source}:{source}" in text and "\n" not in text
+    )
+
+
+def test_a_mount_through_a_link_is_the_same_directory(tmp_path):
+    (tmp_path / "lustre").mkdir()
+    (tmp_path / "link").symlink_to("lustre")
+    mount = f"{tmp_path}/lustre:{tmp_path}/link"
+    assert slurm._mounts(read_settings(tmp_path / "link" / "nano", *CONTAINER[:1], f"--container_mounts={mount}")) == mount
 
 
 def test_a_workdir_that_pyxis_cannot_mount_is_an_error():
