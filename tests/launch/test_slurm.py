@@ -173,6 +173,14 @@ def test_a_program_that_is_missing_is_not_started_again(cluster, monkeypatch):
     assert ended == 1 and "exit code 127" in log and not cluster.calls()
 
 
+def test_an_environment_that_cannot_be_read_is_not_tried_again(cluster):
+    values = read_settings(cluster.workdir, "--gpus=2")
+    script = script_of(values)
+    slurm._env_file(values).unlink()
+    ended, log = cluster.run_job(script, FAKE="0")
+    assert ended == 1 and "nano.env" in log and "exit code 1, which would come again" in log and not cluster.calls()
+
+
 def test_exit_code_0_without_the_runs_summary_is_no_success(cluster):
     script = script_of(read_settings(cluster.workdir))
     ended, log = cluster.run_job(script, FAKE="empty")
@@ -242,6 +250,14 @@ def test_a_job_that_was_told_to_stop_is_not_requeued(cluster):
     ended, log = cluster.run_job(script, FAKE="0:75", DELAY="1")
     thread.join()
     assert ended == 0 and "stopped; the next launch goes on" in log and not cluster.calls()
+
+
+def test_stop_before_the_processes_exist_starts_no_run(cluster):
+    """As in the minutes in which an image is imported: scancel has no process to signal."""
+    mark = cluster.workdir / "launch" / "slurm" / "7" / "stop"
+    ended, log = cluster.run_job(script_of(read_settings(cluster.workdir, "--gpus=2")), FAKE="0", STOPPED=str(mark))
+    assert ended == 0 and "stopped; the next launch goes on" in log and not cluster.calls() and not mark.exists()
+    assert "process 0" not in log and not (cluster.workdir / "summary.json").exists()
 
 
 # --- the actions
