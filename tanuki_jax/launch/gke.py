@@ -182,10 +182,10 @@ def find(settings: Settings, commands: Commands) -> dict[str, Any]:
         missing = "have a resource type" in done.err
         raise UserError(f"launch: kubectl cannot look: {done.last_line}{f'; {INSTALL_JOBSET}' if missing else ''}")
     try:
-        found = json.loads(done.out) if done.out.strip() else {}
+        jobset = json.loads(done.out) if done.out.strip() else {}
     except ValueError as error:
         raise UserError(f"launch: kubectl's answer is no JSON: {done.out[:200]!r}") from error
-    return found if isinstance(found, dict) else {}
+    return jobset if isinstance(jobset, dict) else {}
 
 
 def describe(jobset: dict[str, Any]) -> str:

@@ -205,9 +205,10 @@ def _mounts(settings: Settings) -> str:
             continue
         mounted = True
         if source.resolve() != target.resolve():
+            outside = source / workdir.relative_to(target)
             raise UserError(
                 f"launch: container_mounts shows {source} as {target}, so that workdir {workdir} is one directory for the run "
-                f"and another for the job's script; set workdir={source / workdir.relative_to(target)} and mount {source}:{source}"
+                f"and another for the job's script; set workdir={outside} and mount {source}:{source}"
             )
     if not mounted:
         if re.search(r"[:,\s]", settings.workdir):
