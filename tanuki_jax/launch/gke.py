@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import re
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml  # type: ignore[import-untyped]
 
 from tanuki_jax.errors import UserError
+from tanuki_jax.launch import worker
 from tanuki_jax.launch.commands import Commands, Completed
 from tanuki_jax.launch.manifest import CONTAINER, make_jobset, make_secret, parse_slices, secret_name
 from tanuki_jax.launch.settings import Settings, require
@@ -36,6 +37,15 @@ LONGEST_POOL = 40  # letters of a node pool's name
 SPOT_SHUTDOWN = {"kubeletConfig": {"shutdownGracePeriodSeconds": 120, "shutdownGracePeriodCriticalPodsSeconds": 15}}
 SPOT_GRACE = 15  # seconds of a pod without this
 HOUR = 3600.0
+
+
+class Deletion(NamedTuple):
+    """How something is deleted."""
+
+    resource: str  # in words
+    words: list[str]
+    seconds: float  # limit of the command
+    path: str = ""  # by which an API says that it is not found
 
 
 def launch(action: str, settings: Settings, commands: Commands) -> None:
@@ -155,12 +165,14 @@ def run(settings: Settings, commands: Commands) -> None:
         )
     if state != "none":
         print(f"launch: the JobSet {settings.name} {state}; deleting it, to start it again")
-        _delete_jobset(settings, commands)
+        jobset_deletion = _jobset_deletions(settings)[0]
+        commands.require(jobset_deletion.words, seconds=jobset_deletion.seconds)
     if secret:
         commands.require(_kubectl(settings, "apply", "--filename=-"), _yaml(secret))
     commands.require(_kubectl(settings, "apply", "--filename=-"), _yaml(jobset))
     if not commands.dry_run:
         print(f"launch: the JobSet {settings.name} is applied; tanuki launch gke status shows how it stands")
+        _print_cost(settings)
 
 
 def find(settings: Settings, commands: Commands) -> dict[str, Any]:
@@ -170,10 +182,10 @@ def find(settings: Settings, commands: Commands) -> dict[str, Any]:
         missing = "have a resource type" in done.err
         raise UserError(f"launch: kubectl cannot look: {done.last_line}{f'; {INSTALL_JOBSET}' if missing else ''}")
     try:
-        found = json.loads(done.out) if done.out.strip() else {}
+        jobset = json.loads(done.out) if done.out.strip() else {}
     except ValueError as error:
         raise UserError(f"launch: kubectl's answer is no JSON: {done.out[:200]!r}") from error
-    return found if isinstance(found, dict) else {}
+    return jobset if isinstance(jobset, dict) else {}
 
 
 def describe(jobset: dict[str, Any]) -> str:
@@ -202,6 +214,8 @@ def show_status(settings: Settings, commands: Commands) -> None:
         print(f"there is no JobSet {settings.name}; one that is finished is deleted after ttl_seconds")
     if jobset or commands.dry_run:
         commands.show(_kubectl(settings, "get", "pods", f"--selector={JOBSET_LABEL}={settings.name}", "--output=wide"))
+    if state not in ("runs", "waits") and not commands.dry_run:
+        _print_cost(settings)
     _check_sign(settings, commands, state)
 
 
@@ -226,10 +240,17 @@ def _check_sign(settings: Settings, commands: Commands, state: str) -> None:
 def _is_done(done: Completed) -> bool:
     """Whether summary.json has every stage of its recipe."""
     try:
-        summary = json.loads(done.out)
-        return not done.code and {entry["stage"] for entry in summary["stages"]} == set(summary["config"]["stages"])
-    except (ValueError, KeyError, TypeError):
+        return not done.code and worker.lists_every_stage(json.loads(done.out))
+    except ValueError:
         return False
+
+
+def _print_cost(settings: Settings) -> None:
+    """Says what outlives the JobSet.  Pools of flex-start shrink to nothing, nodes that GKE made itself go by themselves."""
+    if settings.cluster and settings.provisioning_model != "flex-start":
+        last = f" to {settings.name}-{settings.slices - 1}" if settings.slices > 1 else ""
+        pools = f"node pool{'s' * bool(last)} {settings.name}-0{last}"
+        print(f"launch: what `create` made ({pools}) costs money until `tanuki launch gke delete` deletes it")
 
 
 def show_logs(settings: Settings, commands: Commands) -> None:
@@ -241,39 +262,66 @@ def show_logs(settings: Settings, commands: Commands) -> None:
 
 def stop(settings: Settings, commands: Commands) -> None:
     """Deletes the JobSet, whose pods get SIGTERM and `grace_seconds`; returns when they have ended."""
-    _delete_jobset(settings, commands)
-    words = ["delete", "secret", secret_name(settings), "--ignore-not-found"]
-    commands.require(_kubectl(settings, *words))
+    for deletion in _jobset_deletions(settings):
+        commands.require(deletion.words, seconds=deletion.seconds)
+    if not commands.dry_run:
+        _print_cost(settings)
 
 
 def delete(settings: Settings, commands: Commands) -> None:
     """Deletes the JobSet and, where `cluster` is set, the node pools; all are tried, and what is left is an error."""
-    stop(settings, commands)
+    pools, policy = _pool_deletions(settings) if settings.cluster else ([], [])
+    remaining = _try_all(_jobset_deletions(settings), commands)
     if not settings.cluster:
         print("launch: cluster is not set, so no node pool is deleted")
-        return
+    remaining_pools = _try_all(pools, commands)
+    remaining += remaining_pools or _try_all(policy, commands)  # pools use it
+    if remaining:
+        raise UserError(
+            f"launch: not deleted, and may cost money: {'; '.join(remaining)}; to try again: tanuki launch gke delete"
+        )
+
+
+def _jobset_deletions(settings: Settings) -> list[Deletion]:
+    jobset = ["delete", "jobset", settings.name, "--ignore-not-found", "--cascade=foreground"]
+    secret = ["delete", "secret", secret_name(settings), "--ignore-not-found"]
+    return [
+        Deletion(f"JobSet {settings.name}", _kubectl(settings, *jobset), settings.grace_seconds + 600.0),
+        Deletion(f"secret {secret_name(settings)}", _kubectl(settings, *secret), 300.0),
+    ]
+
+
+def _pool_deletions(settings: Settings) -> tuple[list[Deletion], list[Deletion]]:
+    """The node pools, and their workload policy."""
     require(settings, "location", "zone")
-    left = []
-    for pool in _pools(settings):
-        done = commands.run(["gcloud", "container", "node-pools", "delete", pool, *_cluster(settings), "--quiet"], seconds=HOUR)
-        if done.code and not _is_missing(done, f"nodePools/{pool}"):
-            left.append(f"node pool {pool}: {done.last_line}")
-    if _needs_policy(parse_slices(settings)) and not left:
-        done = commands.run([*_policy("delete", settings), "--quiet"])
-        if done.code and not _is_missing(done, f"resourcePolicies/{settings.name}"):
-            left.append(f"workload policy {settings.name}: {done.last_line}")
-    if left:
-        raise UserError(f"launch: not deleted, and may cost money: {'; '.join(left)}")
+    words = ["gcloud", "container", "node-pools", "delete"]
+    pools = [
+        Deletion(f"node pool {pool}", [*words, pool, *_cluster(settings), "--quiet"], HOUR, f"nodePools/{pool}")
+        for pool in _pools(settings)
+    ]
+    if not _needs_policy(parse_slices(settings)):
+        return pools, []
+    policy = [*_policy("delete", settings), "--quiet"]
+    return pools, [Deletion(f"workload policy {settings.name}", policy, 300.0, f"resourcePolicies/{settings.name}")]
 
 
-def _is_missing(done: Completed, resource: str) -> bool:
+def _try_all(deletions: list[Deletion], commands: Commands) -> list[str]:
+    """What remains, and why; one failure, or a program that is not installed, stops none of the others."""
+    remaining = []
+    for deletion in deletions:
+        try:
+            done = commands.run(deletion.words, seconds=deletion.seconds)
+        except UserError as error:
+            remaining.append(f"{deletion.resource}: {str(error).removeprefix('launch: ')}")
+            continue
+        if done.code and not _is_missing(done, deletion.path):
+            remaining.append(f"{deletion.resource}: {done.last_line}")
+    return remaining
+
+
+def _is_missing(done: Completed, path: str) -> bool:
     """Whether it is this that was not found, and not the cluster or the project, whose pools would live on."""
-    return "not found" in done.err.lower() and resource in done.err
-
-
-def _delete_jobset(settings: Settings, commands: Commands) -> None:
-    words = ["delete", "jobset", settings.name, "--ignore-not-found", "--cascade=foreground"]
-    commands.require(_kubectl(settings, *words), seconds=settings.grace_seconds + 600.0)
+    return bool(path) and "not found" in done.err.lower() and path in done.err
 
 
 def _kubectl(settings: Settings, *words: str) -> list[str]:

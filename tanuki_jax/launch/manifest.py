@@ -7,6 +7,7 @@ https://docs.cloud.google.com/kubernetes-engine/docs/how-to/tpu-multislice, .../
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ from tanuki_jax.launch.settings import Settings, environment, hide, require, run
 CONTAINER = "tanuki"
 JOB = "slice"
 BAD_INPUT = 1  # exit code of a run that would fail in the same way again
-TOLD_TO_STOP = (75, 143)  # exit codes after SIGTERM: saved, or before there was anything to save
+SAVED = 75  # exit code of a run that was told to stop, and saved
 PORTS = (8471, 8080)  # of the TPU runtime, and between slices
 LONGEST_NAME = 63  # of a pod
 FILE_CACHE_MB = 20_480  # on the node's disk, of 100 GB
@@ -54,7 +55,7 @@ def make_jobset(settings: Settings) -> Object:
         "parallelism": topology.machines,
         "completions": topology.machines,
         "backoffLimit": 0,  # the JobSet starts again, all slices together
-        "podFailurePolicy": {"rules": [_on_exit_code(BAD_INPUT), _on_disruption(), *map(_on_exit_code, TOLD_TO_STOP)]},
+        "podFailurePolicy": {"rules": [_on_exit_code(BAD_INPUT), _on_exit_code(SAVED)]},
         "template": {"metadata": {"annotations": _annotations(settings)}, "spec": _pod(settings, topology)},
     }
     return {
@@ -86,11 +87,16 @@ def make_secret(settings: Settings, hidden: bool = False) -> Object | None:
       hidden: *** instead of the values, for what is printed.
     """
     environ = environment(settings, "tpu")
-    values = hide(environ, settings) if hidden else environ
+    values = hide(environ, settings) if hidden else {name: _encode(value) for name, value in environ.items()}
     values = {name: value for name, value in values.items() if name in _users(settings)}
     metadata = {"name": secret_name(settings), "namespace": settings.namespace}
-    secret = {"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "type": "Opaque", "stringData": values}
+    # Not stringData, of which `kubectl apply` removes no key that is no longer there.
+    secret = {"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "type": "Opaque", "data": values}
     return secret if values else None
+
+
+def _encode(value: str) -> str:
+    return base64.b64encode(value.encode("utf-8", "surrogateescape")).decode("ascii")
 
 
 def secret_name(settings: Settings) -> str:
@@ -103,21 +109,20 @@ def _users(settings: Settings) -> set[str]:
 
 
 def _rules() -> list[Object]:
-    """What ends the JobSet, and what is no fault of the run and does not count as a restart.
+    """What ends the JobSet, and what does not count as a restart: a run that was told to stop and saved, as in a preemption.
 
-    Both are known by the reason of a Job's failure, and apart by its message: "Container tanuki for pod ... failed with exit
-    code 1 matching ..." or "Pod ... has condition DisruptionTarget matching ..." (Kubernetes' pod_failure_policy.go).  What
-    matches neither is started again and counted.
+    Both are known by the reason of a Job's failure, and apart by its message, "Container tanuki for pod ... failed with exit
+    code 1 matching ..." (Kubernetes' pod_failure_policy.go).  What matches neither is started again and counted: JobSet has no
+    limit for restarts that it does not count, and a pod that is evicted because its disk is full has the same condition
+    (DisruptionTarget) as one whose machine is taken back.
     """
-    codes = "|".join(map(str, TOLD_TO_STOP))
-    patterns = ["has condition DisruptionTarget ", f"failed with exit code ({codes}) "]
     reasons = ["PodFailurePolicy"]
     return [
         {
-            "name": "preempted",
+            "name": "saved",
             "action": "RestartJobSetAndIgnoreMaxRestarts",
             "onJobFailureReasons": reasons,
-            "onJobFailureMessagePatterns": patterns,
+            "onJobFailureMessagePatterns": [f"failed with exit code {SAVED} "],
         },
         {"name": "badInput", "action": "FailJobSet", "onJobFailureReasons": [*reasons]},
     ]
@@ -125,10 +130,6 @@ def _rules() -> list[Object]:
 
 def _on_exit_code(code: int) -> Object:
     return {"action": "FailJob", "onExitCodes": {"containerName": CONTAINER, "operator": "In", "values": [code]}}
-
-
-def _on_disruption() -> Object:
-    return {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
 
 
 def _pod(settings: Settings, topology: slices.Topology) -> Object:

@@ -193,11 +193,24 @@ def _srun_flags(settings: Settings) -> list[str]:
 
 
 def _mounts(settings: Settings) -> str:
-    """The user's mounts, and the workdir where none of them has it."""
+    """The user's mounts, and the workdir where none of them has it; an error where one has another directory in its place.
+
+    The batch script reads the workdir outside the container, and the processes write it inside.
+    """
     mounts = [mount for mount in settings.container_mounts.split(",") if mount]
-    targets = [Path(parts[min(1, len(parts) - 1)]) for parts in (mount.split(":") for mount in mounts)]
-    workdir = Path(settings.workdir)
-    if not any(target == workdir or target in workdir.parents for target in targets):
+    workdir, mounted = Path(settings.workdir), False
+    for parts in (mount.split(":") for mount in mounts):
+        source, target = Path(parts[0]), Path(parts[min(1, len(parts) - 1)])
+        if not workdir.is_relative_to(target):
+            continue
+        mounted = True
+        if source.resolve() != target.resolve():
+            outside = source / workdir.relative_to(target)
+            raise UserError(
+                f"launch: container_mounts shows {source} as {target}, so that workdir {workdir} is one directory for the run "
+                f"and another for the job's script; set workdir={outside} and mount {source}:{source}"
+            )
+    if not mounted:
         if re.search(r"[:,\s]", settings.workdir):
             raise UserError(f"launch: workdir is {settings.workdir!r}; pyxis cannot mount a path with ':', ',' or a space")
         mounts.append(f"{workdir}:{workdir}")

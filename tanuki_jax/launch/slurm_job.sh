@@ -31,9 +31,13 @@ task() {
   trap : TERM
   set -a
   # shellcheck disable=SC1090  # written by slurm.py
-  source "$environment" || exit 1
+  source "$environment" || code=1
   set +a
-  "${command[@]}" || code=$?
+  if [[ -e "$launch/stop" ]]; then
+    code=75 # told to stop before there was a process to signal, while an image was imported say
+  elif ((code == 0)); then
+    "${command[@]}" || code=$?
+  fi
   if ((code == 0 && SLURM_PROCID == 0)) && ! "$python" -c "$check" "$workdir/summary.json"; then
     echo "launch: exit code 0, but $workdir/summary.json does not list every stage of its recipe: this was no success" >&2
     code=1
@@ -73,7 +77,7 @@ fi
 say "on $SLURM_JOB_NODELIST"
 code=0
 timeout --signal=KILL "$limit" srun "${srun[@]}" \
-  bash -c "$(declare -p workdir environment command python check exits); $(declare -f task); task" || code=$?
+  bash -c "$(declare -p launch workdir environment command python check exits); $(declare -f task); task" || code=$?
 
 codes=" $(cat "$exits"/* 2>/dev/null | sort -nu | tr '\n' ' ')"
 for bad in 1 2 126 127; do

@@ -197,12 +197,19 @@ def stop(launch: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
 # --- what the actions share -------------------------------------------------------------------------------------------
 
 
+def lists_every_stage(summary: Any) -> bool:
+    """Whether a summary.json, parsed, has every stage of its recipe."""
+    try:
+        return {entry["name"] for entry in summary["stages"]} == set(summary["config"]["stages"])
+    except (KeyError, TypeError):
+        return False
+
+
 def is_done(workdir: Path) -> bool:
     """Whether the run itself says that every stage of its recipe is finished: summary.json, which it writes at its end."""
     try:
-        summary = json.loads((workdir / "summary.json").read_text())
-        return {entry["name"] for entry in summary["stages"]} == set(summary["config"]["stages"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return lists_every_stage(json.loads((workdir / "summary.json").read_text()))
+    except (OSError, ValueError):
         return False
 
 

@@ -40,6 +40,7 @@ esac
 SRUN = r"""#!/bin/bash
 printf '%s\n' "$@" >"$RECORD/srun-${SLURM_RESTART_COUNT:-0}"
 echo "$SRUN_FAILS" | grep -q . && { echo "srun: error: $SRUN_FAILS"; exit 1; }
+[[ -z "${STOPPED-}" ]] || touch "$STOPPED"
 while [[ "$1" == --* ]]; do [[ "$1" == --ntasks=* ]] && ntasks=${1#--ntasks=}; shift; done
 pids=() highest=0
 for ((i = 0; i < ntasks; i++)); do SLURM_PROCID=$i SLURM_NTASKS=$ntasks "$@" & pids+=($!); done

@@ -1,5 +1,6 @@
 """What the launcher does on GKE, against an imitation of kubectl and gcloud and the names of the API's fields."""
 
+import base64
 import importlib.util
 import json
 import os
@@ -15,6 +16,7 @@ from tanuki_jax.errors import UserError
 from tanuki_jax.launch import gke, manifest, settings
 from tanuki_jax.launch.commands import Commands, Completed
 from tests.launch.gke_fields import FIELDS, FREE, POLICY_FLAGS, POOL_FLAGS
+from tests.tiny_recipe import trained
 
 BASE = {
     "name": "tanuki",
@@ -57,6 +59,8 @@ class Fake(Commands):
         self.calls.append((list(words), text))
         for word, answer in self.answers.items():
             if word in words:
+                if isinstance(answer, UserError):
+                    raise answer
                 return answer.pop(0) if isinstance(answer, list) else answer
         return Completed(0)
 
@@ -170,30 +174,45 @@ def test_nodes_are_chosen_by_how_they_are_paid_for(kind, labels):
     assert {name: text for name, text in found.items() if "tpu" not in name} == labels
 
 
-def outcome(message):
-    """What JobSet does with a Job that failed by its pod failure policy with this message (JobSet's failure_policy.go)."""
-    for rule in manifest.make_jobset(read())["spec"]["failurePolicy"]["rules"]:
+def outcome(code=None, disrupted=False):
+    """What becomes of the JobSet after a pod that ended with this exit code, or vanished: Kubernetes' pod_failure_policy.go,
+    with its messages, and job_controller.go; JobSet's failure_policy.go."""
+    made = manifest.make_jobset(read())
+    reason, message = "BackoffLimitExceeded", "Job has reached the specified backoff limit"
+    for rule in reversed(made["spec"]["replicatedJobs"][0]["template"]["spec"]["podFailurePolicy"]["rules"]):
+        assert rule["action"] == "FailJob"
+        if code and code in rule.get("onExitCodes", {"values": []})["values"]:
+            reason = "PodFailurePolicy"
+            message = f"Container tanuki for pod default/x failed with exit code {code} matching FailJob rule at index 0"
+        if disrupted and "onPodConditions" in rule:
+            reason = "PodFailurePolicy"
+            message = "Pod default/x has condition DisruptionTarget matching FailJob rule at index 0"
+    return jobset_action(made, reason, message)
+
+
+def jobset_action(made, reason, message):
+    for rule in made["spec"]["failurePolicy"]["rules"]:
         patterns = rule.get("onJobFailureMessagePatterns", [])
-        if "PodFailurePolicy" in rule["onJobFailureReasons"] and (not patterns or any(re.search(p, message) for p in patterns)):
+        if reason in rule["onJobFailureReasons"] and (not patterns or any(re.search(p, message) for p in patterns)):
             return rule["action"]
+    return "RestartJobSet"  # counted
 
 
-def test_bad_input_ends_the_jobset_and_a_preemption_does_not_count():
-    """Messages as Kubernetes writes them: pkg/controller/job/pod_failure_policy.go."""
-    exits = "Container tanuki for pod default/tanuki-slice-0-3-x failed with exit code {} matching FailJob rule at index 0"
-    assert outcome(exits.format(1)) == "FailJobSet"
-    assert outcome(exits.format(75)) == outcome(exits.format(143)) == "RestartJobSetAndIgnoreMaxRestarts"
-    assert outcome("Pod default/tanuki-slice-0-3-x has condition DisruptionTarget matching FailJob rule at index 1") == (
-        "RestartJobSetAndIgnoreMaxRestarts"
-    )
-    assert outcome("something that a later Kubernetes says") == "FailJobSet"  # never a restart without end
+@pytest.mark.parametrize("disrupted", [True, False])
+def test_bad_input_ends_the_jobset_and_no_restart_without_a_save_goes_uncounted(disrupted):
+    """Who evicts a pod is not in what JobSet sees: a full disk looks like a preemption, and would come again for ever."""
+    assert outcome(1, disrupted) == "FailJobSet"
+    assert outcome(75, disrupted) == "RestartJobSetAndIgnoreMaxRestarts"
+    for code in (143, 137, 76, 77, 134, None):
+        assert outcome(code, disrupted) == "RestartJobSet"
+
+
+def test_the_rules_of_failure():
     made = manifest.make_jobset(read(max_restarts="7"))
     policy = made["spec"]["failurePolicy"]
+    assert jobset_action(made, "PodFailurePolicy", "something that a later Kubernetes says") == "FailJobSet"
     assert (policy["maxRestarts"], policy["restartStrategy"]) == (7, "BlockingRecreate")
-    rules = made["spec"]["replicatedJobs"][0]["template"]["spec"]["podFailurePolicy"]["rules"]
-    assert all(rule["action"] == "FailJob" for rule in rules)
-    assert [rule["onExitCodes"]["values"] for rule in rules if "onExitCodes" in rule] == [[1], [75], [143]]
-    names = [rule["name"] for rule in made["spec"]["failurePolicy"]["rules"]]
+    names = [rule["name"] for rule in policy["rules"]]
     assert all(re.fullmatch("[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?", name) for name in names)  # JobSet's pattern
 
 
@@ -226,20 +245,25 @@ def test_a_claim_needs_no_second_container():
 
 def test_values_of_variables_are_in_a_secret_and_never_printed(capsys, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "wandb_secret")
-    chosen = read(env="HF_TOKEN=hf_secret", pass_env="WANDB_API_KEY")
+    chosen = read(env="HF_TOKEN=hf_secret 狸", pass_env="WANDB_API_KEY")
     [container] = pod_of(manifest.make_jobset(chosen))["containers"]
     plain = {e["name"]: e["value"] for e in container["env"]}
     assert plain["JAX_PLATFORMS"] == "tpu" and plain["TANUKI_COORDINATOR"] == "auto"
     assert plain["JAX_COMPILATION_CACHE_DIR"] == "/mnt/runs/8b/compilation_cache"
     assert container["envFrom"] == [{"secretRef": {"name": "tanuki-environment"}}]
-    assert manifest.make_secret(chosen)["stringData"] == {"HF_TOKEN": "hf_secret", "WANDB_API_KEY": "wandb_secret"}
+    secret = manifest.make_secret(chosen)
+    assert "stringData" not in secret  # of it `kubectl apply` removes no key that is no longer there
+    assert {name: base64.b64decode(text).decode() for name, text in secret["data"].items()} == {
+        "HF_TOKEN": "hf_secret 狸",
+        "WANDB_API_KEY": "wandb_secret",
+    }
     for action in ("manifest", "run"):
         gke.launch(action, chosen, Commands(dry_run=True))
     printed = capsys.readouterr().out
     assert "_secret" not in printed and "HF_TOKEN: '***'" in printed
     fake = Fake()
     gke.launch("run", chosen, fake)
-    assert any("hf_secret" in text for _, text in fake.calls)
+    assert any(secret["data"]["HF_TOKEN"] in text for _, text in fake.calls)
     assert not any("_secret" in word for words, _ in fake.calls for word in words)  # other users see a process's words
 
 
@@ -325,7 +349,7 @@ def test_status_tells_restarts_and_why_it_failed(capsys):
     assert "there is no JobSet tanuki" in capsys.readouterr().out
 
 
-SUMMARY = {"stages": [{"stage": "a"}, {"stage": "b"}], "config": {"stages": {"a": {}, "b": {}}}}
+SUMMARY = {"stages": [{"name": "a"}, {"name": "b"}], "config": {"stages": {"a": {}, "b": {}}}}
 
 
 def test_done_is_what_the_run_says_where_its_workdir_can_be_read(capsys):
@@ -334,12 +358,48 @@ def test_done_is_what_the_run_says_where_its_workdir_can_be_read(capsys):
     gke.launch("status", read(), fake)
     assert "every stage is done" in capsys.readouterr().out
     assert ["gcloud", "storage", "cat", "gs://my-runs/runs/8b/summary.json"] in [words for words, _ in fake.calls]
-    half = Completed(0, json.dumps(SUMMARY | {"stages": [{"stage": "a"}]}))
+    half = Completed(0, json.dumps(SUMMARY | {"stages": [{"name": "a"}]}))
     for lie in (Completed(1, "", "One or more URLs matched no objects"), half, Completed(0, "[]")):
         with pytest.raises(UserError, match="does not say that every stage is"):
             gke.launch("status", read(), Fake(get=jobset("Completed"), cat=lie))
     gke.launch("status", read(**CLAIM), Fake(get=jobset("Completed")))
     assert "the run's own sign is /mnt/runs/8b/summary.json" in capsys.readouterr().out
+
+
+def test_a_real_runs_summary_says_that_it_is_done(tmp_path_factory, capsys):
+    text = (trained(tmp_path_factory.getbasetemp()) / "summary.json").read_text()
+    gke.launch("status", read(), Fake(get=jobset("Completed"), cat=Completed(0, text)))
+    assert "every stage is done" in capsys.readouterr().out
+
+
+COST = "costs money until `tanuki launch gke delete` deletes it"
+
+
+@pytest.mark.parametrize(
+    ("action", "found"),
+    [
+        ("status", jobset("Completed")),
+        ("status", jobset("Failed")),
+        ("status", Completed(0)),  # deleted after ttl_seconds
+        ("run", Completed(0)),
+        ("stop", Completed(0)),
+    ],
+)
+def test_node_pools_cost_on_and_the_actions_say_so(action, found, capsys):
+    gke.launch(action, read(slices="2", **CLAIM), Fake(get=found))
+    out = capsys.readouterr().out
+    assert f"what `create` made (node pools tanuki-0 to tanuki-1) {COST}" in out
+    for other in ({"cluster": ""}, {"provisioning_model": "flex-start"}):  # no pools, or pools that shrink to nothing
+        gke.launch(action, read(**CLAIM, **other), Fake(get=found))
+    assert COST not in capsys.readouterr().out
+
+
+def test_node_pools_cost_on_where_the_run_says_not_that_it_is_done(capsys):
+    with pytest.raises(UserError, match="does not say that every stage is"):
+        gke.launch("status", read(), Fake(get=jobset("Completed"), cat=Completed(1)))
+    assert COST in capsys.readouterr().out
+    gke.launch("status", read(), Fake(get=jobset(), cat=Completed(1)))
+    assert COST not in capsys.readouterr().out
 
 
 def test_logs_are_those_of_one_pod():
@@ -446,6 +506,44 @@ def test_delete_tries_every_pool_and_says_what_is_left():
     with pytest.raises(UserError, match="not deleted, and may cost money: node pool tanuki-1: ERROR: Operation"):
         gke.launch("delete", read(slices="3"), fake)
     assert sum("node-pools" in words for words, _ in fake.calls) == 3
+
+
+@pytest.mark.parametrize(
+    "silent",
+    [
+        Completed(1, "", 'error: the server doesn\'t have a resource type "jobset"'),
+        Completed(1, "", "E1: dial\nUnable to connect to the server: dial tcp: i/o timeout"),
+        UserError("launch: kubectl is not installed; gcloud components install kubectl"),
+    ],
+)
+def test_delete_goes_on_to_the_pools_where_kubectl_fails(silent):
+    fake = Fake(jobset=silent, secret=silent)
+    with pytest.raises(UserError) as caught:
+        gke.launch("delete", read(slices="2", type="tpu7x-128"), fake)
+    assert [words[4] for words, _ in fake.calls if words[:3] == ["gcloud", "container", "node-pools"]] == [
+        "tanuki-0",
+        "tanuki-1",
+    ]
+    assert "resource-policies" in fake.calls[-1][0]
+    text = str(caught.value)
+    reason = str(silent).removeprefix("launch: ") if isinstance(silent, UserError) else silent.last_line
+    assert f"JobSet tanuki: {reason}" in text and "node pool" not in text
+    assert text.count("launch: ") == 1 and "\n" not in text and "tanuki launch gke delete" in text
+
+
+def test_delete_names_every_pool_where_nothing_answers():
+    down = Completed(1, "", "no route to host")
+    with pytest.raises(
+        UserError, match="JobSet tanuki: .*node pool tanuki-0: .*node pool tanuki-1: .*tanuki launch gke delete"
+    ):
+        gke.launch("delete", read(slices="2"), Fake(jobset=down, secret=down, gcloud=down))
+
+
+def test_delete_checks_its_settings_before_anything_is_deleted():
+    fake = Fake()
+    with pytest.raises(UserError, match="location is not set"):
+        gke.launch("delete", read(location=""), fake)
+    assert not fake.calls
 
 
 def test_a_cluster_that_is_not_found_says_nothing_of_its_pools():

@@ -94,10 +94,35 @@ def test_in_a_container_tanuki_is_the_images_and_the_workdir_is_mounted(tmp_path
     assert f"--chdir={workdir}" in job_flags(slurm.batch_script(values))
 
 
-@pytest.mark.parametrize("mount", ["/mnt:/mnt", "/lustre/me:/mnt/runs", "/mnt", "/a:/mnt/runs/nano:rw"])
+@pytest.mark.parametrize("mount", ["/mnt:/mnt", "/mnt", "/mnt/runs/:/mnt/runs:rw", "/mnt/runs/nano:/mnt/runs/nano"])
 def test_a_workdir_that_the_users_mounts_hold_is_not_mounted_twice(mount):
     values = read_settings(Path("/mnt/runs/nano"), *CONTAINER[:1], f"--container_mounts={mount}")
     assert slurm._mounts(values) == mount
+
+
+@pytest.mark.parametrize(
+    ("mount", "folder", "source"),
+    [
+        ("/lustre/me:/mnt/runs", "/lustre/me/nano", "/lustre/me"),
+        ("/a:/mnt/runs/nano:rw", "/a", "/a"),
+        ("/data,/lustre:/mnt/:ro", "/lustre/runs/nano", "/lustre"),
+    ],
+)
+def test_a_workdir_that_is_another_directory_in_the_container_is_an_error(mount, folder, source):
+    """The batch script reads the host's."""
+    with pytest.raises(UserError) as caught:
+        slurm.batch_script(read_settings(Path("/mnt/runs/nano"), *CONTAINER[:1], f"--container_mounts={mount}"))
+    text = str(caught.value)
+    assert (
+        "workdir /mnt/runs/nano" in text and f"workdir={folder}" in text and f"{source}:{source}" in text and "\n" not in text
+    )
+
+
+def test_a_mount_through_a_link_is_the_same_directory(tmp_path):
+    (tmp_path / "lustre").mkdir()
+    (tmp_path / "link").symlink_to("lustre")
+    mount = f"{tmp_path}/lustre:{tmp_path}/link"
+    assert slurm._mounts(read_settings(tmp_path / "link" / "nano", *CONTAINER[:1], f"--container_mounts={mount}")) == mount
 
 
 def test_a_workdir_that_pyxis_cannot_mount_is_an_error():
@@ -146,6 +171,14 @@ def test_a_program_that_is_missing_is_not_started_again(cluster, monkeypatch):
     monkeypatch.setattr(slurm, "PROGRAM", cluster.folder / "missing")
     ended, log = cluster.run_job(script_of(read_settings(cluster.workdir)), FAKE="0")
     assert ended == 1 and "exit code 127" in log and not cluster.calls()
+
+
+def test_an_environment_that_cannot_be_read_is_not_tried_again(cluster):
+    values = read_settings(cluster.workdir, "--gpus=2")
+    script = script_of(values)
+    slurm._env_file(values).unlink()
+    ended, log = cluster.run_job(script, FAKE="0")
+    assert ended == 1 and "nano.env" in log and "exit code 1, which would come again" in log and not cluster.calls()
 
 
 def test_exit_code_0_without_the_runs_summary_is_no_success(cluster):
@@ -217,6 +250,14 @@ def test_a_job_that_was_told_to_stop_is_not_requeued(cluster):
     ended, log = cluster.run_job(script, FAKE="0:75", DELAY="1")
     thread.join()
     assert ended == 0 and "stopped; the next launch goes on" in log and not cluster.calls()
+
+
+def test_stop_before_the_processes_exist_starts_no_run(cluster):
+    """As in the minutes in which an image is imported: scancel has no process to signal."""
+    mark = cluster.workdir / "launch" / "slurm" / "7" / "stop"
+    ended, log = cluster.run_job(script_of(read_settings(cluster.workdir, "--gpus=2")), FAKE="0", STOPPED=str(mark))
+    assert ended == 0 and "stopped; the next launch goes on" in log and not cluster.calls() and not mark.exists()
+    assert "process 0" not in log and not (cluster.workdir / "summary.json").exists()
 
 
 # --- the actions
