@@ -37,7 +37,7 @@ class Settings:
     env: dict[str, str] = key({}, "environment of the run: --env=NAME=VALUE, or a table [env]; shown as ***")
     pass_env: list[str] = key([], "names of variables that are taken over from this machine: WANDB_API_KEY say")
     compilation_cache: str = key("workdir", "JAX's compilation cache: workdir, a directory or gs:// path, or none")
-    max_restarts: int = key(10, "restarts without a new checkpoint after which the launch gives up")
+    max_restarts: int = key(10, "restarts without a new checkpoint after which it is given up; on GKE restarts of all kinds")
 
     # --- Cloud TPU and GKE
     project: str = key("", "Google Cloud project; gcloud's own if empty", "tpu", "gke")

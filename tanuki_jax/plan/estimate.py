@@ -77,9 +77,9 @@ def lay_out(recipe: Recipe, name: str, topology: Topology) -> jax.sharding.Mesh:
     if not STAGE_KINDS[recipe.stages[name].kind].trains:
         raise UserError(f"plan: stage {name} converts parameters and trains nothing; plan another stage")
     recipe = dataclasses.replace(recipe, mesh=dataclasses.replace(recipe.mesh, slices=topology.slices))
-    found = devices(topology)
+    slice_devices = devices(topology)
     try:
-        mesh = placement.make_mesh(recipe, name, found)
+        mesh = placement.make_mesh(recipe, name, slice_devices)
     except (ValueError, NotImplementedError, AssertionError) as error:  # of JAX, on shapes that have no place on a torus
         sizes = {axis: size for axis, size in config.to_dict(recipe.mesh).items() if size != 1}
         raise _cannot(f"mesh {sizes} cannot be laid out on {topology.name}", error) from error

@@ -146,7 +146,8 @@ def test_a_pod_for_each_machine_of_each_slice_and_its_chips(kind):
     [container] = pod["containers"]
     chips = {"google.com/tpu": topology.chips_per_machine}
     assert container["resources"] == {"requests": chips, "limits": chips}
-    assert container["command"] == ["tanuki", "run", f"--config={BASE['config']}", f"--workdir={BASE['workdir']}"]
+    several = [f"--config.mesh.slices={chosen.slices}"] if chosen.slices > 1 else []
+    assert container["command"] == ["tanuki", "run", f"--config={BASE['config']}", f"--workdir={BASE['workdir']}", *several]
     assert container["securityContext"] == {"privileged": True}
     assert (pod["hostNetwork"], pod["dnsPolicy"]) == (True, "ClusterFirstWithHostNet")
     assert pod["nodeSelector"]["cloud.google.com/gke-tpu-accelerator"] == topology.generation.gke_accelerator
