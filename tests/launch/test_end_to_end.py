@@ -24,7 +24,8 @@ def test_a_preempted_launch_ends_with_the_report_and_the_bits_of_a_run_that_was_
     path = machines.make(tmp_path / "cloud")
     words = [sys.executable, "-m", "tanuki_jax.cli", "launch", "tpu", "run", "--name=tanuki", "--zone=z", "--type=v5p-8"]
     words += [f"--workdir={workdir}", "--config=tests/tiny_recipe.py", "--poll=0.5", "--allow_boot_disk=true"]
-    words += ["--env=JAX_PLATFORMS=cpu", "--env=TANUKI_COORDINATOR=", "--compilation_cache=none"]
+    words += ["--env=JAX_PLATFORMS=cpu", "--env=TANUKI_COORDINATOR="]
+    words += [f"--compilation_cache={os.environ['JAX_COMPILATION_CACHE_DIR']}"]
     words += [f"--env=XLA_FLAGS={os.environ['XLA_FLAGS']}"]  # as many devices as here
     environ = {**os.environ, "PATH": f"{path}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     launch = subprocess.Popen(words, cwd=ROOT, env=environ, stderr=subprocess.PIPE, text=True)
