@@ -1,6 +1,6 @@
 """Parameters in bfloat16 against float32: a model of 30 million from the same weights on the same batches, at three rates.
 
-python benchmarks/bfloat16_params.py --workdir=runs/bfloat16 [--steps=500] [--width=512] [--layers=9]
+python benchmarks/bfloat16_params.py --workdir=runs/bfloat16 [--steps=500] [--width=512] [--layers=9] [--batch_size=16]
 
 It is its own config file.  The same command goes on with what was interrupted.  Prints a report in Markdown.
 """
@@ -22,7 +22,7 @@ DTYPES = ("float32", "bfloat16")
 LAST = 50  # steps whose mean loss is compared
 
 
-def get_config(dtype: str = "float32", steps: int = 500, width: int = 512, layers: int = 9) -> Any:
+def get_config(dtype: str = "float32", steps: int = 500, width: int = 512, layers: int = 9, batch_size: int = 16) -> Any:
     """A stage for each rate, from random weights that are the same for both dtypes but for their rounding."""
     c = config.recipe(name=f"parameters in {dtype}", seed=0, tensorboard=False)
     heads, sizes = width // 64, dict(vocab_size=1280, n_layers=layers, d_model=width, d_ff=43 * width // 16, head_dim=64)
@@ -37,7 +37,7 @@ def get_config(dtype: str = "float32", steps: int = 500, width: int = 512, layer
             "pretrain",
             mixture=dict(ja=(0.5,), en=(0.5,)),
             seq_len=32,
-            batch_size=4,
+            batch_size=batch_size,
             steps=steps,
             save_every=100,
             keep_latest=1,
@@ -66,8 +66,8 @@ def moved(home: Path) -> float:
 
 def main() -> None:
     """Runs all and prints a report."""
-    options = begin("Parameters in bfloat16", __doc__, steps=500, width=512, layers=9)
-    shape = (options.steps, options.width, options.layers)
+    options = begin("Parameters in bfloat16", __doc__, steps=500, width=512, layers=9, batch_size=16)
+    shape = (options.steps, options.width, options.layers, options.batch_size)
     for dtype in DTYPES:
         run_recipe(config.resolve(get_config(dtype, *shape)), options.workdir / dtype)
     total, _ = model.count_parameters(config.model_config(config.resolve(get_config("float32", *shape)), "fast"))
