@@ -100,6 +100,7 @@ def main() -> int:
 def make(directory: Path, python: str = sys.executable) -> Path:
     """Makes the program; returns the directory for PATH."""
     (directory / "bin").mkdir(parents=True)
+    python = str(Path(python).absolute())  # not resolved: an environment's Python is a link
     (directory / "state").write_bytes(pickle.dumps(Machines(directory.absolute(), python)))
     program = directory / "bin" / "gcloud"
     words = [sys.executable, "-c", "import sys; from tests.launch import machines; sys.exit(machines.main())"]
