@@ -8,8 +8,16 @@ import numpy as np
 
 from tanuki_jax import config, model
 
-init = jax.jit(model.init, static_argnums=0)
 apply = jax.jit(model.apply, static_argnums=0)
+_init = jax.jit(model.init, static_argnums=0)
+# Of all ways to compute a mixture on one device the one that compiles the fastest, for tests of what lies around the experts:
+# tests/ops/test_expert_ffn.py holds every way against this one.
+QUICK = dict(expert_impl="reference")
+
+
+def init(cfg, key):
+    """Random parameters, which do not depend on how the model is computed."""
+    return _init(with_options(cfg, **QUICK), key)
 
 
 def small(**overrides):

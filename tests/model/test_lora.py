@@ -15,7 +15,7 @@ from tanuki_jax.model import lora
 from tanuki_jax.train import losses
 from tanuki_jax.train.step import gradients
 from tests import plain
-from tests.tiny import apply, packed_batch, random_params, small, with_options
+from tests.tiny import QUICK, apply, packed_batch, random_params, small, with_options
 
 # Inputs and outputs of all matrices differ, so that none can be taken for another.
 SHAPE = dict(n_heads=6, n_kv_heads=2, head_dim=4, d_ff=40)
@@ -23,7 +23,7 @@ MODELS = {
     "dense": small(**SHAPE),
     "mixture": small(n_experts=4, **SHAPE),
     # All experts of a mixture in the middle: nothing jumps, so differences are gradients.
-    "mixed": small(n_layers=3, n_experts=3, moe_every=2, top_k=3, expert_d_ff=12, normalized_gate=False, **SHAPE),
+    "mixed": small(n_layers=3, n_experts=3, moe_every=2, top_k=3, expert_d_ff=12, normalized_gate=False, **SHAPE, **QUICK),
 }
 EVERY = dict(rank=3, alpha=6.0, targets={"*": 0, "attn/o": 5, "mlp/*": 2, "mlp/up": 0, "moe/*": 2, "moe/router": 1})
 ATTENTION = ("layers/attn/k", "layers/attn/o", "layers/attn/q", "layers/attn/v")
@@ -46,6 +46,9 @@ def adapted(name, **changes):
     trained = jax.tree.map(lambda w: w + jnp.float32(rng.normal(size=w.shape) * 0.2), trained)
     scales = jax.tree.map(lambda s: s * (1 + jnp.arange(len(s)) / 4), scales)
     return base, trained, scales
+
+
+merge = jax.jit(lora.merge)
 
 
 def everything(name):
@@ -187,13 +190,13 @@ def test_fresh_adapters_change_no_bit(name):
     trained, scales = lora.init_adapters(cfg, config.Lora(**EVERY), jax.random.key(1))
     found, expected = apply(cfg, {**base, **trained, **scales}, batch), apply(cfg, base, batch)
     jax.tree.map(np.testing.assert_array_equal, found, expected)
-    assert_equal(lora.merge({**base, **trained, **scales}), base)
+    assert_equal(merge({**base, **trained, **scales}), base)
     assert lora.merge(base).keys() == base.keys()
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_matrix_has_its_own_product_added(name):
-    merged = jax.jit(lora.merge)(everything(name))
+    merged = merge(everything(name))
     expected = added_by_hand(everything(name))
     assert_close(merged, expected, 1e-6)
     base = flat(adapted(name)[0])
@@ -208,7 +211,7 @@ def test_beside_the_matrices_they_compute_what_they_do_inside(name):
     byhand = added_by_hand(everything(name))
     expected = apply(cfg, jax.tree.map(jnp.asarray, byhand), batch)
     assert_close({"h": found.hidden}, {"h": expected.hidden})
-    slow, _ = plain.forward(cfg, byhand, batch)
+    slow, _ = jax.jit(plain.forward, static_argnums=0)(cfg, byhand, batch)
     real = (batch["segment_ids"] > 0)[..., None]
     assert_close({"h": found.hidden * real}, {"h": slow * real})
     without = apply(cfg, adapted(name)[0], batch).hidden

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tanuki_jax import config, model, parallel
-from tests.tiny import apply, as_arrays, init, packed_batch, random_params, small, with_options
+from tests.tiny import QUICK, apply, as_arrays, init, packed_batch, random_params, small, with_options
 
 MODELS = {"dense": small(), "mixture": small(n_experts=4)}
 
@@ -83,7 +83,7 @@ def test_packing_changes_nothing():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_cached_decoding_equals_the_forward_pass_token_by_token(name):
-    cfg, params = MODELS[name], random_params(MODELS[name])
+    cfg, params = with_options(MODELS[name], **QUICK), random_params(MODELS[name])
     tokens = jax.random.randint(jax.random.key(1), (3, 11), 0, cfg.vocab_size)
     positions = jnp.broadcast_to(jnp.arange(11), (3, 11))
     batch = {"tokens": tokens, "segment_ids": jnp.ones_like(tokens), "positions": positions}

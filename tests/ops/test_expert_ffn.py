@@ -17,7 +17,11 @@ CASES = {
 }
 IMPLS = ("padded", "ragged", "blocked", "megablox", "pallas")
 SMALL, FEW, WIDE = (300, 2, 8, 12, 20), (5, 1, 4, 12, 20), (600, 2, 3, 128, 256)  # T, k, E, D, F
-SIZES = [*((impl, sizes) for impl in IMPLS for sizes in (SMALL, FEW)), ("megablox", WIDE), ("pallas", WIDE)]
+SIZES = [
+    *((impl, sizes) for impl in IMPLS for sizes in (SMALL, FEW)),
+    ("pallas", WIDE),
+    pytest.param("megablox", WIDE, marks=pytest.mark.slow),  # test_grouped_matmul.py has its products of this width
+]
 
 
 def problem(case, T, k, E, D=12, F=20):

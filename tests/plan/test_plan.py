@@ -68,7 +68,7 @@ def test_instructions_that_the_compiler_cannot_price_count_nothing():
 def recipe(remat="full", **sizes):
     made = config.recipe(name="tiny")
     made.model.update(
-        dict(vocab_size=512, n_layers=6, d_model=256, d_ff=512, n_heads=2, n_kv_heads=2, head_dim=128, n_experts=4)
+        dict(vocab_size=512, n_layers=6, d_model=128, d_ff=256, n_heads=2, n_kv_heads=2, head_dim=128, n_experts=4)
     )
     made.compute.remat = remat
     made.model.update(sizes)

@@ -22,6 +22,7 @@ from tanuki_jax import config
 
 def get_config():
     c = tiny_recipe.get_config()
+    c.model.n_layers = 1
     c.scoring.prompts = 0
     c.data = dict(ja={data!r})
     c.tokenizer.update(dict(vocab_size=400, sources=()))

@@ -13,7 +13,7 @@ from tanuki_jax import config, model
 from tanuki_jax.train import balance, losses
 from tanuki_jax.train.step import gradients
 from tests import plain
-from tests.tiny import as_arrays, assert_close, init, packed_batch, pair_batch, small
+from tests.tiny import QUICK, as_arrays, assert_close, packed_batch, pair_batch, random_params, small
 
 # --- the pieces against numpy loops -------------------------------------------------------------------------------------
 
@@ -111,15 +111,17 @@ def test_a_step_shows_the_health_of_the_load_and_moves_bias_and_coefficient(capa
 # --- the losses of the whole model ----------------------------------------------------------------------------------------
 
 MODELS = {
-    "normalised": small(n_experts=4, gate_scale=1.5),
-    "plain, mixed, biased": small(n_layers=3, n_experts=5, top_k=3, first_dense=1, normalized_gate=False, router_bias=True),
+    "normalised": small(n_experts=4, gate_scale=1.5, **QUICK),
+    "plain, mixed, biased": small(
+        n_layers=3, n_experts=5, top_k=3, first_dense=1, normalized_gate=False, router_bias=True, **QUICK
+    ),
 }
 COEFFICIENT = {"normalised": [0.7, 0.2], "plain, mixed, biased": [0.1, 0.9]}
 
 
 @functools.cache
 def params_of(name):
-    params = init(MODELS[name], jax.random.key(0))
+    params = random_params(MODELS[name])
     if "bias" in params["layers"]["moe"]:
         params["layers"]["moe"]["bias"] = jax.random.normal(jax.random.key(1), (2, 5))
     return params
@@ -134,23 +136,27 @@ def test_the_whole_loss_and_all_its_gradients_are_those_of_a_plain_loop(name):
     )
     loss = losses.make_loss("pretrain", cfg, options)
 
-    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
     def ours(params):
-        grads, metrics = gradients(loss, params, batch, 1, {"coefficient": coefficient})
-        return loss(params, batch, {"coefficient": coefficient}, None)[:2], grads, metrics
+        total, weight, metrics = loss(params, batch, {"coefficient": coefficient}, None)
+        return total / weight, (weight, metrics)
 
-    (total, weight), grads, metrics = ours(params_of(name))
-    theirs = jax.jit(jax.value_and_grad(lambda p: plain.next_token(cfg, options, p, batch, coefficient)))
-    value, expected = theirs(params_of(name))
-    np.testing.assert_allclose(total / weight, value, rtol=1e-5)
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def theirs(params):
+        parts = plain.router_losses(cfg, plain.forward(cfg, params, batch)[1], batch)
+        return plain.next_token(cfg, options, params, batch, coefficient), parts
+
+    (total, (weight, metrics)), grads = jax.jit(ours)(params_of(name))
+    (value, (aux, z)), expected = jax.jit(theirs)(params_of(name))
+    np.testing.assert_allclose(total, value, rtol=1e-5)
     if cfg.router_bias:
         np.testing.assert_array_equal(grads["layers"]["moe"]["bias"], 0)
         np.testing.assert_array_equal(expected["layers"]["moe"].pop("bias"), 0)
         del grads["layers"]["moe"]["bias"]
     assert_close(grads, expected, 2e-4)
-    aux, z = plain.router_losses(cfg, plain.forward(cfg, params_of(name), batch)[1], batch)
-    np.testing.assert_allclose(metrics["moe/aux_loss"], aux.mean() / weight, rtol=1e-4)
-    np.testing.assert_allclose(metrics["moe/z_loss"], z.mean() / weight, rtol=1e-4)
+    for metric, layers in (("moe/aux_loss", aux), ("moe/z_loss", z)):
+        found, count = metrics[metric]
+        np.testing.assert_allclose(found / count, layers.mean() / weight, rtol=1e-4)
 
 
 def numpy_router_loss(cfg, W, bias, h, batch, coefficient, z_coefficient, shares=None):

@@ -15,21 +15,21 @@ from tanuki_jax.train import balance, losses
 from tanuki_jax.train.optimizer import make_optimizer, make_schedule
 from tanuki_jax.train.step import gradients, init_state, make_train_step, make_update
 from tests import plain
-from tests.tiny import as_arrays, assert_close, init, packed_batch, small
+from tests.tiny import QUICK, as_arrays, assert_close, packed_batch, random_params, small, with_options
 
 # --- in a real train step -------------------------------------------------------------------------------------------------
 
-STEERED = small(n_layers=3, d_model=16, d_ff=8, vocab_size=16, n_experts=4, top_k=1, first_dense=1, n_heads=1, n_kv_heads=1)
+TINY = dict(d_model=16, d_ff=8, n_heads=1, n_kv_heads=1, router_bias=True)
+STEERED = small(n_layers=2, vocab_size=16, n_experts=4, top_k=1, **TINY, **QUICK)
 LARGEST, XI = 0.02, 0.06
 
 
 def steered():
-    """Token t goes to expert t mod 4 in the first mixture, and to expert 0 or 1 by its parity in the second."""
-    params = init(STEERED, jax.random.key(0))
+    """Token t goes to expert t mod 4 in the first layer, and to expert 0 or 1 by its parity in the second."""
+    params = random_params(STEERED)
     table = jnp.eye(16) + 0.01 * params["embed"]["table"]
     layers = params["layers"]
     layers["attn"]["o"] *= 0
-    layers["mlp"]["down"] *= 0
     layers["moe"]["down"] *= 0
     by_four, by_two = jnp.eye(4)[jnp.arange(16) % 4], jnp.eye(4)[jnp.arange(16) % 2]
     layers["moe"]["router"] = jnp.stack([by_four, by_two])
@@ -78,6 +78,7 @@ def program(cfg, options, optimizer_options=RATE, gradient_accumulation_steps=1)
 
 
 def test_the_coefficient_falls_under_an_even_load_and_rises_again_under_a_skewed_one():
+    """The routers' preferences are too strong for so few steps of the bias to change a choice."""
     step, start = program(STEERED, ADAPTIVE)
     state, expected, seen = start(steered()), np.array([LARGEST, LARGEST]), []
     for batch, load in [(EVEN, [[1, 1, 1, 1], [2, 2, 0, 0]])] * 12 + [(SKEWED, [[1, 0, 0, 0], [1, 0, 0, 0]])] * 8:
@@ -106,15 +107,12 @@ def test_the_coefficient_is_the_one_the_losss_gradient_has():
 
 
 def test_microbatches_change_neither_coefficient_nor_bias():
-    cfg = dataclasses.replace(STEERED, router_bias=True)
-    params = {**steered(), "layers": {**steered()["layers"]}}
-    params["layers"]["moe"] = {**params["layers"]["moe"], "bias": jnp.zeros((2, 4))}
     # rows of very different loads, so that the parts of a batch have loads unlike the whole's
     uneven = tokens_batch(lambda i: np.where(i // 8 % 4 == 0, 4 * (i % 4), i % 7))
     found = {}
     for parts in (1, 4):
-        step, start = program(cfg, ADAPTIVE, gradient_accumulation_steps=parts)
-        state = start(jax.tree.map(jnp.copy, params))
+        step, start = program(STEERED, ADAPTIVE, gradient_accumulation_steps=parts)
+        state = start(steered())
         for _ in range(3):
             state, metrics = step(state, uneven)
         found[parts] = state.balance["coefficient"], state.params["layers"]["moe"]["bias"], metrics["moe/load"]
@@ -130,23 +128,20 @@ def numbers(state):
 
 
 def test_coefficient_and_bias_survive_a_checkpoint_to_the_last_bit_and_go_on_as_if_nothing_had_happened(tmp_path):
-    cfg = dataclasses.replace(STEERED, router_bias=True)
-    step, start = program(cfg, ADAPTIVE)
-    params = steered()
-    params["layers"]["moe"]["bias"] = jnp.zeros((2, 4))
-    state = start(params)
+    step, start = program(STEERED, ADAPTIVE)
+    state = start(steered())
     for batch in (EVEN, SKEWED, EVEN):
         state, _ = step(state, batch)
     before = numbers(state)
     saved = checkpoint.Checkpoints(tmp_path)
-    saved.save(3, state, {"model": config.to_dict(cfg)})
+    saved.save(3, state, {"model": config.to_dict(STEERED)})
     saved.close()
     went_on = state
     for batch in (EVEN, SKEWED):
         went_on, _ = step(went_on, batch)
 
     mesh = parallel.make_mesh(config.Mesh(fsdp=1), jax.devices()[:1])
-    abstract, _ = placement.state_shardings(cfg, make_optimizer(RATE), mesh, ADAPTIVE)
+    abstract, _ = placement.state_shardings(STEERED, make_optimizer(RATE), mesh, ADAPTIVE)
     assert jax.tree.map(jnp.shape, abstract.balance) == {"coefficient": (2,)}
     opened = checkpoint.Checkpoints(tmp_path)
     restored = opened.restore(opened.latest(), abstract)
@@ -165,17 +160,14 @@ def test_coefficient_and_bias_survive_a_checkpoint_to_the_last_bit_and_go_on_as_
 
 @pytest.mark.slow
 def test_eight_devices_adapt_as_one_does():
-    cfg = dataclasses.replace(STEERED, router_bias=True)
-    params = steered()
-    params["layers"]["moe"]["bias"] = jnp.zeros((2, 4))
-    step, start = program(cfg, ADAPTIVE)
-    alone = start(jax.tree.map(jnp.copy, params))
+    step, start = program(STEERED, ADAPTIVE)
+    alone, cfg = start(steered()), with_options(STEERED, expert_impl="auto")
     mesh = parallel.make_mesh(config.Mesh(data=2, fsdp=2, expert=2), jax.devices())
     optimizer = make_optimizer(RATE)
     abstract, shardings = placement.state_shardings(cfg, optimizer, mesh, ADAPTIVE)
     with jax.set_mesh(mesh):
         make = jax.jit(lambda p: init_state(p, optimizer, jax.random.key(0), balance.init_balance(cfg, ADAPTIVE)))
-        together = jax.device_put(make(params), shardings)
+        together = jax.device_put(make(steered()), shardings)
         together_step = make_train_step(
             losses.make_loss("pretrain", cfg, ADAPTIVE),
             make_update(optimizer, make_schedule(RATE, 1000), 1.0, balance.make_rebalance(cfg, ADAPTIVE)),
@@ -196,12 +188,12 @@ def test_eight_devices_adapt_as_one_does():
 
 # --- the bias ---------------------------------------------------------------------------------------------------------------
 
-BIASED = small(n_layers=1, d_model=16, d_ff=8, n_experts=8, n_heads=1, n_kv_heads=1, router_bias=True)
+BIASED = small(n_layers=1, n_experts=8, **TINY, **QUICK)
 
 
 def skewed(cfg, dtype=jnp.float32):
     """Router logits with a strong constant preference for two of eight experts, whatever the token."""
-    params = init(cfg, jax.random.key(0))
+    params = random_params(cfg)
     table = jax.random.normal(jax.random.key(1), (96, 16)).at[:, 0].set(2.0)
     router = 0.1 * jax.random.normal(jax.random.key(2), (16, 8))
     params["layers"]["moe"]["router"] = router.at[0].set(0).at[0, jnp.array([2, 5])].set(2.0)[None]
@@ -297,8 +289,7 @@ def test_a_bias_that_leaves_the_choice_as_it_is_changes_nothing():
 @functools.cache
 def poisoned():
     """A step whose batch says what its loss is multiplied by, and what of the head is added to it without being reported."""
-    cfg = dataclasses.replace(STEERED, router_bias=True)
-    honest = losses.make_loss("pretrain", cfg, ADAPTIVE)
+    honest = losses.make_loss("pretrain", STEERED, ADAPTIVE)
 
     def loss(params, batch, given, key):
         factor, addend = batch["factor"], batch["addend"]
@@ -307,11 +298,10 @@ def poisoned():
         return total, weight, metrics | {"loss": (metrics["loss"][0] * factor, weight)}
 
     optimizer = make_optimizer(RATE)
-    step = make_train_step(loss, make_update(optimizer, make_schedule(RATE, 9), 1.0, balance.make_rebalance(cfg, ADAPTIVE)))
+    step = make_train_step(loss, make_update(optimizer, make_schedule(RATE, 9), 1.0, balance.make_rebalance(STEERED, ADAPTIVE)))
 
     def start():
-        params = with_bias(steered(), jnp.zeros((2, 4)))
-        return init_state(params, optimizer, jax.random.key(0), balance.init_balance(cfg, ADAPTIVE))
+        return init_state(steered(), optimizer, jax.random.key(0), balance.init_balance(STEERED, ADAPTIVE))
 
     return start, step
 

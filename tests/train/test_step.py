@@ -62,7 +62,6 @@ CASES = [  # mesh, gradient_accumulation_steps, kind of stage, model
     ("one device", 4, "pretrain", "dense"),
     ("one device", 4, "dpo", "both"),
     ("fsdp 2", 1, "pretrain", "dense"),
-    ("data 2", 1, "dpo", "both"),
     ("slices 2 x context 2", 1, "sft", "both"),
     ("expert 2 x context 2 x tensor 2", 1, "sft", "both"),
     ("fsdp 2 x context 4", 2, "sft", "both"),
@@ -71,6 +70,7 @@ CASES = [  # mesh, gradient_accumulation_steps, kind of stage, model
         pytest.param(mesh, parts, kind, name, marks=pytest.mark.slow)
         for mesh, parts, kind, name in (
             ("one device", 4, "pretrain", "mixture"),
+            ("data 2", 1, "dpo", "both"),
             ("one device", 4, "sft", "both"),
             ("expert 2", 1, "sft", "both"),
             ("tensor 2", 1, "sft", "both"),

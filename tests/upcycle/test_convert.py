@@ -11,9 +11,8 @@ from tanuki_jax import checkpoint, config, model, parallel, upcycle
 from tanuki_jax.errors import UserError
 from tanuki_jax.model.moe import route
 from tests.normals import expected_normal
-from tests.tiny import apply, init, small
+from tests.tiny import random_params, small
 from tests.upcycle.trees import (
-    BATCH,
     DENSE,
     FFN,
     ODD,
@@ -27,6 +26,7 @@ from tests.upcycle.trees import (
     made_of,
     mixture,
     numpy_groups,
+    outputs,
     upcycled,
 )
 
@@ -87,7 +87,7 @@ def upcycled_on(strategy, several=False, **sizes):
         lambda trees, k: upcycle.upcycle(trees[0], cfg, options, k, trees[1:]),
         out_shardings=checkpoint.parameter_shardings(cfg, mesh),
     )
-    trees = [PARAMS, init(DENSE, jax.random.key(1))][: 1 + several]
+    trees = [PARAMS, random_params(DENSE, 1)][: 1 + several]
     return convert(jax.device_put(trees, [checkpoint.parameter_shardings(DENSE, mesh)] * len(trees)), jax.random.key(0))
 
 
@@ -281,7 +281,7 @@ def test_groups_compute_what_the_dense_model_does_and_are_chosen_whole(parts, to
     assert upcycle.granularity(cfg) == parts
     made = upcycled("groups", cfg=cfg, router_std=0.7)
     assert jax.tree.map(jnp.shape, made) == jax.tree.map(lambda s: s.shape, model.parameter_shapes(cfg))
-    found = apply(cfg, made, BATCH)
+    found = outputs(cfg, made)
     np.testing.assert_allclose(found.hidden @ made["head"], logits(DENSE, PARAMS), rtol=0, atol=1e-5)
     load = np.asarray(found.router.load_E).reshape(DENSE.n_layers, 6 // parts, parts)
     np.testing.assert_array_equal(load, np.broadcast_to(load[:, :, :1], load.shape))

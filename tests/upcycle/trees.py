@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from tanuki_jax import config, model, upcycle
-from tests.tiny import apply, init, packed_batch, small
+from tests.tiny import QUICK, apply, packed_batch, random_params, small, with_options
 
 DENSE, E = small(), 4
 BATCH = {name: jnp.asarray(value) for name, value in packed_batch(np.random.default_rng(0), DENSE, rows=2).items()}
-PARAMS = init(DENSE, jax.random.key(0))
+PARAMS = random_params(DENSE)
 FFN = ("gate", "up", "down")
 
 
@@ -22,7 +22,11 @@ def upcycled(strategy="copy", seed=0, cfg=None, **options):
 
 
 def logits(cfg, params):
-    return apply(cfg, params, BATCH).hidden @ params["head"]
+    return outputs(cfg, params).hidden @ params["head"]
+
+
+def outputs(cfg, params):
+    return apply(with_options(cfg, **QUICK), params, BATCH)
 
 
 STRATEGIES = {"copy": {}, "noise": {}, "drop": {"drop_ratio": 0.4}, "groups": {}}
