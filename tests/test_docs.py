@@ -78,3 +78,9 @@ def test_one_train_step_is_read_in_few_lines():
     files = re.findall(r"\(\.\./(tanuki_jax/[\w/]+\.py)\)", section)
     assert len(files) >= 6
     assert sum(len((ROOT / file).read_text(encoding="utf-8").splitlines()) for file in files) <= 1200
+
+
+def test_a_preemption_is_announced_by_sigterm_alone():
+    """No platform sends anything else to a process."""
+    texts = [*PAGES, *(ROOT / "tanuki_jax").rglob("*.py")]
+    assert not [path for path in texts if "platform's notice" in path.read_text(encoding="utf-8")]
