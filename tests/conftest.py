@@ -39,7 +39,7 @@ settings.register_profile("tests", deadline=None)  # a busy machine is no fault
 settings.load_profile("tests")
 jax.config.update("jax_cpu_enable_async_dispatch", False)
 # Tracing makes many objects and hardly any cycles; looking for these as often as Python does took 7 % of the time.
-gc.set_threshold(50_000, 20, 20)
+gc.set_threshold(50_000, 10, 5)
 
 TEXTS = [
     "昔々、山の奥に狸が住んでいました。狸は毎日、川で魚を取り、夜は月を見ていました。",
