@@ -14,12 +14,12 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 from tanuki_jax.errors import UserError
-from tanuki_jax.launch import bundle, worker
+from tanuki_jax.launch import attempts, bundle, worker
 from tanuki_jax.launch.commands import Commands
 from tanuki_jax.launch.gcloud import NoCapacity, Slices, State, Unavailable
 from tanuki_jax.launch.settings import Settings, require
@@ -37,8 +37,6 @@ ACTIONS = {
 }
 PATIENCE = 20  # times in a row without an answer after which the launch gives up
 FAILURES = 3  # times that a worker may say that it failed
-STRAGGLERS = 5  # looks that the other workers have to end after the first one has
-BAD_INPUT = {1, worker.NO_PROGRAM}  # exit codes of a run that would fail in the same way again
 T = TypeVar("T")
 
 
@@ -125,7 +123,7 @@ class Launch:
         watched = 0  # the attempt that was seen alive, or was started
         restarts, progress = 0, status.get("progress")  # restarts since something was saved
         silent = ended = 0  # looks without an answer; looks since a first worker has ended
-        while not (_finished(status) and (status["attempt"] == watched or not changed)):
+        while not (attempts.is_finished(status) and (status["attempt"] == watched or not changed)):
             silent, ended = (0 if status else silent + 1), (ended + 1 if status.get("exits") else 0)
             if silent == FAILURES:  # machines that were replaced know nothing
                 self._prepare()
@@ -133,14 +131,16 @@ class Launch:
                 raise StillRunning(
                     f"launch: the slices are there, but no worker answered for {silent} looks; the run may go on"
                 )
-            if status and self._over(status, ended):
+            if status and attempts.is_over(status, ended, self.workers):
                 attempt, here = status["attempt"], status["attempt"] == status["here"]
                 if 0 < attempt == watched and here:
-                    self._check_end(status)
+                    attempts.check_end(status, self.settings.workdir)
                     restarts = restarts + 1 if status["progress"] == progress else 1
                     if restarts > self.settings.max_restarts:
-                        raise UserError(f"launch: {restarts - 1} restarts without a new checkpoint; {_describe_end(status)}")
-                    self.say(f"the run ended ({_describe_end(status)}); starting it again")
+                        raise UserError(
+                            f"launch: {restarts - 1} restarts without a new checkpoint; {attempts.describe_end(status)}"
+                        )
+                    self.say(f"the run ended ({attempts.describe_end(status)}); starting it again")
                 watched, progress, ended = attempt + 1, status["progress"], 0
                 self._start(watched, stop=attempt > 0 and here)
             elif status:
@@ -168,26 +168,6 @@ class Launch:
             if status.get("alive") and status["launch"] != self._digest:
                 raise alive
         return status, changed
-
-    def _over(self, status: Mapping[str, Any], ended: int) -> bool:
-        """Whether the newest attempt is none of these slices, or has ended on them."""
-        exits = status["exits"]
-        if not status["attempt"] or status["here"] != status["attempt"]:
-            return True
-        if BAD_INPUT & set(exits.values()) or len(exits) >= self.workers or ended > STRAGGLERS:
-            return True
-        return not exits and not status["alive"]  # the process vanished with its machine
-
-    def _check_end(self, status: Mapping[str, Any]) -> None:
-        """An error where the same would come again, or nobody wants it again."""
-        codes = set(status["exits"].values())
-        if codes & BAD_INPUT:
-            raise UserError(f"launch: the run ended with exit code {min(codes & BAD_INPUT)}:\n{status.get('message', '')}")
-        if status.get("stopped"):
-            raise UserError("launch: the run was told to stop; the same command goes on from its last checkpoint")
-        if codes == {0}:
-            sign = f"{self.settings.workdir}/summary.json"
-            raise UserError(f"launch: the run ended with exit code 0, but {sign} does not list every stage")
 
     def _start(self, attempt: int, stop: bool) -> None:
         """Starts an attempt on every worker; one that lacks the project, since it was replaced, gets it."""
@@ -436,16 +416,6 @@ class Launch:
 
 def _remote(action: str, before: str = "") -> str:
     return f"{before + ' && ' if before else ''}python3 tanuki_launch/worker.py {action}"
-
-
-def _finished(status: Mapping[str, Any]) -> bool:
-    """Whether the newest attempt ended well and the run itself says that every stage is done."""
-    return bool(status.get("done")) and status["here"] == status["attempt"] and 0 in status["exits"].values()
-
-
-def _describe_end(status: Mapping[str, Any]) -> str:
-    codes = ", ".join(f"{host} {code}" for host, code in sorted(status["exits"].items())[:4])
-    return f"exit codes: {codes}" if codes else f"no exit code; last line: {status['last']}"
 
 
 def launch(action: str, settings: Settings, commands: Commands) -> None:

@@ -35,7 +35,8 @@ with lock.signals(), getattr(lock, sys.argv[1])(Path(sys.argv[2])):
 @contextmanager
 def holder(path, kind="output", then="time.sleep(100)"):
     """Another process that holds a lock, and then does as it is told."""
-    command = [sys.executable, "-c", HOLD, kind, str(path)]
+    default = "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # it may be ignored, as under nohup
+    command = [sys.executable, "-c", default + HOLD, kind, str(path)]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout.readline() == "held\n"
