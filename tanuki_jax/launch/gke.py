@@ -11,8 +11,6 @@ import re
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
-import yaml  # type: ignore[import-untyped]
-
 from tanuki_jax.errors import UserError
 from tanuki_jax.launch import worker
 from tanuki_jax.launch.commands import Commands, Completed
@@ -329,4 +327,6 @@ def _kubectl(settings: Settings, *words: str) -> list[str]:
 
 
 def _yaml(value: dict[str, Any]) -> str:
-    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=1000)
+    import yaml  # type: ignore[import-untyped]  # here, since every verb reads this module's actions
+
+    return str(yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=1000))

@@ -153,11 +153,12 @@ class Launch:
     def _attach(self) -> tuple[dict[str, Any], bool]:
         """The state of the run on slices that are there, and whether they had to be prepared for these settings and code."""
         for number in range(FAILURES):
+            if number:
+                self._sleep(self.settings.poll)
             self._check_nodes()
             status = self._look()
             if status:
                 break
-            self._sleep(self.settings.poll if number < FAILURES - 1 else 0)
         alive = StillRunning("launch: a run with other settings or code is alive; end it first: tanuki launch tpu stop")
         changed = status.get("launch") != self._digest or status.get("installed") != self._project
         if changed:
