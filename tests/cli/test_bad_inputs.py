@@ -302,3 +302,19 @@ def test_a_space_is_as_good_as_a_sign(spelt, tmp_path, monkeypatch):
     flags = spelt.replace("{file}", str(tmp_path / "mine.py")).replace("{new}", str(tmp_path / "new")).split()
     assert main(["run", *flags, "--config.seed", "-7", "--config.tensorboard", "false", "--config.seed=9"]) == 0
     assert ran == [(9, False, tmp_path / "new")]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["run", "--work=x", "--config=configs/nano.py"],
+        ["train", "--stag=sft", "--workdir=x", "--config=configs/nano.py"],
+        ["data", "prepare", "--in=a.txt", "--tokenizer=t", "--output=o"],
+        ["export", "--checkpoint=c", "--out=o"],
+        ["launch", "gke", "status", "--nam=x"],
+    ],
+)
+def test_a_flag_that_is_cut_short_is_none(words, capsys):
+    """Of --slice=2 for --slices=2 nobody would know which flag is meant when another one begins alike."""
+    assert main(words) == 1
+    assert "unrecognized arguments" in (error := capsys.readouterr().err) or "required" in error
