@@ -24,10 +24,13 @@ from tanuki_jax.config.schema import (
     Upcycle,
     key_types,
 )
+from tanuki_jax.config.synthesis import Endpoint, Filters, Synth
 from tanuki_jax.config.validate import check_moe, check_upcycle, lora_ranks, unreached_schedule
 
 if TYPE_CHECKING:
     from tanuki_jax.config.build import (
+        endpoint,
+        filters,
         from_dict,
         load,
         non_default,
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
         recipe,
         resolve,
         stage,
+        synth,
         to_dict,
     )
 
@@ -51,15 +55,20 @@ __all__ = [
     "Model",
     "ModelConfig",
     "Compute",
+    "Endpoint",
+    "Filters",
     "Optimizer",
     "PREFERENCES",
     "Recipe",
     "Source",
     "Stage",
+    "Synth",
     "Tokenizer",
     "Upcycle",
     "check_moe",
     "check_upcycle",
+    "endpoint",
+    "filters",
     "from_dict",
     "is_moe",
     "key_types",
@@ -73,12 +82,16 @@ __all__ = [
     "resolve",
     "stage",
     "stage_steps",
+    "synth",
     "to_dict",
     "unreached_schedule",
 ]
 
 # Of build.py, which imports ml_collections.
-LAZY = ("non_default", "from_dict", "load", "read_model", "recipe", "resolve", "stage", "to_dict")
+LAZY = (
+    *("non_default", "from_dict", "load", "read_model", "resolve", "to_dict"),
+    *("recipe", "stage", "endpoint", "filters", "synth"),
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from tanuki_jax.config import config_file, init_from
 from tanuki_jax.config.ranges import Range
 from tanuki_jax.config.schema import CHOICES, Compute, Model, ModelConfig, Recipe, Source, Stage, key_types
+from tanuki_jax.config.synthesis import Endpoint, Filters, Synth
 from tanuki_jax.config.validate import check_names, check_recipe
 from tanuki_jax.errors import UserError
 
@@ -73,6 +74,21 @@ def recipe(**overrides: Any) -> ConfigDict:
 def stage(kind: str, **overrides: Any) -> ConfigDict:
     """A stage with every key at its default, then `overrides`."""
     return _override(defaults(Stage), {"kind": kind, **overrides}, Stage)
+
+
+def filters(**overrides: Any) -> ConfigDict:
+    """What a source or made rows are filtered by, every key at its default, then `overrides`."""
+    return _override(defaults(Filters), overrides, Filters)
+
+
+def endpoint(base_url: str, **overrides: Any) -> ConfigDict:
+    """A model behind an OpenAI-compatible server, every key at its default, then `overrides`."""
+    return _override(defaults(Endpoint), {"base_url": base_url, **overrides}, Endpoint)
+
+
+def synth(method: str, **overrides: Any) -> ConfigDict:
+    """Rows that a model makes, every key at its default, then `overrides`."""
+    return _override(defaults(Synth), {"method": method, **overrides}, Synth)
 
 
 def _override(config: ConfigDict, values: Mapping[str, Any], schema: Any = Recipe, path: str = "") -> ConfigDict:

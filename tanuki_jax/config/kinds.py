@@ -30,6 +30,7 @@ class StageKind:
     needs_reference: bool = False  # log-probabilities of the model that it starts from, computed before the first step
     from_scratch: bool = False  # it may start from random weights
     makes_moe: bool = False  # a dense model becomes a mixture of experts
+    makes_rows: bool = False  # the model that it starts from answers, and is not changed
 
     @property
     def trains(self) -> bool:
@@ -55,6 +56,9 @@ STAGE_KINDS: Mapping[str, StageKind] = {
         from_scratch=True,
     ),
     "upcycle": StageKind("a dense model becomes a mixture of experts; nothing is trained", makes_moe=True),
+    "synth": StageKind(
+        "the model that the stage starts from makes rows, which later stages read; nothing is trained", makes_rows=True
+    ),
     "sft": StageKind("next-token prediction on the assistant's tokens", rows=("dialogue",), layout="dialogues", loss="sft"),
     "dpo": StageKind(
         "preference optimisation against the model that the stage starts from",

@@ -3,39 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import typing
 from dataclasses import dataclass
-from typing import Any
 
+from tanuki_jax.config.keys import key, key_types, range_of
 from tanuki_jax.config.kinds import STAGE_KINDS
 from tanuki_jax.config.ranges import AMOUNT, COEFFICIENT, COUNT, DEVICES, NEVER, NONE, SEED, SHARE, SIZE, TOKENS, Range
+from tanuki_jax.config.synthesis import METHODS, PII, Endpoint, Filters, Synth
 
-
-def key(default: Any, doc: str, allowed: Range | None = None, resumable: bool = False) -> Any:
-    """A config key: its default (a dict or class means a fresh one each time) and its documentation.
-
-    allowed: of a key that holds numbers, the range of each; resumable: whether it may differ when a workdir's recipe is
-    resumed, for it changes neither data nor weights.
-    """
-    metadata = {"doc": doc, "range": allowed, "resumable": resumable}
-    if callable(default):
-        return dataclasses.field(default_factory=default, metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
-
-
-_hints = functools.cache(typing.get_type_hints)
-
-
-def key_types(schema: Any) -> dict[str, Any]:
-    """The type of each key of a dataclass of the schema."""
-    return _hints(schema)
-
-
-def range_of(schema: Any, name: str) -> Range:
-    """The range of a numeric key of a dataclass of the schema."""
-    allowed: Range = schema.__dataclass_fields__[name].metadata["range"]
-    return allowed
+__all__ = ["key_types", "range_of"]  # with which the schema is read
 
 
 @dataclass(frozen=True)
@@ -150,11 +125,12 @@ class Tokenizer:
 class Source:
     """Where rows come from.  In a config, a string stands for `files` alone."""
 
-    files: str = key("", "comma-separated globs of files (docs/data.md has the formats), a Megatron-LM .bin, or rules:NAME")
+    files: str = key("", "comma-separated globs (docs/data.md has the formats), a Megatron-LM .bin, rules:NAME or synth:NAME")
     text: str = key("text", "field that holds a document's text; meta.body for a nested one")
     row_format: str = key("auto", "how rows that can be read in several ways are read; docs/data.md has the formats")
     language: str = key("", "language tag, for the tokenizer's language_weights")
     skip_invalid: bool = key(False, "leave out bad rows, count and list them, instead of stopping at the first")
+    filters: str = key("", "name in `filters`: rows that these drop are not trained on; empty = all are")
 
 
 @dataclass(frozen=True)
@@ -292,7 +268,7 @@ class Lora:
 class Stage:
     """One stage of a recipe.  Stages run in the order that `init_from` gives."""
 
-    kind: str = key("pretrain", "pretrain, upcycle, sft or dpo (config/kinds.py)")
+    kind: str = key("pretrain", "pretrain, upcycle, sft, dpo or synth (config/kinds.py)")
     init_from: str = key("", "an earlier stage, a checkpoint directory, or empty: random weights")
     restore: str = key(
         "params", "taken from init_from: params (adapters merged), adapter (trained on), all (Adam's moments too)"
@@ -317,6 +293,7 @@ class Stage:
     loss: Loss = key(Loss, "loss options")
     lora: Lora = key(Lora, "adapters instead of all parameters")
     upcycle: Upcycle = key(Upcycle, "kind upcycle only")
+    synth: str = key("", "kind synth only: the name in `synth` of the rows that the model of init_from makes")
     guard: Guard = key(Guard, "what is done about steps that go wrong", resumable=True)
     save_every: int = key(500, "steps between checkpoints; the last step is always saved", COUNT, resumable=True)
     keep_latest: int = key(
@@ -344,6 +321,9 @@ class Recipe:
     mesh: Mesh = key(Mesh, "devices", resumable=True)
     tokenizer: Tokenizer = key(Tokenizer, "text to ids")
     data: dict[str, Source] = key(dict, "source name -> source")
+    filters: dict[str, Filters] = key(dict, "name -> what is dropped of a source or of made rows")
+    endpoints: dict[str, Endpoint] = key(dict, "name -> a model that answers over HTTP")
+    synth: dict[str, Synth] = key(dict, "name -> rows that a model makes; the source synth:NAME reads them")
     validation: Validation = key(Validation, "loss of each source on text held out")
     rules: Rules = key(Rules, "amount of rule-made data")
     stages: dict[str, Stage] = key(dict, "stage name -> stage")
@@ -375,6 +355,8 @@ CHOICES = {
     "attention_impl": ("auto", "splash", "cudnn", "xla", "reference"),
     "expert_impl": ("auto", "pallas", "megablox", "mosaic", "ragged", "blocked", "padded", "reference"),
     "moment_dtype": ("float32", "bfloat16"),
+    "method": METHODS,
+    "pii": PII,
 }
 # Names in Loss.preference (train/pair_losses.py).
 PREFERENCES = (

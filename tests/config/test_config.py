@@ -10,7 +10,7 @@ from tanuki_jax import config
 from tanuki_jax.config import schema
 from tanuki_jax.errors import UserError
 from tests import tiny_recipe
-from tests.config.golden.__main__ import CONFIGS, HERE, KEYS, golden, keys, resolved
+from tests.config.golden.__main__ import CONFIGS, HERE, KEYS, NAMED, golden, keys, resolved
 
 ANEW = "if this is meant, run `python -m tests.config.golden` and read its diff"
 ALL_KEYS = dict(keys())
@@ -20,6 +20,8 @@ def recipe():
     """A valid recipe with a stage of every kind, as the nested dict that resolve() reads back."""
     c = config.recipe(data=dict(ja="ja.txt", en="en.txt", talks="talks.jsonl", pairs="pairs.jsonl"))
     c.model.n_experts = 4
+    c.filters.NAME, c.endpoints.NAME = config.filters(), config.endpoint("http://127.0.0.1:8000/v1")
+    c.synth.NAME = config.synth("answer", seeds=dict(prompts="rules:prompts"), generator="NAME")
     c.stages.pretrain = config.stage("pretrain", mixture=dict(ja=(0.5,), en=(0.5,)), steps=3)
     c.stages.upcycle = config.stage("upcycle", init_from="pretrain")
     c.stages.sft = config.stage("sft", init_from="upcycle", mixture=dict(talks=(1.0,)), epochs=1.0)
@@ -53,8 +55,17 @@ def test_keys_are_frozen():
     assert KEYS.read_text(encoding="utf-8").splitlines() == list(ALL_KEYS), f"the config keys have changed; {ANEW}"
 
 
-# What trains nothing: upcycling, the tokenizer, the making of rule-made data, the scoring of a finished stage.
-NO_TRAINING = ("stages.NAME.upcycle.", "tokenizer.", "rules.", "scoring.")
+# What trains nothing: upcycling, the tokenizer, the making and filtering of data, the scoring of a finished stage.
+NO_TRAINING = (
+    "stages.NAME.upcycle.",
+    "stages.NAME.synth",
+    "tokenizer.",
+    "rules.",
+    "scoring.",
+    "filters.",
+    "endpoints.",
+    "synth.",
+)
 
 
 def test_a_training_stage_sees_fewer_than_a_hundred_keys():
@@ -86,7 +97,7 @@ def test_every_golden_dump_has_its_config():
 
 def named(name):
     """The key of one source or one stage of the valid recipe."""
-    return name.replace("NAME", "ja" if name.startswith("data.") else "pretrain")
+    return name.replace("NAME", {"data": "ja", "stages": "pretrain"}.get(name.split(".")[0], "NAME"))
 
 
 def path_of(name):
@@ -142,7 +153,7 @@ def test_a_whole_number_may_stand_for_a_float():
 @pytest.mark.parametrize("name", ALL_KEYS)
 def test_changed_names_a_changed_key_and_no_other(name):
     kind = kind_of(ALL_KEYS[name])
-    base = config.Recipe(stages={"NAME": config.Stage()}, data={"NAME": config.Source()})
+    base = config.Recipe(**{group: {"NAME": schema()} for group, schema in NAMED.items()})
     assert config.non_default(base) == []
 
     def put(value, parts):

@@ -14,12 +14,17 @@ HERE = Path(__file__).parent
 CONFIGS = sorted((HERE.parents[2] / "configs").glob("*.py"))
 KEYS = HERE.parent / "config_keys.txt"
 DOCS = HERE.parents[2] / "docs/config.md"
+# Of the recipe's dictionaries of groups, what each entry is.
+NAMED = {
+    **{"stages": config.Stage, "data": config.Source, "filters": config.Filters},
+    **{"endpoints": config.Endpoint, "synth": config.Synth},
+}
 
 
 def keys(group=config.Recipe, path=""):
     """Dotted names of all keys, those of one stage under stages.NAME, with their fields."""
     for field in dataclasses.fields(group):
-        named = {"stages": config.Stage, "data": config.Source}.get(field.name) if path == "" else None
+        named = NAMED.get(field.name) if path == "" else None
         inner = named or getattr(schema, str(field.type), None)
         if inner:
             yield from keys(inner, f"{path}{field.name}.NAME." if named else f"{path}{field.name}.")
@@ -60,7 +65,7 @@ def ranges():
 
 
 ALL_KEYS = (
-    "`NAME` is any stage or source. NaN and infinities are never allowed; in a tuple or dictionary, each number must be in\n"
+    "`NAME` is any stage, source, filter, endpoint or made set of rows. NaN and infinities are never allowed; in a tuple or dictionary, each number must be in\n"
     "the range."
 )
 
