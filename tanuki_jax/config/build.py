@@ -15,6 +15,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from tanuki_jax.config import config_file, init_from
+from tanuki_jax.config.derived import stages_before
 from tanuki_jax.config.ranges import Range
 from tanuki_jax.config.schema import CHOICES, Compute, Model, ModelConfig, Recipe, Source, Stage, key_types
 from tanuki_jax.config.synthesis import Endpoint, Filters, Synth
@@ -115,7 +116,7 @@ def resolve(config: ConfigDict | Mapping[str, Any]) -> Recipe:
     """The typed, validated recipe of a config (a ConfigDict, or the nested dict that `to_dict` wrote)."""
     result = _typed(Recipe, config, "")
     check_names(result)
-    result = dataclasses.replace(result, stages=_ordered(result.stages))
+    result = dataclasses.replace(result, stages=_ordered(result))
     result = init_from.inherit(result, _left_out(config.get("model", {})))
     check_recipe(result)
     return result
@@ -223,17 +224,22 @@ def _shown(value: Any) -> str:
         return "a number of thousands of digits"
 
 
-def _ordered(stages: Mapping[str, Stage]) -> dict[str, Stage]:
-    """Stages in the order of `init_from`; branches by name."""
+def _ordered(recipe: Recipe) -> dict[str, Stage]:
+    """Stages in the order of what they start from and read; branches by name."""
+    stages = recipe.stages
+    before = {name: stages_before(recipe, name) for name in stages}
     order: dict[str, Stage] = {}
     waiting = sorted(stages)
     while waiting:
-        ready = [n for n in waiting if not {stages[n].init_from, *stages[n].upcycle.experts_from}.intersection(waiting)]
+        ready = [n for n in waiting if not before[n].intersection(waiting)]
         if not ready:
-            raise UserError(f"config: stages {', '.join(waiting)} start from each other in a circle; mend init_from")
+            raise UserError(
+                f"config: stages {', '.join(waiting)} start from each other, or read what they make, in a circle; mend "
+                "init_from, or the sources"
+            )
         # Follow the newest branch first, so that a chain is not interrupted by another one.
         newest = list(order)[-1] if order else ""
-        name = next((n for n in ready if stages[n].init_from == newest), ready[0])
+        name = next((n for n in ready if newest and newest in before[n]), ready[0])
         order[name] = stages[name]
         waiting.remove(name)
     return order

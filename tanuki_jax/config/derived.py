@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 from tanuki_jax.config.kinds import STAGE_KINDS
 from tanuki_jax.config.schema import Model, ModelConfig, Recipe, Stage
@@ -51,3 +52,39 @@ def tokens_per_step(stage: Stage) -> int:
 def stage_sources(stage: Stage) -> tuple[str, ...]:
     """The names of the sources that a stage reads, in the order of their numbers."""
     return tuple(name for name, weights in stage.mixture.items() if any(weights))
+
+
+# --- rows that models make --------------------------------------------------------------------------------------------
+
+MADE = "synth:"  # begins the files of a source, or of seeds, that are rows of a group in `synth`
+
+
+def made_sources(recipe: Recipe, stage: str) -> Iterator[str]:
+    """The names in `synth` of the rows that a stage reads or makes, and of those that their making reads."""
+    options = recipe.stages[stage]
+    files = [recipe.data[source].files for source in stage_sources(options) if source in recipe.data]
+    waiting = [name.removeprefix(MADE) for name in files if name.startswith(MADE)]
+    waiting += [options.synth] if STAGE_KINDS[options.kind].makes_rows else []
+    done: set[str] = set()
+    while waiting:
+        name = waiting.pop(0)
+        if name not in done and name in recipe.synth:
+            done.add(name)
+            yield name
+            seeds = recipe.synth[name].seeds.values()
+            waiting += [files.removeprefix(MADE) for files in seeds if files.startswith(MADE)]
+
+
+def making_stage(recipe: Recipe, name: str) -> str:
+    """The stage that makes the rows `name` of `synth`; empty where an endpoint does."""
+    makers = (stage for stage, o in recipe.stages.items() if STAGE_KINDS[o.kind].makes_rows and o.synth == name)
+    return next(makers, "")
+
+
+def stages_before(recipe: Recipe, stage: str) -> set[str]:
+    """The stages that must be finished before one begins: those whose parameters, rows or scores it takes."""
+    options = recipe.stages[stage]
+    names = {options.init_from, *options.upcycle.experts_from}
+    for name in made_sources(recipe, stage):
+        names |= {making_stage(recipe, name) if name != options.synth else "", recipe.synth[name].scores}
+    return names & set(recipe.stages)

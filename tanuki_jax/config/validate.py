@@ -8,15 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tanuki_jax.config.addresses import check_address
 from tanuki_jax.config.derived import is_moe, model_config, moe_layers, stage_steps, tokens_per_step
 from tanuki_jax.config.kinds import STAGE_KINDS
 from tanuki_jax.config.ranges import LARGEST
 from tanuki_jax.config.schema import PREFERENCES, PROJECTED, ROUTED, Lora, Model, Optimizer, Recipe, Stage, Upcycle, range_of
+from tanuki_jax.config.validate_synth import check_made_rows, check_parent
 from tanuki_jax.errors import UserError
 
 NAME = re.compile(r"\w[\w.-]{0,99}")
-SECRET = r"(?:sig|[^=&/,]*(?:key|token|secret|signature|credential|auth|password|pwd))"
-CREDENTIALS = re.compile(rf"://[^/@,]*@|://[^,]*[?&]{SECRET}=", re.IGNORECASE)
 
 
 def _check_range(group: Any, name: str, where: str) -> None:
@@ -75,8 +75,8 @@ def check_upcycle(model: Model, options: Upcycle, where: str) -> None:
 
 def check_names(recipe: Recipe) -> None:
     """An error about a name that would lead out of the workdir, or that nothing to start from has."""
-    for group, names in (("stages", recipe.stages), ("data", recipe.data)):
-        for name in names:
+    for group in ("stages", "data", "filters", "endpoints", "synth"):
+        for name in getattr(recipe, group):
             if not NAME.fullmatch(name):
                 raise UserError(
                     f"config: {group}: the name {name!r} becomes a file's; use letters, digits, _, - and . after the first"
@@ -107,12 +107,9 @@ def check_recipe(recipe: Recipe) -> None:
         raise UserError(f"config: model.head_dim {model.head_dim} must be even, rotary position encoding turns pairs")
     check_moe(model, "config: model.", trained=any(_trains_router(recipe, name) for name in recipe.stages))
     for name, source in recipe.data.items():
-        if CREDENTIALS.search(source.files):
-            raise UserError(
-                f"config: data.{name}.files has a password or key in its address, and configs are stored in every checkpoint; "
-                "give it in the environment, as the file system asks for it"
-            )
-    if not recipe.stages:
+        check_address(f"data.{name}.files", source.files)
+    check_made_rows(recipe)
+    if not recipe.stages and not recipe.synth:
         raise UserError("config: the recipe has no stages; add one, for example c.stages.pretrain = config.stage('pretrain')")
     _check_language_weights(recipe)
     for name in recipe.tokenizer.sources:
@@ -153,8 +150,10 @@ def _check_stage(recipe: Recipe, name: str, stage: Stage) -> None:
     if is_moe(recipe, name) and not recipe.model.n_experts:
         raise UserError(f"{where} is a mixture of experts, but model.n_experts is 0")
     kind = STAGE_KINDS[stage.kind]
+    check_parent(recipe, where, stage.init_from)
     if kind.makes_moe:
         _check_upcycling(recipe, where, stage)
+    if not kind.trains:
         return
     if stage.moe and parent:
         raise UserError(f"{where}.moe follows from stage {stage.init_from!r} that it starts from; leave it out")

@@ -65,8 +65,8 @@ def ranges():
 
 
 ALL_KEYS = (
-    "`NAME` is any stage, source, filter, endpoint or made set of rows. NaN and infinities are never allowed; in a tuple or dictionary, each number must be in\n"
-    "the range."
+    "`NAME` is any stage, source, filter, endpoint or set of made rows. NaN and infinities are never allowed; in a tuple or\n"
+    "dictionary, each number must be in the range."
 )
 
 

@@ -1,0 +1,18 @@
+"""Addresses in configs, which are stored in every checkpoint: none may hold a password or key."""
+
+from __future__ import annotations
+
+import re
+
+from tanuki_jax.errors import UserError
+
+SECRET = r"(?:sig|[^=&/,]*(?:key|token|secret|signature|credential|auth|password|pwd))"
+CREDENTIALS = re.compile(rf"://[^/@,]*@|://[^,]*[?&]{SECRET}=", re.IGNORECASE)
+
+
+def check_address(key: str, address: str, instead: str = "give it in the environment, as the file system asks for it") -> None:
+    """An error where the value of a config key has a password or key in it; `instead` says how to give it."""
+    if CREDENTIALS.search(address):
+        raise UserError(
+            f"config: {key} has a password or key in its address, and configs are stored in every checkpoint; {instead}"
+        )
