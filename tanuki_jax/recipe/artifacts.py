@@ -1,4 +1,4 @@
-"""What the stages of a recipe read, made once and kept under a fingerprint: rule-made files, tokenizer, token stores."""
+"""What the stages of a recipe read, made once and kept under a fingerprint: tokenizer and token stores."""
 
 from __future__ import annotations
 
@@ -6,57 +6,57 @@ import logging
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
 from tanuki_jax import config, files
 from tanuki_jax.config.schema import Recipe
-from tanuki_jax.data import paths, sources
+from tanuki_jax.data import sources
 from tanuki_jax.data.prepare import Options, is_current_version, open_store, read_manifest, text_of
 from tanuki_jax.data.prepare import prepare as prepare_store
 from tanuki_jax.data.tokenizer import Tokenizer
 from tanuki_jax.errors import UserError
 from tanuki_jax.files import lock
+from tanuki_jax.recipe.source_files import SourceFiles, locate
 from tanuki_jax.recipe.workdir import Workdir
-from tanuki_jax.synth import rules
 
 logger = logging.getLogger(__name__)
-RULES = "rules:"
 
 
 @dataclass(frozen=True)
 class Artifacts:
-    """A recipe's tokenizer and the directory of each source's token store."""
+    """A recipe's tokenizer, and the token store and the files of each source."""
 
     tokenizer: Tokenizer
     stores: dict[str, Path]
+    sources: dict[str, SourceFiles] = field(default_factory=dict)
 
 
 def prepare(recipe: Recipe, workdir: Workdir, names: set[str]) -> Artifacts:
-    """Makes what is missing in the workdir's data for the sources `names`."""
+    """Makes what is missing in the workdir's data for the sources `names`, and the tokenizer."""
     with files.disk_errors(workdir.data, "data"):
-        return _prepare(recipe, workdir.data, names)
+        return _prepare(recipe, workdir, names)
 
 
-def _prepare(recipe: Recipe, where: Path, names: set[str]) -> Artifacts:
+def _prepare(recipe: Recipe, workdir: Workdir, names: set[str]) -> Artifacts:
+    where = workdir.data
     tokenizer_sources = () if recipe.tokenizer.path else _tokenizer_sources(recipe)
-    located = {name: _locate(recipe, name, where) for name in sorted({*names, *tokenizer_sources})}
+    located = {name: locate(recipe, name, workdir) for name in sorted({*names, *tokenizer_sources})}
     tokenizer = Tokenizer(_prepare_tokenizer(recipe, located, where))
     if tokenizer.vocab_size > recipe.model.vocab_size:
         raise UserError(
             f"config: model.vocab_size {recipe.model.vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size} "
             f"pieces; set it to {-(-tokenizer.vocab_size // 128) * 128}"
         )
-    _warn_of_shared_files(recipe, {name: located[name][0] for name in sorted(names)})
     stores = {}
     for name in sorted(names):
-        patterns, identity = located[name]
+        patterns, identity, fields = located[name]
         if patterns.endswith(".bin") and "," not in patterns:  # tokens of Megatron-LM's, used where they lie
             stores[name] = Path(patterns)
             continue
         source = recipe.data[name]
-        identity_options = [source.text, source.skip_invalid, *([source.row_format] if source.row_format != "auto" else [])]
+        identity_options = [fields.text, source.skip_invalid, *([fields.row_format] if fields.row_format != "auto" else [])]
         stores[name] = where / f"store-{name}-{files.fingerprint(identity, tokenizer.fingerprint, identity_options)}"
         if stores[name].is_dir():
             _remove_damaged(stores[name], open_store)
@@ -64,16 +64,12 @@ def _prepare(recipe: Recipe, where: Path, names: set[str]) -> Artifacts:
             logger.warning("data %s: chat templates were followed otherwise when it was made; it is made anew", name)
             shutil.rmtree(stores[name])
         if not stores[name].is_dir():
-            options = Options(_fields(source), source.skip_invalid)
+            options = Options(fields, source.skip_invalid)
             summary = prepare_store(patterns, tokenizer, stores[name], options)
             print(f"data {name}: {summary}", file=sys.stderr, flush=True)
         elif read_manifest(stores[name]).tokenizer != tokenizer.fingerprint:
             raise UserError(f"data {name}: {stores[name]} was made with another tokenizer; remove it")
-    return Artifacts(tokenizer, stores)
-
-
-def _fields(source: config.Source) -> sources.Fields:
-    return sources.Fields(source.text, row_format=source.row_format)
+    return Artifacts(tokenizer, stores, {name: located[name] for name in stores})
 
 
 def _tokenizer_sources(recipe: Recipe) -> tuple[str, ...]:
@@ -91,50 +87,13 @@ def _remove_damaged(path: Path, opens: Callable[[Path], object]) -> None:
         shutil.rmtree(path)
 
 
-def _warn_of_shared_files(recipe: Recipe, patterns: dict[str, str]) -> None:
-    """Says which files two sources share: they are trained on twice, which may be meant."""
-    first: dict[object, str] = {}
-    for name, pattern in patterns.items():
-        for path in sources.matching_files(pattern):
-            other = first.setdefault(paths.identity_key(path), name)
-            if other != name:
-                paths.warn(f"data: {path} is in the sources {other} and {name}, and is trained on as often as both are")
-
-
-def _locate(recipe: Recipe, name: str, where: Path) -> tuple[str, str]:
-    """The files of a source and their fingerprint; rule-made ones are written first."""
-    patterns = recipe.data[name].files
-    if not patterns.startswith(RULES):
-        if not patterns:
-            raise UserError(
-                f"config: data.{name} is empty; set it to your files, for example --config.data.{name}='texts/*.jsonl.gz'"
-            )
-        return patterns, sources.identity(patterns)
-    split = patterns.removeprefix(RULES)
-    if split not in rules.SPLITS:
-        raise UserError(f"config: data.{name} is {patterns!r}; rules: makes {', '.join(rules.SPLITS)}")
-    count = (
-        recipe.rules.pairs
-        if split == "pairs"
-        else recipe.rules.documents
-        if split.startswith("documents")
-        else recipe.rules.dialogues
-    )
-    code = sorted(Path(rules.__file__).parent.rglob("*.py"))
-    identity = files.fingerprint(split, count, recipe.seed, *code)
-    path = where / f"rules-{split}-{identity}.jsonl"
-    if not path.is_file():
-        files.write_jsonl(path, rules.rows(split, count, recipe.seed))
-    return str(path), identity
-
-
-def _prepare_tokenizer(recipe: Recipe, located: dict[str, tuple[str, str]], where: Path) -> Path:
+def _prepare_tokenizer(recipe: Recipe, located: dict[str, SourceFiles], where: Path) -> Path:
     """The directory of the tokenizer, trained first where the recipe names none."""
     options = recipe.tokenizer
     if options.path:
         return Path(options.path)
     names = _tokenizer_sources(recipe)  # in this order, so that the fingerprint does not depend on the stages run
-    origins = [[located[n][1], recipe.data[n].text, recipe.data[n].language] for n in names]
+    origins = [[located[n].identity, located[n].fields.text, recipe.data[n].language] for n in names]
     output = where / f"tokenizer-{files.fingerprint(config.to_dict(options), origins)}"
     if output.is_dir():
         _remove_damaged(output, Tokenizer)
@@ -150,17 +109,17 @@ def _prepare_tokenizer(recipe: Recipe, located: dict[str, tuple[str, str]], wher
             dictionary=options.dictionary,
             language_weights=options.language_weights,
         )
-        texts = chain.from_iterable(_texts(recipe.data[n], located[n][0], options.max_bytes) for n in names)
+        texts = chain.from_iterable(_texts(recipe.data[n], located[n], options.max_bytes) for n in names)
         with user_errors(), lock.output(output), files.atomic_path(output) as temporary:
             trained = train(texts, temporary, train_options, HOOKS)
         print(f"tokenizer: {trained}", file=sys.stderr, flush=True)
     return output
 
 
-def _texts(source: config.Source, patterns: str, max_bytes: int) -> Iterator[tuple[str, str]]:
+def _texts(source: config.Source, located: SourceFiles, max_bytes: int) -> Iterator[tuple[str, str]]:
     """(language, text) of each row."""
     read = 0
-    for row in sources.read_rows(patterns, _fields(source), sources.skip_silently if source.skip_invalid else None):
+    for row in sources.read_rows(located.files, located.fields, sources.skip_silently if source.skip_invalid else None):
         try:
             text = text_of(row)
         except UserError:
@@ -169,6 +128,6 @@ def _texts(source: config.Source, patterns: str, max_bytes: int) -> Iterator[tup
             continue
         read += len(text.encode("utf-8", "surrogatepass"))
         if read > max_bytes:
-            print(f"tokenizer: {patterns}: the first {max_bytes:,} bytes (tokenizer.max_bytes)", file=sys.stderr)
+            print(f"tokenizer: {located.files}: the first {max_bytes:,} bytes (tokenizer.max_bytes)", file=sys.stderr)
             return
         yield source.language, text

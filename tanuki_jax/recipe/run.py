@@ -16,16 +16,18 @@ import jax
 
 from tanuki_jax import __version__, config, files, multihost, parallel
 from tanuki_jax.config import STAGE_KINDS
+from tanuki_jax.config.derived import stages_before
 from tanuki_jax.config.schema import Recipe
 from tanuki_jax.errors import Preempted, UserError
 from tanuki_jax.files import lock
-from tanuki_jax.recipe import artifacts, placement, preflight
+from tanuki_jax.recipe import artifacts, data_card, placement, preflight, source_files
 from tanuki_jax.recipe.announce import announce, format_stage_summary
 from tanuki_jax.recipe.claim import claim_workdir
 from tanuki_jax.recipe.scores import score_stage
 from tanuki_jax.recipe.stage import run_stage
 from tanuki_jax.recipe.workdir import Workdir
 from tanuki_jax.report import trackers
+from tanuki_jax.report.data_card import write_data_card
 from tanuki_jax.report.html import write_report
 from tanuki_jax.train import profile
 
@@ -59,24 +61,29 @@ def _run_stages(recipe: Recipe, workdir: Workdir, stages: Sequence[str], allow_d
     multihost.enter_phase("preparing data")
     if all(workdir.done(stage) for stage in stages):
         return
-    sources = {source for stage in stages for source in config.stage_sources(recipe.stages[stage])}
-    prepared = multihost.first_then_all(lambda: artifacts.prepare(recipe, workdir, sources), "preparing data")
+    waiting = [stage for stage in stages if not workdir.done(stage)]
+    sources = {source for stage in waiting for source in config.stage_sources(recipe.stages[stage])}
+    multihost.first_then_all(lambda: source_files.check(recipe, sources), "a look at the data")
+    prepared = multihost.first_then_all(lambda: artifacts.prepare(recipe, workdir, set()), "the tokenizer")
     multihost.assert_equal_across_processes("fingerprint of the tokenizer", prepared.tokenizer.fingerprint)
     with multihost.handle_sigterm(), trackers.open_trackers(recipe, workdir.root) as on_metrics:
-        for stage in stages:
-            if workdir.done(stage):
-                continue
+        for stage in waiting:
             if multihost.preemption_requested():
                 raise Preempted(f"the run was told to stop before stage {stage}")
-            parent = recipe.stages[stage].init_from
-            if parent in recipe.stages and not workdir.done(parent):
-                raise UserError(f"stage {stage} starts from {parent}, which is not finished in {workdir.root}; run it first")
+            for other in sorted(stages_before(recipe, stage)):
+                if not workdir.done(other):
+                    raise UserError(f"stage {stage} needs stage {other}, which is not finished in {workdir.root}; run it first")
+            multihost.enter_phase(f"the data of stage {stage}")
+            read = set(config.stage_sources(recipe.stages[stage]))
+            prepare = functools.partial(artifacts.prepare, recipe, workdir, read)
+            prepared = multihost.first_then_all(prepare, f"preparing the data of stage {stage}")
             multihost.enter_phase(f"the start of stage {stage}")
             entry = run_stage(recipe, stage, workdir, prepared, meshes[stage], allow_data_change, on_metrics)
             multihost.enter_phase(f"the scores of stage {stage}")
             scored = score_stage(recipe, stage, workdir, prepared.tokenizer, mesh)
             entry["scores"] = scored.scores
-            result = {"entry": entry, "samples": scored.samples, "questions": scored.questions}
+            data = data_card.describe_sources(recipe, prepared)
+            result = {"entry": entry, "samples": scored.samples, "questions": scored.questions, "data": data}
             finish = functools.partial(files.write_json, workdir.done_file(stage), result)
             multihost.on_process_zero(finish, f"the end of stage {stage}")
             if jax.process_index() == 0:
@@ -91,6 +98,7 @@ def _summarize(recipe: Recipe, workdir: Workdir) -> dict[str, Any]:
     if jax.process_index() == 0:
         files.write_json(workdir.summary_file, summary)
         write_report(recipe, summary, workdir.root)
+        write_data_card(recipe, workdir.root)
     return summary
 
 

@@ -31,7 +31,7 @@ class Scores(NamedTuple):
 
 def score_stage(recipe: Recipe, stage: str, workdir: Workdir, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> Scores:
     """Scores the stage's last checkpoint."""
-    if not recipe.scoring.prompts:
+    if not recipe.scoring.prompts or STAGE_KINDS[recipe.stages[stage].kind].makes_rows:
         return Scores({}, [], [])
     began, options = time.monotonic(), recipe.scoring
     loaded = checkpoint.load(workdir.stage_dir(stage), mesh)

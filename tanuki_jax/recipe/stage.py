@@ -19,6 +19,7 @@ from tanuki_jax.recipe import placement
 from tanuki_jax.recipe.artifacts import Artifacts
 from tanuki_jax.recipe.dataset import StageDataset, make_dataset
 from tanuki_jax.recipe.initial_state import InitialState, load_moments, resolve_initial_state
+from tanuki_jax.recipe.make_rows import run_making_stage
 from tanuki_jax.recipe.program import StageProgram, make_program
 from tanuki_jax.recipe.reference import add_reference
 from tanuki_jax.recipe.upcycle_stage import run_upcycle
@@ -44,6 +45,8 @@ def run_stage(
     """Runs or resumes a stage and returns its part of the summary; on_metrics: sees every row of its metrics."""
     options, stage_dir = recipe.stages[stage], workdir.stage_dir(stage)
     multihost.first_then_all(lambda: copy_tokenizer(artifacts.tokenizer.directory, stage_dir / "tokenizer"), "the tokenizer")
+    if STAGE_KINDS[options.kind].makes_rows:
+        return {"name": stage, "kind": options.kind, **run_making_stage(recipe, stage, workdir, mesh)}
     if STAGE_KINDS[options.kind].makes_moe:
         summary = run_upcycle(recipe, stage, workdir, mesh)
         return {"name": stage, "kind": options.kind, **dataclasses.asdict(summary)}

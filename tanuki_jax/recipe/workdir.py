@@ -35,6 +35,14 @@ class Workdir:
         """Checkpoints, metrics, events and tokenizer of a stage."""
         return self.root / "stages" / stage
 
+    def synth_dir(self, name: str) -> Path:
+        """Answers, rows and counts of a group in `synth`."""
+        return self.root / "synth" / name
+
+    def rows_file(self, name: str) -> Path:
+        """The rows of a group in `synth`, which are made once."""
+        return self.synth_dir(name) / "rows.jsonl"
+
     def done_file(self, stage: str) -> Path:
         """Summary entry, sample answers and suggested questions of a finished stage."""
         return self.stage_dir(stage) / "done.json"

@@ -275,7 +275,7 @@ def test_bad_input_is_one_line_that_says_what_and_where(case, trained, tmp_path,
 
 def test_a_missing_stage_is_named_before_anything_is_trained(trained, tmp_path, capsys):
     assert main(["train", CONFIG, f"--workdir={tmp_path}", "--stage=dpo", "--config.scoring.prompts=0"]) == 1
-    assert "dpo starts from sft, which is not finished" in capsys.readouterr().err
+    assert "dpo needs stage sft, which is not finished" in capsys.readouterr().err
 
 
 def test_the_stages_of_the_tiny_recipe_are_those_of_the_paper(trained):

@@ -3,7 +3,6 @@ import json
 import pytest
 
 from tanuki_jax import config
-from tanuki_jax.data import paths
 from tanuki_jax.data.prepare import read_manifest
 from tanuki_jax.errors import UserError
 from tanuki_jax.recipe import artifacts
@@ -52,14 +51,6 @@ def test_a_source_without_files_that_no_stage_reads_is_not_asked_for(tmp_path):
     c.stages.pretrain.mixture, c.tokenizer.sources = dict(ja=(1.0,)), ("ja", "en")  # asked for by name
     with pytest.raises(UserError, match=r"data\.en is empty"):
         artifacts.prepare(config.resolve(c), Workdir(tmp_path / "run"), {"ja"})
-
-
-def test_a_file_of_two_sources_is_told(tmp_path, capsys):
-    paths.warn.cache_clear()
-    c = two_languages(tmp_path, ja=1)
-    c.data.en, c.stages.pretrain.mixture = c.data.ja, dict(ja=(1.0,), en=(1.0,))
-    artifacts.prepare(config.resolve(c), Workdir(tmp_path / "run"), {"ja", "en"})
-    assert "ja.jsonl is in the sources en and ja" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,8 @@ from tests.config.golden.__main__ import DOCS, keys
 def two_stages(stage="pretrain", source="ja", group="sft"):
     """A recipe in which the user chose all names, as it lies in recipe.json."""
     c = config.recipe(data={source: "a.txt", "b": "b.txt", "talks": "t.jsonl"})
+    c.filters.NAME, c.endpoints.NAME = config.filters(), config.endpoint("http://127.0.0.1:8000/v1")
+    c.synth.NAME = config.synth("answer", seeds=dict(prompts="prompts.jsonl"), generator="NAME")
     c.stages[stage] = config.stage("pretrain", mixture={source: (0.5,), "b": (0.5,)}, steps=2)
     c.stages[group] = config.stage("sft", init_from=stage, mixture=dict(talks=(1.0,)), steps=2)
     return json.loads(json.dumps(config.to_dict(config.resolve(c))))
@@ -43,7 +45,7 @@ def test_no_name_of_a_users_own_keeps_a_difference_unseen(name):
 
 def test_what_the_schema_calls_resumable_may_differ_and_nothing_else():
     for path, field in keys():
-        path = path.replace("NAME", "ja" if path.startswith("data.") else "pretrain")
+        path = path.replace("NAME", {"data": "ja", "stages": "pretrain"}.get(path.split(".")[0], "NAME"))
         old, new = two_stages(), two_stages()
         *groups, last = path.split(".")
         place, above = new, config.Recipe

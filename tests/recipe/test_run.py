@@ -153,7 +153,7 @@ def test_one_stage_alone_writes_tensorboard_too_and_waits_for_its_parent(workdir
     flags = [CONFIG, f"--workdir={tmp_path}", "--config.scoring.prompts=0", "--config.tensorboard=True"]
     flags += [f"--config.tokenizer.path={workdir / 'stages/pretrain/tokenizer'}"]
     assert main(["train", "--stage=upcycle", *flags]) == 1
-    assert "upcycle starts from pretrain, which is not finished" in capsys.readouterr().err
+    assert "upcycle needs stage pretrain, which is not finished" in capsys.readouterr().err
     assert main(["train", "--stage=pretrain", *flags]) == 0
     rows = metrics(tmp_path, "pretrain")
     written = dict(scalars(tmp_path / "stages/pretrain/tensorboard", "loss"))
