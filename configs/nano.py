@@ -30,9 +30,14 @@ def get_config():
         synthetic_ja="rules:synthetic_ja",
         synthetic_en="rules:synthetic_en",
         dialogues="rules:dialogues",
-        pairs="rules:pairs",
+        pairs="synth:pairs",
     )
-    c.rules.update(dict(documents=12_000, dialogues=30_000, pairs=2_400))
+    c.rules.update(dict(documents=12_000, dialogues=30_000))
+    # The preferences are the model's own: four answers to each prompt, of which the rules' checker judges every two.
+    c.endpoints.own = config.endpoint(temperature=1.0, max_tokens=40, license="apache-2.0")
+    c.synth.pairs = config.synth(
+        "preferences", seeds=dict(prompts="rules:prompts"), items=1_500, samples=4, generator="own", judge="rules"
+    )
     c.tokenizer.update(
         dict(
             vocab_size=1280,
@@ -77,6 +82,7 @@ def get_config():
         lora=adapters,
         **row,
     )
+    c.stages.samples = config.stage("synth", init_from="sft", synth="pairs")
     c.stages.dpo = config.stage(
         "dpo",
         init_from="sft",

@@ -82,7 +82,7 @@ def filters(**overrides: Any) -> ConfigDict:
     return _override(defaults(Filters), overrides, Filters)
 
 
-def endpoint(base_url: str, **overrides: Any) -> ConfigDict:
+def endpoint(base_url: str = "", **overrides: Any) -> ConfigDict:
     """A model behind an OpenAI-compatible server, every key at its default, then `overrides`."""
     return _override(defaults(Endpoint), {"base_url": base_url, **overrides}, Endpoint)
 

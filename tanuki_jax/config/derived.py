@@ -81,6 +81,12 @@ def making_stage(recipe: Recipe, name: str) -> str:
     return next(makers, "")
 
 
+def needs_stage(recipe: Recipe, name: str) -> bool:
+    """Whether the rows `name` of `synth` are made by the model of a stage, and not by one behind an address."""
+    generator = recipe.synth[name].generator
+    return not (generator in recipe.endpoints and recipe.endpoints[generator].base_url)
+
+
 def stages_before(recipe: Recipe, stage: str) -> set[str]:
     """The stages that must be finished before one begins: those whose parameters, rows or scores it takes."""
     options = recipe.stages[stage]

@@ -17,7 +17,9 @@ RULES = "rules"  # a judge that is no endpoint: the checker of rule-made questio
 class Endpoint:
     """A model behind an OpenAI-compatible server: `tanuki serve`, vLLM, or a provider."""
 
-    base_url: str = key("", "address of the API, http://127.0.0.1:8000/v1", resumable=True)
+    base_url: str = key(
+        "", "address of the API, http://127.0.0.1:8000/v1; empty = that of the model of a synth stage", resumable=True
+    )
     model: str = key("", "name of the model there; empty = the only one that it lists")
     api_key_env: str = key("", "environment variable that holds the key; empty = none is sent", resumable=True)
     license: str = key("", "licence of what the model writes (apache-2.0, ...); every row records it")
@@ -65,7 +67,9 @@ class Synth:
     rounds: int = key(1, "evol: times that a prompt is made harder", Range(1, 100))
     samples: int = key(2, "preferences: answers to each prompt", Range(2, 1000))
     templates: str = key("", "TOML file of templates in place of ours; empty = ours")
-    generator: str = key("", "name in `endpoints` of the model that writes; empty = the model that a synth stage starts from")
+    generator: str = key(
+        "", "name in `endpoints` of the model that writes; empty = that of a synth stage, with default sampling"
+    )
     better: str = key("", "preferences: name in `endpoints` whose answer is chosen over the generator's, without a judge")
     judge: str = key("", "preferences: name in `endpoints`, or rules (the checker of rules:prompts)")
     scores: str = key("", "file of scores by category, or a stage of the recipe: items are drawn from the weakest alone")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from tanuki_jax.config.addresses import check_address
-from tanuki_jax.config.derived import MADE, making_stage
+from tanuki_jax.config.derived import MADE, making_stage, needs_stage
 from tanuki_jax.config.kinds import STAGE_KINDS
 from tanuki_jax.config.schema import Recipe
 from tanuki_jax.config.synthesis import RULES, Filters, Synth
@@ -16,7 +16,7 @@ def check_made_rows(recipe: Recipe) -> None:
     """An error about the first key of these groups whose value cannot be, with the fix."""
     for name, endpoint in recipe.endpoints.items():
         check_address(f"endpoints.{name}.base_url", endpoint.base_url, "name the variable that holds it in api_key_env")
-        if not endpoint.base_url.startswith(("http://", "https://")):
+        if endpoint.base_url and not endpoint.base_url.startswith(("http://", "https://")):
             raise UserError(
                 f"config: endpoints.{name}.base_url is {endpoint.base_url!r}; it must be an address, http://127.0.0.1:8000/v1 "
                 "for example"
@@ -36,7 +36,7 @@ def check_made_rows(recipe: Recipe) -> None:
         _check_synth(recipe, name, synth)
     for name in recipe.tokenizer.sources if not recipe.tokenizer.path else ():
         files = recipe.data[name].files if name in recipe.data else ""
-        if files.startswith(MADE) and not recipe.synth[files.removeprefix(MADE)].generator:
+        if files.startswith(MADE) and needs_stage(recipe, files.removeprefix(MADE)):
             raise UserError(
                 f"config: tokenizer.sources names {name!r}, which a stage makes; the tokenizer comes before all stages"
             )
@@ -54,14 +54,15 @@ def _check_filters(recipe: Recipe, where: str, filters: Filters) -> None:
     judged = [key for key in ("min_quality", "dependent_turns") if getattr(filters, key)]
     if judged and not filters.judge:
         raise UserError(f"{where}.{judged[0]} needs a judge; set {where.removeprefix('config: ')}.judge to a name in endpoints")
-    _check_name(f"{where}.judge", filters.judge, recipe.endpoints, "endpoints")
+    _check_address_of(recipe, f"{where}.judge", filters.judge)
 
 
 def _check_synth(recipe: Recipe, name: str, synth: Synth) -> None:
     where = f"config: synth.{name}"
-    for key in ("generator", "better"):
-        _check_name(f"{where}.{key}", getattr(synth, key), recipe.endpoints, "endpoints")
-    _check_name(f"{where}.judge", synth.judge, {**recipe.endpoints, RULES: None}, "endpoints, or rules")
+    _check_name(f"{where}.generator", synth.generator, recipe.endpoints, "endpoints")
+    _check_address_of(recipe, f"{where}.better", synth.better)
+    if synth.judge != RULES:
+        _check_address_of(recipe, f"{where}.judge", synth.judge, "endpoints, or rules")
     _check_name(f"{where}.filters", synth.filters, recipe.filters, "filters")
     if synth.language not in ("ja", "en"):
         raise UserError(f"{where}.language is {synth.language!r}; it must be ja or en")
@@ -72,10 +73,10 @@ def _check_synth(recipe: Recipe, name: str, synth: Synth) -> None:
         if files.startswith(MADE):
             _check_made(recipe, f"{where}.seeds.{role}", files)
     _check_circle(recipe, name)
-    if not synth.generator and recipe.stages and not making_stage(recipe, name):
+    if needs_stage(recipe, name) and recipe.stages and not making_stage(recipe, name):
         raise UserError(
-            f"{where}.generator is empty, and no stage makes it; name an endpoint, or add a stage of kind synth with "
-            f"synth={name!r}"
+            f"{where}.generator is {synth.generator!r}, which has no address, and no stage makes it; name an endpoint with a "
+            f"base_url, or add a stage of kind synth with synth={name!r}"
         )
 
 
@@ -97,10 +98,10 @@ def _check_maker(recipe: Recipe, name: str) -> None:
     if not stage.synth:
         raise UserError(f"{where}.synth is empty; name the rows in `synth` that it makes")
     _check_name(f"{where}.synth", stage.synth, recipe.synth, "synth")
-    if recipe.synth[stage.synth].generator:
+    if not needs_stage(recipe, stage.synth):
         raise UserError(
-            f"{where}.synth: {stage.synth} has the generator {recipe.synth[stage.synth].generator!r}; a stage makes rows with "
-            "the model that it starts from, so leave the generator out, or the stage"
+            f"{where}.synth: {stage.synth} has the generator {recipe.synth[stage.synth].generator!r}, which has an address; a "
+            "stage makes rows with the model that it starts from, so leave the address out, or the stage"
         )
     if not stage.init_from:
         raise UserError(f"{where}.init_from is empty; a stage that makes rows needs a model")
@@ -124,6 +125,13 @@ def _check_made(recipe: Recipe, where: str, files: str) -> None:
     name = files.removeprefix(MADE)
     if name not in recipe.synth:
         raise UserError(f"{where} is {files!r}, and `synth` has no {name!r} ({', '.join(recipe.synth) or 'it is empty'})")
+
+
+def _check_address_of(recipe: Recipe, where: str, name: str, group: str = "endpoints") -> None:
+    """An error where a name is of no endpoint, or of one that only the model of a stage can stand for."""
+    _check_name(where, name, recipe.endpoints, group)
+    if name and not recipe.endpoints[name].base_url:
+        raise UserError(f"{where} is {name!r}, whose base_url is empty; set it to the address of a server")
 
 
 def _check_name(where: str, name: str, names: Collection[str], group: str) -> None:

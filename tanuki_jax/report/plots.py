@@ -11,8 +11,8 @@ from tanuki_jax.report.svg import WIDTH, Rows, StageEntry, plt, shorten, to_svg
 from tanuki_jax.train import lr_range
 
 # Of each stage kind, for its curve and, dark enough for letters, for its name; others have the last.
-COLOURS = {"pretrain": "#4269d0", "upcycle": "#97bbf5", "sft": "#3ca951", "dpo": "#efb118", "": "#a463f2"}
-DARK_COLOURS = {"pretrain": "#3457b2", "upcycle": "#4a6fae", "sft": "#24863a", "dpo": "#9a6b00", "": "#7b3fc0"}
+COLOURS = {"pretrain": "#4269d0", "upcycle": "#97bbf5", "sft": "#3ca951", "dpo": "#efb118", "synth": "#ff725c", "": "#a463f2"}
+DARK_COLOURS = {"pretrain": "#3457b2", "upcycle": "#4a6fae", "sft": "#24863a", "dpo": "#9a6b00", "synth": "#b8402c", "": "#7b3fc0"}
 LABEL_GAP = 0.035  # between names, of the width of a picture
 
 

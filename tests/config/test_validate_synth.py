@@ -53,6 +53,11 @@ BAD = {
     "method": (dict(synth__answers__method="ask"), ["synth.answers.method", "'ask'", "persona"]),
     "no seeds": (dict(synth__answers__seeds={}), ["synth.answers.seeds", "empty"]),
     "seeds": (dict(synth__pairs__seeds=dict(prompts="synth:x")), ["synth.pairs.seeds.prompts", "'x'", "answers, pairs"]),
+    "judge without address": (dict(endpoints__judge__base_url=""), ["synth.answers.generator", "'judge'", "no address"]),
+    "filter's judge without address": (
+        dict(filters__short__judge="judge", endpoints__judge__base_url="", synth__answers__generator=""),
+        ["filters.short.judge", "base_url is empty"],
+    ),
     "circle of seeds": (dict(synth__answers__seeds=dict(prompts="synth:pairs")), ["dpo, sampling, sft", "circle"]),
     "nobody makes it": (dict(synth__answers__generator=""), ["synth.answers.generator", "kind synth", "synth='answers'"]),
     "source": (dict(data__pairs__files="synth:x"), ["data.pairs", "'synth:x'", "answers, pairs"]),
