@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from tanuki_jax.config.addresses import check_address
-from tanuki_jax.config.derived import MADE, making_stage, needs_stage
+from tanuki_jax.config.derived import MADE, made_sources, making_stage, needs_stage
 from tanuki_jax.config.kinds import STAGE_KINDS
 from tanuki_jax.config.schema import Recipe
 from tanuki_jax.config.synthesis import RULES, Filters, Synth
@@ -34,6 +34,8 @@ def check_made_rows(recipe: Recipe) -> None:
             raise UserError(f"config: stages.{name}.synth is for stages of kind synth; leave it out")
     for name, synth in recipe.synth.items():
         _check_synth(recipe, name, synth)
+    for stage in recipe.stages:
+        _check_makers(recipe, stage)
     for name in recipe.tokenizer.sources if not recipe.tokenizer.path else ():
         files = recipe.data[name].files if name in recipe.data else ""
         if files.startswith(MADE) and needs_stage(recipe, files.removeprefix(MADE)):
@@ -73,11 +75,17 @@ def _check_synth(recipe: Recipe, name: str, synth: Synth) -> None:
         if files.startswith(MADE):
             _check_made(recipe, f"{where}.seeds.{role}", files)
     _check_circle(recipe, name)
-    if needs_stage(recipe, name) and recipe.stages and not making_stage(recipe, name):
-        raise UserError(
-            f"{where}.generator is {synth.generator!r}, which has no address, and no stage makes it; name an endpoint with a "
-            f"base_url, or add a stage of kind synth with synth={name!r}"
-        )
+
+
+def _check_makers(recipe: Recipe, stage: str) -> None:
+    """An error where nobody makes what a stage reads."""
+    for name in made_sources(recipe, stage):
+        if needs_stage(recipe, name) and not making_stage(recipe, name):
+            raise UserError(
+                f"config: synth.{name}.generator is {recipe.synth[name].generator!r}, which has no address, and no stage makes "
+                f"the rows, which stage {stage} reads; name an endpoint with a base_url, or add a stage of kind synth with "
+                f"synth={name!r}"
+            )
 
 
 def _check_circle(recipe: Recipe, name: str) -> None:
