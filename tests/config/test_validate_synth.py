@@ -53,7 +53,7 @@ BAD = {
     "method": (dict(synth__answers__method="ask"), ["synth.answers.method", "'ask'", "persona"]),
     "no seeds": (dict(synth__answers__seeds={}), ["synth.answers.seeds", "empty"]),
     "seeds": (dict(synth__pairs__seeds=dict(prompts="synth:x")), ["synth.pairs.seeds.prompts", "'x'", "answers, pairs"]),
-    "judge without address": (dict(endpoints__judge__base_url=""), ["synth.answers.generator", "'judge'", "no address"]),
+    "judge without address": (dict(endpoints__judge__base_url=""), ["synth.pairs.judge", "'judge'", "base_url is empty"]),
     "filter's judge without address": (
         dict(filters__short__judge="judge", endpoints__judge__base_url="", synth__answers__generator=""),
         ["filters.short.judge", "base_url is empty"],
