@@ -29,11 +29,16 @@ FIXED = 0.02  # coefficient of the balancing loss
 STRATEGIES = dict(
     copy=dict(strategy="copy"), noise=dict(strategy="noise", noise_std=1e-3), drop=dict(strategy="drop", drop_ratio=0.5)
 )
-PARTS = ("main", "groups", "plain", "finale")
+OWN_LOSSES = {  # of the stages that train on its own pairs
+    "dpo_own": dict(beta=0.1, router_aux_loss=0.0),
+    "dpo_own_sft": dict(beta=0.1, router_aux_loss=0.0, preference=dict(sigmoid=1.0, sft=1.0)),
+}
+PARTS = ("main", "groups", "plain", "finale", "pairs")
+OWN = dict(prompts=2_000, samples=4)  # of the model's own answers, from which the rules' checker makes pairs
 
 
 def get_config(argument="main.0"):
-    """The recipe of a part and seed: `groups` and `plain` have models of another shape, `finale` is scored."""
+    """The recipe of a part and seed: `groups` and `plain` have models of another shape, `finale` and `pairs` are scored."""
     import runpy
 
     from tanuki_jax import config, model
@@ -41,14 +46,14 @@ def get_config(argument="main.0"):
     part, seed = argument.split(".")
     c = runpy.run_path(str(ROOT / "configs" / "nano.py"))["get_config"]()
     c.name, c.seed = f"claims, {part}, seed {seed}", int(seed)
-    c.stages = dict()
+    c.stages, c.data.pairs, c.rules.pairs = dict(), "rules:pairs", 2_400
     c.model.update(MODEL)
     c.tensorboard = False
     c.validation.update(dict(tokens=8_192, every_steps=100))
     if part == "groups":
         c.model.update(dict(expert_d_ff=c.model.d_ff // 2, n_experts=16, top_k=4))
     c.model.normalized_gate = part != "plain"
-    if part != "finale":
+    if part not in ("finale", "pairs"):
         c.scoring.update(dict(prompts=0, pairs=0))
     shape = config.read_model({"model": c.model.to_dict()})
     row = dict(seq_len=128, batch_size=16, save_every=10_000, log_every=20)
@@ -78,6 +83,14 @@ def get_config(argument="main.0"):
         c.stages.dpo = train(
             "sft", 0, dict(pairs=(1.0,)), 5e-5, dict(beta=0.1, router_aux_loss=0.0), kind="dpo", steps=DPO_STEPS, seq_len=256
         )
+    elif part == "pairs":  # DPO of the same SFT model, steps and rates, on pairs between its own answers
+        own = dict(items=OWN["prompts"], samples=OWN["samples"], generator="own", judge="rules")
+        c.synth.pairs = config.synth("preferences", seeds=dict(prompts="rules:prompts"), **own)
+        c.data.own_pairs = "synth:pairs"
+        c.stages.samples = config.stage("synth", init_from="set by --config.stages", moe=True, synth="pairs")
+        preference = dict(kind="dpo", steps=DPO_STEPS, seq_len=256, moe=True)
+        for name, loss in OWN_LOSSES.items():
+            c.stages[name] = train("set by --config.stages", 0, dict(own_pairs=(1.0,)), 5e-5, loss, **preference)
     else:
         strategy = dict(strategy="groups") if part == "groups" else STRATEGIES["noise"]
         c.stages[f"{part}_up"] = config.stage("upcycle", init_from="set by --config.stages", upcycle=strategy)
@@ -106,7 +119,7 @@ def main() -> None:
             run(options, part, seed)
             spent[f"{part}-{seed}"] = max(spent.get(f"{part}-{seed}", 0), time.monotonic() - began)
             clock.write_text(json.dumps(spent))
-    seeds = [seed for seed in range(options.seeds) if (options.workdir / f"finale-{seed}" / "summary.json").is_file()]
+    seeds = [seed for seed in range(options.seeds) if (options.workdir / f"{PARTS[-1]}-{seed}" / "summary.json").is_file()]
     found = [read(options.workdir, seed) for seed in seeds]
     report = written(options, found, sum(spent.values()))
     (options.workdir / "report.md").write_text(report, encoding="utf-8")
@@ -119,9 +132,12 @@ def run(options: argparse.Namespace, part: str, seed: int) -> None:
     home, base = options.workdir / f"{part}-{seed}", options.workdir / f"main-{seed}"
     if (home / "summary.json").is_file():
         return
-    starts = dict(groups=("groups_up",), plain=("plain_up",), finale=("general", "synthetic")).get(part, ())
+    starts = dict(groups=("groups_up",), plain=("plain_up",), finale=("general", "synthetic"))
+    starts |= dict(pairs=("samples", *OWN_LOSSES))
     parent = base.absolute() / "stages" / ("noise" if part == "finale" else "pretrain")
-    flags = [f"--config.stages.{name}.init_from={parent}" for name in starts]
+    if part == "pairs":
+        parent = (options.workdir / f"finale-{seed}" / "stages" / "sft").absolute()
+    flags = [f"--config.stages.{name}.init_from={parent}" for name in starts.get(part, ())]
     flags += [f"--config.tokenizer.path={parent / 'tokenizer'}"] if part != "main" else []
     flags += [f"--config.data.{name}={files}" for name, files in (("ja", options.ja), ("en", options.en)) if files]
     command = [sys.executable, "-m", "tanuki_jax.cli", "run", f"--config={Path(__file__).absolute()}:{part}.{seed}"]
@@ -199,6 +215,14 @@ def effects(found: list[dict]) -> list[tuple[str, str, float, float, str]]:
         ("c: SFT over the finale, exact answers", "points", score("sft", "synthetic", "exact_match"), False),
         ("c: DPO over SFT, exact answers", "points", score("dpo", "sft", "exact_match"), False),
         ("c: DPO over SFT, right answer preferred", "points", score("dpo", "sft", "pair_accuracy"), False),
+        ("c: DPO on its own pairs over SFT, exact answers", "points", score("dpo_own", "sft", "exact_match"), False),
+        (
+            "c: DPO on its own pairs over rule-made pairs, exact answers",
+            "points",
+            score("dpo_own", "dpo", "exact_match"),
+            False,
+        ),
+        ("c: the same with the SFT loss added, over SFT", "points", score("dpo_own_sft", "sft", "exact_match"), False),
         ("d: noise over copy, held-out loss", "nats", loss("noise", "copy"), True),
         ("d: drop 0.5 over copy, held-out loss", "nats", loss("drop", "copy"), True),
         ("d: virtual groups over copy, held-out loss", "nats", loss("groups", "copy"), True),
@@ -255,7 +279,7 @@ def written(options: argparse.Namespace, found: list[dict], seconds: float) -> s
         cells = [f"{np.mean([seed[name][k] for seed in found]):.4f}" if k in found[0][name] else "" for k in keys]
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     lines += ["", "| after | exact answers, % | right answer preferred, % |", "|---|---|---|"]
-    for name in ("general", "synthetic", "sft", "dpo"):
+    for name in ("general", "synthetic", "sft", "dpo", *OWN_LOSSES):
         cells = [interval([100 * seed[name]["scores"][key] for seed in found]) for key in ("exact_match", "pair_accuracy")]
         lines.append(f"| {name} | " + " | ".join(f"{mean:.1f} ± {half:.1f}" for mean, half in cells) + " |")
     return "\n".join(lines) + "\n"
@@ -285,10 +309,11 @@ def picture(found: list[dict], path: Path) -> None:
     left.set_xlabel("追加計算量の割合 (share of the further compute)")
     left.set_ylabel("損失 (held-out loss)")
     left.legend(frameon=False, fontsize=8)
-    names = ("general", "synthetic", "sft", "dpo")
+    names = ("general", "synthetic", "sft", "dpo", "dpo_own")
     shown = [interval([100 * seed[name]["scores"]["exact_match"] for seed in found]) for name in names]
-    right.bar(range(4), [m for m, _ in shown], yerr=[h for _, h in shown], color=["#999999", "#97bbf5", "#3ca951", "#efb118"])
-    right.set_xticks(range(4), ["一般\n(general)", "合成のみ\n(synthetic)", "SFT", "DPO"])
+    colours = ["#999999", "#97bbf5", "#3ca951", "#efb118", "#ff725c"]
+    right.bar(range(5), [m for m, _ in shown], yerr=[h for _, h in shown], color=colours)
+    right.set_xticks(range(5), ["一般\n(general)", "合成のみ\n(synthetic)", "SFT", "DPO", "DPO\n(own pairs)"])
     right.set_ylabel("正答率 (exact answers), %")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
