@@ -1,7 +1,7 @@
 """The transformer behind pure functions over plain parameter trees; the only package that imports Flax."""
 
-from tanuki_jax.model import layerwise, lora
-from tanuki_jax.model.attention import Batch, Cache
+from tanuki_jax.model import layerwise, lora, slots
+from tanuki_jax.model.attention import Batch
 from tanuki_jax.model.expert_diagnostics import expert_diagnostics, expert_similarity
 from tanuki_jax.model.generate import Sampling, generate
 from tanuki_jax.model.layer_groups import Params
@@ -12,9 +12,7 @@ from tanuki_jax.model.transformer import (
     Outputs,
     apply,
     count_parameters,
-    decode,
     dropless,
-    empty_cache,
     flops_per_token,
     init,
     logical_axes,
@@ -27,7 +25,6 @@ from tanuki_jax.model.transformer import (
 __all__ = [
     "FFN_MATRICES",
     "Batch",
-    "Cache",
     "Dropout",
     "Outputs",
     "Params",
@@ -35,9 +32,7 @@ __all__ = [
     "apply",
     "axis_sizes",
     "count_parameters",
-    "decode",
     "dropless",
-    "empty_cache",
     "expert_diagnostics",
     "expert_similarity",
     "flops_per_token",
@@ -51,6 +46,7 @@ __all__ = [
     "named_parameters",
     "parameter_dtype",
     "parameter_shapes",
+    "slots",
     "stream",
     "token_scores",
 ]

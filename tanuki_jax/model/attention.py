@@ -17,14 +17,17 @@ from tanuki_jax.model.layers import Matrix, apply_rope, parameter, project, rms_
 if TYPE_CHECKING:
     from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import SplashAttentionKernel
 
-Cache: TypeAlias = dict[str, jax.Array]  # k and v, [B, M, K, H] of a layer or [L, B, M, K, H] of all
+Cache: TypeAlias = dict[str, jax.Array]  # k and v of a layer, [B, K, M, H] for M positions
 Batch: TypeAlias = dict[str, jax.Array]  # tokens, segment_ids, positions, ... (docs/architecture.md)
 INPUTS = (Matrix("q", "DNH"), Matrix("k", "DKH"), Matrix("v", "DKH"))
 OUTPUT = Matrix("o", "NHD", "residual_out", inputs=2)
 
 
 class Attention(nn.Module):
-    """Grouped-query attention; with a cache, the new keys and values are written to the slots of their positions.
+    """Grouped-query attention.
+
+    The collection "cache" (a `Cache`) is for decoding.  Where it holds keys and values, those of the new tokens, one of each
+    row, are added to it and the queries see all of it; where it is empty and may be written, it becomes what the tokens leave.
 
     zigzag: whether the tokens lie in `parallel.zigzag_order`.
     """
@@ -33,9 +36,7 @@ class Attention(nn.Module):
     zigzag: bool = False
 
     @nn.compact
-    def __call__(
-        self, x_BSD: jax.Array, batch: Batch, cache: Cache | None = None, dropout_rate: jax.Array | None = None
-    ) -> tuple[jax.Array, Cache | None]:
+    def __call__(self, x_BSD: jax.Array, batch: Batch, dropout_rate: jax.Array | None = None) -> jax.Array:
         cfg = self.cfg
         q_BSNH, k_BSKH, v_BSKH = (project(self, cfg, x_BSD, matrix, dropout_rate, self.zigzag) for matrix in INPUTS)
         if cfg.qk_norm:
@@ -44,16 +45,28 @@ class Attention(nn.Module):
         positions_BS = batch["positions"]
         q_BSNH = apply_rope(q_BSNH, positions_BS, cfg.rope_theta, scale=cfg.head_dim**-0.5)
         k_BSKH = apply_rope(k_BSKH, positions_BS, cfg.rope_theta)
-        if cache is None:
-            y_BSNH = attend(q_BSNH, k_BSKH, v_BSKH, batch["segment_ids"], cfg.compute.attention_impl, self.zigzag)
+        if self.has_variable("cache", "k"):
+            k_BKMH, v_BKMH = (
+                add_to_cache(self.get_variable("cache", name), new_BSKH[:, 0], positions_BS[:, 0])
+                for name, new_BSKH in (("k", k_BSKH), ("v", v_BSKH))
+            )
+            y_BSNH = ops.cached_attention(q_BSNH, k_BKMH, v_BKMH, positions_BS)
         else:
-            rows_B1 = jnp.arange(q_BSNH.shape[0])[:, None]
-            cache = {
-                "k": cache["k"].at[rows_B1, positions_BS].set(k_BSKH),
-                "v": cache["v"].at[rows_B1, positions_BS].set(v_BSKH),
-            }
-            y_BSNH = ops.cached_attention(q_BSNH, cache["k"], cache["v"], positions_BS)
-        return project(self, cfg, y_BSNH, OUTPUT, dropout_rate, self.zigzag), cache
+            k_BKMH, v_BKMH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
+            y_BSNH = attend(q_BSNH, k_BSKH, v_BSKH, batch["segment_ids"], cfg.compute.attention_impl, self.zigzag)
+        if self.is_mutable_collection("cache"):
+            self.put_variable("cache", "k", k_BKMH)
+            self.put_variable("cache", "v", v_BKMH)
+        return project(self, cfg, y_BSNH, OUTPUT, dropout_rate, self.zigzag)
+
+
+def add_to_cache(cache_BKMH: jax.Array, new_BKH: jax.Array, positions_B: jax.Array) -> jax.Array:
+    """The cache with each row's new key or value at the row's position; a position past the end is left out."""
+
+    def add(cache_KMH: jax.Array, new_KH: jax.Array, position: jax.Array) -> jax.Array:
+        return cache_KMH.at[:, position].set(new_KH)
+
+    return jax.vmap(add)(cache_BKMH, new_BKH, positions_B)
 
 
 def attend(

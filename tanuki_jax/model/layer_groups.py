@@ -56,6 +56,17 @@ def split_groups(cfg: config.ModelConfig, params: Params) -> Params:
     return tree
 
 
+def split_layers(cfg: config.ModelConfig, layers: Params) -> list[Params]:
+    """The stacked parameters of the layers, or adapters of some of them, as one tree for each layer."""
+    moe, counts, trees = set(config.moe_layers(cfg)), {"mlp": 0, "moe": 0}, []
+    for number in range(cfg.n_layers):
+        kind = "moe" if number in moe else "mlp"
+        places = dict.fromkeys(layers.keys() - counts, number) | ({kind: counts[kind]} if kind in layers else {})
+        trees.append({name: jax.tree.map(lambda w, i=place: w[i], layers[name]) for name, place in places.items()})
+        counts[kind] += 1
+    return trees
+
+
 def merge_groups(tree: Params, join: Callable[..., object]) -> Params:
     """The inverse of `split_groups`; `join` takes the leaves of all groups that have a parameter."""
     stacks = [tree[name] for name in sorted(tree, key=lambda n: int(n.partition("run_")[2] or -1)) if name.startswith("run_")]

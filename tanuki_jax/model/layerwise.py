@@ -24,9 +24,7 @@ def embed(cfg: config.ModelConfig, table_VD: jax.Array | np.ndarray, tokens_BS: 
 def attend(cfg: config.ModelConfig, layer: Params, x_BSD: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """The stream after a layer's attention, and the input of its FFN or mixture; `layer` has attn and both norms."""
     normed_BSD = rms_norm(x_BSD, layer["norm_attn"], cfg.norm_eps)
-    outputs = Attention(cfg).apply({"params": layer["attn"]}, normed_BSD, batch)
-    y_BSD, _ = cast(tuple[jax.Array, None], outputs)
-    x_BSD = x_BSD + y_BSD
+    x_BSD = x_BSD + cast(jax.Array, Attention(cfg).apply({"params": layer["attn"]}, normed_BSD, batch))
     return x_BSD, rms_norm(x_BSD, layer["norm_mlp"], cfg.norm_eps)
 
 

@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator
-from typing import NamedTuple, TypeAlias, cast
+from typing import NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from tanuki_jax import config, ops, parallel
-from tanuki_jax.model.attention import Attention, Batch, Cache
+from tanuki_jax.model.attention import Attention, Batch
 from tanuki_jax.model.layer_groups import Params, concatenate, layer_groups, merge_groups, split_groups
 from tanuki_jax.model.layers import Matrix, axis_sizes, compute_dtype, parameter, project, rms_norm
 from tanuki_jax.model.moe import MoE, RouterStats
@@ -61,9 +61,6 @@ class MLP(nn.Module):
         return project(self, cfg, jax.nn.silu(gate_BSF) * up_BSF, MLP_OUTPUT, dropout_rate, zigzag)
 
 
-BlockOutputs: TypeAlias = tuple[jax.Array, tuple[Cache | None, RouterStats | None]]
-
-
 class Block(nn.Module):
     """Attention, then the dense FFN or the mixture, each on the normed stream and added to it."""
 
@@ -72,12 +69,12 @@ class Block(nn.Module):
     zigzag: bool = False
 
     @nn.compact
-    def __call__(self, x_BSD: jax.Array, batch: Batch, cache: Cache | None, dropout_rate: jax.Array | None) -> BlockOutputs:
+    def __call__(self, x_BSD: jax.Array, batch: Batch, dropout_rate: jax.Array | None) -> tuple[jax.Array, RouterStats | None]:
         cfg, zigzag = self.cfg, self.zigzag
         norm_attn_D = parameter(self, cfg, "norm_attn", "D", "scale")
         norm_mlp_D = parameter(self, cfg, "norm_mlp", "D", "scale")
         h_BSD = rms_norm(x_BSD, norm_attn_D, cfg.norm_eps)
-        y_BSD, cache = Attention(cfg, zigzag, name="attn")(h_BSD, batch, cache, dropout_rate)
+        y_BSD = Attention(cfg, zigzag, name="attn")(h_BSD, batch, dropout_rate)
         x_BSD = checkpoint_name(parallel.constrain(x_BSD + y_BSD, "BSD"), "middle")
         h_BSD = rms_norm(x_BSD, norm_mlp_D, cfg.norm_eps)
         stats = None
@@ -85,7 +82,7 @@ class Block(nn.Module):
             y_BSD, stats = MoE(cfg, name="moe")(h_BSD, batch["segment_ids"] > 0)
         else:
             y_BSD = MLP(cfg, zigzag, name="mlp")(h_BSD, dropout_rate)
-        return parallel.constrain(x_BSD + y_BSD, "BSD"), (cache, stats)
+        return parallel.constrain(x_BSD + y_BSD, "BSD"), stats
 
 
 class Embedding(nn.Module):
@@ -108,9 +105,7 @@ class Transformer(nn.Module):
     zigzag: bool = False
 
     @nn.compact
-    def __call__(
-        self, batch: Batch, cache: Cache | None = None, dropout_rate: jax.Array | None = None
-    ) -> tuple[jax.Array, Cache | None, RouterStats | None]:
+    def __call__(self, batch: Batch, dropout_rate: jax.Array | None = None) -> tuple[jax.Array, RouterStats | None]:
         cfg = self.cfg
         table_VD = Embedding(cfg, name="embed")()
         parameter(self, cfg, "head", "DV")
@@ -123,25 +118,21 @@ class Transformer(nn.Module):
             else nn.remat(Block, policy=POLICIES[cfg.compute.remat], prevent_cse=cfg.compute.scan_unroll > 1)
         )
         groups = layer_groups(cfg)
-        caches, stats = [], []
+        stats = []
         for number, (is_moe, first, end) in enumerate(groups):
             layers = nn.scan(
                 block,
                 variable_axes={"params": 0, "lora": 0},
                 split_rngs={"params": True, "dropout": True},
-                in_axes=(nn.broadcast, 0, nn.broadcast),
+                in_axes=(nn.broadcast, nn.broadcast),
                 length=end - first,
                 unroll=min(cfg.compute.scan_unroll, end - first),
                 metadata_params={nn.PARTITION_NAME: "L"},
             )
             name = "layers" if len(groups) == 1 else f"run_{number}"
-            group_cache = jax.tree.map(lambda c, a=first, b=end: c[a:b], cache) if len(groups) > 1 else cache
-            x_BSD, (new_cache, group_stats) = layers(cfg, is_moe, self.zigzag, name=name)(
-                x_BSD, batch, group_cache, dropout_rate
-            )
-            caches.append(new_cache)
+            x_BSD, group_stats = layers(cfg, is_moe, self.zigzag, name=name)(x_BSD, batch, dropout_rate)
             stats += [group_stats] if group_stats else []
-        return rms_norm(x_BSD, norm_final_D, cfg.norm_eps), concatenate(caches), concatenate(stats) if stats else None
+        return rms_norm(x_BSD, norm_final_D, cfg.norm_eps), concatenate(stats) if stats else None
 
 
 # --- the contract ---------------------------------------------------------------------------------------------------
@@ -202,8 +193,7 @@ def apply(
     rngs = {"dropout": dropout.key} if dropout else {}
     rate = jnp.asarray(dropout.rate, jnp.float32) if dropout else None
     outputs = Transformer(cfg, zigzag).apply(_variables(cfg, params), batch, dropout_rate=rate, rngs=rngs)
-    hidden_BSD, _, stats = cast(tuple[jax.Array, None, RouterStats | None], outputs)
-    return Outputs(hidden_BSD, stats)
+    return Outputs(*cast(tuple[jax.Array, RouterStats | None], outputs))
 
 
 def _variables(cfg: config.ModelConfig, params: Params) -> dict[str, Params]:
@@ -234,27 +224,6 @@ def mean_logits(cfg: config.ModelConfig, params: Params, outputs: Outputs) -> ja
 def dropless(cfg: config.ModelConfig) -> config.ModelConfig:
     """The model without a capacity of its experts, which is for train steps: with it a text's result depends on the others."""
     return dataclasses.replace(cfg, capacity_factor=0.0)
-
-
-def empty_cache(cfg: config.ModelConfig, batch_size: int, length: int) -> Cache:
-    """Keys and values [L, B, M, K, H] of M = `length` positions, in the compute dtype."""
-    shape = (cfg.n_layers, batch_size, length, cfg.n_kv_heads, cfg.head_dim)
-    return {"k": jnp.zeros(shape, compute_dtype(cfg)), "v": jnp.zeros(shape, compute_dtype(cfg))}
-
-
-def decode(
-    cfg: config.ModelConfig, params: Params, cache: Cache, tokens_BS: jax.Array, positions_BS: jax.Array
-) -> tuple[jax.Array, Cache]:
-    """Hidden states of new tokens after those in the cache, and the cache with them in it.
-
-    Rows may be at different positions; a token sees the slots 0 to its position, so tokens written past a row's end are
-    overwritten before they are ever seen.  Returns [B, S, D] in the compute dtype.
-    """
-    cfg = dropless(cfg)  # else an answer would depend on the other rows
-    batch = {"tokens": tokens_BS, "positions": positions_BS, "segment_ids": jnp.ones_like(tokens_BS)}
-    outputs = Transformer(cfg).apply(_variables(cfg, params), batch, cache)
-    hidden_BSD, cache, _ = cast(tuple[jax.Array, Cache, RouterStats | None], outputs)
-    return hidden_BSD, cache
 
 
 def count_parameters(cfg: config.ModelConfig) -> tuple[int, int]:

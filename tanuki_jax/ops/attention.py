@@ -101,13 +101,13 @@ def query_shards(impl: str, platform: str) -> int:
     return LANES if _resolve(impl, platform) == "splash" else 1
 
 
-def cached_attention(q_BSNH: jax.Array, k_BMKH: jax.Array, v_BMKH: jax.Array, positions_BS: jax.Array) -> jax.Array:
+def cached_attention(q_BSNH: jax.Array, k_BKMH: jax.Array, v_BKMH: jax.Array, positions_BS: jax.Array) -> jax.Array:
     """Attention of new tokens, their queries already divided by sqrt(H), to a cache whose slot m holds the key of position m.
 
     A query at position p sees the slots 0..p, so slots that hold no token yet are never seen.  Returns [B, S, N, H].
     """
-    slots_M = jnp.arange(k_BMKH.shape[1])
-    return _xla(q_BSNH, k_BMKH, v_BMKH, slots_M <= positions_BS[:, :, None])
+    slots_M = jnp.arange(k_BKMH.shape[2])
+    return _xla_by_head(q_BSNH, k_BKMH, v_BKMH, slots_M <= positions_BS[:, :, None])
 
 
 def _xla_in_blocks(q_BSNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BSS: jax.Array) -> jax.Array:
@@ -122,17 +122,20 @@ def _xla_in_blocks(q_BSNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask
 
 
 def _xla(q_BSNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, mask_BST: jax.Array) -> jax.Array:
+    return _xla_by_head(q_BSNH, k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2), mask_BST)
+
+
+def _xla_by_head(q_BSNH: jax.Array, k_BKTH: jax.Array, v_BKTH: jax.Array, mask_BST: jax.Array) -> jax.Array:
     """The queries of the heads that share keys are the rows of one matrix product: XLA's CPU backend is slow at other orders.
 
     The softmax is divided by its sum after the product with the values, where its backward pass is the shortest.
     """
-    (B, S, N, H), (T, K) = q_BSNH.shape, k_BTKH.shape[1:3]
+    (B, S, N, H), (K, T) = q_BSNH.shape, k_BKTH.shape[1:3]
     q_BKRH = q_BSNH.reshape(B, S, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)  # R = G*S
-    k_BKTH, v_BKTH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
     scores = jnp.einsum("BKRH,BKTH->BKRT", q_BKRH, k_BKTH, preferred_element_type=jnp.float32)
     scores = jnp.where(mask_BST[:, None, None], scores.reshape(B, K, -1, S, T), jnp.finfo(jnp.float32).min)
     exp = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
-    weights_BKRT = exp.reshape(B, K, -1, T).astype(v_BTKH.dtype)
+    weights_BKRT = exp.reshape(B, K, -1, T).astype(v_BKTH.dtype)
     y_BKRH = jnp.einsum("BKRT,BKTH->BKRH", weights_BKRT, v_BKTH, preferred_element_type=jnp.float32)
     y_BKGSH = y_BKRH.reshape(B, K, -1, S, H) / exp.sum(axis=-1, keepdims=True)
     return y_BKGSH.astype(q_BSNH.dtype).transpose(0, 3, 1, 2, 4).reshape(B, S, N, H)

@@ -1,0 +1,292 @@
+"""The decoder: B slots of a batch, each with a text of its own, that all get their next token together.
+
+    weights = unstack(cfg, params)                                                  # once
+    slots = empty(cfg, batch_size, length)
+    slots = admit(cfg, weights, slots, tokens_RP, lengths_R, slots_R, choices, keys_R)   # prompts into free slots
+    slots, tokens = step(cfg, weights, slots, n)                                    # n tokens for every slot
+
+`admit` and `step` take the slots' memory over.  A slot knows no end: which tokens count is for the caller to say, and a slot
+without a use computes something meaningless until a prompt is admitted.  A row is what its prompt alone gives: keys, options
+and cache are its own, and no expert drops a token.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tanuki_jax import config, parallel
+from tanuki_jax.model.attention import Cache
+from tanuki_jax.model.layer_groups import Params, split_layers
+from tanuki_jax.model.layers import compute_dtype, rms_norm
+from tanuki_jax.model.lora import delta, frozen_params
+from tanuki_jax.model.sampling import Choices, choose, neutral_choices
+from tanuki_jax.model.transformer import Block, dropless, logical_axes
+
+Array = jax.Array | np.ndarray
+
+
+class Weights(NamedTuple):
+    """A model's parameters as the decoder takes them: a tree for each layer, cast to the dtype that they are used in."""
+
+    table_VD: jax.Array
+    layers: tuple[Params, ...]  # variables of `Block`: params and, where there are adapters, lora
+    norm_final_D: jax.Array
+    head_DV: jax.Array
+
+
+class Slots(NamedTuple):
+    """The state of B texts between two tokens."""
+
+    cache: tuple[Cache, ...]  # of each layer
+    hidden_BD: jax.Array  # of the last token, after the last norm: what the next token is chosen by
+    position_B: jax.Array  # int32, of the next token
+    step_B: jax.Array  # int32, how many tokens have been chosen
+    key_B2: jax.Array  # uint32, the data of each row's random key
+    choices: Choices
+    seen_BV: jax.Array  # bool, tokens that the row holds
+
+
+class Tokens(NamedTuple):
+    """Chosen tokens; log-probabilities are natural ones, of the distribution before any option changes it."""
+
+    ids: jax.Array  # [n, B] int32
+    logprobs: jax.Array  # [n, B] float32
+    top_ids: jax.Array  # [n, B, top] int32, the likeliest tokens
+    top_logprobs: jax.Array  # [n, B, top] float32
+
+
+class Scores(NamedTuple):
+    """Of tokens 1 to S-1 of rows, given those before each."""
+
+    logprobs: jax.Array  # [B, S-1] float32
+    top_ids: jax.Array  # [B, S-1, top] int32
+    top_logprobs: jax.Array  # [B, S-1, top] float32
+
+
+# --- the weights ----------------------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def unstack(cfg: config.ModelConfig, params: Params) -> Weights:
+    """The weights from parameters, with or without adapters; on a mesh they stay split as they are stored.
+
+    Adapters of attention and of dense FFNs stay beside their matrices; to experts and routers, which compute with the sum
+    anyway, theirs are added here, in float32.
+    """
+    base = {name: part for name, part in params.items() if name not in ("lora", "lora_scale")}
+    adapters = params.get("lora", {}).get("layers", {})
+    scales = params.get("lora_scale", {}).get("layers", {})
+    moe = dict(base["layers"].get("moe", {}))
+    for name, adapter in adapters.get("moe", {}).items():
+        moe[name], _ = delta(f"moe/{name}", moe[name], adapter["a"], adapter["b"], scales["moe"][name])
+    if "router" in moe:
+        moe["router"] = moe["router"].astype(jnp.float32)
+    base["layers"] = base["layers"] | ({"moe": moe} if moe else {})
+    base = jax.tree.map(_place_parameter, frozen_params(cfg, base), logical_axes(cfg))
+    layers = [{"params": layer} for layer in split_layers(cfg, base["layers"])]
+    beside = {name: part for name, part in adapters.items() if name != "moe"}
+    if beside:
+        dtype = compute_dtype(cfg)
+        scaled = {
+            kind: {
+                name: {"a": adapter["a"].astype(dtype), "b": adapter["b"].astype(dtype), "scale": scales[kind][name]}
+                for name, adapter in part.items()
+            }
+            for kind, part in beside.items()
+        }
+        layers = [layer | {"lora": lora} for layer, lora in zip(layers, split_layers(cfg, scaled), strict=True)]
+    return Weights(base["embed"]["table"], tuple(layers), base["norm_final"], base["head"])
+
+
+def _place_parameter(w: jax.Array, axes: Sequence[str]) -> jax.Array:
+    return parallel.constrain_as_stored(w, "".join(axes))
+
+
+# --- the slots ------------------------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "batch_size", "length"))
+def empty(cfg: config.ModelConfig, batch_size: int, length: int) -> Slots:
+    """Slots for texts of up to `length` tokens, prompt and answer."""
+    shape, dtype = (batch_size, cfg.n_kv_heads, length, cfg.head_dim), compute_dtype(cfg)
+    zeros_B = jnp.zeros(batch_size, jnp.int32)
+    slots = Slots(
+        cache=tuple({"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)} for _ in range(cfg.n_layers)),
+        hidden_BD=jnp.zeros((batch_size, cfg.d_model), dtype),
+        position_B=zeros_B,
+        step_B=zeros_B,
+        key_B2=jnp.zeros((batch_size, 2), jnp.uint32),
+        choices=neutral_choices(batch_size),
+        seen_BV=jnp.zeros((batch_size, cfg.vocab_size), bool),
+    )
+    return _place(slots)
+
+
+def _place(slots: Slots) -> Slots:
+    """The slots over the mesh in context: rows over the devices where they divide, heads over `tensor`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return slots
+    rows = "B" if parallel.batch_is_sharded(len(slots.step_B)) else "-"
+
+    def place(x: jax.Array, axes: str) -> jax.Array:
+        return jax.lax.with_sharding_constraint(x, parallel.spec(rows + axes, "activation", mesh, x.shape))
+
+    return Slots(
+        cache=jax.tree.map(lambda c: place(c, "KMH"), slots.cache),
+        hidden_BD=place(slots.hidden_BD, "-"),
+        position_B=place(slots.position_B, ""),
+        step_B=place(slots.step_B, ""),
+        key_B2=place(slots.key_B2, "-"),
+        choices=jax.tree.map(lambda c: place(c, ""), slots.choices),
+        seen_BV=place(slots.seen_BV, "V"),
+    )
+
+
+# Eight arguments: each is a separate argument of the compiled program.
+@functools.partial(jax.jit, static_argnames="cfg", donate_argnames="slots")
+def admit(
+    cfg: config.ModelConfig,
+    weights: Weights,
+    slots: Slots,
+    tokens_RP: Array,
+    lengths_R: Array,
+    slots_R: Array,
+    choices: Choices,
+    keys_R: jax.Array,
+) -> Slots:
+    """The slots with R prompts in place of what some of them held; a program for each R and P.
+
+    Args:
+      tokens_RP: prompts, padded at the end with any id; P is at most the slots' length.
+      lengths_R: their lengths, at least 1.
+      slots_R: the number of each one's slot.
+      choices, keys_R: how and with which random numbers (`request_key`) each one goes on.
+    """
+    (R, P), V = tokens_RP.shape, cfg.vocab_size
+    tokens_RP, rows_R = jnp.asarray(tokens_RP, jnp.int32), jnp.arange(R)
+    positions_RP = jnp.broadcast_to(jnp.arange(P), (R, P))
+    hidden_RPD, new = _forward(cfg, weights, parallel.embedding_lookup(weights.table_VD, tokens_RP), positions_RP)
+    inside_RP = positions_RP < jnp.asarray(lengths_R)[:, None]
+    seen_RV = jnp.zeros((R, V), bool).at[rows_R[:, None], jnp.where(inside_RP, tokens_RP, V)].set(True, mode="drop")
+    admitted = Slots(
+        cache=new,
+        hidden_BD=hidden_RPD[rows_R, jnp.asarray(lengths_R) - 1],
+        position_B=jnp.asarray(lengths_R, jnp.int32),
+        step_B=jnp.zeros(R, jnp.int32),
+        key_B2=jax.random.key_data(keys_R),
+        choices=choices,
+        seen_BV=seen_RV,
+    )
+
+    def put(whole: jax.Array, part: Array) -> jax.Array:
+        part = jnp.asarray(part, whole.dtype)
+        return whole.at[slots_R].set(part) if part.shape[1:] == whole.shape[1:] else whole.at[slots_R, :, :P].set(part)
+
+    return _place(jax.tree.map(put, slots, admitted))
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "n", "top"), donate_argnames="slots")
+def step(cfg: config.ModelConfig, weights: Weights, slots: Slots, n: int, top: int = 0) -> tuple[Slots, Tokens]:
+    """The next n tokens of every slot, with the `top` likeliest ones of each place."""
+    return jax.lax.scan(lambda slots, _: next_token(cfg, weights, slots, top), slots, None, length=n)
+
+
+def next_token(cfg: config.ModelConfig, weights: Weights, slots: Slots, top: int = 0) -> tuple[Slots, Tokens]:
+    """The same for one token, inside a program; n is left out of the shapes."""
+    logits_BV = _logits(weights, slots.hidden_BD)
+    token_B = choose(logits_BV, slots.choices, slots.seen_BV, jax.random.wrap_key_data(slots.key_B2), slots.step_B)
+    tokens = Tokens(token_B, *_logprobs(logits_BV, token_B, top))
+    x_B1D = weights.table_VD[token_B][:, None]
+    hidden_B1D, cache = _forward(cfg, weights, x_B1D, slots.position_B[:, None], slots.cache)
+    seen_BV = slots.seen_BV.at[jnp.arange(len(token_B)), token_B].set(True)
+    slots = slots._replace(
+        cache=cache,
+        hidden_BD=hidden_B1D[:, 0],
+        position_B=slots.position_B + 1,
+        step_B=slots.step_B + 1,
+        seen_BV=seen_BV,
+    )
+    return _place(slots), tokens
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def release(slots: Slots, slots_R: Array) -> Slots:
+    """The slots, of which some are not in use: they choose the likeliest token, so that no work is done for their options."""
+    neutral = neutral_choices(1)
+    return slots._replace(choices=jax.tree.map(lambda a, b: a.at[slots_R].set(b[0]), slots.choices, neutral))
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "top"))
+def score(cfg: config.ModelConfig, weights: Weights, tokens_BS: Array, top: int = 0) -> Scores:
+    """Log-probability of every token given those before it, and the `top` likeliest ones of its place.
+
+    Where a token is the likeliest its log-probability is the first of `top_logprobs`, bit for bit.
+    """
+    tokens_BS = jnp.asarray(tokens_BS, jnp.int32)
+    B, S = tokens_BS.shape
+    positions_BS = jnp.broadcast_to(jnp.arange(S), (B, S))
+    hidden_BSD, _ = _forward(cfg, weights, parallel.embedding_lookup(weights.table_VD, tokens_BS), positions_BS)
+    chunk = min(S, cfg.compute.logits_chunk)
+    padding = -S % chunk
+    targets_BS = jnp.pad(tokens_BS[:, 1:], ((0, 0), (0, 1 + padding)))
+    hidden_BSD = jnp.pad(hidden_BSD, ((0, 0), (0, padding), (0, 0)))
+    chunks = (a.reshape(B, -1, chunk, *a.shape[2:]).swapaxes(0, 1) for a in (hidden_BSD, targets_BS))
+    scores = jax.lax.map(lambda c: Scores(*_logprobs(_logits(weights, c[0]), c[1], top)), tuple(chunks))
+    return jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(B, -1, *a.shape[3:])[:, : S - 1], scores)
+
+
+# --- the model ------------------------------------------------------------------------------------------------------
+
+
+def _forward(
+    cfg: config.ModelConfig,
+    weights: Weights,
+    x_BSD: jax.Array,
+    positions_BS: jax.Array,
+    cache: Sequence[Cache | None] | None = None,
+) -> tuple[jax.Array, tuple[Cache, ...]]:
+    """Hidden states [B, S, D] after the last norm, and what the tokens leave in the cache; without one they begin the text."""
+    batch = {"positions": positions_BS, "segment_ids": jnp.ones_like(positions_BS)}
+    new = []
+    for layer, layer_cache in zip(weights.layers, cache or [None] * len(weights.layers), strict=True):
+        x_BSD, layer_cache = _block(dropless(cfg), layer, x_BSD, batch, layer_cache)
+        new.append(layer_cache)
+    return rms_norm(x_BSD, weights.norm_final_D, cfg.norm_eps), tuple(new)
+
+
+@functools.partial(jax.jit, static_argnums=0)  # traced once for all layers of a kind
+def _block(
+    cfg: config.ModelConfig, layer: Params, x_BSD: jax.Array, batch: dict[str, jax.Array], cache: Cache | None
+) -> tuple[jax.Array, Cache]:
+    if parallel.axis_size(*parallel.MESH_AXES) > 1:
+        # Tied to what goes in, so that weights are gathered when their layer begins: the compiler would take it out of the loop
+        # over tokens, and every device would hold the whole model.
+        layer, x_BSD = jax.lax.optimization_barrier((layer, x_BSD))
+    variables = layer | ({"cache": {"attn": cache}} if cache else {})
+    block = Block(cfg, "moe" in layer["params"])
+    outputs, updates = block.apply(variables, x_BSD, batch, None, mutable=["cache"])
+    return cast(tuple[jax.Array, object], outputs)[0], updates["cache"]["attn"]
+
+
+def _logits(weights: Weights, hidden_XD: jax.Array) -> jax.Array:
+    """[..., V] float32."""
+    return jnp.einsum("...D,DV->...V", hidden_XD, weights.head_DV, preferred_element_type=jnp.float32)
+
+
+def _logprobs(logits_XV: jax.Array, tokens_X: jax.Array, top: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Log-probabilities [...] of tokens, and ids and log-probabilities [..., top] of the likeliest."""
+    # The barrier keeps the sum from being computed twice, in two orders: the same token would have two log-probabilities.
+    logits_XV, sum_X1 = jax.lax.optimization_barrier((logits_XV, jax.nn.logsumexp(logits_XV, axis=-1, keepdims=True)))
+    chosen_X = jnp.take_along_axis(logits_XV, tokens_X[..., None], axis=-1) - sum_X1
+    if not top:
+        none = jnp.zeros((*tokens_X.shape, 0))
+        return chosen_X[..., 0], none.astype(jnp.int32), none
+    top_logits, top_ids = jax.lax.top_k(logits_XV, top)
+    return chosen_X[..., 0], top_ids.astype(jnp.int32), top_logits - sum_X1
