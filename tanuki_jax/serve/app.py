@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import functools
 import hashlib
 import hmac
 import logging
@@ -20,6 +21,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from tanuki_jax.serve.answers import ChatWriter, CompletionWriter
 from tanuki_jax.serve.engine import Engine
@@ -91,10 +93,17 @@ class Api:
             except Exception:
                 logger.exception("%s has failed", path)
                 response = _error(ApiError(500, "the server has an error, which its log describes"))
-            self._engine.metrics.count(path, response.status_code, time.monotonic() - begin)
+            count = functools.partial(self._count, path, response.status_code, begin)
+            if isinstance(response, EventStream):
+                response.on_end = count
+            else:
+                count()
             return response
 
         return Route(path, answer, methods=[method])
+
+    def _count(self, path: str, status: int, begin: float) -> None:
+        self._engine.metrics.count(path, status, time.monotonic() - begin)
 
     def _check_access(self, http: HttpRequest, is_open: bool) -> None:
         host, origin = http.headers.get("host", ""), http.headers.get("origin")
@@ -124,8 +133,7 @@ class Api:
         writer = kind(request, self._spelling, self._served.name)
         exchange = Exchange(self._engine, request.jobs)
         if request.stream:
-            headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-            return StreamingResponse(_events(exchange, writer), media_type="text/event-stream", headers=headers)
+            return EventStream(exchange, writer)
         with exchange:
             if not await exchange.collect(writer.answers, http):
                 return Response(status_code=499)  # nobody reads it
@@ -228,24 +236,39 @@ class Api:
         return Response(self._page, media_type="text/html; charset=utf-8", headers=headers)
 
 
+class EventStream(StreamingResponse):
+    """A stream of server-sent events.  Its end, or the client's leaving, frees the slots."""
+
+    def __init__(self, exchange: Exchange, writer: Writer) -> None:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(_events(exchange, writer), media_type="text/event-stream", headers=headers)
+        self._exchange = exchange
+        self.on_end: Callable[[], None] = lambda: None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            with self._exchange:
+                await super().__call__(scope, receive, send)
+        finally:
+            self.on_end()
+
+
 async def _events(exchange: Exchange, writer: Writer) -> AsyncIterator[str]:
-    """A stream's lines.  Its end, or the client's leaving, frees the slots."""
-    with exchange:
-        for data in writer.begin():
+    for data in writer.begin():
+        yield f"data: {data}\n\n"
+    async for index, piece in exchange.pieces(PING_SECONDS):
+        if piece is None:
+            yield ": ping\n\n"
+            continue
+        if piece.error:
+            yield f"data: {piece.error.body()}\n\n"
+            return
+        writer.answers[index].add(piece)
+        for data in writer.piece(index, piece):
             yield f"data: {data}\n\n"
-        async for index, piece in exchange.pieces(PING_SECONDS):
-            if piece is None:
-                yield ": ping\n\n"
-                continue
-            if piece.error:
-                yield f"data: {piece.error.body()}\n\n"
-                return
-            writer.answers[index].add(piece)
-            for data in writer.piece(index, piece):
-                yield f"data: {data}\n\n"
-        for data in writer.end():
-            yield f"data: {data}\n\n"
-        yield "data: [DONE]\n\n"
+    for data in writer.end():
+        yield f"data: {data}\n\n"
+    yield "data: [DONE]\n\n"
 
 
 def _hashes(page: str, tag: str) -> list[str]:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tanuki_jax import config, multihost
+from tanuki_jax import config
 from tanuki_jax.model import slots
 from tanuki_jax.model.layer_groups import Params
 from tanuki_jax.model.sampling import Choices, request_key
@@ -25,17 +25,18 @@ class SlotsDecoder:
     """See `engine.Decoder`.
 
     Args:
+      params: a list with the parameters, which are taken out of it.
       length: tokens that a slot holds, prompt and answer.
       mesh: over which the parameters lie, if they lie on several devices.
     """
 
     def __init__(
-        self, cfg: config.ModelConfig, params: Params, n_slots: int, length: int, mesh: jax.sharding.Mesh | None = None
+        self, cfg: config.ModelConfig, params: list[Params], n_slots: int, length: int, mesh: jax.sharding.Mesh | None = None
     ) -> None:
         self.n_slots, self.n_together = n_slots, min(N_TOGETHER, n_slots)
         self._cfg, self._length, self._mesh = cfg, length, mesh
         with self._on_mesh():
-            self._weights = slots.unstack(cfg, params)
+            self._weights = slots.unstack(cfg, params.pop())
             self._slots = slots.empty(cfg, n_slots, length)
 
     def _on_mesh(self) -> contextlib.AbstractContextManager[object]:
@@ -85,7 +86,7 @@ class SlotsDecoder:
 
     def read(self, started: slots.Tokens) -> Block:
         """Waits for the tokens of these steps."""
-        return Block(*multihost.to_host(started))
+        return Block(*jax.device_get(started))
 
     def release(self, free: Sequence[int]) -> None:
         """These slots are not in use: no work is done for the options of what they held."""
@@ -99,7 +100,7 @@ class SlotsDecoder:
         tokens_1S = np.zeros((1, self.width(len(prompt))), np.int32)
         tokens_1S[0, : len(prompt)] = prompt
         with self._on_mesh():
-            scores = multihost.to_host(slots.score(self._cfg, self._weights, tokens_1S, TOP))
+            scores = jax.device_get(slots.score(self._cfg, self._weights, tokens_1S, TOP))
         return PromptScores(*(np.concatenate([a[0, :1], a[0]])[: len(prompt)] for a in scores))
 
 

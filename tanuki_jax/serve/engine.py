@@ -7,6 +7,7 @@ and the HTTP side work while the device does.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections import deque
@@ -15,13 +16,14 @@ from typing import Generic, Protocol, TypeVar
 
 from tanuki_jax.data.tokenizer import Tokenizer
 from tanuki_jax.serve.errors import ApiError, stopping
-from tanuki_jax.serve.jobs import TOP, Job, Piece
+from tanuki_jax.serve.jobs import TOP, Choice, Job, Piece
 from tanuki_jax.serve.metrics import Metrics
 from tanuki_jax.serve.rows import Block, PromptScores, Row, score_prompt
 
 logger = logging.getLogger(__name__)
 
 ADMISSIONS = 2  # programs that admit rows in one turn; more would let the streams stall
+GREEDY = Choice(temperature=0.0)  # costs nothing in a slot that is not in use
 LOOKAHEAD = 64  # waiting rows among which those of one width are looked for
 
 Started = TypeVar("Started")  # a block of steps that was given to the device
@@ -49,8 +51,15 @@ class Decoder(Protocol[Started]):
     def read(self, started: Started) -> Block:
         """Waits for the tokens of these steps."""
 
+    def release(self, free: Sequence[int]) -> None:
+        """These slots are not in use."""
+
     def score(self, prompt: Sequence[int]) -> PromptScores:
         """The log-probabilities of a prompt's tokens."""
+
+
+class _Ended(Exception):
+    """The engine is to end while the decoder is being built."""
 
 
 class Engine(Generic[Started]):
@@ -59,8 +68,6 @@ class Engine(Generic[Started]):
     Args:
       build: makes the decoder, compiled, in the engine's thread; it gets a function that takes notes on how far it is.
       queue: rows that may wait; more are refused.
-      deliver: takes the calls that hand out pieces, for the thread of the listeners; by default they are made at once.
-      on_end: called in the engine's thread when it ends.
     """
 
     def __init__(
@@ -68,15 +75,13 @@ class Engine(Generic[Started]):
         build: Callable[[Callable[[str], None]], Decoder[Started]],
         tokenizer: Tokenizer,
         queue: int,
-        metrics: Metrics | None = None,
-        deliver: Callable[[Callable[[], None]], None] = lambda call: call(),
-        on_end: Callable[[], None] = lambda: None,
     ) -> None:
-        self.metrics = metrics or Metrics()
+        self.metrics = Metrics()
+        # Takes the calls that hand out pieces, to make them in the listeners' thread; as it is they are made at once.
+        self.deliver: Callable[[Callable[[], None]], object] = lambda call: call()
         self.state = "loading"  # then "ready", "stopping"; at last "stopped" or "failed"
         self.note = "the model is being loaded"  # what the state is about
         self._build, self._tokenizer, self._queue = build, tokenizer, queue
-        self._deliver, self._on_end = deliver, on_end
         self._changed = threading.Condition()
         # Guarded by _changed, as are state, note and every is_cancelled.
         self._waiting: deque[Row] = deque()
@@ -151,6 +156,8 @@ class Engine(Generic[Started]):
             self._changed.notify()
         if self._thread.is_alive():
             self._thread.join(seconds)
+        elif self.state not in ("stopped", "failed"):
+            self.state = "stopped"  # it was never started
 
     # --- the thread -----------------------------------------------------------------------------------------------------
 
@@ -158,7 +165,8 @@ class Engine(Generic[Started]):
         error = stopping()
         state, note = "stopped", "the server has stopped"
         try:
-            self._decode()
+            with contextlib.suppress(_Ended):
+                self._decode()
         except Exception as failure:
             logger.exception("the engine has failed")
             reason = (str(failure) or repr(failure)).splitlines()[0]
@@ -172,7 +180,6 @@ class Engine(Generic[Started]):
             for row in rows:
                 row.fail(error)
             self._hand_out()
-            self._on_end()
 
     def _decode(self) -> None:
         """Turns, until the engine is to end."""
@@ -194,6 +201,8 @@ class Engine(Generic[Started]):
 
     def _take_note(self, note: str) -> None:
         with self._changed:
+            if self._ends_now:
+                raise _Ended
             self.note = note if self.state == "loading" else self.note
 
     def _wait(self) -> None:
@@ -206,7 +215,11 @@ class Engine(Generic[Started]):
         with self._changed:
             self._waiting = deque(row for row in self._waiting if row.is_open)
             self._open = {row for row in self._open if row.is_open}
-            self._running = {slot: row for slot, row in self._running.items() if row.is_open and row.n_missing > 0}
+            before = self._running
+            self._running = {slot: row for slot, row in before.items() if row.is_open and row.n_missing > 0}
+        left = [slot for slot in before if slot not in self._running]
+        if any(before[slot].job.choice != GREEDY for slot in left):
+            decoder.release(left)
         for _ in range(ADMISSIONS):
             free = [slot for slot in range(decoder.n_slots) if slot not in self._running]
             rows = self._next_rows(decoder, min(len(free), decoder.n_together))
@@ -272,7 +285,8 @@ class Engine(Generic[Started]):
     def _hand_out(self) -> None:
         pieces, self._pieces = self._pieces, []
         if pieces:
-            self._deliver(lambda: _send_all(pieces))
+            with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody listens
+                self.deliver(lambda: _send_all(pieces))
 
 
 def _send_all(pieces: Sequence[tuple[Send, Piece]]) -> None:

@@ -59,6 +59,11 @@ class Row:
     stops: StopFinder = field(default_factory=lambda: StopFinder(()))
 
     @property
+    def is_open(self) -> bool:
+        """Whether somebody still waits for its tokens."""
+        return not self.is_done and not self.is_cancelled
+
+    @property
     def n_missing(self) -> int:
         """Steps that it may still need."""
         return self.job.max_tokens - self.n_dispatched
