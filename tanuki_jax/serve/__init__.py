@@ -5,8 +5,8 @@
     with serve.background("runs/nano/stages/dpo") as base_url:       # in this process
         openai.OpenAI(base_url=base_url, api_key="none")
 
-`server.py` holds it together; `app.py` has the routes; `requests.py` and `prompts.py` check what comes in; `engine.py` makes the
-tokens, for all requests together; `answers.py` writes what goes out.  docs/serving.md is for users.
+`server.py` holds it together; `app.py` has the routes; `requests.py` and `prompts.py` check what comes in; `engine.py` makes
+the tokens, for all requests together; `answers.py` writes what goes out.  docs/serving.md is for users.
 """
 
 import importlib

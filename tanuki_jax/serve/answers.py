@@ -6,7 +6,7 @@ import time
 import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from openai.types import Completion, CompletionChoice, CompletionUsage
 from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionMessage, ChatCompletionTokenLogprob
@@ -110,7 +110,7 @@ class ChatWriter(Writer):
         return chunk.Choice(index=index, delta=delta, finish_reason=None, logprobs=None)
 
     def _chunk(self, choices: list[chunk.Choice], usage: CompletionUsage | None = None) -> str:
-        kwargs = {"usage": usage} if self._request.include_usage else {}
+        kwargs: dict[str, Any] = {"usage": usage} if self._request.include_usage else {}
         return ChatCompletionChunk(
             id=self._id, object="chat.completion.chunk", created=self._created, model=self._model, choices=choices, **kwargs
         ).model_dump_json(exclude_unset=True)
@@ -169,7 +169,7 @@ class CompletionWriter(Writer):
     def _chunk(self, choice: CompletionChoice) -> str:
         return self._completion([choice], {"usage": None} if self._request.include_usage else {})
 
-    def _completion(self, choices: list[CompletionChoice], usage: dict[str, CompletionUsage | None]) -> str:
+    def _completion(self, choices: list[CompletionChoice], usage: dict[str, Any]) -> str:
         return Completion(
             id=self._id, object="text_completion", created=self._created, model=self._model, choices=choices, **usage
         ).model_dump_json(exclude_unset=True, warnings=False)

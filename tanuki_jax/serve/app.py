@@ -112,9 +112,9 @@ class Api:
         if origin and origin.partition("://")[2] != host:
             raise ApiError(403, "a page of another site may not ask this server", code="wrong_origin")
         if self._access.keys and not is_open:
-            given = http.headers.get("authorization", "").removeprefix("Bearer ").strip().encode()
+            sent = http.headers.get("authorization", "").removeprefix("Bearer ").strip().encode()
             # All keys are compared, in constant time.
-            if not sum(hmac.compare_digest(given, key.encode()) for key in self._access.keys):
+            if not sum(hmac.compare_digest(sent, key.encode()) for key in self._access.keys):
                 raise ApiError(401, "the API key is missing or wrong: Authorization: Bearer KEY", code="invalid_api_key")
 
     # --- making text ---------------------------------------------------------------------------------------------------
@@ -203,8 +203,8 @@ class Api:
     async def tokenizer_info(self, http: HttpRequest) -> Response:
         """GET /tokenizer_info: the special tokens by their names, and the chat template."""
         tokenizer = self._served.tokenizer
-        known = {"bos_token": None, "eos_token": tokenizer.eos_token, "pad_token": None, "unk_token": None}
-        info = {**known, **tokenizer.named, "chat_template": tokenizer.chat_template or None}
+        names = {"bos_token": None, "eos_token": tokenizer.eos_token, "pad_token": None, "unk_token": None}
+        info = {**names, **tokenizer.named, "chat_template": tokenizer.chat_template or None}
         return JSONResponse({"tokenizer_class": "PreTrainedTokenizerFast", **info})
 
     # --- the server itself ---------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -18,7 +19,7 @@ from tanuki_jax.serve.rows import Block, PromptScores
 
 N_TOGETHER = 4  # prompts that one program admits
 SMALLEST = 16  # width of a prompt's program
-STEPS = (1, 4, 8)
+PROGRAMS = ((1, 0), (4, 0), (8, 0), (1, TOP), (8, TOP))  # steps of a block, and likeliest tokens of each
 
 
 class SlotsDecoder:
@@ -45,17 +46,15 @@ class SlotsDecoder:
     def compile(self, take_note: Callable[[str], None]) -> None:
         """Runs every program once, so that none is compiled while somebody waits."""
         widths = sorted({self.width(n) for n in range(1, self._length + 1)})
-        total = 2 * len(widths) + 2 * len(STEPS) + 1
         calls: list[Callable[[], object]] = []
         for width in widths:
-            calls += [
-                lambda width=width: self.admit([(self.n_slots, Job((0,) * width, 0, Choice()))]),
-                lambda width=width: self.score((0,) * width),
-            ]
-        calls += [lambda n=n, top=top: self.read(self.start(n, top)) for n in STEPS for top in (0, TOP)]
-        calls.append(lambda: self.release([0]))
+            prompt = (0,) * width
+            calls.append(functools.partial(self.admit, [(self.n_slots, Job(prompt, 0, Choice()))]))
+            calls.append(functools.partial(self.score, prompt))
+        calls += [functools.partial(self.start, n, top) for n, top in PROGRAMS]
+        calls.append(functools.partial(self.release, [0]))
         for number, call in enumerate(calls):
-            take_note(f"program {number + 1} of {total} is being compiled")
+            take_note(f"program {number + 1} of {len(calls)} is being compiled")
             call()
         jax.block_until_ready(self._slots)
 
@@ -109,5 +108,3 @@ def _stack_choices(jobs: Sequence[Job]) -> Choices:
         return np.array([getattr(job.choice, name) for job in jobs], dtype)
 
     return Choices(**{name: stack(name, np.int32 if name == "top_k" else np.float32) for name in Choices._fields})
-
-

@@ -261,10 +261,12 @@ class Engine(Generic[Started]):
         rows = {slot: row for slot, row in self._running.items() if row.n_missing > 0}
         if not rows:
             return None
-        n, top = self._n_steps(decoder, rows), max((row.job.top or 0 for row in rows.values()), default=0)
+        top = TOP if any(row.job.top for row in rows.values()) else 0
+        n = self._n_steps(decoder, rows)
+        n = 8 if top and n > 1 else n
         for row in rows.values():
             row.n_dispatched += n
-        return decoder.start(n, TOP if top else 0), rows
+        return decoder.start(n, top), rows
 
     def _n_steps(self, decoder: Decoder[Started], rows: dict[int, Row]) -> int:
         """1 where a request waits for a turn or somebody alone reads along, else 8; less where no row needs so many."""

@@ -112,3 +112,12 @@ def _read_part(part: object, where: str) -> str:
         raise ApiError(400, f"{where} must be a part of the type text with a text; this model reads nothing else", where)
     text: str = fields["text"]
     return text
+
+
+def warm_up(tokenizer: Tokenizer) -> None:
+    """Has the tokenizer build what it builds when it is first used, which takes seconds where the vocabulary is large."""
+    text = f"a {tokenizer.eos_token} b"
+    _encode_text(tokenizer, text, "prompt")
+    tokenizer.encode(text)
+    if tokenizer.chat_template:
+        read_conversation(tokenizer, [{"role": "user", "content": text}])

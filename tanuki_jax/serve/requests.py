@@ -171,7 +171,9 @@ def _check_fields(
     except ValidationError as error:
         raise _describe(error) from error
     if fields["model"] != served.name:
-        raise ApiError(404, f"the model {fields['model'][:200]!r} is not here; it is {served.name!r}", "model", "model_not_found")
+        raise ApiError(
+            404, f"the model {fields['model'][:200]!r} is not here; it is {served.name!r}", "model", "model_not_found"
+        )
     for name, allowed_range in RANGES.items():
         value = fields.get(name)
         if value is not None and not isinstance(value, bool) and value not in allowed_range:
@@ -191,8 +193,8 @@ def _describe(error: ValidationError) -> ApiError:
 def _read_stops(value: object) -> tuple[str, ...]:
     """Stop strings; empty ones and nulls count for nothing."""
     stops = value if isinstance(value, list) else [value]
-    texts = [stop for stop in stops if stop not in (None, "")]
-    if not all(isinstance(stop, str) for stop in texts):
+    texts = [stop for stop in stops if isinstance(stop, str) and stop]
+    if not all(stop is None or isinstance(stop, str) for stop in stops):
         raise ApiError(400, "stop must be a text or a list of texts", "stop")
     if len(texts) > MAX_STOPS or any(len(stop) > MAX_STOP_CHARACTERS for stop in texts):
         raise ApiError(400, f"stop: at most {MAX_STOPS} texts of {MAX_STOP_CHARACTERS} characters", "stop")

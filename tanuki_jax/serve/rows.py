@@ -19,7 +19,7 @@ LEAST = -9999.0  # stands for a log-probability of minus infinity, which JSON ca
 
 @dataclass(frozen=True)
 class Block:
-    """Tokens of n steps on the host, B rows: ids [n, B] int32, logprobs [n, B] float32, and top_ids, top_logprobs [n, B, top]."""
+    """Tokens of n steps on the host: ids [n, B] int32, logprobs [n, B] float32, and top_ids, top_logprobs [n, B, top]."""
 
     ids: np.ndarray
     logprobs: np.ndarray

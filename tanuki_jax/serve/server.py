@@ -25,6 +25,7 @@ from tanuki_jax.errors import UserError
 from tanuki_jax.serve.app import MAX_BODY, Access, Api
 from tanuki_jax.serve.decoder import SlotsDecoder
 from tanuki_jax.serve.engine import Engine
+from tanuki_jax.serve.prompts import warm_up
 from tanuki_jax.serve.requests import Served
 
 FAILURE_SECONDS = 2.0  # during which /health says that the engine has failed, before the process ends
@@ -160,6 +161,7 @@ def make_server(model: Model, options: Options, loopback: bool = True) -> Server
     def build(take_note: Callable[[str], None]) -> SlotsDecoder:
         decoder = SlotsDecoder(model.cfg, model.params, options.slots, length, model.mesh)
         decoder.compile(take_note)
+        warm_up(model.tokenizer)
         return decoder
 
     engine: Engine[Any] = Engine(build, model.tokenizer, options.queue)
@@ -175,7 +177,9 @@ def bind(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
-        raise UserError(f"serve: {host}:{port} cannot be used: {error.strerror or error}; name another --port or --host") from error
+        raise UserError(
+            f"serve: {host}:{port} cannot be used: {error.strerror or error}; name another --port or --host"
+        ) from error
 
 
 def is_loopback(host: str) -> bool:
@@ -200,9 +204,9 @@ def serve(path: Path, host: str, port: int, options: Options, tensor: int = 1) -
 
 @contextlib.contextmanager
 def background(model: Loaded | Path | str, options: Options | None = None) -> Iterator[str]:
-    """Serves a checkpoint, or one that is loaded, in threads of this process; gives the base URL, http://127.0.0.1:PORT/v1.
+    """Serves a checkpoint, or one that is loaded, in threads of this process; gives its URL, http://127.0.0.1:PORT/v1.
 
-    No signal is handled here.  What the server needed of memory is free afterwards, but for the parameters of a loaded checkpoint.
+    No signal is handled here.  The server's memory is free afterwards; the parameters of a loaded checkpoint stay.
     """
     options = replace(options or Options(), grace=0.0)
     with bind("127.0.0.1", 0) as sock:

@@ -43,7 +43,7 @@ class Spelling:
 
 @functools.cache
 def byte_alphabet() -> dict[str, int]:
-    """The characters in which byte-level vocabularies write bytes (GPT-2): printable ones as they are, others from U+0100 on."""
+    """The characters in which byte-level vocabularies write bytes (GPT-2): printable ones as they are, others from U+0100."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + number): byte for number, byte in enumerate(others)}
