@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import dataclasses
 import sys
 import time
@@ -12,13 +11,13 @@ from typing import NamedTuple
 
 from tanuki_jax import config, files, model
 from tanuki_jax.data.chat import encode_chat
-from tanuki_jax.data.tokenizer import Tokenizer, byte_of
+from tanuki_jax.data.detokenizer import Detokenizer
+from tanuki_jax.data.tokenizer import Tokenizer
 from tanuki_jax.errors import UserError
 from tanuki_jax.model.transformer import Params
 
 HINT = "日本語でも英語でもどうぞ。 /new begins a new conversation, /quit (or end of input) leaves."
 OFFER = "このモデルが正しく答えた質問: Questions that this model has answered rightly:"
-CONTEXT = 16  # ids of a prompt that are decoded together with the answer's
 EXIT_SECONDS = 1.0  # within which a second Ctrl-C leaves
 
 
@@ -114,31 +113,12 @@ def _print_answer(tokenizer: Tokenizer, prompt: Sequence[int], ids: Iterator[int
 
 
 def text_pieces(tokenizer: Tokenizer, prompt: Sequence[int], ids: Iterable[int]) -> Iterator[str]:
-    """The text that each id adds to that of the ids before it; part of a character waits until the character is whole.
-
-    Ids are decoded together with the end of the prompt, since the first of a text may lose its space.  Bytes that begin no
-    character become U+FFFD each, and spoil nothing else.
-    """
-    context = list(prompt[-CONTEXT:])
-    decoded = tokenizer.decode(context)
-    spelling = codecs.getincrementaldecoder("utf-8")("replace")  # characters that are spelt as pieces <0xE7>, <0x8B>, <0xB8>
+    """The text that each id adds to that of the ids before it, as far as it is whole characters; nothing is empty."""
+    detokenizer = Detokenizer(tokenizer, prompt)
     for token in ids:
-        context.append(token)
-        text = tokenizer.decode(context)
-        piece = tokenizer.piece(token)
-        byte = byte_of(piece)
-        if byte is not None and tokenizer.decode([token]) != piece:
-            new = spelling.decode(bytes([byte]))
-        elif text.endswith("\ufffd"):  # a part of a character, in a vocabulary of bytes
-            continue
-        else:
-            new = spelling.decode(b"", final=True) + text[len(decoded) :]
-            spelling.reset()
-        decoded = text
-        if new:
-            yield new
-    remainder = spelling.decode(b"", final=True) + tokenizer.decode(context)[len(decoded) :]
-    if remainder:
+        if piece := detokenizer.add(token):
+            yield piece
+    if remainder := detokenizer.finish():
         yield remainder
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
 from tanuki_jax import launch
-from tanuki_jax.config.ranges import AMOUNT, MIN_P, REPETITION_PENALTY, SEED, TEMPERATURE, TOP_K, TOP_P, Range
+from tanuki_jax.config.ranges import AMOUNT, LARGEST, MIN_P, REPETITION_PENALTY, SEED, TEMPERATURE, TOP_K, TOP_P, Range
 from tanuki_jax.config.schema import CHOICES, Model, Recipe, Scoring, Source, Tokenizer, Upcycle, range_of
 from tanuki_jax.errors import UserError
 
@@ -53,6 +53,7 @@ def make_parser() -> Parser:
     _add_data(verbs)
     _add_score(verbs)
     _add_generate_and_chat(verbs)
+    _add_serve(verbs)
     _add_launch(verbs)
     return parser
 
@@ -253,6 +254,25 @@ def _add_generate_and_chat(verbs: Verbs) -> None:
     _add_checkpoint(parser)
     _add_sampling(parser)
     parser.epilog = "/new begins a new conversation, /quit or the end of input leaves; Ctrl-C ends an answer, twice it leaves."
+
+
+def _add_serve(verbs: Verbs) -> None:
+    parser = _add_verb(verbs, "serve", "serve", "a checkpoint behind an OpenAI-compatible HTTP server, with a page to chat")
+    _add_checkpoint(parser)
+    parser.add_argument("--port", type=number(int, Range(1, 65_535)), required=True, help="where it listens")
+    parser.add_argument("--host", default="127.0.0.1", help="whose address it listens at: %(default)s is this machine alone")
+    sizes = {
+        "slots": (32, Range(1, 4096), "rows that are decoded together"),
+        "max_length": (0, Range(2, LARGEST, besides=0), "tokens of a prompt and its answer; 0 = the model's longest row"),
+        "queue": (256, AMOUNT, "rows that may wait; more are refused with 429"),
+        "grace": (30, AMOUNT, "seconds that running requests have when the server is stopped"),
+        "tensor": (1, Range(1, 1_000_000), "devices that share the weights"),
+    }
+    for name, (default, allowed, text) in sizes.items():
+        parser.add_argument(f"--{name}", type=number(int, allowed), default=default, help=f"{text} (default %(default)s)")
+    parser.add_argument("--model_name", default="", help="what clients call the model; the stage's name without it")
+    parser.add_argument("--api_key_env", default="", help="environment variable with the key, or keys, that requests must have")
+    parser.epilog = "SIGTERM or Ctrl-C lets running requests end, twice does not.  docs/serving.md has more."
 
 
 def _add_launch(verbs: Verbs) -> None:

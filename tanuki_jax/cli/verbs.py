@@ -277,6 +277,23 @@ def _chat(options: argparse.Namespace) -> None:
     )
 
 
+def _serve(options: argparse.Namespace) -> None:
+    from tanuki_jax import serve
+
+    names = ("slots", "max_length", "queue", "grace", "model_name")
+    settings = serve.Options(**{name: getattr(options, name) for name in names}, keys=_read_keys(options.api_key_env))
+    serve.serve(options.checkpoint, options.host, options.port, settings, options.tensor)
+
+
+def _read_keys(variable: str) -> tuple[str, ...]:
+    keys = tuple(key.strip() for key in os.environ.get(variable, "").split(",") if key.strip()) if variable else ()
+    if variable and not keys:
+        raise UserError(
+            f"--api_key_env: the environment variable {variable} is empty; it holds the key, or several with commas"
+        )
+    return keys
+
+
 def _launch(options: argparse.Namespace) -> None:
     from tanuki_jax import launch
 
@@ -307,5 +324,6 @@ WORK: dict[str, Callable[[argparse.Namespace], None]] = {
     "score": _score,
     "generate": _generate,
     "chat": _chat,
+    "serve": _serve,
     "launch": _launch,
 }
