@@ -38,13 +38,14 @@ def dialogue(context: Context) -> Chain:
     synth = context.synth
 
     async def chain(item: Item, ask: Ask) -> list[Row]:
-        values = {name: item[name] for name in ("persona", "task", "topic") if name in item}
+        values: dict[str, str] = {name: item[name] for name in ("persona", "task", "topic") if name in item}
         values["category"] = item.get("category") or GENERAL[synth.language]
         messages: asking.Messages = []
         for turn in range(1, synth.turns + 1):
             step = "follow_up" if messages else "question"
-            seen = asking.spoken(messages, synth.language)
-            text = await asking.question(ask, context, item, f"q{turn}", step, conversation=seen, **values)
+            text = await asking.question(
+                ask, context, item, f"q{turn}", step, conversation=asking.spoken(messages, synth.language), **values
+            )
             if any(text == m["content"] for m in messages):
                 raise Drop("repeated question")
             messages = [*messages, message("user", text)]
@@ -69,8 +70,8 @@ def rewrite(context: Context) -> Chain:
     synth = context.synth
     other = {"ja": "en", "en": "ja"}[synth.language]
 
-    async def one(item: Item, ask: Ask, style: str) -> Row:
-        about = asking.meta(context, item, style=style)
+    async def write(item: Item, ask: Ask, style: str) -> Row:
+        notes = asking.meta(context, item, style=style)
         prompt = context.templates.render(style, document=item["document"])
         try:
             text = await asking.call(ask, context, item, style, [message("user", prompt)])
@@ -78,11 +79,11 @@ def rewrite(context: Context) -> Chain:
                 raise Drop("unchanged")
             asking.check_language(text, other if style == "translation" else synth.language)
         except Drop as drop:
-            return {"outcome": drop.reason, "meta": about}
-        return {"text": text, "meta": about}
+            return {"outcome": drop.reason, "meta": notes}
+        return {"text": text, "meta": notes}
 
     async def chain(item: Item, ask: Ask) -> list[Row]:
-        return list(await asyncio.gather(*(one(item, ask, style) for style in styles(context))))
+        return list(await asyncio.gather(*(write(item, ask, style) for style in styles(context))))
 
     return chain
 
@@ -122,7 +123,8 @@ def evol(context: Context) -> Chain:
 
     async def chain(item: Item, ask: Ask) -> list[Row]:
         *before, last = item["messages"]
-        text, chosen = last["content"], []
+        text = last["content"]
+        chosen: list[str] = []
         for number in range(1, synth.rounds + 1):
             digest = blake2b(f"{item['id']} {number}".encode(), digest_size=8).digest()
             way = ways[int.from_bytes(digest, "big") % len(ways)]
@@ -132,8 +134,8 @@ def evol(context: Context) -> Chain:
             text, chosen = harder, [*chosen, way]
         messages = [*before, message("user", text)]
         reply = await asking.answer(ask, context, item, "answer", messages, synth.language)
-        about = asking.meta(context, item, ways=chosen, original=last["content"])
-        about.pop("answer", None)  # of the prompt as it was
-        return [{"messages": [*messages, message("assistant", reply)], "meta": about}]
+        notes = asking.meta(context, item, ways=chosen, original=last["content"])
+        notes.pop("answer", None)  # of the prompt as it was
+        return [{"messages": [*messages, message("assistant", reply)], "meta": notes}]
 
     return chain

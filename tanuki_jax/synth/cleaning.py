@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import re
 
-QUESTION_LABEL = re.compile(
-    r"\A\W{0,3}(?:質問|依頼|問題|問い|設問|指示|書き直した依頼|新しい依頼|利用者|ユーザー|Q|Question|Request|Problem|Prompt|Instruction|User|New request|Rewritten request)"
-    r"\s?\d{0,2}\W{0,2}\s*[:：]\W{0,2}\s*",
-    re.IGNORECASE,
-)
-ANSWER_LABEL = re.compile(
-    r"\A\W{0,3}(?:回答|答え|解答|応答|AI|アシスタント|A|Answer|Response|Assistant)\s?\d{0,2}\W{0,2}\s*[:：]\W{0,2}\s*",
-    re.IGNORECASE,
-)
-LEAKED_ANSWER = re.compile(
-    r"^\W{0,3}(?:回答|答え|解答|模範解答|ヒント|A|Answer|Solution|Hint)\s?\d{0,2}\W{0,2}\s*[:：]", re.IGNORECASE | re.MULTILINE
-)
+QUESTIONS = "質問|依頼|問題|問い|設問|指示|書き直した依頼|新しい依頼|利用者|ユーザー|Q|(?:New |Rewritten )?(?:Question|Request|Problem)|Prompt|Instruction|User"
+ANSWERS = "回答|答え|解答|応答|アシスタント|Answer|Response|Assistant|Solution"
+BEFORE, AFTER = (
+    r"[\s*#_【\[(]{0,6}",
+    r"\s?\d{0,2}[*_】\])]{0,3}\s?(?:[:：]|(?<=】))[*_]{0,2}",
+)  # of a label, bold or in brackets
+QUESTION_LABEL = re.compile(rf"\A{BEFORE}(?:{QUESTIONS}){AFTER}", re.IGNORECASE)
+ANSWER_LABEL = re.compile(rf"\A{BEFORE}(?:{ANSWERS}|A|AI){AFTER}", re.IGNORECASE)
+LEAKED_ANSWER = re.compile(rf"^{BEFORE}(?:{ANSWERS}|模範解答|ヒント|Hint){AFTER}", re.IGNORECASE | re.MULTILINE)
 QUOTES = {"「": "」", "『": "』", '"': '"', "“": "”", "'": "'"}
 REFUSAL = re.compile(
     r"\A\W{0,3}(?:"

@@ -87,8 +87,8 @@ def check(recipe: Recipe, name: str, in_stage: bool) -> Synth:
             raise UserError(f"{where}.judge is empty; name one of `endpoints`, or {RULES}, or a `better` model instead")
         if endpoint not in recipe.endpoints:
             meaning = "; only a stage of kind synth may leave it empty" if not endpoint else ""
-            known = ", ".join(recipe.endpoints) or "nothing"
-            raise UserError(f"{where}.{role} {endpoint!r} is not in endpoints, which has {known}{meaning}")
+            options = ", ".join(recipe.endpoints) or "nothing"
+            raise UserError(f"{where}.{role} {endpoint!r} is not in endpoints, which has {options}{meaning}")
     if synth.filters and synth.filters not in recipe.filters:
         raise UserError(f"{where}.filters {synth.filters!r} is not in filters ({', '.join(recipe.filters) or 'nothing'})")
     return synth
@@ -99,5 +99,5 @@ def check_styles(context: Context, where: str) -> None:
     if context.synth.method == "rewrite":
         for style in context.synth.styles:
             if style not in context.templates.texts:
-                known = ", ".join(context.templates.texts)
-                raise UserError(f"{where}.styles: there is no template for {style!r}; there is {known}")
+                options = ", ".join(context.templates.texts)
+                raise UserError(f"{where}.styles: there is no template for {style!r}; there is {options}")

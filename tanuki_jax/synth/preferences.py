@@ -14,7 +14,7 @@ from tanuki_jax.synth import asking, rules, templates, verdicts
 from tanuki_jax.synth.asking import Ask, Chain, Context, Messages, Row, message
 from tanuki_jax.synth.seeds import Item
 
-IDENTICAL, ALL_RIGHT, ALL_WRONG = "identical", "all_right", "all_wrong"
+IDENTICAL, EMPTY, ALL_WRONG = "identical", "empty", "all_wrong"  # why a prompt gave no pair, beside the verdicts' outcomes
 
 
 def chain(context: Context) -> Chain:
@@ -30,7 +30,7 @@ def chain(context: Context) -> Chain:
     async def of_item(item: Item, ask: Ask) -> list[Row]:
         answers = await _samples(context, item, ask)
         if len(answers) < 2:
-            return [_skipped(context, item, IDENTICAL if answers else "empty", answers, [])]
+            return [_skipped(context, item, IDENTICAL if answers else EMPTY, answers, [])]
         return [await judge(context, item, ask, answers)]
 
     return of_item
@@ -46,13 +46,13 @@ def calls(samples: int, judge: str, better: str) -> int:
 async def _samples(context: Context, item: Item, ask: Ask) -> list[str]:
     """The different answers of the generator; those that are empty, cut or refused are left out."""
 
-    async def one(number: int) -> str:
+    async def sample(number: int) -> str:
         try:
             return await asking.call(ask, context, item, "answer", item["messages"], sample=number)
         except Drop:
             return ""
 
-    texts = await asyncio.gather(*(one(number) for number in range(context.synth.samples)))
+    texts = await asyncio.gather(*(sample(number) for number in range(context.synth.samples)))
     return list(dict.fromkeys(text for text in texts if text))
 
 
@@ -72,14 +72,14 @@ def _better(context: Context) -> Chain:
 
 
 async def _by_rules(context: Context, item: Item, ask: Ask, answers: list[str]) -> Row:
-    """The first right answer against the first wrong one.  Rules see no order, so both orders agree."""
-    about = item.get("meta", {})
-    if "answer" not in about:
+    """The first right answer against the first wrong one; of different answers at most one is right.  Rules see no order."""
+    notes = item.get("meta", {})
+    if "answer" not in notes:
         raise UserError("synth: judge = 'rules' checks prompts whose `meta` has the right answer, as rules:prompts have")
-    right = [text for text in answers if rules.correct(about, text)]
+    right = [text for text in answers if rules.correct(notes, text)]
     wrong = [text for text in answers if text not in right]
-    if not (right and wrong):
-        return _skipped(context, item, ALL_RIGHT if right else ALL_WRONG, answers, [])
+    if not right:
+        return _skipped(context, item, ALL_WRONG, answers, [])
     return _pair(context, item, right[0], wrong[0], [])
 
 
@@ -157,20 +157,20 @@ def judge_messages(
 
 def _pair(context: Context, item: Item, chosen: str, rejected: str, compared: Sequence[Mapping[str, Any]]) -> Row:
     """A row in the format that DPO stages and TRL read."""
-    about = asking.meta(context, item)
+    notes = asking.meta(context, item)
     return {
         "prompt": item["messages"],
         "chosen": [message("assistant", chosen)],
         "rejected": [message("assistant", rejected)],
-        "meta": {**about, "verdicts": list(compared)} if compared else about,
+        "meta": {**notes, "verdicts": list(compared)} if compared else notes,
     }
 
 
 def _skipped(context: Context, item: Item, outcome: str, answers: Sequence[str], compared: Sequence[Mapping[str, Any]]) -> Row:
-    about = asking.meta(context, item)
+    notes = asking.meta(context, item)
     return {
         "outcome": outcome,
         "prompt": item["messages"],
         "answers": list(answers),
-        "meta": {**about, "verdicts": list(compared)},
+        "meta": {**notes, "verdicts": list(compared)},
     }

@@ -12,10 +12,11 @@ from tanuki_jax.synth.asking import Row
 
 def by_outcome(rows: Iterable[Row]) -> tuple[list[Row], list[Row]]:
     """The rows to train on, and those with an `outcome` that says why not."""
-    taken, skipped = [], []
+    finished: list[Row] = []
+    skipped: list[Row] = []
     for row in rows:
-        (skipped if "outcome" in row else taken).append(row)
-    return taken, skipped
+        (skipped if "outcome" in row else finished).append(row)
+    return finished, skipped
 
 
 def outcomes(rows: Iterable[Row]) -> dict[str, int]:

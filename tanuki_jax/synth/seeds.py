@@ -40,7 +40,7 @@ class Origin(NamedTuple):
     """What a name in `seeds` may refer to beside files."""
 
     seed: int = 0  # of the recipe
-    count: int = 0  # of rule-made prompts
+    prompts: int = 0  # that rules make
     rows: Mapping[str, Path] = {}  # files of made rows, by their name in `synth`
 
 
@@ -232,12 +232,12 @@ def _builtin(kind: str, name: str, on_bad: OnBadRow) -> Iterator[Seed]:
 def _rule_prompts(origin: Origin, on_bad: OnBadRow) -> Iterator[Seed]:
     """Different prompts of the training side of the rules; none is held out."""
     used: set[str] = set()
-    for row in rules.rows(rules.PROMPTS, REPEATS * origin.count, origin.seed):
+    for row in rules.rows(rules.PROMPTS, REPEATS * origin.prompts, origin.seed):
         text = json.dumps(row["messages"])
         if text not in used:
             used.add(text)
             yield row | {"license": "apache-2.0"}
-        if len(used) == origin.count:
+        if len(used) == origin.prompts:
             return
 
 
