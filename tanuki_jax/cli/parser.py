@@ -53,6 +53,7 @@ def make_parser() -> Parser:
     _add_data(verbs)
     _add_score(verbs)
     _add_generate_and_chat(verbs)
+    _add_synth(verbs)
     _add_launch(verbs)
     return parser
 
@@ -253,6 +254,15 @@ def _add_generate_and_chat(verbs: Verbs) -> None:
     _add_checkpoint(parser)
     _add_sampling(parser)
     parser.epilog = "/new begins a new conversation, /quit or the end of input leaves; Ctrl-C ends an answer, twice it leaves."
+
+
+def _add_synth(verbs: Verbs) -> None:
+    parser = _add_verb(verbs, "synth", "synth", "rows of a recipe that models behind an OpenAI-compatible API make; resumable")
+    parser.add_argument("--workdir", type=path, required=True, help="where everything is written")
+    parser.add_argument("--name", default="", help="one entry of the recipe's `synth`; without it every one")
+    parser.add_argument("--dry_run", action="store_true", help="only print how much would be asked, and what it costs at most")
+    parser.epilog = f"{CONFIG_EPILOG}  Killed, or out of budget, the same command goes on; nothing is asked twice."
+    _add_json(parser)
 
 
 def _add_launch(verbs: Verbs) -> None:

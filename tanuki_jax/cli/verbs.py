@@ -276,6 +276,15 @@ def _chat(options: argparse.Namespace) -> None:
     )
 
 
+def _synth(options: argparse.Namespace) -> None:
+    from tanuki_jax import config
+    from tanuki_jax.synth import make
+
+    recipe = config.load(options.config_flags, needs_stages=False)
+    made = make.make_all(recipe, options.workdir / "synth", options.name, options.dry_run)
+    _print(options, {"synth": [summary.report for summary in made]}, "\n\n".join(summary.text for summary in made))
+
+
 def _launch(options: argparse.Namespace) -> None:
     from tanuki_jax import launch
 
@@ -306,5 +315,6 @@ WORK: dict[str, Callable[[argparse.Namespace], None]] = {
     "score": _score,
     "generate": _generate,
     "chat": _chat,
+    "synth": _synth,
     "launch": _launch,
 }

@@ -112,7 +112,7 @@ def check_recipe(recipe: Recipe) -> None:
                 f"config: data.{name}.files has a password or key in its address, and configs are stored in every checkpoint; "
                 "give it in the environment, as the file system asks for it"
             )
-    if not recipe.stages:
+    if not recipe.stages and not recipe.synth:
         raise UserError("config: the recipe has no stages; add one, for example c.stages.pretrain = config.stage('pretrain')")
     _check_language_weights(recipe)
     for name in recipe.tokenizer.sources:

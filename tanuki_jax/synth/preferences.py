@@ -14,7 +14,7 @@ from tanuki_jax.synth import asking, rules, templates, verdicts
 from tanuki_jax.synth.asking import Ask, Chain, Context, Messages, Row, message
 from tanuki_jax.synth.seeds import Item
 
-IDENTICAL, EMPTY, ALL_WRONG = "identical", "empty", "all_wrong"  # why a prompt gave no pair, beside the verdicts' outcomes
+IDENTICAL, EMPTY, ALL_WRONG, CYCLE = "identical", "empty", "all_wrong", "cycle"  # why a prompt gave no pair, beside the verdicts' outcomes
 
 
 def chain(context: Context) -> Chain:
@@ -99,7 +99,7 @@ async def _by_model(context: Context, item: Item, ask: Ask, answers: list[str]) 
     best, worst = order[0], order[-1]
     [last] = [record for record in compared if {*record["answers"]} == {best, worst}]
     if last["winner"] != best:
-        return _skipped(context, item, last["outcome"] if last["winner"] is None else verdicts.MIXED, answers, compared)
+        return _skipped(context, item, last["outcome"] if last["winner"] is None else CYCLE, answers, compared)
     return _pair(context, item, answers[best], answers[worst], compared)
 
 

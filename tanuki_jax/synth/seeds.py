@@ -143,7 +143,7 @@ def load(
     Raises:
       UserError: a list is missing, has no row that can be read, or none of the weak categories.
     """
-    axes = tuple(_axis(kind, names[kind], origin) for kind in kinds)
+    axes = tuple(_axis(kind, names[kind], origin, weak) for kind in kinds)
     if not axes and not limit:
         raise UserError("synth: without seeds there is no end; set items to the number of rows")
     for axis in axes:
@@ -198,14 +198,14 @@ def _item(*rows: Seed) -> Item:
 # --- where seeds come from --------------------------------------------------------------------------------------------
 
 
-def _axis(kind: str, name: str, origin: Origin) -> Axis:
+def _axis(kind: str, name: str, origin: Origin, weak: Collection[str]) -> Axis:
     where = f"synth: seeds.{kind}"
     if name.startswith(BUILTIN):
         return Axis(kind, name, partial(_builtin, kind, name.removeprefix(BUILTIN)))
     if name.startswith(RULES):
         if (kind, name) != ("prompts", f"{RULES}{rules.PROMPTS}"):
             raise UserError(f"{where} is {name!r}; the only one that rules make is prompts = {RULES + rules.PROMPTS!r}")
-        return Axis(kind, name, partial(_rule_prompts, origin))
+        return Axis(kind, name, partial(_rule_prompts, origin, frozenset(weak)))
     if name.startswith(SYNTH):
         source = name.removeprefix(SYNTH)
         if source not in origin.rows:
@@ -229,12 +229,13 @@ def _builtin(kind: str, name: str, on_bad: OnBadRow) -> Iterator[Seed]:
         yield from ({field_name: line, "license": "apache-2.0"} for line in lines)
 
 
-def _rule_prompts(origin: Origin, on_bad: OnBadRow) -> Iterator[Seed]:
-    """Different prompts of the training side of the rules; none is held out."""
+def _rule_prompts(origin: Origin, weak: frozenset[str], on_bad: OnBadRow) -> Iterator[Seed]:
+    """Different prompts of the training side of the rules, of the weak families where any is weak; none is held out."""
+    families = weak.intersection(rules.FAMILIES) or rules.FAMILIES.keys()
     used: set[str] = set()
     for row in rules.rows(rules.PROMPTS, REPEATS * origin.prompts, origin.seed):
         text = json.dumps(row["messages"])
-        if text not in used:
+        if text not in used and row["meta"]["family"] in families:
             used.add(text)
             yield row | {"license": "apache-2.0"}
         if len(used) == origin.prompts:

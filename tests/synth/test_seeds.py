@@ -156,6 +156,13 @@ def test_a_list_that_is_not_there_is_an_error(names, message):
         load(names)
 
 
+def test_of_weak_families_rules_make_as_many_prompts_as_of_all():
+    items = list(load({"prompts": "rules:prompts"}, weak=("sum", "counting", "maths")).items())
+    assert len(items) == 50 and {seeds.category_of(item) for item in items} == {"sum", "counting"}
+    with pytest.raises(UserError, match="no seed is of the weakest categories .maths."):
+        load({"prompts": "rules:prompts"}, weak=("maths",))
+
+
 def test_licences_of_all_seeds_of_an_item_are_kept(tmp_path):
     path = write(tmp_path / "p.jsonl", [{"persona": "a pilot", "license": "cc-by-4.0"}])
     item = next(load({"personas": path, "tasks": "builtin:tasks_en"}).items())
