@@ -281,8 +281,8 @@ def _synth(options: argparse.Namespace) -> None:
     from tanuki_jax.synth import make
 
     recipe = config.load(options.config_flags, needs_stages=False)
-    made = make.make_all(recipe, options.workdir / "synth", options.name, options.dry_run)
-    _print(options, {"synth": [summary.report for summary in made]}, "\n\n".join(summary.text for summary in made))
+    summaries = make.make_all(recipe, options.workdir / "synth", options.name, options.dry_run)
+    _print(options, {"synth": [summary.report for summary in summaries]}, "\n\n".join(summary.text for summary in summaries))
 
 
 def _launch(options: argparse.Namespace) -> None:

@@ -14,7 +14,12 @@ from tanuki_jax.synth import asking, rules, templates, verdicts
 from tanuki_jax.synth.asking import Ask, Chain, Context, Messages, Row, message
 from tanuki_jax.synth.seeds import Item
 
-IDENTICAL, EMPTY, ALL_WRONG, CYCLE = "identical", "empty", "all_wrong", "cycle"  # why a prompt gave no pair, beside the verdicts' outcomes
+IDENTICAL, EMPTY, ALL_WRONG, CYCLE = (
+    "identical",
+    "empty",
+    "all_wrong",
+    "cycle",
+)  # why a prompt gave no pair, beside the verdicts' outcomes
 
 
 def chain(context: Context) -> Chain:

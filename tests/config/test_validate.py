@@ -27,7 +27,7 @@ INVALID = {
     "odd head": (dict(model__head_dim=7), ["head_dim 7", "even"]),
     "top_k": (dict(model__top_k=5), ["top_k 5", "n_experts 4"]),
     "no top_k": (dict(model__top_k=0), ["top_k is 0", "at least 1"]),
-    "no stages": (dict(stages={}), ["no stages", "config.stage("]),
+    "no stages": (dict(stages={}, synth={}), ["no stages", "config.stage("]),
     "tokenizer source": (dict(tokenizer__sources=("fr",)), ["tokenizer.sources", "'fr'", "en, ja, pairs, talks"]),
     "circle": (dict(stages__pretrain__init_from="dpo"), ["pretrain", "circle", "init_from"]),
     "unknown parent": (dict(stages__sft__init_from="nowhere"), ["stages.sft.init_from", "'nowhere'", "pretrain", "directory"]),
