@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not hasattr(options, "work"):
             parser.print_help()
             return 0
-        if config_flags and options.verb not in ("run", "train", "plan", "launch"):
+        if config_flags and options.verb not in ("run", "train", "plan", "launch", "synth"):
             raise UserError(f"tanuki {options.verb}: takes no --config")
         options.config_flags = config_flags
         _configure_logging()
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0  # the reader of the answer has read enough
         _exit(1)
     except KeyboardInterrupt:
-        resumes = arguments[:1] in (["run"], ["train"], ["data"])
+        resumes = arguments[:1] in (["run"], ["train"], ["data"], ["synth"])
         effect = "the same command goes on from where it was" if resumes else "no output was written"
         effect = "what it has started goes on" if arguments[:1] == ["launch"] else effect
         print(f"\ntanuki: interrupted; {effect}", file=sys.stderr)
@@ -145,7 +145,7 @@ def _hold_output(options: argparse.Namespace) -> Iterator[None]:
     Of several processes of a run, process 0 takes it once it knows its number.
     """
     with contextlib.ExitStack() as stack:
-        if options.work == "run" and not os.environ.get("TANUKI_COORDINATOR"):
+        if options.work in ("run", "synth") and not os.environ.get("TANUKI_COORDINATOR"):
             stack.enter_context(lock.signals())
             stack.enter_context(lock.workdir(options.workdir))
         if hasattr(options, "output") and not getattr(options, "dry_run", False):

@@ -54,6 +54,7 @@ def make_parser() -> Parser:
     _add_score(verbs)
     _add_generate_and_chat(verbs)
     _add_serve(verbs)
+    _add_synth(verbs)
     _add_launch(verbs)
     return parser
 
@@ -273,6 +274,15 @@ def _add_serve(verbs: Verbs) -> None:
     parser.add_argument("--model_name", default="", help="what clients call the model; the stage's name without it")
     parser.add_argument("--api_key_env", default="", help="environment variable with the key, or keys, that requests must have")
     parser.epilog = "SIGTERM or Ctrl-C lets running requests end, twice does not.  docs/serving.md has more."
+
+
+def _add_synth(verbs: Verbs) -> None:
+    parser = _add_verb(verbs, "synth", "synth", "rows of a recipe that models behind an OpenAI-compatible API make; resumable")
+    parser.add_argument("--workdir", type=path, required=True, help="where everything is written")
+    parser.add_argument("--name", default="", help="one entry of the recipe's `synth`; without it every one")
+    parser.add_argument("--dry_run", action="store_true", help="only print how much would be asked, and what it costs at most")
+    parser.epilog = f"{CONFIG_EPILOG}  Killed, or out of budget, the same command goes on; nothing is asked twice."
+    _add_json(parser)
 
 
 def _add_launch(verbs: Verbs) -> None:

@@ -294,6 +294,15 @@ def _read_keys(variable: str) -> tuple[str, ...]:
     return keys
 
 
+def _synth(options: argparse.Namespace) -> None:
+    from tanuki_jax import config
+    from tanuki_jax.synth import make
+
+    recipe = config.load(options.config_flags, needs_stages=False)
+    summaries = make.make_all(recipe, options.workdir / "synth", options.name, options.dry_run)
+    _print(options, {"synth": [summary.report for summary in summaries]}, "\n\n".join(summary.text for summary in summaries))
+
+
 def _launch(options: argparse.Namespace) -> None:
     from tanuki_jax import launch
 
@@ -325,5 +334,6 @@ WORK: dict[str, Callable[[argparse.Namespace], None]] = {
     "generate": _generate,
     "chat": _chat,
     "serve": _serve,
+    "synth": _synth,
     "launch": _launch,
 }

@@ -107,9 +107,12 @@ def _override(config: ConfigDict, values: Mapping[str, Any], schema: Any = Recip
 # --- reading a config -----------------------------------------------------------------------------------------------
 
 
-def load(arguments: Sequence[str]) -> Recipe:
+def load(arguments: Sequence[str], needs_stages: bool = True) -> Recipe:
     """Reads `--config=FILE.py[:argument]` and `--config.a.b=value` overrides into a validated recipe."""
-    return resolve(config_file.read(arguments))
+    result = resolve(config_file.read(arguments))
+    if needs_stages and not result.stages:
+        raise UserError("config: the recipe has no stages, only rows to make; tanuki synth makes them")
+    return result
 
 
 def resolve(config: ConfigDict | Mapping[str, Any]) -> Recipe:

@@ -176,6 +176,32 @@ def read_rows(patterns: str, fields: Fields = PLAIN, on_bad_row: OnBadRow | None
         before += size
 
 
+def read_records(
+    patterns: str, names: Container[str], on_bad_row: OnBadRow | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every record of all files with its place, as it stands: it need be neither text nor a conversation.
+
+    names: the fields that are wanted; others of columnar files are not read.  With on_bad_row, an invalid record is reported
+    there and left out.
+    """
+    for path in matching_files(patterns):
+        try:
+            for record in _records(path, Part((path,), 0, WHOLE, 0), names):
+                try:
+                    fields = _record_fields(record)
+                    encodings.check(fields, names, record.where)
+                except UserError as error:
+                    if on_bad_row is None:
+                        raise
+                    on_bad_row(record.where, _reason(error, record.where))
+                else:
+                    yield record.where, fields
+        except UserError as error:
+            if on_bad_row is None:
+                raise
+            on_bad_row(path, _reason(error, path))
+
+
 def read_part(part: Part, fields: Fields = PLAIN, on_bad_row: OnBadRow | None = None, skip: int = 0) -> Iterator[Row | None]:
     """The rows of a part after the first `skip`; with on_bad_row, an invalid row is reported there and None yielded."""
     before = number = 0
@@ -217,11 +243,15 @@ def _reason(error: UserError, where: str) -> str:
     return str(error).removeprefix("data: ").removeprefix(where).lstrip(" :")
 
 
-def _row(record: formats.Record, fields: Fields, before: int) -> Row:
+def _record_fields(record: formats.Record) -> dict[str, Any]:
     value, where = record.value, record.where
     if isinstance(value, UserError):
         raise value
-    row = _parse(value, where) if isinstance(value, bytes) else _plain_fields(value, where)
+    return _parse(value, where) if isinstance(value, bytes) else _plain_fields(value, where)
+
+
+def _row(record: formats.Record, fields: Fields, before: int) -> Row:
+    where, row = record.where, _record_fields(record)
     language = _field(row, fields.language) if fields.language else ""
     if fields.text != "text":
         text = _field(row, fields.text)

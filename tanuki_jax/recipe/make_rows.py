@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from tanuki_jax import checkpoint, files, multihost
-from tanuki_jax.config.derived import making_stage
+from tanuki_jax import config, files, multihost
+from tanuki_jax.config.derived import MADE, making_stage
 from tanuki_jax.config.schema import Recipe
 from tanuki_jax.errors import UserError
 from tanuki_jax.recipe.workdir import Workdir
 from tanuki_jax.train.loop import StageSummary
+
+SLOTS, QUEUE = 64, 10_000  # answers that a stage's own model writes at one time, and that may wait
 
 
 def make_rows(recipe: Recipe, name: str, workdir: Workdir) -> Path:
@@ -32,7 +35,7 @@ def make_rows(recipe: Recipe, name: str, workdir: Workdir) -> Path:
     return rows
 
 
-def run_making_stage(recipe: Recipe, stage: str, workdir: Workdir, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+def run_making_stage(recipe: Recipe, stage: str, workdir: Workdir) -> dict[str, Any]:
     """Serves the model that the stage starts from, has it make the rows, and returns the stage's part of the summary."""
     options, began = recipe.stages[stage], time.monotonic()
     parent = workdir.init_checkpoint(options.init_from, recipe.stages)
@@ -46,14 +49,29 @@ def run_making_stage(recipe: Recipe, stage: str, workdir: Workdir, mesh: jax.sha
         from tanuki_jax import serve
 
         multihost.enter_phase(f"loading {parent}")
-        with serve.background(checkpoint.load(parent, mesh), mesh=mesh, name=options.init_from) as url:
+        model = serve.load(parent, _tensor(recipe, stage))
+        with serve.background(model, serve.Options(slots=SLOTS, queue=QUEUE)) as url:
             multihost.enter_phase(f"the rows of stage {stage}")
             _make(recipe, options.synth, workdir, url)
     summary = dataclasses.asdict(StageSummary(seconds=round(time.monotonic() - began, 1)))
-    return {**summary, "made": files.read_json(workdir.synth_dir(options.synth) / "summary.json")}
+    return {**summary, "made": files.read_json(workdir.synth_dir(options.synth) / "report.json")}
+
+
+def _tensor(recipe: Recipe, stage: str) -> int:
+    """The devices that share the model's weights while it answers: as many as its sizes divide over."""
+    cfg = config.model_config(recipe, stage)
+    devices = jax.local_device_count() if jax.default_backend() != "cpu" else 1
+    sizes = (cfg.n_kv_heads, cfg.d_ff, cfg.vocab_size)
+    return max(n for n in range(1, devices + 1) if all(size % n == 0 for size in sizes))
 
 
 def _make(recipe: Recipe, name: str, workdir: Workdir, generator_url: str = "") -> None:
+    """Makes rows, after those that are their seeds."""
     from tanuki_jax.synth.make import make
 
-    raise NotImplementedError(make)
+    synth = recipe.synth[name]
+    addresses = [address.removeprefix(MADE) for address in synth.seeds.values() if address.startswith(MADE)]
+    made = {seed: make_rows(recipe, seed, workdir) for seed in addresses}
+    scores = workdir.done_file(synth.scores) if synth.scores in recipe.stages else None
+    summary = make(recipe, name, workdir.synth_dir(name), made=made, generator_url=generator_url, scores=scores)
+    print(summary.text, file=sys.stderr, flush=True)

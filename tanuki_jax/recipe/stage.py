@@ -46,7 +46,7 @@ def run_stage(
     options, stage_dir = recipe.stages[stage], workdir.stage_dir(stage)
     multihost.first_then_all(lambda: copy_tokenizer(artifacts.tokenizer.directory, stage_dir / "tokenizer"), "the tokenizer")
     if STAGE_KINDS[options.kind].makes_rows:
-        return {"name": stage, "kind": options.kind, **run_making_stage(recipe, stage, workdir, mesh)}
+        return {"name": stage, "kind": options.kind, **run_making_stage(recipe, stage, workdir)}
     if STAGE_KINDS[options.kind].makes_moe:
         summary = run_upcycle(recipe, stage, workdir, mesh)
         return {"name": stage, "kind": options.kind, **dataclasses.asdict(summary)}

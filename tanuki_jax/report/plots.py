@@ -11,8 +11,9 @@ from tanuki_jax.report.svg import WIDTH, Rows, StageEntry, plt, shorten, to_svg
 from tanuki_jax.train import lr_range
 
 # Of each stage kind, for its curve and, dark enough for letters, for its name; others have the last.
-COLOURS = {"pretrain": "#4269d0", "upcycle": "#97bbf5", "sft": "#3ca951", "dpo": "#efb118", "synth": "#ff725c", "": "#a463f2"}
-DARK_COLOURS = {"pretrain": "#3457b2", "upcycle": "#4a6fae", "sft": "#24863a", "dpo": "#9a6b00", "synth": "#b8402c", "": "#7b3fc0"}
+COLOURS = {"pretrain": "#4269d0", "upcycle": "#97bbf5", "sft": "#3ca951", "dpo": "#efb118", "synth": "#ff725c"}
+DARK_COLOURS = {"pretrain": "#3457b2", "upcycle": "#4a6fae", "sft": "#24863a", "dpo": "#9a6b00", "synth": "#b8402c"}
+OTHER, DARK_OTHER = "#a463f2", "#7b3fc0"
 LABEL_GAP = 0.035  # between names, of the width of a picture
 
 
@@ -29,7 +30,7 @@ def plot_loss(stages: list[StageEntry], metrics: dict[str, Rows]) -> Markup:
             axes.plot(
                 x,
                 [row["loss"] for row in rows],
-                color=COLOURS.get(kind, COLOURS[""]),
+                color=COLOURS.get(kind, OTHER),
                 linestyle="--" if STAGE_KINDS[kind].loss == "preference" else "-",
                 linewidth=1.2,
             )
@@ -37,7 +38,7 @@ def plot_loss(stages: list[StageEntry], metrics: dict[str, Rows]) -> Markup:
         centers.append((offset + entry["tokens"] / 2) / 1e6)
         offset += entry["tokens"]
     axes.set_xlim(0, max(offset / 1e6, 1e-6))
-    colours = [DARK_COLOURS.get(entry["kind"], DARK_COLOURS[""]) for entry in stages]
+    colours = [DARK_COLOURS.get(entry["kind"], DARK_OTHER) for entry in stages]
     _label_above(axes, [entry["name"] for entry in stages], centers, colours)
     axes.set_xlabel("百万トークン (million tokens)")
     axes.set_ylabel("損失 (loss)")

@@ -13,9 +13,9 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tanuki_jax.serve.server import Options, background, serve
+    from tanuki_jax.serve.server import Options, background, load, serve
 
-__all__ = ["Options", "background", "serve"]
+__all__ = ["Options", "background", "load", "serve"]
 
 
 def __getattr__(name: str) -> object:

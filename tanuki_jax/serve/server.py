@@ -203,14 +203,16 @@ def serve(path: Path, host: str, port: int, options: Options, tensor: int = 1) -
 
 
 @contextlib.contextmanager
-def background(model: Loaded | Path | str, options: Options | None = None) -> Iterator[str]:
+def background(model: Model | Loaded | Path | str, options: Options | None = None) -> Iterator[str]:
     """Serves a checkpoint, or one that is loaded, in threads of this process; gives its URL, http://127.0.0.1:PORT/v1.
 
     No signal is handled here.  The server's memory is free afterwards; the parameters of a loaded checkpoint stay.
     """
     options = replace(options or Options(), grace=0.0)
     with bind("127.0.0.1", 0) as sock:
-        server = make_server(as_model(model) if isinstance(model, Loaded) else load(Path(model)), options)
+        if isinstance(model, str | Path):
+            model = load(Path(model))
+        server = make_server(as_model(model) if isinstance(model, Loaded) else model, options)
         is_ready = threading.Event()
 
         def run() -> None:

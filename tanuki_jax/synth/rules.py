@@ -18,6 +18,7 @@ from tanuki_jax.synth.families import EN, FAMILIES, FOLLOW_UPS, JA, LANGUAGES, C
 HELD_OUT_CONTENTS = 12  # one content in this many is held out,
 HELD_OUT_PROMPTS = 6  # and one prompt in this many of the families whose contents must be known
 SPLITS = ("documents_ja", "documents_en", "synthetic_ja", "synthetic_en", "dialogues", "pairs")
+PROMPTS = "prompts"  # a split of questions without their last answer, which a model is asked for (seeds.py)
 Row: TypeAlias = dict[str, Any]  # one line of a JSONL file
 Messages: TypeAlias = list[dict[str, str]]
 
@@ -105,7 +106,8 @@ def rows(split: str, count: int, seed: int) -> Iterator[Row]:
     """The rows of a training split.
 
     `documents_*` and `synthetic_*` give {"text"}; `dialogues` {"messages"}; `pairs` {"prompt", "chosen", "rejected"}
-    as message lists (the columns that TRL reads).  Every row names its families under "meta".
+    as message lists (the columns that TRL reads); `prompts` {"messages"} that end with the user, and the right answer under
+    "meta".  Every row names its families under "meta".
     """
     for i in range(count):
         rng = Random(f"{seed} {split} {i}")
@@ -118,8 +120,15 @@ def rows(split: str, count: int, seed: int) -> Iterator[Row]:
             yield {"messages": _messages(questions), "meta": {"families": [q.family for q in questions]}}
         elif split == "pairs":
             yield preference_pair(rng, want_held_out=False)
+        elif split == PROMPTS:
+            yield _prompt(conversation(rng, rng.choice(LANGUAGES), False, rng.random() < 0.2))
         else:
             raise KeyError(split)
+
+
+def _prompt(questions: list[Question]) -> Row:
+    last = questions[-1]
+    return {"messages": _messages(questions)[:-1], "meta": {"family": last.family, "lang": last.lang, "answer": last.answer}}
 
 
 def _flatten(questions: list[Question]) -> str:

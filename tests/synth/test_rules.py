@@ -7,6 +7,7 @@ from tanuki_jax.synth import rules
 from tanuki_jax.synth.families import FAMILIES, LANGUAGES, LISTS
 
 COUNT, SEED = 2500, 0
+TRAINING = (*rules.SPLITS, rules.PROMPTS)
 LIST_OF_DIGITS = re.compile(r"(?<![\d+=÷])\d(?:(?:、|, )\d){2,}(?![\d+=÷])")
 STRING = re.compile(r"「([^「」]・[^「」]+)」")
 STATED = re.compile(r"(?<!書くと)(?<!backwards is )" + STRING.pattern)  # in documents: the string itself, not its reverse
@@ -15,7 +16,7 @@ STATED = re.compile(r"(?<!書くと)(?<!backwards is )" + STRING.pattern)  # in 
 @pytest.fixture(scope="module")
 def training():
     """COUNT rows of every training split."""
-    return {split: list(rules.rows(split, COUNT, SEED)) for split in rules.SPLITS}
+    return {split: list(rules.rows(split, COUNT, SEED)) for split in TRAINING}
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def answers_of(row):
     return [m["content"] for m in [*(row.get("messages") or row["prompt"]), *row.get("chosen", [])] if m["role"] == "assistant"]
 
 
-@pytest.mark.parametrize("split", rules.SPLITS)
+@pytest.mark.parametrize("split", TRAINING)
 def test_row_i_depends_on_seed_split_and_i_alone(training, split):
     assert list(rules.rows(split, 30, SEED)) == training[split][:30]
     assert list(rules.rows(split, 30, SEED + 1)) != training[split][:30]
@@ -46,7 +47,7 @@ def test_row_i_depends_on_seed_split_and_i_alone(training, split):
 def test_splits_of_one_kind_do_not_hold_the_same_questions_in_the_same_order(training):
     first = [
         [questions_of(row)[0] for row in training[split][:100]]
-        for split in ("synthetic_ja", "synthetic_en", "dialogues", "pairs")
+        for split in ("synthetic_ja", "synthetic_en", "dialogues", "pairs", "prompts")
     ]
     assert all(a != b for i, a in enumerate(first) for b in first[:i])
 
@@ -69,7 +70,7 @@ def test_every_family_is_held_out_in_both_languages_and_no_prompt_twice(held_out
     assert any(len(row["messages"]) == 3 for row in held_out)
 
 
-@pytest.mark.parametrize("split", [s for s in rules.SPLITS if not s.startswith("documents")])
+@pytest.mark.parametrize("split", [s for s in TRAINING if not s.startswith("documents")])
 def test_no_held_out_prompt_opens_a_training_conversation(training, held_out, split):
     assert not {row["messages"][0]["content"] for row in held_out} & {questions_of(row)[0] for row in training[split]}
 
@@ -93,7 +94,7 @@ def test_no_sentence_of_a_document_can_be_a_held_out_prompt_of_what_must_be_know
             assert [p for c, p in asked if rules.held_out(family, c, p) and p in said] == []
 
 
-@pytest.mark.parametrize("split", rules.SPLITS)
+@pytest.mark.parametrize("split", TRAINING)
 def test_no_held_out_list_or_string_is_in_training_in_any_phrasing(training, split):
     """Found by reading the text, not by what the generator says it drew."""
     documents, rows = split.startswith("documents"), training[split]
@@ -130,7 +131,9 @@ def test_all_faults_of_rejected_answers_occur(training):
 def test_held_out_pairs_ask_nothing_that_is_trained_on(training):
     asked = {row["prompt"][0]["content"] for row in rules.held_out_pairs(500, SEED)}
     assert not asked & {
-        questions_of(row)[0] for split in ("dialogues", "pairs", "synthetic_ja", "synthetic_en") for row in training[split]
+        questions_of(row)[0]
+        for split in ("dialogues", "pairs", "prompts", "synthetic_ja", "synthetic_en")
+        for row in training[split]
     }
 
 
@@ -149,3 +152,18 @@ def test_correct_accepts_the_right_answer_and_refuses_others(held_out):
         assert [a for a in everything if rules.correct(row, a)] == [row["answer"]]
         assert not rules.correct(row, row["answer"][:-1]) and not rules.correct(row, "")
         assert not rules.correct(row, row["answer"] + row["answer"])
+
+
+def test_prompts_end_with_the_user_and_carry_the_right_answer(training):
+    answers = dict[str, str]()
+    for row in training["dialogues"]:
+        for asked, answer in zip(row["messages"][::2], row["messages"][1::2], strict=True):
+            answers[asked["content"]] = answer["content"]
+    known = 0
+    for row in training["prompts"]:
+        assert row["messages"][-1]["role"] == "user" and row["meta"].keys() == {"family", "lang", "answer"}
+        assert rules.correct(row["meta"], row["meta"]["answer"])
+        if len(row["messages"]) == 1 and row["messages"][0]["content"] in answers:
+            assert rules.correct(row["meta"], answers[row["messages"][0]["content"]])
+            known += 1
+    assert known > 20

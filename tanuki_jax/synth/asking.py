@@ -1,0 +1,86 @@
+"""What all chains share: a call with its checks, and conversations as text."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from tanuki_jax.config.synthesis import Synth
+from tanuki_jax.endpoint import Answer, Drop, Job
+from tanuki_jax.synth import cleaning
+from tanuki_jax.synth.seeds import Item
+from tanuki_jax.synth.templates import Templates
+
+Messages: TypeAlias = list[dict[str, str]]
+Row: TypeAlias = dict[str, Any]
+Ask: TypeAlias = Callable[[Job], Awaitable[Answer]]
+Chain: TypeAlias = Callable[[Item, Ask], Awaitable[list[Row]]]
+SPEAKERS = {"ja": {"user": "利用者", "assistant": "AI"}, "en": {"user": "User", "assistant": "AI"}}
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a chain is made for: the recipe's entry and its templates."""
+
+    synth: Synth
+    templates: Templates
+
+
+def message(role: str, text: str) -> dict[str, str]:
+    """One message of a conversation."""
+    return {"role": role, "content": text}
+
+
+def spoken(messages: Sequence[Mapping[str, str]], language: str) -> str:
+    """A conversation as text, each message under its speaker's name."""
+    names = SPEAKERS[language]
+    return "\n\n".join(f"{names.get(m['role'], m['role'])}: {m['content']}" for m in messages)
+
+
+async def call(ask: Ask, context: Context, item: Item, step: str, messages: Messages, **more: Any) -> str:
+    """The stripped text of an answer; Drop where it is empty, cut at its length, or refused."""
+    answer = await ask(Job(messages=messages, step=step, template=context.templates.version, item=item["id"], **more))
+    return check(answer)
+
+
+def check(answer: Answer) -> str:
+    """The stripped text of an answer; Drop where it is empty, cut at its length, or refused."""
+    text = answer.text.strip()
+    if answer.finish_reason == "length":
+        raise Drop("cut")
+    if answer.finish_reason == "content_filter" or cleaning.is_refusal(text):
+        raise Drop("refusal")
+    if not text:
+        raise Drop("empty")
+    return text
+
+
+def check_language(text: str, language: str) -> str:
+    """The text; Drop where it is of another language.  An empty `language` takes any."""
+    if language and not cleaning.in_language(text, language):
+        raise Drop("language")
+    return text
+
+
+async def question(ask: Ask, context: Context, item: Item, step: str, template: str, **values: str) -> str:
+    """A question that the model writes when it is asked with a template."""
+    prompt = context.templates.render(template, **values)
+    text = cleaning.question(await call(ask, context, item, step, [message("user", prompt)]))
+    if not text:
+        raise Drop("empty")
+    return check_language(text, context.synth.language)
+
+
+async def answer(ask: Ask, context: Context, item: Item, step: str, messages: Messages, language: str) -> str:
+    """What the model says to a conversation that ends with the user, with no instruction beside it."""
+    text = cleaning.answer(await call(ask, context, item, step, messages))
+    if not text:
+        raise Drop("empty")
+    return check_language(text, language)
+
+
+def meta(context: Context, item: Item, **more: object) -> dict[str, object]:
+    """What a row says of itself: the method, the seed, and what the seed says of itself."""
+    seed = {name: item[name] for name in ("persona", "task", "topic", "category") if name in item}
+    return {**item.get("meta", {}), "method": context.synth.method, "item": item["id"], **seed, **more}

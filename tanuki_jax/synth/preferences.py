@@ -1,0 +1,181 @@
+"""Preference pairs of a model's own answers: sampled, judged in both orders by a model or by rules, and kept where both agree."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+from tanuki_jax.config.synthesis import RULES
+from tanuki_jax.endpoint import Drop, Job
+from tanuki_jax.errors import UserError
+from tanuki_jax.synth import asking, rules, templates, verdicts
+from tanuki_jax.synth.asking import Ask, Chain, Context, Messages, Row, message
+from tanuki_jax.synth.seeds import Item
+
+IDENTICAL, EMPTY, ALL_WRONG, CYCLE = (
+    "identical",
+    "empty",
+    "all_wrong",
+    "cycle",
+)  # why a prompt gave no pair, beside the verdicts' outcomes
+
+
+def chain(context: Context) -> Chain:
+    """The chain of the recipe's entry: two models compared, rules, or a judge.
+
+    A prompt gives at most one pair, so that no prompt weighs more than another.  A prompt without a pair gives a row with its
+    `outcome`, answers and verdicts.
+    """
+    if context.synth.better:
+        return _better(context)
+    judge = _by_rules if context.synth.judge == RULES else _by_model
+
+    async def of_item(item: Item, ask: Ask) -> list[Row]:
+        answers = await _samples(context, item, ask)
+        if len(answers) < 2:
+            return [_skipped(context, item, IDENTICAL if answers else EMPTY, answers, [])]
+        return [await judge(context, item, ask, answers)]
+
+    return of_item
+
+
+def calls(samples: int, judge: str, better: str) -> int:
+    """Requests for one prompt."""
+    if better:
+        return 2
+    return samples + (0 if judge == RULES else samples * (samples - 1))
+
+
+async def _samples(context: Context, item: Item, ask: Ask) -> list[str]:
+    """The different answers of the generator; those that are empty, cut or refused are left out."""
+
+    async def sample(number: int) -> str:
+        try:
+            return await asking.call(ask, context, item, "answer", item["messages"], sample=number)
+        except Drop:
+            return ""
+
+    texts = await asyncio.gather(*(sample(number) for number in range(context.synth.samples)))
+    return list(dict.fromkeys(text for text in texts if text))
+
+
+def _better(context: Context) -> Chain:
+    """The answer of a better model is chosen over the generator's, as in the paper's iterative variant; nobody judges."""
+
+    async def of_item(item: Item, ask: Ask) -> list[Row]:
+        chosen, rejected = await asyncio.gather(
+            asking.call(ask, context, item, "answer", item["messages"], role="better"),
+            asking.call(ask, context, item, "answer", item["messages"]),
+        )
+        if chosen == rejected:
+            return [_skipped(context, item, IDENTICAL, [chosen], [])]
+        return [_pair(context, item, chosen, rejected, [])]
+
+    return of_item
+
+
+async def _by_rules(context: Context, item: Item, ask: Ask, answers: list[str]) -> Row:
+    """The first right answer against the first wrong one; of different answers at most one is right.  Rules see no order."""
+    notes = item.get("meta", {})
+    if "answer" not in notes:
+        raise UserError("synth: judge = 'rules' checks prompts whose `meta` has the right answer, as rules:prompts have")
+    right = [text for text in answers if rules.correct(notes, text)]
+    wrong = [text for text in answers if text not in right]
+    if not right:
+        return _skipped(context, item, ALL_WRONG, answers, [])
+    return _pair(context, item, right[0], wrong[0], [])
+
+
+async def _by_model(context: Context, item: Item, ask: Ask, answers: list[str]) -> Row:
+    """Every two answers are compared in both orders; the answer with most wins against that with fewest, if they agree there.
+
+    A win is a comparison whose verdicts agree in both orders.  Ties of wins go to the earlier sample.
+    """
+    pairs = list(combinations(range(len(answers)), 2))
+    compared = await asyncio.gather(*(_compare(context, item, ask, answers, pair) for pair in pairs))
+    score = [0] * len(answers)
+    for record in compared:
+        if record["winner"] is not None:
+            score[record["winner"]] += 1
+            score[record["loser"]] -= 1
+    order = sorted(range(len(answers)), key=lambda i: -score[i])
+    best, worst = order[0], order[-1]
+    [last] = [record for record in compared if {*record["answers"]} == {best, worst}]
+    if last["winner"] != best:
+        return _skipped(context, item, last["outcome"] if last["winner"] is None else CYCLE, answers, compared)
+    return _pair(context, item, answers[best], answers[worst], compared)
+
+
+async def _compare(context: Context, item: Item, ask: Ask, answers: Sequence[str], pair: tuple[int, int]) -> dict[str, Any]:
+    """One comparison in both orders, with the judge's texts."""
+
+    async def verdict(a: int, b: int) -> str | None:
+        messages = judge_messages(context.templates.texts, item["messages"], answers[a], answers[b], context.synth.language)
+        job = Job(
+            messages=messages,
+            role="judge",
+            step=f"judge {a} {b}",
+            template=context.templates.version,
+            item=item["id"],
+            sampling={"temperature": 0.0},
+        )
+        try:
+            result = await ask(job)
+        except Drop:
+            return None
+        return "" if result.finish_reason == "length" else result.text
+
+    i, j = pair
+    texts = await asyncio.gather(verdict(i, j), verdict(j, i))
+    outcome, winner = verdicts.judge(*texts)
+    return {
+        "answers": [i, j],
+        "outcome": outcome,
+        "winner": None if winner < 0 else pair[winner],
+        "loser": None if winner < 0 else pair[1 - winner],
+        "texts": list(texts),
+    }
+
+
+def judge_messages(
+    texts: Mapping[str, str], prompt: Sequence[Mapping[str, str]], answer_a: str, answer_b: str, language: str
+) -> Messages:
+    """What the judge is asked.
+
+    Ours, or FastChat's: its prompt of two turns where the user speaks twice; the earlier answer, which both share, stands on
+    both sides.  A longer conversation is the question of the prompt of one turn, as text.
+    """
+    spoken = [m for m in prompt if m["role"] != "system"]
+    values = {"answer_a": answer_a, "answer_b": answer_b}
+    if templates.MULTI_TURN in texts and [m["role"] for m in spoken] == ["user", "assistant", "user"]:
+        name, (first, reply, second) = templates.MULTI_TURN, (m["content"] for m in spoken)
+        values = {"question_1": first, "question_2": second, "answer_a_1": reply, "answer_b_1": reply}
+        values |= {"answer_a_2": answer_a, "answer_b_2": answer_b}
+    else:
+        name = templates.PAIR if templates.PAIR in texts else "judge"
+        values["question"] = spoken[0]["content"] if len(spoken) == 1 else asking.spoken(spoken, language)
+    system = texts["system" if name == "judge" else f"{name} system"]
+    return [message("system", system), message("user", templates.fill(texts[name], values))]
+
+
+def _pair(context: Context, item: Item, chosen: str, rejected: str, compared: Sequence[Mapping[str, Any]]) -> Row:
+    """A row in the format that DPO stages and TRL read."""
+    notes = asking.meta(context, item)
+    return {
+        "prompt": item["messages"],
+        "chosen": [message("assistant", chosen)],
+        "rejected": [message("assistant", rejected)],
+        "meta": {**notes, "verdicts": list(compared)} if compared else notes,
+    }
+
+
+def _skipped(context: Context, item: Item, outcome: str, answers: Sequence[str], compared: Sequence[Mapping[str, Any]]) -> Row:
+    notes = asking.meta(context, item)
+    return {
+        "outcome": outcome,
+        "prompt": item["messages"],
+        "answers": list(answers),
+        "meta": {**notes, "verdicts": list(compared)},
+    }

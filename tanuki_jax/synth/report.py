@@ -1,0 +1,84 @@
+"""What came of made rows: what was left out and why, and of preferences how the judge behaved."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from tanuki_jax.synth import verdicts
+from tanuki_jax.synth.asking import Row
+
+
+def by_outcome(rows: Iterable[Row]) -> tuple[list[Row], list[Row]]:
+    """The rows to train on, and those with an `outcome` that says why not."""
+    finished: list[Row] = []
+    skipped: list[Row] = []
+    for row in rows:
+        (skipped if "outcome" in row else finished).append(row)
+    return finished, skipped
+
+
+def outcomes(rows: Iterable[Row]) -> dict[str, int]:
+    """How many rows have each outcome."""
+    return dict(Counter(row["outcome"] for row in rows).most_common())
+
+
+def preferences(pairs: Sequence[Row], skipped: Sequence[Row]) -> dict[str, Any]:
+    """Counts of prompts and of verdicts, position bias and length bias.
+
+    Every share is of what stands beside it, and None where that is nothing: `retention` of the prompts, `agreement` and
+    `position_bias` of the comparisons that could be read in both orders, `chosen_longer` of the pairs.
+    """
+    compared = [record for row in (*pairs, *skipped) for record in row["meta"].get("verdicts", ())]
+    counts = {name: 0 for name in verdicts.OUTCOMES} | dict(Counter(record["outcome"] for record in compared))
+    readable = len(compared) - counts[verdicts.UNPARSABLE] - counts[verdicts.FAILED]
+    lengths = [(_characters(row["chosen"]), _characters(row["rejected"])) for row in pairs]
+    biased = counts[verdicts.FIRST] + counts[verdicts.SECOND]
+    return {
+        "prompts": len(pairs) + len(skipped),
+        "pairs": len(pairs),
+        "retention": _share(len(pairs), len(pairs) + len(skipped)),
+        "without_pair": outcomes(skipped),
+        "comparisons": len(compared),
+        "verdicts": counts,
+        "agreement": _share(counts[verdicts.AGREED], readable),
+        "position_bias": {
+            "share": _share(biased, readable),
+            "first": counts[verdicts.FIRST],
+            "second": counts[verdicts.SECOND],
+        },
+        "length_bias": {
+            "chosen_longer": _share(sum(a > b for a, b in lengths), len(lengths)),
+            "equal": _share(sum(a == b for a, b in lengths), len(lengths)),
+            "chosen_characters": _mean([a for a, _ in lengths]),
+            "rejected_characters": _mean([b for _, b in lengths]),
+        },
+    }
+
+
+def _characters(messages: Sequence[Mapping[str, str]]) -> int:
+    return sum(len(m["content"]) for m in messages)
+
+
+def _share(part: int, whole: int) -> float | None:
+    return round(part / whole, 4) if whole else None
+
+
+def _mean(values: Sequence[int]) -> float | None:
+    return round(sum(values) / len(values), 1) if values else None
+
+
+def text(report: Mapping[str, Any], indent: str = "") -> str:
+    """A report as lines, nested counts under their names."""
+    lines = []
+    for name, value in report.items():
+        if isinstance(value, Mapping):
+            inner = text(value, indent + "  ")
+            lines.append(f"{indent}{name}:" + (f"\n{inner}" if inner else " none"))
+        else:
+            shown = (
+                "-" if value is None else f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+            )
+            lines.append(f"{indent}{name}: {shown}")
+    return "\n".join(lines)
