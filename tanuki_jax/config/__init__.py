@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from tanuki_jax.config.derived import is_moe, model_config, moe_layers, stage_sources, stage_steps, tokens_per_step
+from tanuki_jax.config.derived import is_moe, model_config, moe_layers, settings, stage_sources, stage_steps, tokens_per_step
 from tanuki_jax.config.kinds import STAGE_KINDS
 from tanuki_jax.config.schema import (
     CHOICES,
@@ -80,6 +80,7 @@ __all__ = [
     "read_model",
     "recipe",
     "resolve",
+    "settings",
     "stage",
     "stage_steps",
     "synth",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 from tanuki_jax.config.kinds import STAGE_KINDS
 from tanuki_jax.config.schema import Model, ModelConfig, Recipe, Stage
@@ -52,6 +53,11 @@ def tokens_per_step(stage: Stage) -> int:
 def stage_sources(stage: Stage) -> tuple[str, ...]:
     """The names of the sources that a stage reads, in the order of their numbers."""
     return tuple(name for name, weights in stage.mixture.items() if any(weights))
+
+
+def settings(group: Any) -> dict[str, Any]:
+    """The keys of a group that decide about data or weights: those that may not differ when a run goes on."""
+    return {f.name: getattr(group, f.name) for f in dataclasses.fields(group) if not f.metadata["resumable"]}
 
 
 # --- rows that models make --------------------------------------------------------------------------------------------

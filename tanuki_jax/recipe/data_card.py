@@ -64,5 +64,5 @@ def _licenses(path: str) -> dict[str, int]:
 def _samples(located: SourceFiles) -> list[Any]:
     if located.files.endswith(".bin"):
         return []
-    with contextlib.closing(sources.read_rows(located.files, located.fields, sources.skip_silently)) as rows:
-        return [row.fields for row in itertools.islice(rows, SAMPLES)]
+    rows = sources.read_rows(located.files, located.fields, sources.skip_silently)
+    return [row.fields for row in itertools.islice(rows, SAMPLES)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import sys
 from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
@@ -76,12 +76,17 @@ def _filter(recipe: Recipe, name: str, workdir: Workdir, located: SourceFiles) -
     from tanuki_jax.data import filters
 
     source, options = recipe.data[name], recipe.filters[recipe.data[name].filters]
-    identity = files.fingerprint(
-        *(located.identity, [source.text, source.row_format, source.skip_invalid], config.to_dict(options), filters.VERSION)
-    )
+    judge = recipe.endpoints.get(options.judge)
+    settings = [config.settings(group) for group in (options, judge) if group]
+    prompts = sources.identity(options.evaluation) if options.evaluation else ""
+    read = [source.text, source.row_format, source.skip_invalid]
+    identity = files.fingerprint(located.identity, read, settings, prompts, filters.VERSION)
     directory = workdir.data / f"filtered-{name}-{identity}"
     if not directory.is_dir():
-        raise NotImplementedError
+        summary = filters.filter_files(
+            *(located.files, options, directory), fields=located.fields, skip_invalid=source.skip_invalid, judge=judge
+        )
+        print(f"data {name}, filters {source.filters}:\n{summary}", file=sys.stderr, flush=True)
     return SourceFiles(str(directory / "rows.jsonl"), identity, sources.PLAIN)
 
 
@@ -105,5 +110,4 @@ def check(recipe: Recipe, names: Collection[str]) -> None:
         if not source.files.endswith(".bin"):
             fields = sources.Fields(source.text, row_format=source.row_format)
             on_bad_row = sources.skip_silently if source.skip_invalid else None
-            with contextlib.closing(sources.read_rows(source.files, fields, on_bad_row)) as rows:
-                next(rows, None)
+            next(sources.read_rows(source.files, fields, on_bad_row), None)
