@@ -145,7 +145,8 @@ def _hold_output(options: argparse.Namespace) -> Iterator[None]:
     Of several processes of a run, process 0 takes it once it knows its number.
     """
     with contextlib.ExitStack() as stack:
-        if options.work in ("run", "synth") and not os.environ.get("TANUKI_COORDINATOR"):
+        makes = options.work == "run" or (options.work == "synth" and not options.dry_run)
+        if makes and not os.environ.get("TANUKI_COORDINATOR"):
             stack.enter_context(lock.signals())
             stack.enter_context(lock.workdir(options.workdir))
         if hasattr(options, "output") and not getattr(options, "dry_run", False):

@@ -7,15 +7,14 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from tanuki_jax.config.synthesis import Synth
-from tanuki_jax.endpoint import Answer, Drop, Job
+from tanuki_jax.endpoint import Answer, Ask, Drop, Job
 from tanuki_jax.synth import cleaning
 from tanuki_jax.synth.seeds import Item
 from tanuki_jax.synth.templates import Templates
 
 Messages: TypeAlias = list[dict[str, str]]
 Row: TypeAlias = dict[str, Any]
-Ask: TypeAlias = Callable[[Job], Awaitable[Answer]]
-Chain: TypeAlias = Callable[[Item, Ask], Awaitable[list[Row]]]
+Chain: TypeAlias = Callable[[Item, Ask], Awaitable[list[Row | Drop]]]
 SPEAKERS = {"ja": {"user": "利用者", "assistant": "AI"}, "en": {"user": "User", "assistant": "AI"}}
 
 
@@ -50,7 +49,7 @@ def check(answer: Answer) -> str:
     if answer.finish_reason == "length":
         raise Drop("cut")
     if answer.finish_reason == "content_filter" or cleaning.is_refusal(text):
-        raise Drop("refusal")
+        raise Drop("refused")
     if not text:
         raise Drop("empty")
     return text

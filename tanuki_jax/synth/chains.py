@@ -16,7 +16,7 @@ GENERAL = {"ja": "一般", "en": "general"}  # the category of a topic that name
 def answer(context: Context) -> Chain:
     """Answers to the questions of a prompt, one after the other; the answers that it came with are replaced."""
 
-    async def chain(item: Item, ask: Ask) -> list[Row]:
+    async def chain(item: Item, ask: Ask) -> list[Row | Drop]:
         language = item.get("meta", {}).get("lang", "")
         messages = []
         number = 0
@@ -37,7 +37,7 @@ def dialogue(context: Context) -> Chain:
     """A question of a persona or about a topic, its answer, and further turns that depend on them."""
     synth = context.synth
 
-    async def chain(item: Item, ask: Ask) -> list[Row]:
+    async def chain(item: Item, ask: Ask) -> list[Row | Drop]:
         values: dict[str, str] = {name: item[name] for name in ("persona", "task", "topic") if name in item}
         values["category"] = item.get("category") or GENERAL[synth.language]
         messages: asking.Messages = []
@@ -70,7 +70,7 @@ def rewrite(context: Context) -> Chain:
     synth = context.synth
     other = {"ja": "en", "en": "ja"}[synth.language]
 
-    async def write(item: Item, ask: Ask, style: str) -> Row:
+    async def write(item: Item, ask: Ask, style: str) -> Row | Drop:
         notes = asking.meta(context, item, style=style)
         prompt = context.templates.render(style, document=item["document"])
         try:
@@ -79,10 +79,10 @@ def rewrite(context: Context) -> Chain:
                 raise Drop("unchanged")
             asking.check_language(text, other if style == "translation" else synth.language)
         except Drop as drop:
-            return {"outcome": drop.reason, "meta": notes}
+            return Drop(drop.reason, {"meta": notes})
         return {"text": text, "meta": notes}
 
-    async def chain(item: Item, ask: Ask) -> list[Row]:
+    async def chain(item: Item, ask: Ask) -> list[Row | Drop]:
         return list(await asyncio.gather(*(write(item, ask, style) for style in styles(context))))
 
     return chain
@@ -95,7 +95,7 @@ def magpie(context: Context) -> Chain:
     """
     texts = context.templates.texts
 
-    async def chain(item: Item, ask: Ask) -> list[Row]:
+    async def chain(item: Item, ask: Ask) -> list[Row | Drop]:
         job = Job(
             prompt=texts["prefix"],
             step="q1",
@@ -121,7 +121,7 @@ def evol(context: Context) -> Chain:
     """
     synth, ways = context.synth, sorted(context.templates.texts)
 
-    async def chain(item: Item, ask: Ask) -> list[Row]:
+    async def chain(item: Item, ask: Ask) -> list[Row | Drop]:
         *before, last = item["messages"]
         text = last["content"]
         chosen: list[str] = []

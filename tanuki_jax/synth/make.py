@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tanuki_jax import files
+from tanuki_jax import endpoint, files
 from tanuki_jax.config.schema import Recipe
 from tanuki_jax.config.synthesis import Endpoint, Filters, Synth
-from tanuki_jax.errors import UserError
+from tanuki_jax.errors import Preempted, UserError
 from tanuki_jax.synth import methods, report, seeds, templates, weak_fields
 from tanuki_jax.synth.asking import Context, Row
 from tanuki_jax.synth.seeds import Item
 
 ROWS, SKIPPED, REPORT, TEXT = "rows.jsonl", "skipped.jsonl", "report.json", "report.txt"
+ASKED = "asked"  # directory of all answers, and of the rows before they are filtered
+# Shares of the items that may have failed at each attempt; what has failed is tried again by the next one.
+MAX_FAILED = (0.0, 0.0, 0.02)
 
 
 @dataclass(frozen=True)
@@ -33,11 +38,17 @@ class Summary:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What the runner came back with: rows in the order of the items, and its counts."""
+class Items:
+    """Pairs (id, item) of all different seeds' combinations; every iteration starts from the beginning."""
 
-    rows: list[Row]
-    report: Mapping[str, Any]
+    loaded: seeds.Seeds
+
+    def __iter__(self) -> Iterator[tuple[str, Item]]:
+        used: set[str] = set()
+        for item in self.loaded.items():
+            if item["id"] not in used:
+                used.add(item["id"])
+                yield item["id"], item
 
 
 def make_all(recipe: Recipe, root: Path, name: str = "", dry_run: bool = False) -> list[Summary]:
@@ -100,7 +111,7 @@ def make(
       Preempted: the budget is spent or a signal came; the same call goes on.
     """
     synth = methods.check(recipe, name, bool(generator_url))
-    context = Context(synth, templates.load(synth.method, synth.language, synth.templates))
+    context = context_of(synth)
     methods.check_styles(context, f"config: synth.{name}")
     scores = scores or (Path(synth.scores) if synth.scores else None)
     weak = weak_fields.weakest(scores, synth.weakest) if scores else ()
@@ -111,7 +122,7 @@ def make(
     origin = seeds.Origin(recipe.seed, synth.items or recipe.rules.dialogues, sources or {})
     method = methods.METHODS[synth.method]
     loaded = seeds.load(method.seeds, synth.seeds, synth.items, f"{recipe.seed} {name}", origin, weak)
-    summary = {
+    begun = {
         "name": name,
         "method": synth.method,
         "gives": method.gives,
@@ -121,62 +132,104 @@ def make(
         "combinations": loaded.combinations,
         "invalid_seeds": loaded.skipped,
     }
-    asked = _run(context, loaded, endpoints, directory, dry_run)
     if dry_run:
-        return Summary(directory / ROWS, {**summary, **asked.report})
-    return _write(context, recipe.filters.get(synth.filters), directory, asked, summary)
+        return Summary(directory / ROWS, {**begun, "at_most": _estimate(context, loaded, endpoints)})
+    label = f"synth {name}"
+    with files.disk_errors(directory, label, (OSError,)):
+        asked = _ask(context, loaded, endpoints, directory / ASKED, fingerprint, label)
+        return _write(context, recipe.filters.get(synth.filters), directory, {**begun, "asked": asked.to_json()})
 
 
-def different(items: Iterable[Item]) -> Iterator[Item]:
-    """The items without those that are the same as an earlier one."""
-    used: set[str] = set()
-    for item in items:
-        if item["id"] not in used:
-            used.add(item["id"])
-            yield item
+def context_of(synth: Synth) -> Context:
+    """An entry with its templates."""
+    return Context(synth, templates.load(synth.method, synth.language, synth.templates))
 
 
-def apply_filters(rows: list[Row], filters: Filters) -> tuple[list[Row], list[Row]]:
-    """The rows that pass the filters, and the others with the reason as their `outcome`."""
+def _ask(
+    context: Context,
+    loaded: seeds.Seeds,
+    endpoints: Mapping[str, Endpoint],
+    directory: Path,
+    fingerprint: str,
+    label: str,
+) -> endpoint.Summary:
+    """Asks all there is to ask; what has failed is tried again, and in the end left out where it is little."""
+    synth = context.synth
+    names = methods.roles(synth)
+    chain = methods.METHODS[synth.method].chain(context)
+    budget = endpoint.Budget(synth.max_calls, synth.max_tokens, synth.max_cost)
+    for share in MAX_FAILED:
+        summary = endpoint.run(
+            Items(loaded),
+            chain,
+            {role: endpoint.Client(value, names[role] or role) for role, value in endpoints.items()},
+            directory,
+            recipe=fingerprint,
+            budget=budget,
+            label=label,
+            total=loaded.count,
+            max_failed=share,
+        )
+        if summary.complete:
+            return summary
+    reasons = ", ".join(f"{reason} {count:,}" for reason, count in summary.failed.most_common())
+    raise Preempted(f"{label}: {summary.failed.total():,} of {summary.items:,} items have failed ({reasons}); see {directory}")
+
+
+def _estimate(context: Context, loaded: seeds.Seeds, endpoints: Mapping[str, Endpoint]) -> dict[str, Any]:
+    """Requests, tokens and money, as if every answer were as long as it may be."""
+    other = {"ja": "en", "en": "ja"}[context.synth.language]
+    words = {"ja": "あ", "en": "word"}
+
+    def reply(job: endpoint.Job) -> str:
+        language = other if job.step == "translation" else context.synth.language
+        tokens = int(job.settings(endpoints[job.role])["max_tokens"])
+        return f"{words[language] * 8} {job.step} {job.sample} {words[language] * tokens}"
+
+    chain = methods.METHODS[context.synth.method].chain(context)
+    return dataclasses.asdict(endpoint.estimate(Items(loaded), chain, endpoints, reply=reply))
+
+
+def apply_filters(rows: list[Row], filters: Filters) -> tuple[list[Row], list[tuple[str, Row]]]:
+    """The rows that pass the filters, and the others with the reasons."""
     # TO WIRE: call the filters of tanuki_jax.data here once they are there; nothing else in this package knows them.
-    raise UserError("config: synth filters cannot be applied yet; leave synth.NAME.filters empty")
+    raise UserError("config: rows of synth cannot be filtered yet; leave synth.NAME.filters empty")
 
 
-def _write(context: Context, filters: Filters | None, directory: Path, asked: Asked, summary: dict[str, Any]) -> Summary:
+def _write(context: Context, filters: Filters | None, directory: Path, summary: dict[str, Any]) -> Summary:
     """Writes rows, skipped rows and report; the rows last, for where they are, all is done."""
-    rows, skipped = report.by_outcome(asked.rows)
-    filtered: list[Row] = []
-    unfiltered = len(rows)
-    counts = report.preferences(rows, skipped) if methods.METHODS[context.synth.method].gives == methods.PAIRS else None
+    rows = [*_read(directory / ASKED / "rows.jsonl")]
+    dropped = [(str(record["reason"]), record.get("row") or {}) for record in _read(directory / ASKED / "dropped.jsonl")]
+    summary["dropped"] = dict(Counter(reason for reason, _ in dropped).most_common())
+    if methods.METHODS[context.synth.method].gives == methods.PAIRS:
+        summary["preferences"] = report.preferences(rows, dropped)
+    filtered: list[tuple[str, Row]] = []
     if filters is not None:
         rows, filtered = apply_filters(rows, filters)
-    summary = {
-        **summary,
-        **asked.report,
-        "without_row": report.outcomes(skipped),
-        "rows_before_filters": unfiltered,
-        "filtered": report.outcomes(filtered),
-        "rows": len(rows),
-    }
-    if counts:
-        summary["preferences"] = counts
-    files.write_jsonl(directory / SKIPPED, [*skipped, *filtered])
+        summary["filtered"] = dict(Counter(reason for reason, _ in filtered).most_common())
+    summary["rows"] = len(rows)
+    files.write_jsonl(directory / SKIPPED, [{"outcome": reason, **row} for reason, row in (*dropped, *filtered)])
     files.write_json(directory / REPORT, summary)
     files.write_text(directory / TEXT, report.text(summary) + "\n")
     files.write_jsonl(directory / ROWS, rows)
     return Summary(directory / ROWS, summary)
 
 
+def _read(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8") as f:
+        yield from (json.loads(line) for line in f)
+
+
 def _endpoints(recipe: Recipe, synth: Synth, generator_url: str) -> dict[str, Endpoint]:
     """Role -> endpoint; the generator of a synth stage is the server at `generator_url`, with the endpoint's sampling."""
     result = {}
     for role, name in methods.roles(synth).items():
-        endpoint = recipe.endpoints[name] if name else Endpoint()
+        settings = recipe.endpoints[name] if name else Endpoint()
         if role == "generator" and generator_url:
-            endpoint = dataclasses.replace(endpoint, base_url=generator_url)
-        if not endpoint.base_url:
+            settings = dataclasses.replace(settings, base_url=generator_url)
+        if not settings.base_url:
             raise UserError(f"config: endpoints.{name}.base_url is empty; give the address of its API")
-        result[role] = endpoint
+        result[role] = settings
     return result
 
 
@@ -200,7 +253,3 @@ def _made_before(directory: Path, name: str, fingerprint: str) -> Summary:
             f"than {name}, or remove {directory}"
         )
     return Summary(directory / ROWS, stored)
-
-
-def _run(context: Context, loaded: seeds.Seeds, endpoints: Mapping[str, Endpoint], directory: Path, dry_run: bool) -> Asked:
-    raise NotImplementedError

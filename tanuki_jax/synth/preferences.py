@@ -25,14 +25,14 @@ IDENTICAL, EMPTY, ALL_WRONG, CYCLE = (
 def chain(context: Context) -> Chain:
     """The chain of the recipe's entry: two models compared, rules, or a judge.
 
-    A prompt gives at most one pair, so that no prompt weighs more than another.  A prompt without a pair gives a row with its
-    `outcome`, answers and verdicts.
+    A prompt gives at most one pair, so that no prompt weighs more than another.  A prompt without a pair gives a Drop with its
+    answers and verdicts.
     """
     if context.synth.better:
         return _better(context)
     judge = _by_rules if context.synth.judge == RULES else _by_model
 
-    async def of_item(item: Item, ask: Ask) -> list[Row]:
+    async def of_item(item: Item, ask: Ask) -> list[Row | Drop]:
         answers = await _samples(context, item, ask)
         if len(answers) < 2:
             return [_skipped(context, item, IDENTICAL if answers else EMPTY, answers, [])]
@@ -64,7 +64,7 @@ async def _samples(context: Context, item: Item, ask: Ask) -> list[str]:
 def _better(context: Context) -> Chain:
     """The answer of a better model is chosen over the generator's, as in the paper's iterative variant; nobody judges."""
 
-    async def of_item(item: Item, ask: Ask) -> list[Row]:
+    async def of_item(item: Item, ask: Ask) -> list[Row | Drop]:
         chosen, rejected = await asyncio.gather(
             asking.call(ask, context, item, "answer", item["messages"], role="better"),
             asking.call(ask, context, item, "answer", item["messages"]),
@@ -76,7 +76,7 @@ def _better(context: Context) -> Chain:
     return of_item
 
 
-async def _by_rules(context: Context, item: Item, ask: Ask, answers: list[str]) -> Row:
+async def _by_rules(context: Context, item: Item, ask: Ask, answers: list[str]) -> Row | Drop:
     """The first right answer against the first wrong one; of different answers at most one is right.  Rules see no order."""
     notes = item.get("meta", {})
     if "answer" not in notes:
@@ -88,7 +88,7 @@ async def _by_rules(context: Context, item: Item, ask: Ask, answers: list[str]) 
     return _pair(context, item, right[0], wrong[0], [])
 
 
-async def _by_model(context: Context, item: Item, ask: Ask, answers: list[str]) -> Row:
+async def _by_model(context: Context, item: Item, ask: Ask, answers: list[str]) -> Row | Drop:
     """Every two answers are compared in both orders; the answer with most wins against that with fewest, if they agree there.
 
     A win is a comparison whose verdicts agree in both orders.  Ties of wins go to the earlier sample.
@@ -171,11 +171,7 @@ def _pair(context: Context, item: Item, chosen: str, rejected: str, compared: Se
     }
 
 
-def _skipped(context: Context, item: Item, outcome: str, answers: Sequence[str], compared: Sequence[Mapping[str, Any]]) -> Row:
+def _skipped(context: Context, item: Item, reason: str, answers: Sequence[str], compared: Sequence[Mapping[str, Any]]) -> Drop:
     notes = asking.meta(context, item)
-    return {
-        "outcome": outcome,
-        "prompt": item["messages"],
-        "answers": list(answers),
-        "meta": {**notes, "verdicts": list(compared)},
-    }
+    row = {"prompt": item["messages"], "answers": list(answers), "meta": {**notes, "verdicts": list(compared)}}
+    return Drop(reason, row)

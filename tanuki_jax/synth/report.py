@@ -3,43 +3,33 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tanuki_jax.synth import verdicts
 from tanuki_jax.synth.asking import Row
 
 
-def by_outcome(rows: Iterable[Row]) -> tuple[list[Row], list[Row]]:
-    """The rows to train on, and those with an `outcome` that says why not."""
-    finished: list[Row] = []
-    skipped: list[Row] = []
-    for row in rows:
-        (skipped if "outcome" in row else finished).append(row)
-    return finished, skipped
-
-
-def outcomes(rows: Iterable[Row]) -> dict[str, int]:
-    """How many rows have each outcome."""
-    return dict(Counter(row["outcome"] for row in rows).most_common())
-
-
-def preferences(pairs: Sequence[Row], skipped: Sequence[Row]) -> dict[str, Any]:
+def preferences(pairs: Sequence[Row], dropped: Sequence[tuple[str, Row]]) -> dict[str, Any]:
     """Counts of prompts and of verdicts, position bias and length bias.
 
     Every share is of what stands beside it, and None where that is nothing: `retention` of the prompts, `agreement` and
     `position_bias` of the comparisons that could be read in both orders, `chosen_longer` of the pairs.
+
+    Args:
+      pairs: rows to train on.
+      dropped: the reasons of the prompts that gave no pair, and what was written of them.
     """
-    compared = [record for row in (*pairs, *skipped) for record in row["meta"].get("verdicts", ())]
+    compared = [record for row in (*pairs, *(row for _, row in dropped)) for record in row.get("meta", {}).get("verdicts", ())]
     counts = {name: 0 for name in verdicts.OUTCOMES} | dict(Counter(record["outcome"] for record in compared))
     readable = len(compared) - counts[verdicts.UNPARSABLE] - counts[verdicts.FAILED]
     lengths = [(_characters(row["chosen"]), _characters(row["rejected"])) for row in pairs]
     biased = counts[verdicts.FIRST] + counts[verdicts.SECOND]
     return {
-        "prompts": len(pairs) + len(skipped),
+        "prompts": len(pairs) + len(dropped),
         "pairs": len(pairs),
-        "retention": _share(len(pairs), len(pairs) + len(skipped)),
-        "without_pair": outcomes(skipped),
+        "retention": _share(len(pairs), len(pairs) + len(dropped)),
+        "without_pair": dict(Counter(reason for reason, _ in dropped).most_common()),
         "comparisons": len(compared),
         "verdicts": counts,
         "agreement": _share(counts[verdicts.AGREED], readable),

@@ -10,7 +10,7 @@ import json
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from hashlib import blake2b
 from importlib import resources
 from itertools import islice
@@ -108,9 +108,7 @@ class Seeds:
             yield from (_item({"number": number}) for number in range(self.count))
             return
         if self.count < self.combinations:
-            chosen = list(draw(self.count, self.combinations, self.key))
-            places = [self._places(number) for number in chosen]
-            rows = [axis.pick({place[i] for place in places}) for i, axis in enumerate(self.axes)]
+            places, rows = self._drawn
             yield from (_item(*(rows[i][n] for i, n in enumerate(place))) for place in places)
             return
         first, *others = self.axes
@@ -120,6 +118,12 @@ class Seeds:
             for number in range(per_row):
                 place = self._places(number)[1:]
                 yield _item(row, *(lists[i][n] for i, n in enumerate(place)))
+
+    @cached_property
+    def _drawn(self) -> tuple[list[tuple[int, ...]], list[dict[int, Seed]]]:
+        """The combinations that are drawn, and the rows of each list that they need; the files are read for them once."""
+        places = [self._places(number) for number in draw(self.count, self.combinations, self.key)]
+        return places, [axis.pick({place[i] for place in places}) for i, axis in enumerate(self.axes)]
 
     def _places(self, number: int) -> tuple[int, ...]:
         """A combination's row in each list."""

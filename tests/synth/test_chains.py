@@ -57,8 +57,8 @@ def test_there_are_as_many_turns_as_asked_for():
         ("q1", "   ", "empty"),
         ("q1", "質問:", "empty"),
         ("a1", Answer(text="三十", finish_reason="length"), "cut"),
-        ("a2", "申し訳ありませんが、お答えできません。", "refusal"),
-        ("q2", Answer(text="はい", finish_reason="content_filter"), "refusal"),
+        ("a2", "申し訳ありませんが、お答えできません。", "refused"),
+        ("q2", Answer(text="はい", finish_reason="content_filter"), "refused"),
         ("q1", "How many apples are there?", "language"),
         ("a2", "There are fifteen apples in all.", "language"),
         ("q2", "りんごは全部でいくつですか。", "repeated question"),
@@ -99,7 +99,7 @@ def test_a_style_that_fails_is_kept_apart_and_the_others_stay():
         return {"summary": "", "qa": "狸は夜に活動する。"}[job.step]
 
     first, second = rows(context("rewrite", styles=("summary", "qa")), {"document": "狸は夜に活動する。"}, answer)[0]
-    assert (first["outcome"], second["outcome"]) == ("empty", "unchanged")
+    assert (first.reason, second.reason) == ("empty", "unchanged") and first.row["meta"]["style"] == "summary"
 
 
 def test_magpie_continues_the_bare_prefix_of_a_users_turn():

@@ -1,9 +1,9 @@
 import json
 
 import pytest
-from tanuki_jax.endpoint import Answer, Drop
 
 from tanuki_jax.data import conversation
+from tanuki_jax.endpoint import Answer, Drop, NoAnswer
 from tanuki_jax.errors import UserError
 from tanuki_jax.synth import report, rules
 from tests.synth.scripted import context, rows
@@ -32,7 +32,7 @@ def longer(a, b):
 
 def test_a_pair_is_kept_where_both_orders_agree():
     row, jobs = judged([" 二\n", "二です"], longer)
-    assert row["prompt"] == ITEM["messages"] and "outcome" not in row
+    assert row["prompt"] == ITEM["messages"]
     assert [row[side][0] for side in ("chosen", "rejected")] == [{"role": "assistant", "content": t} for t in ("二です", "二")]
     assert [job.role for job in jobs] == ["generator"] * 2 + ["judge"] * 2 and jobs[-1].sampling["temperature"] == 0
     assert row["meta"]["verdicts"][0]["texts"] == ["[[B]]", "[[A]]"] and row["meta"]["family"] == "sum"
@@ -53,15 +53,15 @@ def test_a_row_is_what_dpo_stages_read():
         (["a", "bb"], lambda a, b: "[[C]]" if a == "a" else "[[B]]", "one_tie"),
         (["a", "bb"], lambda a, b: "either", "unparsable"),
         (["a", "bb"], lambda a, b: Answer(text="[[A]] because", finish_reason="length"), "unparsable"),
-        (["a", "bb"], lambda a, b: Drop("failed"), "failed"),
+        (["a", "bb"], lambda a, b: NoAnswer("refused"), "failed"),
         (["a", " a\n"], longer, "identical"),
         (["", Answer(text="cut", finish_reason="length")], longer, "empty"),
     ],
 )
 def test_all_else_is_kept_apart_with_its_texts(samples, verdict, outcome):
     row, _ = judged(samples, verdict)
-    assert row["outcome"] == outcome and "chosen" not in row and row["prompt"] == ITEM["messages"]
-    assert len(row["meta"]["verdicts"]) == (0 if outcome in ("identical", "empty") else 1)
+    assert isinstance(row, Drop) and row.reason == outcome and row.row["prompt"] == ITEM["messages"]
+    assert len(row.row["meta"]["verdicts"]) == (0 if outcome in ("identical", "empty") else 1)
 
 
 def test_of_many_samples_the_best_is_paired_with_the_worst():
@@ -73,7 +73,7 @@ def test_of_many_samples_the_best_is_paired_with_the_worst():
 def test_best_and_worst_must_have_been_compared_with_one_mind():
     """The judge prefers the longer, but sees no difference between the longest and the shortest."""
     row, _ = judged(["ccc", "a", "dddd"], lambda a, b: "[[C]]" if {a, b} == {"a", "dddd"} else longer(a, b))
-    assert row.get("outcome") == "tie" or row["chosen"][0]["content"] == "dddd" and row["rejected"][0]["content"] != "a"
+    assert row.reason == "tie" and [record["outcome"] for record in row.row["meta"]["verdicts"]].count("agreed") == 2
 
 
 def by_rules(samples, item=ITEM):
@@ -85,8 +85,8 @@ def by_rules(samples, item=ITEM):
 def test_rules_choose_the_right_answer():
     row = by_rules(["3", "2", "5", " 2 "])
     assert (row["chosen"][0]["content"], row["rejected"][0]["content"]) == ("2", "3")
-    assert by_rules(["3", "4"])["outcome"] == "all_wrong"
-    assert by_rules(["2", "2"])["outcome"] == "identical"
+    assert by_rules(["3", "4"]).reason == "all_wrong"
+    assert by_rules(["2", "2"]).reason == "identical"
     with pytest.raises(UserError, match="rules:prompts"):
         by_rules(["2", "3"], {"messages": ITEM["messages"]})
 
@@ -103,7 +103,7 @@ def test_a_better_models_answer_is_chosen_without_a_judge():
     [row], jobs = rows(made_for, ITEM, lambda job: f"by {job.role}")
     assert (row["chosen"][0]["content"], row["rejected"][0]["content"]) == ("by better", "by generator") and len(jobs) == 2
     [row], _ = rows(made_for, ITEM, lambda job: "the same")
-    assert row["outcome"] == "identical"
+    assert row.reason == "identical"
 
 
 TURNS = [{"role": "user", "content": "u1"}, {"role": "assistant", "content": "a1"}, {"role": "user", "content": "u2"}]
@@ -131,7 +131,8 @@ def test_the_report_counts_prompts_verdicts_and_biases():
     verdicts = [longer] * 3 + [lambda a, b: "[[A]]"] * 2 + [lambda a, b: "[[C]]", lambda a, b: "?"]
     made = [judged(["a", "bb"], verdict)[0] for verdict in verdicts]
     made.append(judged(["a", "a"], longer)[0])
-    summary = report.preferences(*report.by_outcome(made))
+    pairs = [row for row in made if not isinstance(row, Drop)]
+    summary = report.preferences(pairs, [(row.reason, row.row) for row in made if isinstance(row, Drop)])
     assert (summary["prompts"], summary["pairs"], summary["retention"]) == (8, 3, 0.375)
     assert summary["without_pair"] == {"first_position": 2, "tie": 1, "unparsable": 1, "identical": 1}
     assert summary["comparisons"] == 7 and summary["agreement"] == 0.5
