@@ -73,5 +73,5 @@ def _make(recipe: Recipe, name: str, workdir: Workdir, generator_url: str = "") 
     addresses = [address.removeprefix(MADE) for address in synth.seeds.values() if address.startswith(MADE)]
     made = {seed: make_rows(recipe, seed, workdir) for seed in addresses}
     scores = workdir.done_file(synth.scores) if synth.scores in recipe.stages else None
-    summary = make(recipe, name, workdir.synth_dir(name), made=made, generator_url=generator_url, scores=scores)
+    summary = make(recipe, name, workdir.synth_dir(name), sources=made, generator_url=generator_url, scores=scores)
     print(summary.text, file=sys.stderr, flush=True)
