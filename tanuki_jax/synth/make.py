@@ -20,6 +20,7 @@ from tanuki_jax.synth.seeds import Item
 
 ROWS, SKIPPED, REPORT, TEXT = "rows.jsonl", "skipped.jsonl", "report.json", "report.txt"
 ASKED = "asked"  # directory of all answers, and of the rows before they are filtered
+OF_ROWS = ("complete", "rows", "dropped", "rows_sha256")  # the runner's counts that this file makes itself
 # Shares of the items that may have failed at each attempt; what has failed is tried again by the next one.
 MAX_FAILED = (0.0, 0.0, 0.02)
 
@@ -137,7 +138,8 @@ def make(
     label = f"synth {name}"
     with files.disk_errors(directory, label, (OSError,)):
         asked = _ask(context, loaded, endpoints, directory / ASKED, fingerprint, label)
-        return _write(context, recipe.filters.get(synth.filters), directory, {**begun, "asked": asked.to_json()})
+        counts = {field: value for field, value in asked.to_json().items() if field not in OF_ROWS}
+        return _write(context, recipe.filters.get(synth.filters), directory, {**begun, "asked": counts})
 
 
 def context_of(synth: Synth) -> Context:
@@ -199,7 +201,10 @@ def apply_filters(rows: list[Row], filters: Filters) -> tuple[list[Row], list[tu
 def _write(context: Context, filters: Filters | None, directory: Path, summary: dict[str, Any]) -> Summary:
     """Writes rows, skipped rows and report; the rows last, for where they are, all is done."""
     rows = [*_read(directory / ASKED / "rows.jsonl")]
-    dropped = [(str(record["reason"]), record.get("row") or {}) for record in _read(directory / ASKED / "dropped.jsonl")]
+    dropped = [
+        (str(record["reason"]), {"item": record["item"], **(record.get("row") or {})})
+        for record in _read(directory / ASKED / "dropped.jsonl")
+    ]
     summary["dropped"] = dict(Counter(reason for reason, _ in dropped).most_common())
     if methods.METHODS[context.synth.method].gives == methods.PAIRS:
         summary["preferences"] = report.preferences(rows, dropped)
