@@ -63,6 +63,11 @@ def make_all(recipe: Recipe, root: Path, name: str = "", dry_run: bool = False) 
     sources: dict[str, Path] = {}
     result = []
     for entry in ordered(recipe, [name] if name else list(recipe.synth)):
+        waits_for = [other for other, rows in sources.items() if f"{seeds.SYNTH}{other}" in recipe.synth[entry].seeds.values()]
+        if dry_run and not all(sources[other].is_file() for other in waits_for):
+            sources[entry] = root / entry / ROWS
+            result.append(Summary(sources[entry], {"name": entry, "waits_for": ", ".join(waits_for)}))
+            continue
         summary = make(recipe, entry, root / entry, sources=sources, dry_run=dry_run)
         sources[entry] = summary.rows
         result.append(summary)
@@ -135,11 +140,14 @@ def make(
     }
     if dry_run:
         return Summary(directory / ROWS, {**begun, "at_most": _estimate(context, loaded, endpoints)})
+    filters = recipe.filters.get(synth.filters)
+    if filters is not None:
+        apply_filters([], filters)  # so that what cannot work is known before anything is asked
     label = f"synth {name}"
     with files.disk_errors(directory, label, (OSError,)):
         asked = _ask(context, loaded, endpoints, directory / ASKED, fingerprint, label)
         counts = {field: value for field, value in asked.to_json().items() if field not in OF_ROWS}
-        return _write(context, recipe.filters.get(synth.filters), directory, {**begun, "asked": counts})
+        return _write(context, filters, directory, {**begun, "asked": counts})
 
 
 def context_of(synth: Synth) -> Context:
