@@ -47,9 +47,9 @@ def check(answer: Answer) -> str:
     """The stripped text of an answer; Drop where it is empty, cut at its length, or refused."""
     text = answer.text.strip()
     if answer.finish_reason == "length":
-        raise Drop("cut")
+        raise Drop("cut", {"text": text})
     if answer.finish_reason == "content_filter" or cleaning.is_refusal(text):
-        raise Drop("refused")
+        raise Drop("refused", {"text": text})
     if not text:
         raise Drop("empty")
     return text
@@ -58,7 +58,7 @@ def check(answer: Answer) -> str:
 def check_language(text: str, language: str) -> str:
     """The text; Drop where it is of another language.  An empty `language` takes any."""
     if language and not cleaning.in_language(text, language):
-        raise Drop("language")
+        raise Drop("language", {"text": text})
     return text
 
 

@@ -47,7 +47,7 @@ def dialogue(context: Context) -> Chain:
                 ask, context, item, f"q{turn}", step, conversation=asking.spoken(messages, synth.language), **values
             )
             if any(text == m["content"] for m in messages):
-                raise Drop("repeated question")
+                raise Drop("repeated question", {"text": text})
             messages = [*messages, message("user", text)]
             text = await asking.answer(ask, context, item, f"a{turn}", messages, synth.language)
             messages = [*messages, message("assistant", text)]
@@ -79,7 +79,7 @@ def rewrite(context: Context) -> Chain:
                 raise Drop("unchanged")
             asking.check_language(text, other if style == "translation" else synth.language)
         except Drop as drop:
-            return Drop(drop.reason, {"meta": notes})
+            return Drop(drop.reason, {**(drop.row or {}), "meta": notes})
         return {"text": text, "meta": notes}
 
     async def chain(item: Item, ask: Ask) -> list[Row | Drop]:

@@ -23,7 +23,8 @@ REFUSAL = re.compile(
     re.IGNORECASE,
 )
 CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`|https?://\S+", re.DOTALL)
-KANA = re.compile(r"[\u3041-\u309f\u30a0-\u30ff]")
+KANA = re.compile(r"[\u3041-\u3096\u30a1-\u30fa\u30fc]")
+QUOTED = re.compile(r"「[^」\n]*」|『[^』\n]*』|“[^”\n]*”|\"[^\"\n]*\"")
 HAN = re.compile(r"[\u3400-\u9fff々]")
 LATIN = re.compile(r"[A-Za-z\u00c0-\u024f]")
 FEW_LETTERS = 8  # below which a text shows no language
@@ -57,11 +58,11 @@ def is_refusal(text: str) -> bool:
 
 
 def in_language(text: str, language: str) -> bool:
-    """Whether a text may be of a language (ja or en), by its letters; code and addresses aside.
+    """Whether a text may be of a language (ja or en), by its letters; code, addresses and quotations aside.
 
     Japanese needs a kana where it is no short run of kanji; a text with hardly any letters is of every language.
     """
-    text = CODE.sub("", text)
+    text = QUOTED.sub("", CODE.sub("", text))
     kana, han, latin = (len(pattern.findall(text)) for pattern in (KANA, HAN, LATIN))
     others = sum(c.isalpha() for c in text) - kana - han - latin
     letters = kana + han + latin + others

@@ -20,6 +20,7 @@ from tanuki_jax.synth.seeds import Item
 
 ROWS, SKIPPED, REPORT, TEXT = "rows.jsonl", "skipped.jsonl", "report.json", "report.txt"
 ASKED = "asked"  # directory of all answers, and of the rows before they are filtered
+OF_ROWS = ("complete", "rows", "dropped", "rows_sha256")  # the runner's counts that this file makes itself
 # Shares of the items that may have failed at each attempt; what has failed is tried again by the next one.
 MAX_FAILED = (0.0, 0.0, 0.02)
 
@@ -62,6 +63,11 @@ def make_all(recipe: Recipe, root: Path, name: str = "", dry_run: bool = False) 
     sources: dict[str, Path] = {}
     result = []
     for entry in ordered(recipe, [name] if name else list(recipe.synth)):
+        waits_for = [other for other, rows in sources.items() if f"{seeds.SYNTH}{other}" in recipe.synth[entry].seeds.values()]
+        if dry_run and not all(sources[other].is_file() for other in waits_for):
+            sources[entry] = root / entry / ROWS
+            result.append(Summary(sources[entry], {"name": entry, "waits_for": ", ".join(waits_for)}))
+            continue
         summary = make(recipe, entry, root / entry, sources=sources, dry_run=dry_run)
         sources[entry] = summary.rows
         result.append(summary)
@@ -134,10 +140,14 @@ def make(
     }
     if dry_run:
         return Summary(directory / ROWS, {**begun, "at_most": _estimate(context, loaded, endpoints)})
+    filters = recipe.filters.get(synth.filters)
+    if filters is not None:
+        apply_filters([], filters)  # so that what cannot work is known before anything is asked
     label = f"synth {name}"
     with files.disk_errors(directory, label, (OSError,)):
         asked = _ask(context, loaded, endpoints, directory / ASKED, fingerprint, label)
-        return _write(context, recipe.filters.get(synth.filters), directory, {**begun, "asked": asked.to_json()})
+        counts = {field: value for field, value in asked.to_json().items() if field not in OF_ROWS}
+        return _write(context, filters, directory, {**begun, "asked": counts})
 
 
 def context_of(synth: Synth) -> Context:
@@ -199,7 +209,10 @@ def apply_filters(rows: list[Row], filters: Filters) -> tuple[list[Row], list[tu
 def _write(context: Context, filters: Filters | None, directory: Path, summary: dict[str, Any]) -> Summary:
     """Writes rows, skipped rows and report; the rows last, for where they are, all is done."""
     rows = [*_read(directory / ASKED / "rows.jsonl")]
-    dropped = [(str(record["reason"]), record.get("row") or {}) for record in _read(directory / ASKED / "dropped.jsonl")]
+    dropped = [
+        (str(record["reason"]), {"item": record["item"], **(record.get("row") or {})})
+        for record in _read(directory / ASKED / "dropped.jsonl")
+    ]
     summary["dropped"] = dict(Counter(reason for reason, _ in dropped).most_common())
     if methods.METHODS[context.synth.method].gives == methods.PAIRS:
         summary["preferences"] = report.preferences(rows, dropped)

@@ -77,6 +77,10 @@ def test_refusals(text, refused):
         ("Pythonのlist comprehensionはリストを短く書く方法です。", "ja", True),
         ("Die Straße ist naß und grau.", "en", True),
         ("Погода сегодня хорошая.", "en", False),
+        ("It is 「あ・い・う・え」.", "en", True),
+        ("It is f・a.", "en", True),
+        ("「あ・い」です。", "en", False),
+        ("それは「The weather is fine today, they say」です。", "ja", True),
     ],
 )
 def test_languages_by_their_letters(text, language, fits):

@@ -141,6 +141,8 @@ def test_the_model_of_a_stage_takes_the_generators_place(tmp_path):
 def test_entries_that_read_others_rows_come_after_them(tmp_path):
     entries = dict(harder=("evol", dict(seeds=dict(prompts="synth:first"))), first=persona(turns=1))
     with serve(japanese) as (url, _):
+        dry = make.make_all(recipe(url, **entries), tmp_path, dry_run=True)
+        assert [s.report.get("waits_for") for s in dry] == [None, "first"]
         harder, first = None, None
         for summary in make.make_all(recipe(url, **entries), tmp_path, "harder"):
             harder, first = summary, harder
