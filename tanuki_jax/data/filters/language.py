@@ -11,7 +11,7 @@ from tanuki_jax.data.filters.texts import Answer, without_code
 
 SHORT = 20  # letters; of fewer, the model's guess is of no use
 CERTAIN, POSSIBLE, NONE = 0.5, 0.1, 0.02  # shares of the language's own characters among all letters
-SURE = 0.5  # probability from which the model's other language counts
+SURE, SURE_OF_KANJI = 0.5, 0.8  # probability from which the model's other language counts; where there are kanji alone
 DETECTED_CHARACTERS = 500  # the model sees no more of a text
 CHINESE = frozenset("你您們这這哪啊嗎吗吧呢很俩咱咋嘅咁冇哋佢")  # words of Chinese that Japanese does not use
 _ENGLISH = re.compile(r"\b(?:the|and|of|to|is|that|it|with|was|are|you|this|have|not|be|by|from|at|your|it's|don't)\b", re.IGNORECASE)
@@ -94,8 +94,10 @@ def _not_japanese(text: str, letters: Letters, guess: Guess) -> str:
             return "Chinese characters that Japanese does not use"
         if letters.total < SHORT:
             return ""
+        language, score = guess(text)
+        return f"detected as {language} ({score:.2f})" if language != "ja" and score >= SURE_OF_KANJI else ""
     language, score = guess(text)
-    return f"detected as {language} ({score:.2f})" if language != "ja" and (score >= SURE or japanese < CERTAIN) else ""
+    return f"detected as {language} ({score:.2f})" if language != "ja" else ""
 
 
 def _is_chinese(text: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from typing import NamedTuple
 
@@ -22,12 +22,12 @@ class Signs(NamedTuple):
     """The patterns of leaks_ja.toml and leaks_en.toml, both languages together; see there."""
 
     headings: re.Pattern[str]
-    phrases: re.Pattern[str]
     openings: re.Pattern[str]
     answer_openings: re.Pattern[str]
     translations: re.Pattern[str]
     translation_requests: re.Pattern[str]
     instructions: re.Pattern[str]
+    phrases: dict[str, re.Pattern[str]]  # by a word, in lower case, without which none of them is there
 
 
 @functools.cache
@@ -35,8 +35,13 @@ def load_signs() -> Signs:
     """The patterns, compiled."""
     folder = resources.files("tanuki_jax.data.filters")
     tables = [tomllib.loads((folder / f"leaks_{language}.toml").read_text("utf-8")) for language in LANGUAGES]
-    flags = re.IGNORECASE | re.MULTILINE
-    return Signs(*(re.compile("|".join(f"(?:{p})" for table in tables for p in table[name]), flags) for name in Signs._fields))
+    lists = {name: [pattern for table in tables for pattern in table[name]] for name in Signs._fields if name != "phrases"}
+    phrases = {word: _compile(patterns) for table in tables for word, patterns in table["phrases"].items()}
+    return Signs(**{name: _compile(patterns) for name, patterns in lists.items()}, phrases=phrases)
+
+
+def _compile(patterns: Sequence[str]) -> re.Pattern[str]:
+    return re.compile("|".join(f"(?:{pattern})" for pattern in patterns), re.IGNORECASE | re.MULTILINE)
 
 
 def find_leak(answer: Answer) -> str:
@@ -45,8 +50,10 @@ def find_leak(answer: Answer) -> str:
     heading = next((m for m in signs.headings.finditer(answer.text) if m[0].strip() not in answer.prompt), None)
     if heading:
         return f"heading {heading[0].strip()!r}"
-    if phrase := signs.phrases.search(answer.text):
-        return f"phrase {phrase[0]!r}" if phrase[0] not in answer.prompt else ""
+    lower = answer.text.casefold()
+    found = (pattern.search(answer.text) for word, pattern in signs.phrases.items() if word in lower)
+    if phrase := next((match for match in found if match and match[0] not in answer.prompt), None):
+        return f"phrase {phrase[0]!r}"
     beginning = answer.text.lstrip()
     openings = (signs.openings,) if answer.is_document else (signs.openings, signs.answer_openings)
     if opening := next(filter(None, (pattern.match(beginning) for pattern in openings)), None):
@@ -58,7 +65,7 @@ def find_leak(answer: Answer) -> str:
     return f"instruction {copied!r}" if copied else ""
 
 
-def _copied(answer: Answer, instructions: re.Pattern[str]) -> Iterable[str]:
+def _copied(answer: Answer, instructions: re.Pattern[str]) -> Iterator[str]:
     """Instructions of the prompt, and any sentence of the system's, that the answer holds word for word."""
     if answer.is_document:
         return

@@ -21,10 +21,11 @@ LOOP, SHORT_LOOP = 0.30, 0.50  # share of characters in a piece that follows its
 LONG = 40  # characters of a loop from which LOOP holds; a refrain is shorter
 PERIOD = 64  # characters of the longest such piece
 FEW_CHARACTERS, FEW_LINES, FEW_UNITS = 20, 4, 12  # texts with less are not looked at
+FEW_NGRAMS = 5  # an n-gram that occurs less often is no repetition, however short the text
 WINDOW = 20_000  # characters of a long text that are looked at for loops
 
 _UNITS = re.compile(r"[\u4e00-\u9fff々]+|[\u3041-\u309f]+|[\u30a0-\u30ff]+|[^\W\d_\u3041-\u30ff\u4e00-\u9fff]+|\d+")
-_DRAWING = frozenset("-=_*#|~.:・…─━ \t\n\u3000")  # of rules, tables and tables of contents
+_DRAWING = frozenset("-=_*#|~.,:、。・…─━ \t\n\u3000")  # of rules, lists and tables
 _MARKER = re.compile(r"^\s*(?:[-*+・•◦]|[(（]?\d{1,3}[.)）.、:]?|第[\d一二三四五六七八九十百]+[条章節回]?)\s*")  # of a list
 _WORDY = re.compile(r"[^\W\d_]")
 
@@ -70,10 +71,10 @@ def _ngrams(text: str) -> str:
     total = sum(lengths)
     for n, limit in TOP_NGRAM.items():
         counts = collections.Counter(zip(*(units[i:] for i in range(n)), strict=False))
-        share, ngram = max(
-            ((count * sum(map(len, ngram)) / total, ngram) for ngram, count in counts.most_common(5) if count > 2),
-            default=(0.0, ()),
-        )
+        frequent = [(count * sum(map(len, ngram)) / total, ngram) for ngram, count in counts.items() if count >= FEW_NGRAMS]
+        if not frequent:  # nor is there a longer one
+            break
+        share, ngram = max(frequent)
         if share > limit:
             return f"{' '.join(ngram)!r} is {share:.0%} of it"
     for n, limit in REPEATED_NGRAMS.items():
@@ -101,17 +102,16 @@ def _loops(text: str) -> str:
     """A piece of up to PERIOD characters that follows itself at once three times or more, as models do that cannot end."""
     points = np.frombuffer(text[-WINDOW:].encode("utf-32-le"), np.uint32)
     size = len(points)
-    drawing = np.isin(points, [ord(character) for character in _DRAWING])
     best, period = 0, 0
     for step in range(1, min(PERIOD, size // 3) + 1):
         same = points[step:] == points[:-step]
-        if np.count_nonzero(same) < 2 * step:
+        if np.count_nonzero(same) < max(2 * step, LOOP * size - step):
             continue
         edges = np.flatnonzero(np.diff(np.concatenate(([False], same, [False]))))
         starts, stops = edges[::2], edges[1::2]
         for start, stop in zip(starts, stops, strict=True):
             length = stop - start + step
-            if length >= 3 * step and length > best and not drawing[start : stop + step].all():
+            if length >= 3 * step and length > best and not _DRAWING.issuperset(text[-WINDOW:][start : stop + step]):
                 best, period = int(length), step
     if best >= (LOOP if best >= LONG else SHORT_LOOP) * size:
         return f"a piece of {period} characters follows itself over {best / size:.0%} of it"
