@@ -2,9 +2,9 @@
 
 python benchmarks/filters.py [--documents=100000] [--pairs=2000]
 
-The documents are drawn from a vocabulary of made-up words by Zipf's law, 400 characters each.  Of `pairs` of them a copy is planted,
-edited until its exact Jaccard similarity is just above 0.8; of as many others one that is just below 0.75.  Prints a report in
-Markdown.
+The documents are drawn from a vocabulary of made-up words by Zipf's law, 400 characters each.  Of `pairs` of them a copy is
+planted, edited until its exact Jaccard similarity is just above 0.8; of as many others one that is just below 0.75.  Prints a
+report in Markdown.
 """
 
 import argparse
@@ -147,8 +147,8 @@ def main() -> None:
     memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     bands = near_duplicates.bands_for(0.8)
     print(
-        f"\nNear-duplicates (Jaccard 0.8, {bands} bands of {near_duplicates.PERMUTATIONS // bands}): {len(rows):,} documents in "
-        f"{wall:.1f} s ({cpu:.1f} s of CPU); {len(copies & dropped)} of {len(copies)} planted copies found "
+        f"\nNear-duplicates (Jaccard 0.8, {bands} bands of {near_duplicates.PERMUTATIONS // bands}): {len(rows):,} documents "
+        f"in {wall:.1f} s ({cpu:.1f} s of CPU); {len(copies & dropped)} of {len(copies)} planted copies found "
         f"({len(copies & dropped) / len(copies):.2%}), {len(dropped - copies)} others dropped "
         f"({len(dropped - copies) / (len(rows) - len(copies)):.3%}), {options.pairs} of them at {OTHER[0]} to {OTHER[1]}; "
         f"{memory / passed:,.0f} bytes of memory a document."

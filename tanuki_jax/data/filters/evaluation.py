@@ -46,10 +46,10 @@ def read_prompts(patterns: str) -> Iterator[tuple[str, str]]:
     for path in sources.matching_files(patterns):
         for where, value, _ in formats.READERS[formats.format_of(path)](path, 0, sources.WHOLE, names):
             fields = _fields(value, where)
-            found = list(_prompts(fields))
-            if not found:
+            prompts = list(_prompts(fields))
+            if not prompts:
                 raise UserError(f"filters: evaluation: {where} has none of {', '.join(FIELDS)} (fields: {', '.join(fields)})")
-            for prompt in found:
+            for prompt in prompts:
                 yield where, prompt
 
 
@@ -146,4 +146,3 @@ def find_prompt(texts: Texts, index: Index) -> str:
                 if ngram in index.words:
                     return f"{index.words[ngram]}: {' '.join(ngram)!r}"
     return ""
-

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import collections
 import json
-from collections.abc import Callable, Iterable, Iterator
+import shutil
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from tanuki_jax import files
-from tanuki_jax.config.synthesis import Filters
+from tanuki_jax.config.synthesis import Endpoint, Filters
 from tanuki_jax.data import paths, sources
 from tanuki_jax.data.filters import evaluation, language, leaks, near_duplicates, personal, repetition
 from tanuki_jax.data.filters.texts import Texts, change_texts, texts_of
@@ -94,14 +95,14 @@ def _first(details: Iterable[str]) -> str:
     return next(filter(None, details), "")
 
 
-def _too_short(texts: Texts, least: int) -> str:
+def _too_short(texts: Texts, minimum: int) -> str:
     shortest = min((len(answer.text.strip()) for answer in texts.answers), default=0)
-    return f"{shortest} characters" if shortest < least else ""
+    return f"{shortest} characters" if shortest < minimum else ""
 
 
-def _too_long(texts: Texts, most: int) -> str:
+def _too_long(texts: Texts, maximum: int) -> str:
     longest = max((len(answer.text.strip()) for answer in texts.answers), default=0)
-    return f"{longest} characters" if longest > most else ""
+    return f"{longest} characters" if longest > maximum else ""
 
 
 def filter_rows(
@@ -135,7 +136,7 @@ def filter_rows(
         counts.clear()
     for row in rows:
         texts = texts_of(row)
-        reason, detail = next(((reason, found) for reason, check in checks if (found := check(texts))), ("", ""))
+        reason, detail = next(((reason, detail) for reason, check in checks if (detail := check(texts))), ("", ""))
         if reason:
             on_drop(row, reason, detail)
             continue
@@ -156,16 +157,24 @@ def filter_files(
     against: str = "",
     fields: sources.Fields = sources.PLAIN,
     skip_invalid: bool = False,
+    judge: Endpoint | None = None,
     quiet: bool = False,
 ) -> Summary:
     """Filters the rows of files into output/rows.jsonl, with output/dropped.jsonl and output/summary.json beside it.
 
     against: globs of other sets; near-duplicates of their rows are dropped, too.
     skip_invalid: rows that cannot be read are dropped as `invalid`; otherwise they are an error.
+    judge: the endpoint that `filters.judge` names, where min_quality or dependent_turns is set; its answers are recorded in a
+      hidden directory beside `output` until that is whole, then in output/judge.
 
     The directory appears whole or not at all.  dropped.jsonl has a line {"reason", "detail", "where", "row"} for each row.
     """
     check_settings(filters)
+    asks = filters.min_quality > 0 or filters.dependent_turns
+    if asks and judge is None:
+        raise UserError(
+            f"filters: there is no endpoint {filters.judge!r} to judge; add it to `endpoints`, or name it (--judge)"
+        )
     output = Path(output)
     summary = Summary(filters=asdict(filters))
     dropped: collections.Counter[str] = collections.Counter()
@@ -173,18 +182,19 @@ def filter_files(
     progress = Progress("filter", sum(map(paths.bytes_of, sources.matching_files(patterns))), "MB", 1e6, quiet)
     with lock.output(output), files.disk_errors(output, "data"), files.atomic_path(output) as temporary:
         temporary.mkdir()
-        with (temporary / "rows.jsonl").open("w", encoding="utf-8") as f, (temporary / "dropped.jsonl").open("w", encoding="utf-8") as g:
+        rows_path = temporary / "rows.jsonl"
+        with rows_path.open("w", encoding="utf-8") as f, (temporary / "dropped.jsonl").open("w", encoding="utf-8") as g:
 
             def write_dropped(where: str, reason: str, detail: str, row: object) -> None:
                 dropped[reason] += 1
                 g.write(_line({"reason": reason, "detail": detail, "where": where, "row": row}))
 
+            def on_drop(row: Row, reason: str, detail: str) -> None:
+                write_dropped(row.where, reason, detail, row.fields)
+
             def on_bad_row(where: str, reason: str) -> None:
                 summary.rows += 1
                 write_dropped(where, "invalid", reason, None)
-
-            def on_drop(row: Row, reason: str, detail: str) -> None:
-                write_dropped(row.where, reason, detail, row.fields)
 
             def read() -> Iterator[Row]:
                 for row in sources.read_rows(patterns, fields, on_bad_row if skip_invalid else None):
@@ -193,13 +203,37 @@ def filter_files(
                     yield row
 
             others = sources.read_rows(against, fields, sources.skip_silently) if against else ()
+            places: list[str] = []
             for row in filter_rows(read(), filters, on_drop, others, masked):
                 f.write(_line(row.fields))
+                if asks:
+                    places.append(row.where)
                 summary.passed += 1
+            f.flush()
+            if asks and judge:
+                from tanuki_jax.data.filters import judged
+
+                directory = output.with_name(f".{output.name}.judge")
+                drops = judged.judge_file(rows_path, summary.passed, filters, judge, directory, quiet)
+                _remove(rows_path, drops, lambda number, row: write_dropped(places[number], *drops[number], row))
+                summary.passed -= len(drops)
+                shutil.copytree(directory, temporary / "judge", ignore=shutil.ignore_patterns(".lock"))
         summary.dropped = {reason: dropped[reason] for reason in REASONS if dropped[reason]}
         summary.masked = {kind: masked[kind] for kind in personal.LABELS if masked[kind]}
         files.write_json(temporary / "summary.json", summary.as_json())
+    if asks:
+        shutil.rmtree(output.with_name(f".{output.name}.judge"), ignore_errors=True)
     return summary
+
+
+def _remove(path: Path, numbers: Container[int], on_row: Callable[[int, object], None]) -> None:
+    """Takes lines out of a file of JSON lines; each is handed to `on_row`."""
+    with files.atomic_path(path) as temporary, path.open(encoding="utf-8") as f, temporary.open("w", encoding="utf-8") as g:
+        for number, line in enumerate(f):
+            if number in numbers:
+                on_row(number, json.loads(line))
+            else:
+                g.write(line)
 
 
 def _line(value: object) -> str:

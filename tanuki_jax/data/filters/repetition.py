@@ -55,8 +55,8 @@ def _lines(text: str) -> str:
     lines = [line for line in (_MARKER.sub("", line).strip() for line in text.split("\n")) if _WORDY.search(line)]
     if len(lines) < FEW_LINES:
         return ""
-    seen: set[str] = set()
-    repeated = [line for line in lines if line in seen or seen.add(line)]  # type: ignore[func-returns-value]
+    earlier: set[str] = set()
+    repeated = [line for line in lines if line in earlier or earlier.add(line)]  # type: ignore[func-returns-value]
     characters = sum(map(len, repeated)) / sum(map(len, lines))
     if len(repeated) > LINES * len(lines) or characters > LINE_CHARACTERS:
         return f"{len(repeated) / len(lines):.0%} of the lines ({characters:.0%} of their characters) were there before"
@@ -88,13 +88,13 @@ def _ngrams(text: str) -> str:
 
 def _repeated_share(units: list[str], lengths: list[int], n: int) -> int:
     """Characters in n-grams that were there before; each is counted once, however many n-grams hold it."""
-    seen: set[tuple[str, ...]] = set()
+    earlier: set[tuple[str, ...]] = set()
     covered = bytearray(len(units))
     for start in range(len(units) - n + 1):
         ngram = tuple(units[start : start + n])
-        if ngram in seen:
+        if ngram in earlier:
             covered[start : start + n] = b"\1" * n
-        seen.add(ngram)
+        earlier.add(ngram)
     return sum(length for length, flag in zip(lengths, covered, strict=True) if flag)
 
 

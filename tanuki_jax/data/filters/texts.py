@@ -60,7 +60,9 @@ def texts_of(row: Row) -> Texts:
 
 
 def _answers(messages: Messages) -> list[Answer]:
-    system, questions, result, last = "", [], [], ""
+    system, last = "", ""
+    questions: list[str] = []
+    result: list[Answer] = []
     for message in messages:
         text = text_of(message)
         if message.get("role") == "system":
