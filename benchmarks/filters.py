@@ -44,7 +44,7 @@ def settings(language: str) -> Filters:
 
 
 def judge_labelled() -> Iterator[tuple[dict, str]]:
-    """The `meta` of each labelled row (id, label, language, half), and the filter that drops it, or keep."""
+    """The `meta` of each labelled row (id, label, language, half: dev, test, or later), and the filter that drops it, or keep."""
     rows = list(sources.read_rows(str(LABELLED / "labelled.jsonl")))
     for language in ("ja", "en"):
         results: dict[int, str] = {}
@@ -114,11 +114,15 @@ def main() -> None:
     print(f"# Filters, {time.strftime('%Y-%m-%d')}\n\n{platform.machine()}, {os.cpu_count()} cores\n")
     print(f"    python benchmarks/filters.py {' '.join(sys.argv[1:])}\n", flush=True)
     judged = list(judge_labelled())
-    print("| filter | rows | precision | recall | of the test half: rows | precision | recall |\n|---|---|---|---|---|---|---|")
-    whole, half = precision_and_recall(judged), precision_and_recall([j for j in judged if j[0]["half"] == "test"])
-    for label, (n, precision, recall) in whole.items():
-        m, half_precision, half_recall = half[label]
-        print(f"| {label} | {n} | {precision:.3f} | {recall:.3f} | {m} | {half_precision:.3f} | {half_recall:.3f} |")
+    halves = ("dev", "test", "later")
+    print(
+        f"Rows, precision and recall on {len(judged)} labelled rows:\n\n| filter | all | {' | '.join(halves)} |\n|---|---|---|---|---|"
+    )
+    parts = [judged, *([j for j in judged if j[0]["half"] == half] for half in halves)]
+    results = [precision_and_recall(part) for part in parts]
+    for label in results[0]:
+        cells = [f"{r[label][0]}: {r[label][1]:.3f}, {r[label][2]:.3f}" if label in r else "" for r in results]
+        print(f"| {label} | {' | '.join(cells)} |")
 
     documents = make_documents(options.documents)
     print(f"\nSpeed on one core, documents of {LENGTH} characters:\n\n| filter | documents a second |\n|---|---|")

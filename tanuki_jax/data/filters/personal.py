@@ -30,8 +30,17 @@ _LONG_VOWEL = re.compile(r"(?<=\d)ー(?=\d)")  # typed for a dash between digits
 _RESERVED = re.compile(
     r"@(?:[\w.-]+\.)?(?:example(?:\.(?:com|org|net|jp|co\.jp|ne\.jp))?|test|invalid|localhost)$|^git@", re.IGNORECASE
 )
+_HIDDEN = re.compile(  # addresses with a sign or word in the place of @
+    r"[A-Za-z0-9][\w.+-]*\s?(?:[◎☆★■]|[\[({<]\s?(?:at|@|アット(?:マーク)?)\s?[\])}>])\s?"
+    r"[A-Za-z0-9-]+(?:\s?(?:\.|[\[({<]\s?(?:dot|\.|ドット)\s?[\])}>])\s?[A-Za-z0-9-]+)+",
+    re.IGNORECASE,
+)
+_HIDES = re.compile(r"[◎☆★■]|[\[({<]\s?(?:at\s?[\])}>]|@|アット)", re.IGNORECASE)
 _S = r"[ -]"  # between groups of digits
-_JAPAN = rf"\(?0\d{{1,4}}\)?{_S}?\d{{1,4}}{_S}\d{{4}}|\(0\d{{1,4}}\)\d{{1,4}}-?\d{{4}}|0[789]0{_S}?\d{{4}}{_S}?\d{{4}}"
+_JAPAN = (
+    rf"0\d{{1,4}}\(\d{{1,4}}\)\d{{4}}|\(?0\d{{1,4}}\)?{_S}?\d{{1,4}}{_S}\d{{4}}"
+    rf"|\(0\d{{1,4}}\)\d{{1,4}}-?\d{{4}}|0[789]0{_S}?\d{{4}}{_S}?\d{{4}}"
+)
 _ABROAD = rf"\+\d{{1,3}}(?:{_S}?\(0\))?(?:{_S}?\(?\d{{1,5}}\)?){{2,5}}"
 _AMERICA = r"(?:1[ .-])?(?:\([2-9]\d\d\) ?|[2-9]\d\d[ .-])[2-9]\d\d[.-]\d{4}"
 _BRITAIN = r"0\d{3} \d{3} \d{4}|020 \d{4} \d{4}|07\d{3} \d{6}"
@@ -106,6 +115,8 @@ def mask(text: str, findings: list[Finding], counts: collections.Counter[str]) -
 
 
 def _emails(text: str, pattern: re.Pattern[str]) -> Iterator[Finding]:
+    for match in _HIDDEN.finditer(text) if _HIDES.search(text) else ():
+        yield Finding("email", match.start(), match.end())
     if "@" not in text:
         return
     for match in pattern.finditer(text):

@@ -4,6 +4,7 @@ import json
 import threading
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import pytest
 
@@ -74,7 +75,7 @@ def test_another_audit_is_refused(corpus, tmp_path):
     open_here(corpus, tmp_path)
     with pytest.raises(UserError, match="seed differs"):
         open_here(corpus, tmp_path, seed=1)
-    with open(corpus, "a") as f:
+    with Path(corpus).open("a") as f:
         f.write('{"text": "new"}\n')
     with pytest.raises(UserError, match="files have changed"):
         open_here(corpus, tmp_path)

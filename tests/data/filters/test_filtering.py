@@ -4,12 +4,12 @@ import collections
 import json
 
 import pytest
-from tests.data.judge_server import judge_server
 
 from tanuki_jax.config.synthesis import Endpoint, Filters
 from tanuki_jax.data.filters import REASONS, filter_files, filter_rows
 from tanuki_jax.data.sources import Row
 from tanuki_jax.errors import UserError
+from tests.data.judge_server import judge_server
 
 LONG = "図書館は月曜日が休みで、平日は午前九時から午後八時まで開いています。貸し出しは一人十冊、期間は二週間です。"
 

@@ -29,14 +29,15 @@ def test_the_set_is_large_and_has_every_filter_in_both_languages_and_halves():
     metas = [json.loads(line)["meta"] for line in lines]
     assert len(metas) >= 300
     counts = collections.Counter((meta["label"], meta["language"], meta["half"]) for meta in metas)
-    assert set(counts) == {(label, language, half) for label in LABELS for language in ("ja", "en") for half in ("dev", "test")}
+    halves = {(label, language, half) for label in LABELS for language in ("ja", "en") for half in ("dev", "test")}
+    assert {key for key in counts if key[2] != "later"} == halves
 
 
-@pytest.mark.parametrize("half", ["dev", "test"])
+@pytest.mark.parametrize("half", ["dev", "test", "later"])
 def test_precision_and_recall_of_each_filter(benchmark, judged, half):
+    """Half `later` holds rows that were written after the filters, to evade them."""
     result = benchmark.precision_and_recall([(meta, result) for meta, result in judged if meta["half"] == half])
-    for label in LABELS:
-        rows, precision, recall = result[label]
+    for label, (rows, precision, recall) in result.items():
         assert rows and precision >= 0.9 and recall >= 0.9, (label, precision, recall)
 
 
