@@ -16,7 +16,7 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +37,8 @@ class Behaviour:
     keys: tuple[str, ...] = ()  # that are accepted; none = any, and none
     models: tuple[str, ...] = ("tiny",)
     context: int = 10**9  # characters of a prompt
+    min_max_tokens: int = 0  # less is refused
+    usage: bool = True  # tokens are counted
     random_seed: int = 0
 
 
@@ -61,6 +63,7 @@ class Server:
         self.closed_until = self.closed_at = 0.0
         self.at_once = 0
         self.slots: asyncio.Semaphore
+        self.stop: Callable[[], None]
 
     def share_of_limit(self) -> float:
         """Work done as a share of what could have been done while it was open."""
@@ -98,9 +101,9 @@ class Server:
             self.requests["refused_key"] += 1
             message = f"Incorrect API key provided: {key.group(1) if key else ''}"
             return _send(writer, 401, {"error": {"message": message, "code": "invalid_api_key"}})
-        if path.endswith("/models"):
+        if path == "/v1/models":
             return _send(writer, 200, {"object": "list", "data": [{"id": name} for name in behaviour.models]})
-        if not path.endswith(("/chat/completions", "/completions")):
+        if path not in ("/v1/chat/completions", "/v1/completions"):
             return _send(writer, 404, {"detail": "Not Found"})
         request = json.loads(body)
         self.first = self.first or now
@@ -113,6 +116,10 @@ class Server:
             self.requests["overflow"] += 1
             message = f"This model's maximum context length is {behaviour.context} tokens. You asked for {size}."
             return _send(writer, 400, {"error": {"message": message, "code": 400}})
+        if request["max_tokens"] < behaviour.min_max_tokens:
+            self.requests["bad_request"] += 1
+            message = f"max_tokens must be at least {behaviour.min_max_tokens}"
+            return _send(writer, 400, {"error": {"message": message}})
         if now < self.closed_until:
             self.requests["rate_limit"] += 1
             self.refused_early += now > self.closed_at + min(0.1, behaviour.retry_after)
@@ -146,6 +153,8 @@ class Server:
 
     def _send_worked(self, fault: str, request: dict[str, Any], writer: asyncio.StreamWriter) -> bool:
         answer = completion(request)
+        if not self.behaviour.usage:
+            del answer["usage"]
         whole = json.dumps(answer).encode()
         if fault == "cut_body":
             writer.write(_head(200, len(whole)) + whole[: len(whole) // 2])
@@ -228,22 +237,30 @@ def serve(behaviour: Behaviour | None = None, port: int = 0) -> Iterator[Server]
 
     def work() -> None:
         asyncio.set_event_loop(loop)
-        loop.run_until_complete(server.serve(port))
+        listener = loop.run_until_complete(server.serve(port))
         ready.set()
         loop.run_forever()
-        for task in asyncio.all_tasks(loop):
+        listener.close()
+        tasks = asyncio.all_tasks(loop)
+        for task in tasks:
             task.cancel()
-            loop.run_until_complete(asyncio.gather(task, return_exceptions=True))
+        loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
         loop.close()
 
     thread = threading.Thread(target=work, daemon=True)
+
+    def stop() -> None:
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(loop.stop)
+            thread.join()
+
+    server.stop = stop
     thread.start()
     ready.wait()
     try:
         yield server
     finally:
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
+        stop()
 
 
 def main() -> None:
