@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
 from tanuki_jax import launch
+from tanuki_jax.cli import quality_flags
 from tanuki_jax.config.ranges import AMOUNT, LARGEST, MIN_P, REPETITION_PENALTY, SEED, TEMPERATURE, TOP_K, TOP_P, Range
 from tanuki_jax.config.schema import CHOICES, Model, Recipe, Scoring, Source, Tokenizer, Upcycle, range_of
 from tanuki_jax.errors import UserError
@@ -199,8 +200,8 @@ def _add_tokenizer(verbs: Verbs) -> None:
 
 
 def _add_data(verbs: Verbs) -> None:
-    data = verbs.add_parser("data", help="make a token store, or look into one").add_subparsers(
-        dest="subverb", required=True, metavar="prepare|inspect"
+    data = verbs.add_parser("data", help="make a token store, or look into one; filter and audit rows").add_subparsers(
+        dest="subverb", required=True, metavar="prepare|inspect|filter|audit"
     )
     text = "from text, dialogues, pairs or tokens to a token store; resumable"
     parser = _add_verb(data, "prepare", "data_prepare", text)
@@ -236,6 +237,19 @@ def _add_data(verbs: Verbs) -> None:
     parser.add_argument(
         "--seq_len", type=number(int, Range(0, 2**27)), default=0, help="show rows of so many tokens, as a stage packs them"
     )
+    _add_filter_and_audit(data)
+
+
+def _add_filter_and_audit(data: Verbs) -> None:
+    parser = _add_verb(data, "filter", "data_filter", "drop rows that should not be trained on, counted and listed by reason")
+    for add in (_add_input, _add_output, _add_fields, _add_json):
+        add(parser)
+    quality_flags.add_filter(parser, number)
+    text = "what a corpus consists of: a random sample, labelled by hand or a judge, and shares with intervals"
+    parser = _add_verb(data, "audit", "data_audit", text)
+    for add in (_add_input, _add_fields, _add_seed, _add_json):
+        add(parser)
+    quality_flags.add_audit(parser, number, path)
 
 
 def _add_score(verbs: Verbs) -> None:

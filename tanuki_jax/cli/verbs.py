@@ -17,6 +17,7 @@ from tanuki_jax.config.schema import MOE_KEYS, Tokenizer, range_of
 from tanuki_jax.errors import UserError
 
 if TYPE_CHECKING:
+    from tanuki_jax.config.synthesis import Endpoint
     from tanuki_jax.data import tokenizer as data_tokenizer
     from tanuki_jax.data.sources import Fields
     from tanuki_jax.model import Sampling
@@ -223,6 +224,55 @@ def _data_inspect(options: argparse.Namespace) -> None:
     _print(options, document, document["text"])
 
 
+def _data_filter(options: argparse.Namespace) -> None:
+    from tanuki_jax.config.synthesis import Filters
+    from tanuki_jax.data.filters import filter_files
+
+    names = Filters.__dataclass_fields__
+    filters = Filters(**{name: getattr(options, name) for name in names})
+    summary = filter_files(
+        options.input,
+        filters,
+        _new_output(options.output),
+        against=options.against,
+        fields=_fields(options),
+        skip_invalid=options.skip_invalid,
+        judge=_judge(options),
+    )
+    _print(options, summary.as_json(), f"{summary}\n{options.output}: rows.jsonl, dropped.jsonl, summary.json")
+
+
+def _data_audit(options: argparse.Namespace) -> None:
+    from tanuki_jax.data import audit
+
+    opened = audit.open_audit(
+        options.input,
+        options.output,
+        options.sample,
+        options.seed,
+        audit.read_categories(options.categories),
+        _fields(options),
+    )
+    if judge := _judge(options):
+        audit.label_by_judge(opened, judge)
+    elif options.page_only:
+        audit.write_page(opened)
+        print(f"label the rows on {opened.directory / 'page.html'}, then put its labels.jsonl beside it", file=sys.stderr)
+    else:
+        audit.serve(opened, options.port)
+    result = opened.finish()
+    _print(options, result, audit.table(result["shares"], result["sample"]))
+
+
+def _judge(options: argparse.Namespace) -> Endpoint | None:
+    """The endpoint of --judge."""
+    from tanuki_jax.config.synthesis import Endpoint
+
+    if not options.judge:
+        return None
+    return Endpoint(base_url=options.judge, model=options.judge_model, api_key_env=options.judge_api_key_env)
+
+
 def _score(options: argparse.Namespace) -> None:
     from tanuki_jax import checkpoint
     from tanuki_jax.data import sources
@@ -330,6 +380,8 @@ WORK: dict[str, Callable[[argparse.Namespace], None]] = {
     "tokenizer_report": _tokenizer_report,
     "data_prepare": _data_prepare,
     "data_inspect": _data_inspect,
+    "data_filter": _data_filter,
+    "data_audit": _data_audit,
     "score": _score,
     "generate": _generate,
     "chat": _chat,

@@ -1,0 +1,6 @@
+"""What is dropped of rows before they are trained on, and why: `tanuki data filter`, and `filters` of a source."""
+
+from tanuki_jax.data.filters.filtered_files import Summary, filter_files
+from tanuki_jax.data.filters.filtering import REASONS, check_settings, filter_rows
+
+__all__ = ["REASONS", "Summary", "check_settings", "filter_files", "filter_rows"]
