@@ -25,7 +25,7 @@ class ChatModel(NamedTuple):
     """A model to talk to."""
 
     cfg: config.ModelConfig
-    params: Params
+    params: Params | model.slots.Weights
     tokenizer: Tokenizer
     max_seq_len: int = 0  # tokens that a conversation may have; 0 = any number
 

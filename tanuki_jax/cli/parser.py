@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
 from tanuki_jax import launch
-from tanuki_jax.config.ranges import AMOUNT, LARGEST, SEED, TEMPERATURE, TOP_P, Range
+from tanuki_jax.config.ranges import AMOUNT, LARGEST, MIN_P, REPETITION_PENALTY, SEED, TEMPERATURE, TOP_K, TOP_P, Range
 from tanuki_jax.config.schema import CHOICES, Model, Recipe, Scoring, Source, Tokenizer, Upcycle, range_of
 from tanuki_jax.errors import UserError
 
@@ -335,6 +335,18 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     _add_key(parser, Scoring, "max_new_tokens", "longest answer", default=256)
     parser.add_argument("--temperature", type=number(float, TEMPERATURE), default=0.0, help="0 = the likeliest token (default)")
     parser.add_argument("--top_p", type=number(float, TOP_P), default=1.0, help="share of the probability that is sampled from")
+    parser.add_argument(
+        "--top_k", type=number(int, TOP_K), default=0, help="only the likeliest so many tokens; 0 = all (default)"
+    )
+    parser.add_argument(
+        "--min_p", type=number(float, MIN_P), default=0.0, help="least share of the likeliest token's probability"
+    )
+    parser.add_argument(
+        "--repetition_penalty",
+        type=number(float, REPETITION_PENALTY),
+        default=1.0,
+        help="divides the logits of tokens that the text holds; 1 = none (default)",
+    )
     _add_seed(parser)
 
 

@@ -245,7 +245,8 @@ def _sampling(options: argparse.Namespace, tokenizer: data_tokenizer.Tokenizer) 
     from tanuki_jax.data.chat import stop_ids
     from tanuki_jax.model import Sampling
 
-    return Sampling(options.max_new_tokens, options.temperature, options.top_p, stop_ids(tokenizer))
+    names = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    return Sampling(stop=stop_ids(tokenizer), **{name: getattr(options, name) for name in names})
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -261,7 +262,7 @@ def _generate(options: argparse.Namespace) -> None:
 
 
 def _chat(options: argparse.Namespace) -> None:
-    from tanuki_jax import checkpoint
+    from tanuki_jax import checkpoint, model
     from tanuki_jax.cli.chat import ChatModel, chat, stored_questions
     from tanuki_jax.data.tokenizer import Tokenizer
 
@@ -269,7 +270,7 @@ def _chat(options: argparse.Namespace) -> None:
     tokenizer = Tokenizer(loaded.tokenizer_directory)
     newest = checkpoint.locate(options.checkpoint) == checkpoint.locate(loaded.stage_directory)
     chat(
-        ChatModel(loaded.cfg, loaded.params, tokenizer, checkpoint.max_seq_len(loaded.meta)),
+        ChatModel(loaded.cfg, model.slots.unstack(loaded.cfg, loaded.params), tokenizer, checkpoint.max_seq_len(loaded.meta)),
         _sampling(options, tokenizer),
         options.seed,
         questions=stored_questions(loaded.stage_directory) if newest else (),  # they were answered by the newest step

@@ -45,3 +45,4 @@ COEFFICIENT = Range(0, 1000)
 SEED = Range(-(2**63), 2**63 - 1)  # what jax.random.key takes
 # What has no key in a config, but a flag; float32 tells no smaller ones from 0, and a temperature of 0 is the likeliest token.
 TEMPERATURE, TOP_P = Range(1e-3, 1000, besides=0), Range(1e-6, 1)
+TOP_K, MIN_P, REPETITION_PENALTY = Range(0, 2**24), Range(0, 1), Range(0.01, 100)

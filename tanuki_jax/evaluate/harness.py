@@ -105,13 +105,14 @@ class Harness(TemplateLM):
         groups: dict[Sampling, list[int]] = {}
         for number, request in enumerate(requests):
             groups.setdefault(self._sampling(request.args[1]), []).append(number)
+        weights = model.slots.unstack(self._loaded.cfg, self._loaded.params)
         for sampling, numbers in groups.items():
             prompts = {n: self.tok_encode(requests[n].args[0])[-(self.max_length - sampling.max_new_tokens) :] for n in numbers}
             numbers.sort(key=lambda n: len(prompts[n]))
             for start in range(0, len(numbers), self.batch_size):
                 batch = numbers[start : start + self.batch_size]
                 filled = [prompts[n] or [self.prefix_token_id] for n in batch]
-                results = model.generate(self._loaded.cfg, self._loaded.params, filled, sampling)
+                results = model.generate(self._loaded.cfg, weights, filled, sampling)
                 for n, ids in zip(batch, results, strict=True):
                     answers[n] = _cut_at(self._tokenizer.decode(ids), requests[n].args[1].get("until") or [])
         return answers
@@ -120,7 +121,15 @@ class Harness(TemplateLM):
         sampled = options.get("do_sample", options.get("temperature", 0) > 0)
         max_new_tokens = int(options.get("max_gen_toks", self.max_new_tokens))
         temperature = float(options.get("temperature", 1.0)) if sampled else 0.0
-        return Sampling(max_new_tokens, temperature, float(options.get("top_p", 1.0)), chat.stop_ids(self._tokenizer))
+        return Sampling(
+            max_new_tokens,
+            temperature,
+            float(options.get("top_p", 1.0)),
+            chat.stop_ids(self._tokenizer),
+            int(options.get("top_k", 0)),
+            float(options.get("min_p", 0.0)),
+            float(options.get("repetition_penalty", 1.0)),
+        )
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The rendered conversation; without a generation prompt it continues the last message, as hf's does."""

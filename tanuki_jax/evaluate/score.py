@@ -130,11 +130,12 @@ def answers(
     prompts = [chat.encode_chat(tokenizer, messages, add_generation_prompt=True)[0] for messages in conversations]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     result = [""] * len(prompts)
+    weights = model.slots.unstack(cfg, params)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         # The last batch is padded with repetitions, so that all have one shape.
         filled = (chosen * batch_size)[:batch_size] if start else chosen
-        for i, ids in zip(chosen, model.generate(cfg, params, [prompts[j] for j in filled], sampling), strict=False):
+        for i, ids in zip(chosen, model.generate(cfg, weights, [prompts[j] for j in filled], sampling), strict=False):
             result[i] = tokenizer.decode(ids)
     return result
 

@@ -155,6 +155,6 @@ def _apply_experts(
         y_BSD, kept_BSk = ffn(x_BSD, weights_BSk, experts_BSk, valid_BS, whole)
         return (jax.lax.psum(y_BSD, "tensor") if f_axis else y_BSD), kept_BSk
 
-    tokens = parallel.activation_spec("BS")
+    tokens = parallel.spec("BS", "activation", mesh, x_BSD.shape[:2])  # a single token is not split over `context`
     specs = (tokens, tokens, tokens, tokens, stored)
     return jax.shard_map(ffn_local, in_specs=specs, out_specs=(tokens, tokens), check_vma=False)(*arguments)

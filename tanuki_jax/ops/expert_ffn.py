@@ -18,6 +18,7 @@ from tanuki_jax.ops.grouped_matmul import grouped_matmul
 # Capacities, relative to a perfectly even load, that the padded layout tries in turn; the last resort is T rows.
 CAPACITY_FACTORS = (1.25, 2.0)
 SMALL_BATCH = 256  # tokens up to which T rows per expert cost too little to choose
+FEW_ROWS = 256  # of the padded layout of a few tokens, up to which a CPU computes them faster than a loop over blocks begins
 DEFAULT_IMPL = {"cpu": "blocked", "gpu": "mosaic", "tpu": "pallas"}
 
 
@@ -64,7 +65,7 @@ def expert_ffn(
           (`grouped_matmul`);
         "padded": all experts have the same capacity, the smallest that holds the fullest one;
         "reference": every expert for every token;
-        "auto": by platform; on GPUs "mosaic" where its kernels fit, else "padded".
+        "auto": by platform; "padded" for a few tokens on CPUs, and on GPUs where the kernels of "mosaic" do not fit.
       capacity_factor: 0 is dropless.  Else an expert takes the first ceil(capacity_factor * T*k / E) assignments of these T
         tokens and drops the others, which then count 0 (Switch Transformer, Fedus et al. 2021); the layout is "padded".
       valid_T: bool, with a capacity: tokens that are not padding.  Only they take capacity, and only they count in the T
@@ -79,7 +80,8 @@ def expert_ffn(
     matrices = ExpertMatrices(gate_EDF, up_EDF, down_EFD)
     if impl == "auto":
         impl = DEFAULT_IMPL.get(platform(), "ragged")
-        if impl == "mosaic" and not mosaic_gpu.fits(gate_EDF):
+        few = impl == "blocked" and T * gate_EDF.shape[0] <= FEW_ROWS
+        if few or (impl == "mosaic" and not mosaic_gpu.fits(gate_EDF)):
             impl = "padded"
     all_Tk = jnp.ones((T, k), bool)
     if impl == "reference" and not capacity_factor:

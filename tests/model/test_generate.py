@@ -119,8 +119,8 @@ def test_a_stream_ends_before_its_stop_token_whichever_it_is():
 
 def test_a_stream_gives_a_token_before_it_makes_the_next(monkeypatch):
     steps = []
-    real = streaming._step
-    monkeypatch.setattr(streaming, "_step", lambda *args: (steps.append(args), real(*args))[1])
+    real = streaming.slots.step
+    monkeypatch.setattr(streaming.slots, "step", lambda *args: (steps.append(args), real(*args))[1])
     tokens = model.stream(CFG, PARAMS, PROMPTS[0], Sampling(max_new_tokens=6))
     for number in (1, 2, 3):
         next(tokens)
@@ -129,7 +129,7 @@ def test_a_stream_gives_a_token_before_it_makes_the_next(monkeypatch):
 
 def test_streams_of_any_length_up_to_a_power_of_two_are_two_programs():
     def compiled():
-        return streaming._prefill._cache_size(), streaming._step._cache_size()
+        return model.slots.admit._cache_size(), model.slots.step._cache_size()
 
     list(model.stream(CFG, PARAMS, [5], Sampling(max_new_tokens=3)))
     before = compiled()

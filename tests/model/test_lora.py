@@ -237,14 +237,17 @@ def one_branch(tree, target):
     return {"layers": {kind: {name: tree["layers"][kind][name]}}}
 
 
-def test_decoding_uses_them_too():
+@pytest.mark.parametrize("target", ["everything", "attn/v", "mlp/up", "moe/down", "moe/router"])
+def test_decoding_uses_them_too(target):
+    """In layers of either kind, beside the others or as the only one."""
     cfg, params = MODELS["mixed"], everything("mixed")
-    tokens = jnp.asarray(np.random.default_rng(0).integers(1, 96, (2, 6)), jnp.int32)
-    positions = jnp.broadcast_to(jnp.arange(6), (2, 6))
-    cache = model.empty_cache(cfg, 2, 8)
-    hidden, _ = jax.jit(model.decode, static_argnums=0)(cfg, params, cache, tokens, positions)
-    whole = {"tokens": tokens, "positions": positions, "segment_ids": jnp.ones_like(tokens)}
-    assert_close({"h": hidden}, {"h": apply(cfg, jax.tree.map(jnp.asarray, added_by_hand(params)), whole).hidden})
+    if target != "everything":
+        base, trained, scales = adapted("mixed")
+        params = {**base, "lora": one_branch(trained["lora"], target), "lora_scale": one_branch(scales["lora_scale"], target)}
+    tokens = np.random.default_rng(0).integers(1, 96, (2, 6))
+    found = model.slots.score(cfg, model.slots.unstack(cfg, params), tokens)
+    expected = model.slots.score(cfg, model.slots.unstack(cfg, added_by_hand(params)), tokens)
+    assert_close({"scores": found.logprobs}, {"scores": expected.logprobs})
 
 
 def test_flops_are_four_per_frozen_weight_plus_attention():

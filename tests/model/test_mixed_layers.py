@@ -273,25 +273,6 @@ def test_what_is_kept_for_the_backward_pass_and_the_unrolling_change_no_gradient
     assert_close(gradient(cfg, params_of("in the middle"), batch_of(cfg)), gradient_of("in the middle"), 1e-5)
 
 
-@pytest.mark.parametrize("name", [VARIED[0], *(pytest.param(name, marks=pytest.mark.slow) for name in list(MODELS)[:2])])
-def test_cached_decoding_equals_the_forward_pass(name):
-    cfg, params = MODELS[name], params_of(name)
-    length = 9
-    tokens = jax.random.randint(jax.random.key(1), (3, length), 0, cfg.vocab_size)
-    positions = jnp.broadcast_to(jnp.arange(length), (3, length))
-    expected = apply(cfg, params, {"tokens": tokens, "segment_ids": jnp.ones_like(tokens), "positions": positions}).hidden
-    decode = jax.jit(model.decode, static_argnums=0)
-    empty = model.empty_cache(cfg, 3, 12)
-    first, cache = decode(cfg, params, empty, tokens[:, :5], positions[:, :5])
-    assert jax.tree.map(jnp.shape, cache) == jax.tree.map(jnp.shape, empty)
-    assert all((np.abs(np.asarray(c)[:, :, :5]).max(axis=(1, 2, 3, 4)) > 0).all() for c in cache.values())  # every layer's
-    found = [first]
-    for t in range(5, length):
-        step, cache = decode(cfg, params, cache, tokens[:, t : t + 1], positions[:, t : t + 1])
-        found.append(step)
-    np.testing.assert_allclose(jnp.concatenate(found, axis=1), expected, rtol=1e-4, atol=1e-5)
-
-
 def test_eight_devices_compute_what_one_does():
     # An expert's F of 13 does not divide over tensor.
     cfg = with_options(MODELS["in the middle"], n_layers=3, expert_d_ff=13, expert_impl="auto")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tanuki_jax import config, model, parallel
-from tests.tiny import QUICK, apply, as_arrays, init, packed_batch, random_params, small, with_options
+from tests.tiny import apply, as_arrays, init, packed_batch, random_params, small, with_options
 
 MODELS = {"dense": small(), "mixture": small(n_experts=4)}
 
@@ -79,22 +79,6 @@ def test_packing_changes_nothing():
         np.testing.assert_allclose(
             apply(cfg, params, as_arrays(alone)).hidden[0, : inside.sum()], out[inside], rtol=1e-4, atol=1e-5
         )
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_cached_decoding_equals_the_forward_pass_token_by_token(name):
-    cfg, params = with_options(MODELS[name], **QUICK), random_params(MODELS[name])
-    tokens = jax.random.randint(jax.random.key(1), (3, 11), 0, cfg.vocab_size)
-    positions = jnp.broadcast_to(jnp.arange(11), (3, 11))
-    batch = {"tokens": tokens, "segment_ids": jnp.ones_like(tokens), "positions": positions}
-    expected = apply(cfg, params, batch).hidden
-    decode = jax.jit(model.decode, static_argnums=0)
-    first, cache = decode(cfg, params, model.empty_cache(cfg, 3, 16), tokens[:, :4], positions[:, :4])
-    found = [first]
-    for t in range(4, 11):
-        step, cache = decode(cfg, params, cache, tokens[:, t : t + 1], positions[:, t : t + 1])
-        found.append(step)
-    np.testing.assert_allclose(jnp.concatenate(found, axis=1), expected, rtol=1e-4, atol=1e-5)
 
 
 @functools.cache
