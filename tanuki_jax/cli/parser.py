@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, NoReturn, TypeAlias
 
 from tanuki_jax import launch
 from tanuki_jax.cli import quality_flags
-from tanuki_jax.config.ranges import AMOUNT, LARGEST, MIN_P, REPETITION_PENALTY, SEED, TEMPERATURE, TOP_K, TOP_P, Range
-from tanuki_jax.config.schema import CHOICES, Model, Recipe, Scoring, Source, Tokenizer, Upcycle, range_of
+from tanuki_jax.cli.flags import (
+    add_checkpoint,
+    add_choice,
+    add_fields,
+    add_input,
+    add_json,
+    add_key,
+    add_output,
+    add_padded_vocab_size,
+    add_sampling,
+    add_seed,
+    add_tokenizer_directory,
+    number,
+    path,
+    stage,
+)
+from tanuki_jax.config.ranges import AMOUNT, LARGEST, Range
+from tanuki_jax.config.schema import CHOICES, Model, Source, Tokenizer, Upcycle
 from tanuki_jax.errors import UserError
 
 HELP = """\
@@ -91,7 +106,7 @@ def _add_plan(verbs: Verbs) -> None:
         "--explain_sharding", action="store_true", help="how every parameter and activation is split; no compilation"
     )
     parser.epilog = CONFIG_EPILOG
-    _add_json(parser)
+    add_json(parser)
 
 
 def _add_upcycle(verbs: Verbs) -> None:
@@ -102,18 +117,18 @@ def _add_upcycle(verbs: Verbs) -> None:
         required=True,
         help="a dense stage's directory, or a Hugging Face Llama directory; several, comma-separated, give the experts in turn",
     )
-    _add_output(parser)
+    add_output(parser)
     text = "the dense FFN; with noise (default, Tanuki); partly drawn anew (Drop-Upcycling); split (virtual groups)"
-    _add_choice(parser, Upcycle, "strategy", text)
-    _add_key(parser, Upcycle, "noise_std", "noise: absolute standard deviation on every FFN weight")
-    _add_key(parser, Upcycle, "drop_ratio", "drop: share of the inner dimensions that is drawn anew")
-    _add_choice(parser, Upcycle, "router_init", "the new router's distribution")
-    _add_key(parser, Upcycle, "router_std", "standard deviation of the new router; Tanuki: 1")
-    _add_key(parser, Model, "n_experts", "experts of each block", default=8)
-    _add_key(parser, Model, "top_k", "experts that a token visits")
-    _add_key(parser, Model, "expert_d_ff", "groups: inner width of an expert, a divisor of the dense one; 0 = the same")
-    _add_key(parser, Model, "first_dense", "layers at the beginning that stay dense")
-    _add_key(parser, Model, "moe_every", "of the other layers every n-th becomes a mixture")
+    add_choice(parser, Upcycle, "strategy", text)
+    add_key(parser, Upcycle, "noise_std", "noise: absolute standard deviation on every FFN weight")
+    add_key(parser, Upcycle, "drop_ratio", "drop: share of the inner dimensions that is drawn anew")
+    add_choice(parser, Upcycle, "router_init", "the new router's distribution")
+    add_key(parser, Upcycle, "router_std", "standard deviation of the new router; Tanuki: 1")
+    add_key(parser, Model, "n_experts", "experts of each block", default=8)
+    add_key(parser, Model, "top_k", "experts that a token visits")
+    add_key(parser, Model, "expert_d_ff", "groups: inner width of an expert, a divisor of the dense one; 0 = the same")
+    add_key(parser, Model, "first_dense", "layers at the beginning that stay dense")
+    add_key(parser, Model, "moe_every", "of the other layers every n-th becomes a mixture")
     parser.add_argument(
         "--no_normalized_gate",
         dest="normalized_gate",
@@ -121,7 +136,7 @@ def _add_upcycle(verbs: Verbs) -> None:
         default=Model.normalized_gate,
         help="Mixtral's gate instead of Tanuki's normalised one",
     )
-    _add_key(parser, Model, "gate_scale", "lambda of the normalised gate")
+    add_key(parser, Model, "gate_scale", "lambda of the normalised gate")
     parser.add_argument(
         "--router_bias",
         action="store_true",
@@ -129,7 +144,7 @@ def _add_upcycle(verbs: Verbs) -> None:
         help="with a bias of each expert for loss-free balancing, at 0",
     )
     parser.add_argument("--param_dtype", choices=CHOICES["param_dtype"], help="of the output; the checkpoint's without it")
-    _add_seed(parser)
+    add_seed(parser)
     parser.add_argument("--dry_run", action="store_true", help="only print what would come out, with time and memory")
     parser.epilog = (
         "Layer by layer: memory holds one dense layer and one expert.  A few random tokens go through both models on the way, "
@@ -148,11 +163,11 @@ def _add_import_and_export(verbs: Verbs) -> None:
     parser.add_argument(
         "--param_dtype", choices=CHOICES["param_dtype"], default="", help="cast all weights; without it they come as they are"
     )
-    _add_padded_vocab_size(parser)
-    _add_output(parser)
+    add_padded_vocab_size(parser)
+    add_output(parser)
     parser = _add_verb(verbs, "export", "export", "a checkpoint to a Hugging Face directory; streamed, exact")
-    _add_checkpoint(parser)
-    _add_output(parser)
+    add_checkpoint(parser)
+    add_output(parser)
     parser.add_argument(
         "--format",
         choices=("hf", "peft"),
@@ -166,7 +181,7 @@ def _add_import_and_export(verbs: Verbs) -> None:
         default="",
         help="hf: cast the matrices; without it they stay as they are",
     )
-    _add_padded_vocab_size(parser)
+    add_padded_vocab_size(parser)
 
 
 def _add_tokenizer(verbs: Verbs) -> None:
@@ -174,21 +189,21 @@ def _add_tokenizer(verbs: Verbs) -> None:
         dest="subverb", required=True, metavar="train|report"
     )
     parser = _add_verb(tokenizer, "train", "tokenizer_train", "MeCab-bounded SentencePiece from text to tokenizer.json")
-    _add_input(parser)
-    _add_output(parser)
-    _add_fields(parser)
-    _add_key(parser, Tokenizer, "vocab_size", "pieces")
-    _add_key(parser, Tokenizer, "character_coverage", "share of characters with a piece of their own")
-    _add_choice(parser, Tokenizer, "boundary", "what no piece may cross (default %(default)s; the paper: morpheme)")
-    _add_choice(parser, Tokenizer, "dictionary", "of MeCab (default %(default)s)")
+    add_input(parser)
+    add_output(parser)
+    add_fields(parser)
+    add_key(parser, Tokenizer, "vocab_size", "pieces")
+    add_key(parser, Tokenizer, "character_coverage", "share of characters with a piece of their own")
+    add_choice(parser, Tokenizer, "boundary", "what no piece may cross (default %(default)s; the paper: morpheme)")
+    add_choice(parser, Tokenizer, "dictionary", "of MeCab (default %(default)s)")
     parser.add_argument("--language_weights", default="", help="share of the vocabulary of each language: ja=0.65,en=0.35")
 
     text = "compression, round trip, boundaries and vocabulary use of tokenizers"
     parser = _add_verb(tokenizer, "report", "tokenizer_report", text)
-    _add_tokenizer_directory(parser)
-    _add_input(parser)
-    _add_fields(parser)
-    _add_json(parser)
+    add_tokenizer_directory(parser)
+    add_input(parser)
+    add_fields(parser)
+    add_json(parser)
     parser.add_argument("--compare", default="", help="other tokenizers, comma-separated: directories, tokenizer.json, .model")
     parser.add_argument(
         "--boundary",
@@ -205,10 +220,10 @@ def _add_data(verbs: Verbs) -> None:
     )
     text = "from text, dialogues, pairs or tokens to a token store; resumable"
     parser = _add_verb(data, "prepare", "data_prepare", text)
-    _add_input(parser)
-    _add_tokenizer_directory(parser)
-    _add_output(parser)
-    _add_fields(parser)
+    add_input(parser)
+    add_tokenizer_directory(parser)
+    add_output(parser)
+    add_fields(parser)
     parser.add_argument(
         "--skip_invalid",
         action="store_true",
@@ -231,8 +246,8 @@ def _add_data(verbs: Verbs) -> None:
     parser.epilog = "Killed, the same command goes on from the last finished shard; the result has the same bytes."
     parser = _add_verb(data, "inspect", "data_inspect", "what a token store holds")
     parser.add_argument("--data", type=path, required=True, help="directory of the token store")
-    _add_tokenizer_directory(parser)
-    _add_json(parser)
+    add_tokenizer_directory(parser)
+    add_json(parser)
     parser.add_argument("--rows", type=number(int, AMOUNT), default=3, help="documents or rows shown (default %(default)s)")
     parser.add_argument(
         "--seq_len", type=number(int, Range(0, 2**27)), default=0, help="show rows of so many tokens, as a stage packs them"
@@ -242,38 +257,38 @@ def _add_data(verbs: Verbs) -> None:
 
 def _add_filter_and_audit(data: Verbs) -> None:
     parser = _add_verb(data, "filter", "data_filter", "drop rows that should not be trained on, counted and listed by reason")
-    for add in (_add_input, _add_output, _add_fields, _add_json):
+    for add in (add_input, add_output, add_fields, add_json):
         add(parser)
-    quality_flags.add_filter(parser, number)
+    quality_flags.add_filter(parser)
     text = "what a corpus consists of: a random sample, labelled by hand or a judge, and shares with intervals"
     parser = _add_verb(data, "audit", "data_audit", text)
-    for add in (_add_input, _add_fields, _add_seed, _add_json):
+    for add in (add_input, add_fields, add_seed, add_json):
         add(parser)
-    quality_flags.add_audit(parser, number, path)
+    quality_flags.add_audit(parser)
 
 
 def _add_score(verbs: Verbs) -> None:
     parser = _add_verb(verbs, "score", "score", "log-probabilities of given texts")
-    _add_checkpoint(parser)
-    _add_input(parser)
-    _add_json(parser)
+    add_checkpoint(parser)
+    add_input(parser)
+    add_json(parser)
 
 
 def _add_generate_and_chat(verbs: Verbs) -> None:
     parser = _add_verb(verbs, "generate", "generate", "continue a text")
-    _add_checkpoint(parser)
-    _add_sampling(parser)
-    _add_json(parser)
+    add_checkpoint(parser)
+    add_sampling(parser)
+    add_json(parser)
     parser.add_argument("--prompt", required=True, help="the text to continue")
     parser = _add_verb(verbs, "chat", "chat", "talk to a trained model")
-    _add_checkpoint(parser)
-    _add_sampling(parser)
+    add_checkpoint(parser)
+    add_sampling(parser)
     parser.epilog = "/new begins a new conversation, /quit or the end of input leaves; Ctrl-C ends an answer, twice it leaves."
 
 
 def _add_serve(verbs: Verbs) -> None:
     parser = _add_verb(verbs, "serve", "serve", "a checkpoint behind an OpenAI-compatible HTTP server, with a page to chat")
-    _add_checkpoint(parser)
+    add_checkpoint(parser)
     parser.add_argument("--port", type=number(int, Range(1, 65_535)), required=True, help="where it listens")
     parser.add_argument("--host", default="127.0.0.1", help="whose address it listens at: %(default)s is this machine alone")
     sizes = {
@@ -296,7 +311,7 @@ def _add_synth(verbs: Verbs) -> None:
     parser.add_argument("--name", default="", help="one entry of the recipe's `synth`; without it every one")
     parser.add_argument("--dry_run", action="store_true", help="only print how much would be asked, and what it costs at most")
     parser.epilog = f"{CONFIG_EPILOG}  Killed, or out of budget, the same command goes on; nothing is asked twice."
-    _add_json(parser)
+    add_json(parser)
 
 
 def _add_launch(verbs: Verbs) -> None:
@@ -318,90 +333,6 @@ def _add_launch(verbs: Verbs) -> None:
         parser.epilog = f"actions:\n{listed}\n\nlaunch/README.md leads through it."
 
 
-# --- flags that mean the same everywhere ------------------------------------------------------------------------------
-
-
-def _add_input(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--input", required=True, help="comma-separated globs of .txt, .jsonl[.gz|.zst], .parquet, ... (docs/data.md)"
-    )
-
-
-def _add_fields(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--text_field", default=Source.text, help="field with the text, a.b if nested (default %(default)s)")
-    parser.add_argument("--language_field", default="", help="field with the language tag, meta.lang for example")
-    _add_choice(parser, Source, "row_format", "how rows that can be read in several ways are read (docs/data.md)")
-
-
-def _add_output(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", type=path, required=True, help="directory to write; it must not be there yet")
-
-
-def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", type=path, required=True, help="a stage's directory (its newest step) or one step's")
-
-
-def _add_tokenizer_directory(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--tokenizer", type=path, required=True, help="directory with tokenizer.json")
-
-
-def _add_json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
-
-
-def _add_seed(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--seed", type=number(int, SEED), default=Recipe.seed, help="of everything random (default %(default)s)"
-    )
-
-
-def _add_sampling(parser: argparse.ArgumentParser) -> None:
-    _add_key(parser, Scoring, "max_new_tokens", "longest answer", default=256)
-    parser.add_argument("--temperature", type=number(float, TEMPERATURE), default=0.0, help="0 = the likeliest token (default)")
-    parser.add_argument("--top_p", type=number(float, TOP_P), default=1.0, help="share of the probability that is sampled from")
-    parser.add_argument(
-        "--top_k", type=number(int, TOP_K), default=0, help="only the likeliest so many tokens; 0 = all (default)"
-    )
-    parser.add_argument(
-        "--min_p", type=number(float, MIN_P), default=0.0, help="least share of the likeliest token's probability"
-    )
-    parser.add_argument(
-        "--repetition_penalty",
-        type=number(float, REPETITION_PENALTY),
-        default=1.0,
-        help="divides the logits of tokens that the text holds; 1 = none (default)",
-    )
-    _add_seed(parser)
-
-
-def _add_padded_vocab_size(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--vocab_size",
-        type=number(int, Range(0, 2**24)),
-        default=0,
-        help="rows of embedding and head: less cuts padding off, more adds zeros; 0 = as is",
-    )
-
-
-def _add_key(parser: argparse.ArgumentParser, schema: type, name: str, text: str, default: float | None = None) -> None:
-    """A flag that is a numeric key of the schema: its type, range and, where no other is given, its default."""
-    schema_default = getattr(schema, name)
-    parser.add_argument(
-        f"--{name}",
-        type=number(type(schema_default), range_of(schema, name)),
-        default=schema_default if default is None else default,
-        help=f"{text} (default %(default)s)",
-    )
-
-
-def _add_choice(parser: argparse.ArgumentParser, schema: type, name: str, text: str) -> None:
-    """A flag that is a key of the schema with a few possible values: these, and its default."""
-    parser.add_argument(f"--{name}", choices=CHOICES[name], default=getattr(schema, name), help=text)
-
-
-# --- reading flags ----------------------------------------------------------------------------------------------------
-
-
 def split_config(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """The flags of the config, each as `--config.key=value` even where a space stands for the equals sign, and the others."""
     config_flags, others, left = [], [], list(arguments)
@@ -414,36 +345,3 @@ def split_config(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
             flag += f"={left.pop(0)}"
         config_flags.append(flag)
     return config_flags, others
-
-
-def number(kind: type[int] | type[float], allowed: Range) -> Callable[[str], float]:
-    """A flag's type for argparse: a number in a range."""
-
-    def parse(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text[:80]!r} is not a {'whole ' * (kind is int)}number") from None
-        if value not in allowed:
-            raise argparse.ArgumentTypeError(f"it is {text[:80]}; it must be {allowed.describe()}")
-        return value
-
-    return parse
-
-
-def stage(text: str) -> str:
-    """The name of one stage."""
-    if not text:
-        raise argparse.ArgumentTypeError("it is empty; name a stage, or use `tanuki run` for all")
-    return text
-
-
-def path(text: str) -> Path:
-    """A path that the file system accepts."""
-    if not text or "\0" in text:
-        raise argparse.ArgumentTypeError("a path holds no NUL" if text else "it is empty; name a file or directory")
-    try:
-        Path(text).exists()
-    except OSError as error:
-        raise argparse.ArgumentTypeError(f"{text[:80]!r}: {error.strerror}") from None
-    return Path(text)

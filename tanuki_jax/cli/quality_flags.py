@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from pathlib import Path
-from typing import TypeAlias
 
+from tanuki_jax.cli.flags import number, path
 from tanuki_jax.config.ranges import Range
 from tanuki_jax.config.synthesis import PII, Endpoint, Filters
 
-NumberType: TypeAlias = Callable[[type, Range], Callable[[str], float]]  # parser.number
 
-
-def add_filter(parser: argparse.ArgumentParser, number: NumberType) -> None:
+def add_filter(parser: argparse.ArgumentParser) -> None:
     """One flag for each key of `Filters`, and what is compared with, and the judge."""
     parser.add_argument("--against", default="", help="globs of other sets, of whose rows near-duplicates are dropped, too")
     parser.add_argument("--skip_invalid", action="store_true", help="drop rows that cannot be read, instead of stopping at one")
@@ -26,12 +22,12 @@ def add_filter(parser: argparse.ArgumentParser, number: NumberType) -> None:
         elif isinstance(default, str):
             parser.add_argument(f"--{name}", choices=PII if name == "pii" else None, default=default, help=text)
         else:
-            kind = number(type(default), key.metadata["range"])
+            kind = number(int if isinstance(default, int) else float, key.metadata["range"])
             parser.add_argument(f"--{name}", type=kind, default=default, help=f"{text} (default %(default)s)")
     parser.epilog = "Killed while the judge is asked, the same command goes on with the answers that it has."
 
 
-def add_audit(parser: argparse.ArgumentParser, number: NumberType, path: Callable[[str], Path]) -> None:
+def add_audit(parser: argparse.ArgumentParser) -> None:
     """Size of the sample, categories, and who labels."""
     parser.add_argument("--output", type=path, required=True, help="directory of the audit; the same command goes on with it")
     parser.add_argument("--sample", type=number(int, Range(1, 1_000_000)), default=1500, help="rows (default %(default)s)")

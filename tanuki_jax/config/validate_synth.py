@@ -34,8 +34,8 @@ def check_made_rows(recipe: Recipe) -> None:
             raise UserError(f"config: stages.{name}.synth is for stages of kind synth; leave it out")
     for name, synth in recipe.synth.items():
         _check_synth(recipe, name, synth)
-    for stage in recipe.stages:
-        _check_makers(recipe, stage)
+    for reader in recipe.stages:
+        _check_makers(recipe, reader)
     for name in recipe.tokenizer.sources if not recipe.tokenizer.path else ():
         files = recipe.data[name].files if name in recipe.data else ""
         if files.startswith(MADE) and needs_stage(recipe, files.removeprefix(MADE)):

@@ -112,7 +112,7 @@ class Api:
         if origin and origin.partition("://")[2] != host:
             raise ApiError(403, "a page of another site may not ask this server", code="wrong_origin")
         if self._access.keys and not is_open:
-            sent = http.headers.get("authorization", "").removeprefix("Bearer ").strip().encode()
+            sent = http.headers.get("authorization", "").removeprefix("Bearer ").strip().encode("latin-1")  # as it came
             # All keys are compared, in constant time.
             if not sum(hmac.compare_digest(sent, key.encode()) for key in self._access.keys):
                 raise ApiError(401, "the API key is missing or wrong: Authorization: Bearer KEY", code="invalid_api_key")

@@ -13,7 +13,7 @@ from openai.types.chat import completion_create_params as chat_params
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict
 
-from tanuki_jax.config.ranges import SEED, Range
+from tanuki_jax.config.ranges import MIN_P, REPETITION_PENALTY, SEED, Range
 from tanuki_jax.data import chat
 from tanuki_jax.data.tokenizer import Tokenizer
 from tanuki_jax.serve.errors import ApiError
@@ -27,9 +27,9 @@ GREEDY = 1e-3  # temperatures below are 0
 RANGES = {
     "temperature": Range(0, 2),
     "top_p": Range(0, 1, open="low"),
-    "min_p": Range(0, 1),
+    "min_p": MIN_P,
     "top_k": Range(0, 2**24, besides=-1),
-    "repetition_penalty": Range(0, 10, open="low"),
+    "repetition_penalty": REPETITION_PENALTY,
     "n": Range(1, MAX_ROWS),
     "best_of": Range(1, MAX_ROWS),
     "seed": SEED,

@@ -7,6 +7,7 @@ import pytest
 
 from tanuki_jax import model, serve
 from tanuki_jax.checkpoint.restore import Loaded
+from tanuki_jax.cli.chat import text_pieces
 from tanuki_jax.data.chat import stop_ids
 from tanuki_jax.model import Sampling
 from tests.tiny import random_params, small
@@ -28,6 +29,10 @@ class Running(NamedTuple):
         """The same without the server: ids, without the one that ended them."""
         sampling = Sampling(n, temperature, top_p, stop_ids(self.tokenizer))
         return model.generate(CFG, self.params, [prompt], sampling, seed)[0]
+
+    def text(self, prompt, ids):
+        """The text of new ids, in which bytes that spell no character spoil no other."""
+        return "".join(text_pieces(self.tokenizer, prompt, ids))
 
 
 @pytest.fixture(scope="session")

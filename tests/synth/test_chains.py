@@ -1,8 +1,8 @@
 import json
 
 import pytest
-from tanuki_jax.endpoint import Answer
 
+from tanuki_jax.endpoint import Answer
 from tanuki_jax.synth import templates
 from tests.synth.scripted import context, reason, rows
 
