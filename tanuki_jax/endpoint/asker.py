@@ -19,7 +19,9 @@ from tanuki_jax.endpoint.summary import Summary
 from tanuki_jax.errors import Preempted, UserError
 
 EMPTY_TRIES = 4  # after which an answer is taken to be empty
-RATE_ROUNDS = 4  # times `retries`: pauses that an endpoint may ask for without an answer in between
+RATE_ROUNDS = 4  # times `retries` + 1: pauses that an endpoint may ask for without an answer in between
+MIN_STREAK = 8  # failures of any kind without an answer in between, or as many as may be under way: all wait
+STREAK_ROUNDS = 2  # times `retries` + 1: such pauses, after which the run ends
 BAD_REQUESTS = 20  # refused requests before the first answer, after which the run ends
 
 
@@ -110,7 +112,7 @@ class Asker:
                 pause = self._pause_before_retry(failure, faults, endpoint.retries)
                 if pause is None:
                     message = f"{failure}"
-                    if failure.kind == "empty":
+                    if faults["empty"] >= EMPTY_TRIES:
                         self._keep(record("empty", message=message))
                         raise NO_ANSWER["empty"]("empty", {"message": message}) from None
                     row = record(failure.kind, message=message)
@@ -171,26 +173,29 @@ class Asker:
         spent.add(Amount(0, prompt, completion, budget.cost(client.endpoint, prompt, completion)))
 
     def _hold_back(self, client: Client, gate: Gate, failure: Failure, began: float) -> None:
-        """A pause for all where the endpoint is not reachable, or asks for one; UserError where that does not end."""
-        retries = client.endpoint.retries
+        """A pause for all where the endpoint is in trouble; UserError where that does not end.
+
+        It is in trouble where it cannot be reached, asks to wait, or as many calls as may be under way failed in a row.
+        """
+        retries, limit = client.endpoint.retries, 0
+        gate.failures += 1
         if failure.kind == "unreachable":
-            if gate.pause(began, None) > retries:
-                raise UserError(
-                    f"{client.label}: {failure}, {gate.rounds} times in a row; what was answered is saved: "
-                    "start its server and run the same command again"
-                ) from failure
-        elif failure.kind == "rate_limit" or (failure.retry_after is not None and failure.kind == "server_error"):
-            if gate.pause(began, failure.retry_after) > RATE_ROUNDS * (retries + 1):
-                raise UserError(
-                    f"{client.label}: {failure}, {gate.rounds} times in a row; what was answered is saved: "
-                    "run the same command again later, or lower `concurrency`"
-                ) from failure
-        elif failure.kind == "bad_request" and not self._has_answer:
-            self._bad_requests += 1
+            limit, fix = retries, "start its server and run the same command again"
+        elif failure.kind == "rate_limit" or failure.retry_after is not None:
+            limit, fix = RATE_ROUNDS * (retries + 1), "run the same command again later, or lower `concurrency`"
+        elif failure.kind == "bad_request":
+            self._bad_requests += not self._has_answer
             if self._bad_requests >= BAD_REQUESTS:
-                raise UserError(
-                    f"{client.label}: refuses every request ({failure}); correct the endpoint's settings"
-                ) from failure
+                fix = f"it refuses every request ({failure}); correct the endpoint's settings"
+                raise UserError(f"{client.label}: {fix}") from failure
+            return
+        elif gate.failures >= max(MIN_STREAK, client.endpoint.concurrency):
+            limit, fix = STREAK_ROUNDS * (retries + 1), "look at its server and run the same command again"
+        else:
+            return
+        if gate.pause(began, failure.retry_after) > limit:
+            message = f"{failure}, {gate.rounds} times in a row; what was answered is saved"
+            raise UserError(f"{client.label}: {message}: {fix}") from failure
 
     def _pause_before_retry(self, failure: Failure, faults: Counter[str], retries: int) -> float | None:
         """Seconds to wait, without a place; None where there is to be no other try."""
@@ -201,7 +206,7 @@ class Asker:
         if failure.kind == "empty" and faults["empty"] >= EMPTY_TRIES:
             return None
         tries = faults.total() - faults["rate_limit"]
-        return back_off(tries - 1) if tries <= retries else None
+        return back_off(tries - 1, failure.kind) if tries <= retries else None
 
     def _keep(self, row: dict[str, Any]) -> None:
         self._answers.append(row)

@@ -7,7 +7,9 @@ import heapq
 import itertools
 import random
 
-MAX_PAUSE = 60.0  # seconds between two tries, unless the server asks for more
+MAX_BACK_OFF = {"server_error": 16.0, "busy": 16.0}  # seconds between two tries of a job, by the kind of failure
+OTHER_BACK_OFF = 2.0  # of a broken answer, which says little about the next one
+MAX_PAUSE = 60.0  # of all jobs, unless the server asks for more
 MAX_RETRY_AFTER = 600.0
 FIRST_PAUSE = 0.5
 
@@ -24,7 +26,7 @@ class Gate:
         self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []
         self._order = itertools.count()
         self._until = self._paused_at = float("-inf")
-        self.rounds = 0  # of failures since the last answer
+        self.failures = self.rounds = 0  # since the last answer: calls that failed, and pauses because of that
 
     async def acquire(self, number: int) -> None:
         """Waits for a place, and for the end of a pause."""
@@ -59,7 +61,7 @@ class Gate:
 
     def reset(self) -> None:
         """There was an answer."""
-        self.rounds = 0
+        self.failures = self.rounds = 0
 
     def pause(self, began: float, retry_after: float | None) -> int:
         """Holds everyone back after a failed call that began at `began` (the loop's time); returns the number of rounds.
@@ -71,12 +73,12 @@ class Gate:
             self.rounds += 1
             self._paused_at = now
             if retry_after is None:
-                self._until = max(self._until, now + min(MAX_PAUSE, FIRST_PAUSE * 2.0 ** (self.rounds - 1)))
+                self._until = max(self._until, now + min(MAX_PAUSE, FIRST_PAUSE * 2.0 ** min(self.rounds - 1, 30)))
         if retry_after is not None:
             self._until = max(self._until, now + min(retry_after, MAX_RETRY_AFTER))
         return self.rounds
 
 
-def back_off(failures: int) -> float:
-    """Seconds before the next try: exponential with full jitter."""
-    return random.uniform(0, min(MAX_PAUSE, FIRST_PAUSE * 2.0 ** min(failures, 30)))
+def back_off(failures: int, kind: str) -> float:
+    """Seconds before the next try of a job: exponential with full jitter."""
+    return random.uniform(0, min(MAX_BACK_OFF.get(kind, OTHER_BACK_OFF), FIRST_PAUSE * 2.0 ** min(failures, 30)))

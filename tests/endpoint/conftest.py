@@ -10,6 +10,8 @@ from tests.endpoint.faulty_server import serve
 def short_pauses(monkeypatch):
     monkeypatch.setattr(gate, "FIRST_PAUSE", 0.005)
     monkeypatch.setattr(gate, "MAX_PAUSE", 0.05)
+    monkeypatch.setattr(gate, "MAX_BACK_OFF", {})
+    monkeypatch.setattr(gate, "OTHER_BACK_OFF", 0.05)
     monkeypatch.setenv("OPENAI_API_KEY", "of-another-provider")
 
 

@@ -56,6 +56,7 @@ class Server:
     refused_early: int = 0  # requests that came although it had said to wait, later than a pause takes to begin
     first: float = 0.0  # time of the first request
     last: float = 0.0  # time of the last answer
+    work: list[tuple[float, float]] = field(default_factory=list)  # time, and busy_seconds at that time
     most_at_once: int = 0
 
     def __post_init__(self) -> None:
@@ -65,9 +66,10 @@ class Server:
         self.slots: asyncio.Semaphore
         self.stop: Callable[[], None]
 
-    def share_of_limit(self) -> float:
-        """Work done as a share of what could have been done while it was open."""
-        return self.busy_seconds / (self.behaviour.slots * (self.last - self.first - self.closed_seconds))
+    def busy_share(self, part: float = 1.0) -> float:
+        """How busy its slots were, of 1, from the first request until a part of the work was done."""
+        until, busy = self.work[int(part * len(self.work)) - 1]
+        return busy / (self.behaviour.slots * (until - self.first))
 
     async def serve(self, port: int = 0) -> asyncio.Server:
         self.slots = asyncio.Semaphore(self.behaviour.slots)
@@ -140,6 +142,7 @@ class Server:
             await asyncio.sleep(behaviour.seconds)
             self.busy_seconds += time.monotonic() - began
             self.last = time.monotonic()
+            self.work.append((self.last, self.busy_seconds))
         return self._send_worked(fault, request, writer)
 
     def _draw(self) -> str:
@@ -278,8 +281,9 @@ def main() -> None:
         with contextlib.suppress(EOFError):
             input()
     counts = {"requests": dict(server.requests), "refused_early": server.refused_early, "most_at_once": server.most_at_once}
-    seconds = {"closed_seconds": server.closed_seconds, "wall_seconds": server.last - server.first}
-    print(json.dumps({**counts, **seconds, "share_of_limit": server.share_of_limit()}), flush=True)
+    seconds = {"wall_seconds": server.last - server.first, "closed_seconds": server.closed_seconds}
+    busy = {"busy_share": server.busy_share(), "busy_share_95": server.busy_share(0.95)}
+    print(json.dumps({**counts, **seconds, **busy}), flush=True)
 
 
 if __name__ == "__main__":

@@ -77,8 +77,8 @@ def test_no_server_holds_a_run_back_for_a_day(monkeypatch):
 
 def test_pauses_of_a_job_grow_with_full_jitter(monkeypatch):
     monkeypatch.setattr(gate, "FIRST_PAUSE", 0.5)
-    monkeypatch.setattr(gate, "MAX_PAUSE", 60.0)
-    for failures, most in ((0, 0.5), (3, 4.0), (20, 60.0), (10_000, 60.0)):
-        seconds = [back_off(failures) for _ in range(300)]
+    monkeypatch.setattr(gate, "MAX_BACK_OFF", {"server_error": 8.0})
+    for failures, most in ((0, 0.5), (3, 4.0), (20, 8.0), (10_000, 8.0)):
+        seconds = [back_off(failures, "server_error") for _ in range(300)]
         assert 0.9 * most < max(seconds) <= most and min(seconds) < 0.1 * most
         assert sum(seconds) / 300 == pytest.approx(most / 2, rel=0.2)

@@ -236,6 +236,26 @@ def test_an_endpoint_that_only_asks_to_wait(tmp_path):
     assert server.requests["rate_limit"] < 16 * 4 * 3 + 50
 
 
+def test_an_endpoint_behind_a_proxy_that_is_restarted_fails_few_items(tmp_path):
+    with serve(Behaviour(share=1.0, faults=("error_500",))) as server:
+        with pytest.raises(UserError, match="HTTP 500.*, 7 times in a row.*look at its server"):
+            run(server, tmp_path, 10_000, retries=2)
+        assert len(jobs_of(tmp_path / "failed.jsonl")) < 16 * 7
+        server.behaviour.share = 0.0
+        assert run(server, tmp_path, 200, retries=2).complete
+
+
+def test_answers_that_never_come_are_empty_and_too_many_failures_are_failures(tmp_path):
+    with serve(Behaviour(share=0.4, faults=("null_content", "error_500"))) as server:
+        summary = run(server, tmp_path, 60, retries=3)
+    final = [json.loads(line) for line in lines(tmp_path / "answers.jsonl")]
+    failed = [json.loads(line) for line in lines(tmp_path / "failed.jsonl")]
+    assert len(failed) == summary.failed.total() > 0
+    for row in final + failed:
+        empty = row.get("faults", {}).get("empty", 0)
+        assert (empty == asker.EMPTY_TRIES) == (row["outcome"] == "empty" and row in final), row
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_a_signal_ends_a_run_with_what_is_under_way(tmp_path, name):
     with serve(Behaviour(slots=16, seconds=0.05)) as server:
