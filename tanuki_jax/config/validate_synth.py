@@ -68,8 +68,6 @@ def _check_synth(recipe: Recipe, name: str, synth: Synth) -> None:
     _check_name(f"{where}.filters", synth.filters, recipe.filters, "filters")
     if synth.language not in ("ja", "en"):
         raise UserError(f"{where}.language is {synth.language!r}; it must be ja or en")
-    if not synth.seeds:
-        raise UserError(f"{where}.seeds is empty; name what it starts from, {{'prompts': 'prompts.jsonl'}} for example")
     for role, files in synth.seeds.items():
         check_address(f"synth.{name}.seeds.{role}", files)
         if files.startswith(MADE):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections import Counter
+import shutil
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +14,14 @@ from typing import Any
 from tanuki_jax import endpoint, files
 from tanuki_jax.config.schema import Recipe
 from tanuki_jax.config.synthesis import Endpoint, Filters, Synth
+from tanuki_jax.data.filters import filter_files, filter_rows
 from tanuki_jax.errors import Preempted, UserError
 from tanuki_jax.synth import methods, report, seeds, templates, weak_fields
-from tanuki_jax.synth.asking import Context, Row
+from tanuki_jax.synth.asking import Context
 from tanuki_jax.synth.seeds import Item
 
 ROWS, SKIPPED, REPORT, TEXT = "rows.jsonl", "skipped.jsonl", "report.json", "report.txt"
-ASKED = "asked"  # directory of all answers, and of the rows before they are filtered
+ASKED, FILTERED = "asked", "filtered"  # directories: all answers with the rows before filters, and what these leave
 OF_ROWS = ("complete", "rows", "dropped", "rows_sha256")  # the runner's counts that this file makes itself
 # Shares of the items that may have failed at each attempt; what has failed is tried again by the next one.
 MAX_FAILED = (0.0, 0.0, 0.02)
@@ -142,12 +144,13 @@ def make(
         return Summary(directory / ROWS, {**begun, "at_most": _estimate(context, loaded, endpoints)})
     filters = recipe.filters.get(synth.filters)
     if filters is not None:
-        apply_filters([], filters)  # so that what cannot work is known before anything is asked
+        deque(filter_rows([], filters), maxlen=0)  # so that what cannot work is known before anything is asked
     label = f"synth {name}"
     with files.disk_errors(directory, label, (OSError,)):
         asked = _ask(context, loaded, endpoints, directory / ASKED, fingerprint, label)
         counts = {field: value for field, value in asked.to_json().items() if field not in OF_ROWS}
-        return _write(context, filters, directory, {**begun, "asked": counts})
+        judge = recipe.endpoints.get(filters.judge) if filters else None
+        return _write(context, filters, judge, directory, {**begun, "asked": counts})
 
 
 def context_of(synth: Synth) -> Context:
@@ -200,31 +203,29 @@ def _estimate(context: Context, loaded: seeds.Seeds, endpoints: Mapping[str, End
     return dataclasses.asdict(endpoint.estimate(Items(loaded), chain, endpoints, reply=reply))
 
 
-def apply_filters(rows: list[Row], filters: Filters) -> tuple[list[Row], list[tuple[str, Row]]]:
-    """The rows that pass the filters, and the others with the reasons."""
-    # TO WIRE: call the filters of tanuki_jax.data here once they are there; nothing else in this package knows them.
-    raise UserError("config: rows of synth cannot be filtered yet; leave synth.NAME.filters empty")
-
-
-def _write(context: Context, filters: Filters | None, directory: Path, summary: dict[str, Any]) -> Summary:
+def _write(
+    context: Context, filters: Filters | None, judge: Endpoint | None, directory: Path, summary: dict[str, Any]
+) -> Summary:
     """Writes rows, skipped rows and report; the rows last, for where they are, all is done."""
-    rows = [*_read(directory / ASKED / "rows.jsonl")]
-    dropped = [
-        (str(record["reason"]), {"item": record["item"], **(record.get("row") or {})})
-        for record in _read(directory / ASKED / "dropped.jsonl")
-    ]
+    rows = directory / ASKED / ROWS
+    dropped = [(str(record["reason"]), record.get("row") or {}) for record in _read(directory / ASKED / "dropped.jsonl")]
     summary["dropped"] = dict(Counter(reason for reason, _ in dropped).most_common())
     if methods.METHODS[context.synth.method].gives == methods.PAIRS:
-        summary["preferences"] = report.preferences(rows, dropped)
-    filtered: list[tuple[str, Row]] = []
+        summary["preferences"] = report.preferences([*_read(rows)], dropped)
     if filters is not None:
-        rows, filtered = apply_filters(rows, filters)
+        output = directory / FILTERED
+        if not output.is_dir():
+            filter_files(str(rows), filters, output, judge=judge)
+        rows = output / ROWS
+        filtered = [(str(record["reason"]), record.get("row") or {}) for record in _read(output / "dropped.jsonl")]
         summary["filtered"] = dict(Counter(reason for reason, _ in filtered).most_common())
-    summary["rows"] = len(rows)
-    files.write_jsonl(directory / SKIPPED, [{"outcome": reason, **row} for reason, row in (*dropped, *filtered)])
+        dropped += filtered
+    summary["rows"] = sum(1 for _ in _read(rows))
+    files.write_jsonl(directory / SKIPPED, ({"outcome": reason, **row} for reason, row in dropped))
     files.write_json(directory / REPORT, summary)
     files.write_text(directory / TEXT, report.text(summary) + "\n")
-    files.write_jsonl(directory / ROWS, rows)
+    with files.atomic_path(directory / ROWS) as temporary:
+        shutil.copyfile(rows, temporary)
     return Summary(directory / ROWS, summary)
 
 

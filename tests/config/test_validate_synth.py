@@ -51,7 +51,6 @@ BAD = {
     "judge": (dict(synth__pairs__judge="gpt"), ["synth.pairs.judge", "'gpt'", "rules"]),
     "language": (dict(synth__answers__language="fr"), ["synth.answers.language", "'fr'"]),
     "method": (dict(synth__answers__method="ask"), ["synth.answers.method", "'ask'", "persona"]),
-    "no seeds": (dict(synth__answers__seeds={}), ["synth.answers.seeds", "empty"]),
     "seeds": (dict(synth__pairs__seeds=dict(prompts="synth:x")), ["synth.pairs.seeds.prompts", "'x'", "answers, pairs"]),
     "judge without address": (dict(endpoints__judge__base_url=""), ["synth.pairs.judge", "'judge'", "base_url is empty"]),
     "filter's judge without address": (
