@@ -44,11 +44,7 @@ def settings(language: str) -> Filters:
 
 
 def judge_labelled() -> Iterator[tuple[dict, str]]:
-<<<<<<< HEAD
-    """The `meta` of each labelled row (id, label, language, half: dev, test, later), and the filter that drops it, or keep."""
-=======
     """The `meta` of each labelled row (id, label, language, half), and the filter that drops it, or keep."""
->>>>>>> quality
     rows = list(sources.read_rows(str(LABELLED / "labelled.jsonl")))
     for language in ("ja", "en"):
         results: dict[int, str] = {}
@@ -119,13 +115,8 @@ def main() -> None:
     print(f"    python benchmarks/filters.py {' '.join(sys.argv[1:])}\n", flush=True)
     judged = list(judge_labelled())
     halves = ("dev", "test", "later")
-<<<<<<< HEAD
-    print(f"Rows, precision and recall on {len(judged)} labelled rows:\n\n| filter | all | {' | '.join(halves)} |")
-    print("|---|---|---|---|---|")
-=======
     print(f"Rows, precision and recall on {len(judged)} labelled rows:\n")
     print(f"| filter | all | {' | '.join(halves)} |\n|---|---|---|---|---|")
->>>>>>> quality
     parts = [judged, *([j for j in judged if j[0]["half"] == half] for half in halves)]
     results = [precision_and_recall(part) for part in parts]
     for label in results[0]:
