@@ -42,12 +42,13 @@ def _describe(address: str, store: Path, located: SourceFiles) -> dict[str, Any]
 
 
 def _dropped(path: str) -> dict[str, int]:
-    """Rows that filters or the making left out, by reason; the files beside the rows have them."""
-    report = Path(path).parent / "summary.json"
-    with contextlib.suppress(OSError, UserError, TypeError, ValueError):
-        if Path(path).name == "rows.jsonl" and report.is_file():
-            return {str(reason): int(count) for reason, count in files.read_json(report)["dropped"].items()}
-    return {}
+    """Rows that filters or the making left out, by reason, from the counts beside the rows."""
+    count: Counter[str] = Counter()
+    if Path(path).name == "rows.jsonl":
+        for name, key in (("summary.json", "dropped"), ("report.json", "dropped"), ("report.json", "filtered")):
+            with contextlib.suppress(OSError, KeyError, UserError):
+                count.update(files.read_json(Path(path).with_name(name))[key])
+    return dict(count)
 
 
 def _licenses(path: str) -> dict[str, int]:

@@ -50,7 +50,7 @@ def run_making_stage(recipe: Recipe, stage: str, workdir: Workdir) -> dict[str, 
 
         multihost.enter_phase(f"loading {parent}")
         model = serve.load(parent, _tensor(recipe, stage))
-        with serve.background(model, serve.Options(slots=SLOTS, queue=QUEUE)) as url:
+        with serve.background(model, serve.Options(slots=SLOTS, queue=QUEUE, compile_first=False)) as url:
             multihost.enter_phase(f"the rows of stage {stage}")
             _make(recipe, options.synth, workdir, url)
     summary = dataclasses.asdict(StageSummary(seconds=round(time.monotonic() - began, 1)))

@@ -45,6 +45,7 @@ class Options:
       keys: API keys, of which requests must have one; none = no key is needed.
       grace: seconds that running requests have when the server is to stop.
       max_body: bytes of a request.
+      compile_first: whether every program is compiled before the server is ready; otherwise each is when it is first used.
     """
 
     slots: int = 32
@@ -54,6 +55,7 @@ class Options:
     keys: tuple[str, ...] = ()
     grace: float = 30.0
     max_body: int = MAX_BODY
+    compile_first: bool = True
 
 
 @dataclass
@@ -160,7 +162,8 @@ def make_server(model: Model, options: Options, loopback: bool = True) -> Server
 
     def build(take_note: Callable[[str], None]) -> SlotsDecoder:
         decoder = SlotsDecoder(model.cfg, model.params, options.slots, length, model.mesh)
-        decoder.compile(take_note)
+        if options.compile_first:
+            decoder.compile(take_note)
         warm_up(model.tokenizer)
         return decoder
 
