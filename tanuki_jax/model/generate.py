@@ -49,8 +49,8 @@ def generate(
     """Continues each prompt; returns the new token ids without the stop token.
 
     A program is compiled for each number of prompts and each power of two of the longest prompt and the longest row, and one
-    more for other choices than the likeliest token; their values change none.  A prompt's random numbers depend only on the seed and on the prompt, not on the other rows; of equal
-    prompts in one batch each has its own (`sampling.request_key`).
+    more for other choices than the likeliest token; their values change none.  A prompt's random numbers depend only on the
+    seed and on the prompt, not on the other rows; of equal prompts in one batch each has its own (`sampling.request_key`).
     """
     if not prompts:
         return []
