@@ -90,15 +90,15 @@ def unstack(cfg: config.ModelConfig, params: Params) -> Weights:
     base["layers"] = base["layers"] | ({"moe": moe} if moe else {})
     base = jax.tree.map(_place_parameter, frozen_params(cfg, base), logical_axes(cfg))
     layers = [{"params": layer} for layer in split_layers(cfg, base["layers"])]
-    beside = {name: part for name, part in adapters.items() if name != "moe"}
-    if beside:
+    separate = {name: part for name, part in adapters.items() if name != "moe"}
+    if separate:
         dtype = compute_dtype(cfg)
         scaled = {
             kind: {
                 name: {"a": adapter["a"].astype(dtype), "b": adapter["b"].astype(dtype), "scale": scales[kind][name]}
                 for name, adapter in part.items()
             }
-            for kind, part in beside.items()
+            for kind, part in separate.items()
         }
         layers = [layer | {"lora": lora} for layer, lora in zip(layers, split_layers(cfg, scaled), strict=True)]
     return Weights(base["embed"]["table"], tuple(layers), base["norm_final"], base["head"])

@@ -122,9 +122,9 @@ def test_no_value_of_an_option_compiles_anew():
     compiled = sys.modules["tanuki_jax.model.generate"]._generate
     before = compiled._cache_size()
     for options in (
-        Sampling(12, temperature=0.7, top_p=0.9, stop=(4, 5)),
+        Sampling(15, temperature=0.7, top_p=0.9, stop=(4, 5)),
         Sampling(25, top_k=3, min_p=0.1, repetition_penalty=1.2, temperature=1.0),
-        Sampling(13, repetition_penalty=1.1),
+        Sampling(16, repetition_penalty=1.1),
     ):
         model.generate(CFG, PARAMS, [PROMPT], options, seed=7)
     assert compiled._cache_size() == before
