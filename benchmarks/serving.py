@@ -100,7 +100,9 @@ async def load(
     async def ask(rng: random.Random) -> None:
         prompt = [rng.randrange(5, 500) for _ in range(rng.randint(8, min(120, options.max_length // 2)))]
         limit = rng.randint(8, min(128, options.max_length // 2))
-        fields = dict(model=model, prompt=prompt, max_tokens=limit, temperature=rng.choice([0.0, 0.8]), seed=rng.randrange(1000))
+        fields = dict(
+            model=model, prompt=prompt, max_tokens=limit, temperature=rng.choice([0.0, 0.8]), seed=rng.randrange(1000)
+        )
         fields["extra_body"] = {"ignore_eos": True}
         leaves = rng.random() < leaving
         counts["requests"] += 1
