@@ -33,6 +33,11 @@ class Sampling:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
 
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is always taken."""
+        return not self.temperature and self.repetition_penalty == 1
+
 
 def generate(
     cfg: config.ModelConfig,
@@ -43,8 +48,8 @@ def generate(
 ) -> list[list[int]]:
     """Continues each prompt; returns the new token ids without the stop token.
 
-    A program is compiled for each number of prompts and each power of two of the longest prompt and the longest row; no other
-    option changes it.  A prompt's random numbers depend only on the seed and on the prompt, not on the other rows; of equal
+    A program is compiled for each number of prompts and each power of two of the longest prompt and the longest row, and one
+    more for other choices than the likeliest token; their values change none.  A prompt's random numbers depend only on the seed and on the prompt, not on the other rows; of equal
     prompts in one batch each has its own (`sampling.request_key`).
     """
     if not prompts:
@@ -59,7 +64,7 @@ def generate(
     stop[: len(sampling.stop)] = sampling.stop
     out_TB = multihost.to_host(
         _generate(
-            *(cfg, length, weights, tokens, lengths, choices(sampling, len(prompts))),
+            *(cfg, length, sampling.greedy, weights, tokens, lengths, choices(sampling, len(prompts))),
             *(int32_seed(seed), row_numbers(prompts), np.int32(sampling.max_new_tokens), stop),
         )
     )
@@ -112,11 +117,12 @@ class _State(NamedTuple):
     done_B: jax.Array
 
 
-# Ten arguments: each is a separate argument of the compiled program.
-@functools.partial(jax.jit, static_argnums=(0, 1))
+# Eleven arguments: each is a separate argument of the compiled program.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _generate(
     cfg: config.ModelConfig,
     length: int,
+    greedy: bool,
     weights: slots.Weights,
     tokens_BP: jax.Array,
     lengths_B: jax.Array,
@@ -136,7 +142,7 @@ def _generate(
         return (state.step < limit) & ~state.done_B.all()
 
     def add_token(state: _State) -> _State:
-        new_slots, tokens = slots.next_token(cfg, weights, state.slots)
+        new_slots, tokens = slots.next_token(cfg, weights, state.slots, greedy=greedy)
         done_B = state.done_B | (tokens.ids[:, None] == stop).any(axis=1)
         return _State(state.step + 1, new_slots, state.out_TB.at[state.step].set(tokens.ids), done_B)
 

@@ -24,8 +24,8 @@ class Choices(NamedTuple):
 
 def neutral_choices(rows: int) -> Choices:
     """The likeliest token for every row."""
-    one, zero = jnp.ones(rows, jnp.float32), jnp.zeros(rows, jnp.float32)
-    return Choices(repetition_penalty=one, temperature=zero, top_k=jnp.zeros(rows, jnp.int32), top_p=one, min_p=zero)
+    ones, zeros = jnp.ones(rows, jnp.float32), jnp.zeros(rows, jnp.float32)
+    return Choices(repetition_penalty=ones, temperature=zeros, top_k=jnp.zeros(rows, jnp.int32), top_p=ones, min_p=zeros)
 
 
 # --- random numbers -------------------------------------------------------------------------------------------------

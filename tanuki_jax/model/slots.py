@@ -90,15 +90,15 @@ def unstack(cfg: config.ModelConfig, params: Params) -> Weights:
     base["layers"] = base["layers"] | ({"moe": moe} if moe else {})
     base = jax.tree.map(_place_parameter, frozen_params(cfg, base), logical_axes(cfg))
     layers = [{"params": layer} for layer in split_layers(cfg, base["layers"])]
-    beside = {name: part for name, part in adapters.items() if name != "moe"}
-    if beside:
+    separate = {name: part for name, part in adapters.items() if name != "moe"}
+    if separate:
         dtype = compute_dtype(cfg)
         scaled = {
             kind: {
                 name: {"a": adapter["a"].astype(dtype), "b": adapter["b"].astype(dtype), "scale": scales[kind][name]}
                 for name, adapter in part.items()
             }
-            for kind, part in beside.items()
+            for kind, part in separate.items()
         }
         layers = [layer | {"lora": lora} for layer, lora in zip(layers, split_layers(cfg, scaled), strict=True)]
     return Weights(base["embed"]["table"], tuple(layers), base["norm_final"], base["head"])
@@ -198,10 +198,18 @@ def step(cfg: config.ModelConfig, weights: Weights, slots: Slots, n: int, top: i
     return jax.lax.scan(lambda slots, _: next_token(cfg, weights, slots, top), slots, None, length=n)
 
 
-def next_token(cfg: config.ModelConfig, weights: Weights, slots: Slots, top: int = 0) -> tuple[Slots, Tokens]:
-    """The same for one token, inside a program; n is left out of the shapes."""
+def next_token(
+    cfg: config.ModelConfig, weights: Weights, slots: Slots, top: int = 0, greedy: bool = False
+) -> tuple[Slots, Tokens]:
+    """The same for one token, inside a program; n is left out of the shapes.
+
+    greedy: whether every row is known to ask for nothing but the likeliest token, which is less to compile.
+    """
     logits_BV = _logits(weights, slots.hidden_BD)
-    token_B = choose(logits_BV, slots.choices, slots.seen_BV, jax.random.wrap_key_data(slots.key_B2), slots.step_B)
+    if greedy:
+        token_B = logits_BV.argmax(axis=-1).astype(jnp.int32)
+    else:
+        token_B = choose(logits_BV, slots.choices, slots.seen_BV, jax.random.wrap_key_data(slots.key_B2), slots.step_B)
     tokens = Tokens(token_B, *_logprobs(logits_BV, token_B, top))
     x_B1D = weights.table_VD[token_B][:, None]
     hidden_B1D, cache = _forward(cfg, weights, x_B1D, slots.position_B[:, None], slots.cache)
@@ -239,7 +247,7 @@ def score(cfg: config.ModelConfig, weights: Weights, tokens_BS: Array, top: int 
     hidden_BSD = jnp.pad(hidden_BSD, ((0, 0), (0, padding), (0, 0)))
     chunks = (a.reshape(B, -1, chunk, *a.shape[2:]).swapaxes(0, 1) for a in (hidden_BSD, targets_BS))
     scores = jax.lax.map(lambda c: Scores(*_logprobs(_logits(weights, c[0]), c[1], top)), tuple(chunks))
-    return jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(B, -1, *a.shape[3:])[:, : S - 1], scores)
+    return jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(B, S + padding, *a.shape[3:])[:, : S - 1], scores)
 
 
 # --- the model ------------------------------------------------------------------------------------------------------
