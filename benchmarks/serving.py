@@ -2,8 +2,8 @@
 
     python benchmarks/serving.py --checkpoint=runs/nano/stages/dpo --clients=64 --seconds=600 --leaving=0.3
 
-Starts a server in a process of its own, lets one client ask for a while, and then many.  Prompts have 8 to 120 tokens, answers 8
-to 128; a share of the clients closes its stream after a few pieces.  Prints one line of JSON.  Exit code 1 where a request
+Starts a server in a process of its own, lets one client ask for a while, and then many.  Prompts have 8 to 120 tokens, answers
+8 to 128; a share of the clients closes its stream after a few pieces.  Prints one line of JSON.  Exit code 1 where a request
 failed, a slot stayed busy, or memory grew by more than 5 %.
 """
 
