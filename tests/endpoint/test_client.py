@@ -169,6 +169,11 @@ def test_json_that_is_no_answer(value, kind):
     assert failure.value.kind == kind
 
 
+def test_half_a_character_is_replaced():
+    answer = read({"choices": [{"message": {"content": "狸\ud83d"}}]})
+    assert answer.text == "狸\N{REPLACEMENT CHARACTER}"
+
+
 def test_a_model_that_was_cut_while_it_thought():
     answer = read({"choices": [{"message": {"content": None}, "finish_reason": "length"}]})
     assert (answer.text, answer.finish_reason, answer.usage) == ("", "length", {})
