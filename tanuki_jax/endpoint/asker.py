@@ -106,6 +106,8 @@ class Asker:
             except Failure as failure:
                 if failure.kind == "unreachable":
                     self._summary.outcomes["unreachable"] += 1
+                    if self.stopping:
+                        raise Stopped from None
                     continue
                 faults[failure.kind] += 1
                 wasted.update(failure.usage)

@@ -15,6 +15,9 @@ OVERFLOW = re.compile(
 )
 
 
+SURROGATE = re.compile("[\ud800-\udfff]")  # half a pair is no text; servers send it where a token is half a character
+
+
 class Failure(Exception):
     """A try that brought no answer.
 
@@ -56,6 +59,7 @@ def read(value: object) -> Answer:
         if finish != "length" or not isinstance(text, str | None):
             raise Failure("empty", f"status 200 without text (finish_reason {finish})", usage=usage)
         text = ""  # a model that thinks was cut while it did
+    text = SURROGATE.sub("\N{REPLACEMENT CHARACTER}", text)
     return Answer(text, finish, usage, str(value.get("model") or ""), _logprobs(choice.get("logprobs")))
 
 
@@ -97,6 +101,6 @@ def _logprobs(value: object) -> dict[str, float]:
     content, tops = value.get("content"), value.get("top_logprobs")
     if isinstance(content, list) and content:  # /chat/completions
         listed = content[0].get("top_logprobs") or [content[0]]
-        return {entry["token"]: float(entry["logprob"]) for entry in reversed(listed)}
+        return {SURROGATE.sub("?", entry["token"]): float(entry["logprob"]) for entry in reversed(listed)}
     first = tops[0] if isinstance(tops, list) and tops else None  # /completions
     return {token: float(number) for token, number in first.items()} if isinstance(first, dict) else {}

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,10 @@ class Records:
         if job.role not in self.clients:
             raise UserError(f"step {job.step}: no endpoint for the role {job.role!r}; there are {', '.join(self.clients)}")
         job = job if job.item else dataclasses.replace(job, item=item_id)
-        return job, job.id(self.recipe, self.clients[job.role].endpoint)
+        try:
+            return job, job.id(self.recipe, self.clients[job.role].endpoint)
+        except UnicodeEncodeError as error:  # half a surrogate pair, of a damaged seed
+            raise Drop("invalid_text") from error
 
     def call(self, job: Job, job_id: str, record: Mapping[str, Any], item: object) -> dict[str, Any]:
         """Where an answer comes from, as a row's provenance says it."""
@@ -92,6 +96,9 @@ def assemble(
                         rows_file.write(line)
 
         asyncio.run(write_all())
+        for file in (rows_file, dropped_file):
+            file.flush()
+            os.fsync(file.fileno())
     summary.rows_sha256 = digest.hexdigest()
 
 

@@ -230,12 +230,13 @@ class _Runner:
         self._progress.show(self._summary.items, f"{spent.calls:,} calls, {rate:,.0f} tokens/s{money}")
 
     async def _sync(self) -> None:
-        """Brings the answers onto the disk every second."""
+        """Brings the answers onto the disk every second, as long as the directory is this process's."""
         while True:
             await asyncio.sleep(SYNC_SECONDS)
             try:
+                lock.check(look=False)
                 await asyncio.to_thread(self._answers.log.sync)
-            except OSError as error:
+            except (OSError, UserError) as error:
                 self._end(error)
 
 

@@ -13,7 +13,7 @@ from tanuki_jax.config.synthesis import Endpoint
 from tanuki_jax.endpoint import Answer, Ask, Job, Summary
 from tests.endpoint.faulty_server import Server
 
-SETTINGS = dict(concurrency=16, timeout_seconds=0.3, retries=8, license="apache-2.0")
+SETTINGS = dict(concurrency=16, timeout_seconds=20.0, retries=8, license="apache-2.0")
 
 
 def question(text: str, step: str = "q1", **more: Any) -> Job:

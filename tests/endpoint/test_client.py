@@ -141,7 +141,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults_are_told_apart(fault):
     with serve(Behaviour(share=1.0, faults=(fault,), retry_after=0.25)) as server, pytest.raises(Failure) as failure:
-        ask(server, question("x"), timeout_seconds=0.3)
+        ask(server, question("x"), timeout_seconds=0.3 if fault == "time_out" else 20.0)
     assert failure.value.kind == FAULTS[fault]
     assert failure.value.retry_after == (0.25 if fault == "rate_limit" else None)
 
@@ -167,6 +167,11 @@ def test_json_that_is_no_answer(value, kind):
     with pytest.raises(Failure) as failure:
         read(value)
     assert failure.value.kind == kind
+
+
+def test_half_a_character_is_replaced():
+    answer = read({"choices": [{"message": {"content": "狸\ud83d"}}]})
+    assert answer.text == "狸\N{REPLACEMENT CHARACTER}"
 
 
 def test_a_model_that_was_cut_while_it_thought():

@@ -144,6 +144,11 @@ def test_rows_that_are_left_out_are_counted_by_reason(server, tmp_path):
     assert again.dropped == summary.dropped and again.calls == summary.calls == server.requests.total()
 
 
+def test_a_seed_that_is_no_text(server, tmp_path):
+    summary = run(server, tmp_path, [("a", "\ud83d"), ("b", "狸")])
+    assert summary.rows == 1 and summary.dropped == {"invalid_text": 1}
+
+
 def test_a_chain_may_do_without_an_answer(server, tmp_path):
     async def chain(item, ask):
         try:
