@@ -62,14 +62,14 @@ def settings(group: Any) -> dict[str, Any]:
 
 # --- rows that models make --------------------------------------------------------------------------------------------
 
-MADE = "synth:"  # begins the files of a source, or of seeds, that are rows of a group in `synth`
+SYNTH_PREFIX = "synth:"  # begins the files of a source, or of seeds, that are rows of a group in `synth`
 
 
 def made_sources(recipe: Recipe, stage: str) -> Iterator[str]:
     """The names in `synth` of the rows that a stage reads or makes, and of those that their making reads."""
     options = recipe.stages[stage]
     files = [recipe.data[source].files for source in stage_sources(options) if source in recipe.data]
-    waiting = [name.removeprefix(MADE) for name in files if name.startswith(MADE)]
+    waiting = [name.removeprefix(SYNTH_PREFIX) for name in files if name.startswith(SYNTH_PREFIX)]
     waiting += [options.synth] if STAGE_KINDS[options.kind].makes_rows else []
     done: set[str] = set()
     while waiting:
@@ -78,7 +78,7 @@ def made_sources(recipe: Recipe, stage: str) -> Iterator[str]:
             done.add(name)
             yield name
             seeds = recipe.synth[name].seeds.values()
-            waiting += [files.removeprefix(MADE) for files in seeds if files.startswith(MADE)]
+            waiting += [files.removeprefix(SYNTH_PREFIX) for files in seeds if files.startswith(SYNTH_PREFIX)]
 
 
 def making_stage(recipe: Recipe, name: str) -> str:

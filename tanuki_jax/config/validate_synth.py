@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from tanuki_jax.config.addresses import check_address
-from tanuki_jax.config.derived import MADE, made_sources, making_stage, needs_stage
+from tanuki_jax.config.derived import SYNTH_PREFIX, made_sources, making_stage, needs_stage
 from tanuki_jax.config.kinds import STAGE_KINDS
 from tanuki_jax.config.schema import Recipe
 from tanuki_jax.config.synthesis import RULES, Filters, Synth
@@ -25,7 +25,7 @@ def check_made_rows(recipe: Recipe) -> None:
         _check_filters(recipe, f"config: filters.{name}", filters)
     for name, source in recipe.data.items():
         _check_name(f"config: data.{name}.filters", source.filters, recipe.filters, "filters")
-        if source.files.startswith(MADE):
+        if source.files.startswith(SYNTH_PREFIX):
             _check_made(recipe, f"config: data.{name}", source.files)
     for name, stage in recipe.stages.items():
         if STAGE_KINDS[stage.kind].makes_rows:
@@ -38,7 +38,7 @@ def check_made_rows(recipe: Recipe) -> None:
         _check_makers(recipe, reader)
     for name in recipe.tokenizer.sources if not recipe.tokenizer.path else ():
         files = recipe.data[name].files if name in recipe.data else ""
-        if files.startswith(MADE) and needs_stage(recipe, files.removeprefix(MADE)):
+        if files.startswith(SYNTH_PREFIX) and needs_stage(recipe, files.removeprefix(SYNTH_PREFIX)):
             raise UserError(
                 f"config: tokenizer.sources names {name!r}, which a stage makes; the tokenizer comes before all stages"
             )
@@ -70,7 +70,7 @@ def _check_synth(recipe: Recipe, name: str, synth: Synth) -> None:
         raise UserError(f"{where}.language is {synth.language!r}; it must be ja or en")
     for role, files in synth.seeds.items():
         check_address(f"synth.{name}.seeds.{role}", files)
-        if files.startswith(MADE):
+        if files.startswith(SYNTH_PREFIX):
             _check_made(recipe, f"{where}.seeds.{role}", files)
     _check_circle(recipe, name)
 
@@ -88,14 +88,14 @@ def _check_makers(recipe: Recipe, stage: str) -> None:
 
 def _check_circle(recipe: Recipe, name: str) -> None:
     """An error where rows are, by way of others, seeds of their own making."""
-    waiting, seen = [name], set()
+    waiting, visited = [name], set()
     while waiting:
         for files in recipe.synth[waiting.pop()].seeds.values():
-            seed = files.removeprefix(MADE)
-            if files.startswith(MADE) and seed == name:
+            seed = files.removeprefix(SYNTH_PREFIX)
+            if files.startswith(SYNTH_PREFIX) and seed == name:
                 raise UserError(f"config: synth.{name}.seeds: {name} would be made from itself; name other rows")
-            if files.startswith(MADE) and seed in recipe.synth and seed not in seen:
-                seen.add(seed)
+            if files.startswith(SYNTH_PREFIX) and seed in recipe.synth and seed not in visited:
+                visited.add(seed)
                 waiting.append(seed)
 
 
@@ -128,7 +128,7 @@ def check_parent(recipe: Recipe, where: str, init_from: str) -> None:
 
 
 def _check_made(recipe: Recipe, where: str, files: str) -> None:
-    name = files.removeprefix(MADE)
+    name = files.removeprefix(SYNTH_PREFIX)
     if name not in recipe.synth:
         raise UserError(f"{where} is {files!r}, and `synth` has no {name!r} ({', '.join(recipe.synth) or 'it is empty'})")
 

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from tanuki_jax import config, files, multihost
-from tanuki_jax.config.derived import MADE, making_stage
+from tanuki_jax.config.derived import SYNTH_PREFIX, making_stage
 from tanuki_jax.config.schema import Recipe
 from tanuki_jax.errors import UserError
 from tanuki_jax.recipe.workdir import Workdir
@@ -70,8 +70,8 @@ def _make(recipe: Recipe, name: str, workdir: Workdir, generator_url: str = "") 
     from tanuki_jax.synth.make import make
 
     synth = recipe.synth[name]
-    addresses = [address.removeprefix(MADE) for address in synth.seeds.values() if address.startswith(MADE)]
-    made = {seed: make_rows(recipe, seed, workdir) for seed in addresses}
+    addresses = [address.removeprefix(SYNTH_PREFIX) for address in synth.seeds.values() if address.startswith(SYNTH_PREFIX)]
+    rows_by_name = {seed: make_rows(recipe, seed, workdir) for seed in addresses}
     scores = workdir.done_file(synth.scores) if synth.scores in recipe.stages else None
-    summary = make(recipe, name, workdir.synth_dir(name), sources=made, generator_url=generator_url, scores=scores)
+    summary = make(recipe, name, workdir.synth_dir(name), sources=rows_by_name, generator_url=generator_url, scores=scores)
     print(summary.text, file=sys.stderr, flush=True)

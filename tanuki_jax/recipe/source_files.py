@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tanuki_jax import config, files
-from tanuki_jax.config.derived import MADE
+from tanuki_jax.config.derived import SYNTH_PREFIX
 from tanuki_jax.config.schema import Recipe
 from tanuki_jax.data import paths, sources
 from tanuki_jax.errors import UserError
@@ -33,8 +33,8 @@ def locate(recipe: Recipe, name: str, workdir: Workdir) -> SourceFiles:
     source = recipe.data[name]
     fields = sources.Fields(source.text, row_format=source.row_format)
     _check_files(recipe, name)
-    if source.files.startswith(MADE):
-        rows = make_rows(recipe, source.files.removeprefix(MADE), workdir)
+    if source.files.startswith(SYNTH_PREFIX):
+        rows = make_rows(recipe, source.files.removeprefix(SYNTH_PREFIX), workdir)
         located = SourceFiles(str(rows), files.fingerprint(rows), fields)
     elif source.files.startswith(RULES):
         located = SourceFiles(*rule_made(recipe, source.files, workdir, f"data.{name}"), fields)
@@ -101,7 +101,7 @@ def check(recipe: Recipe, names: Collection[str]) -> None:
         _check_files(recipe, name)
         if source.files.startswith(RULES):
             _split(source.files, f"data.{name}")
-        if source.files.startswith((RULES, MADE)):
+        if source.files.startswith((RULES, SYNTH_PREFIX)):
             continue
         for path in sources.matching_files(source.files):
             other = first.setdefault(paths.identity_key(path), name)

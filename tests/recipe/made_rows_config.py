@@ -1,4 +1,4 @@
-"""A small model that makes dialogues and preferences, filters them, and trains on both: every step of the chain in one recipe."""
+"""A small model that makes dialogues and preferences, filters them, and trains on both: the whole chain in one recipe."""
 
 from tanuki_jax import config
 
@@ -20,16 +20,16 @@ def get_config():
     c.synth.answers = config.synth(
         "answer", seeds=dict(prompts="rules:prompts"), items=300, generator="own", filters="clean", language="ja"
     )
-    c.synth.pairs = config.synth(
-        "preferences", seeds=dict(prompts="synth:answers"), samples=4, generator="own", judge="rules"
-    )
+    c.synth.pairs = config.synth("preferences", seeds=dict(prompts="synth:answers"), samples=4, generator="own", judge="rules")
     row = dict(seq_len=128, batch_size=16, save_every=200, log_every=50)
 
     def adam(peak):
         return dict(learning_rate=peak, learning_rate_floor=peak / 20, warmup_ratio=0.05, clip_norm=1.0)
 
     c.stages.pretrain = config.stage("pretrain", mixture=dict(synthetic=(1.0,)), steps=300, optimizer=adam(3e-3), **row)
-    c.stages.sft = config.stage("sft", init_from="pretrain", mixture=dict(dialogues=(1.0,)), steps=200, optimizer=adam(2e-3), **row)
+    c.stages.sft = config.stage(
+        "sft", init_from="pretrain", mixture=dict(dialogues=(1.0,)), steps=200, optimizer=adam(2e-3), **row
+    )
     c.stages.answers = config.stage("synth", init_from="sft", synth="answers")
     c.stages.again = config.stage("sft", init_from="sft", mixture=dict(answers=(1.0,)), steps=10, optimizer=adam(1e-4), **row)
     c.stages.samples = config.stage("synth", init_from="again", synth="pairs")
