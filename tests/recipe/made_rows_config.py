@@ -18,7 +18,7 @@ def get_config():
     c.filters.clean = config.filters(min_characters=1, max_characters=80, repetition=True)
     c.endpoints.own = config.endpoint(temperature=1.0, max_tokens=32, license="apache-2.0")
     c.synth.answers = config.synth(
-        "answer", seeds=dict(prompts="rules:prompts"), items=300, generator="own", filters="clean", language="ja"
+        "answer", seeds=dict(prompts="rules:prompts"), items=200, generator="own", filters="clean", language="ja"
     )
     c.synth.pairs = config.synth("preferences", seeds=dict(prompts="synth:answers"), samples=4, generator="own", judge="rules")
     row = dict(seq_len=128, batch_size=16, save_every=200, log_every=50)
@@ -33,5 +33,6 @@ def get_config():
     c.stages.answers = config.stage("synth", init_from="sft", synth="answers")
     c.stages.again = config.stage("sft", init_from="sft", mixture=dict(answers=(1.0,)), steps=10, optimizer=adam(1e-4), **row)
     c.stages.samples = config.stage("synth", init_from="again", synth="pairs")
+    row["seq_len"] = 256
     c.stages.dpo = config.stage("dpo", init_from="again", mixture=dict(pairs=(1.0,)), steps=10, optimizer=adam(5e-5), **row)
     return c
