@@ -89,7 +89,8 @@ def filter_files(
         if asks and judge:
             _judge(temporary, writer, filters, judge, answers, quiet)
         files.write_json(temporary / SUMMARY, writer.finish().as_json())
-    shutil.rmtree(answers, ignore_errors=True)
+    if asks:
+        shutil.rmtree(answers, ignore_errors=True)
     return writer.summary
 
 

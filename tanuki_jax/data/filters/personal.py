@@ -23,6 +23,8 @@ LABELS = {  # what a mask writes, by the language of the text
     "postal_code": ("[郵便番号]", "[postal code]"),
 }
 
+LOCAL_PART, DOMAIN = 64, 255  # longest parts of an e-mail address
+
 # Full-width digits, letters and signs, and the many dashes, as ASCII; one character each, so that places stay the same.
 _WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | dict.fromkeys(map(ord, "‐‑‒–—―−－"), ord("-")) | {0x3000: 32}
 _LONG_VOWEL = re.compile(r"(?<=\d)ー(?=\d)")  # typed for a dash between digits
@@ -31,7 +33,7 @@ _RESERVED = re.compile(
     r"@(?:[\w.-]+\.)?(?:example(?:\.(?:com|org|net|jp|co\.jp|ne\.jp))?|test|invalid|localhost)$|^git@", re.IGNORECASE
 )
 _HIDDEN = re.compile(  # addresses with a sign or word in the place of @
-    r"[A-Za-z0-9][\w.+-]*\s?(?:[◎☆★■]|[\[({<]\s?(?:at|@|アット(?:マーク)?)\s?[\])}>])\s?"
+    r"[A-Za-z0-9][\w.+-]{0,63}\s?(?:[◎☆★■]|[\[({<]\s?(?:at|@|アット(?:マーク)?)\s?[\])}>])\s?"
     r"[A-Za-z0-9-]+(?:\s?(?:\.|[\[({<]\s?(?:dot|\.|ドット)\s?[\])}>])\s?[A-Za-z0-9-]+)+",
     re.IGNORECASE,
 )
@@ -55,17 +57,17 @@ _CARD_PREFIX = re.compile(r"4|5[1-5]|2[2-7]|3[47]|35|6")
 _MY_NUMBER = re.compile(rf"(?<![\w.-])\d{{4}}(?:{_S}?\d{{4}}){{2}}(?![\w-]|\.\d)", re.ASCII)
 _MY_NUMBER_WORDS = re.compile(r"マイナンバー|個人番号|my ?number", re.IGNORECASE)
 
-_KANJI_NUMBER = r"[一二三四五六七八九十百千〇]+"
+_KANJI_NUMBER = r"[一二三四五六七八九十百千〇]{1,7}"
 _BLOCK = (
-    rf"(?:(?:\d+|{_KANJI_NUMBER})丁目\s?(?:\d+|{_KANJI_NUMBER})(?:番地?|-)(?:\s?の?(?:\d+|{_KANJI_NUMBER})号?)?(?:-\d+)?"
-    rf"|(?:\d+|{_KANJI_NUMBER})(?:番地?の?|番)\s?(?:\d+|{_KANJI_NUMBER})?号?"
+    rf"(?:(?:\d{{1,5}}|{_KANJI_NUMBER})丁目\s?(?:\d{{1,5}}|{_KANJI_NUMBER})(?:番地?|-)(?:\s?の?(?:\d{{1,5}}|{_KANJI_NUMBER})号?)?(?:-\d{{1,5}})?"
+    rf"|(?:\d{{1,5}}|{_KANJI_NUMBER})(?:番地?の?|番)\s?(?:\d{{1,5}}|{_KANJI_NUMBER})?号?"
     r"|\d{1,5}-\d{1,4}(?:-\d{1,4}){0,2}(?:号室)?)"
 )
 _PREFECTURE = r"(?:北海道|東京都|(?:京都|大阪)府|[\u4e00-\u9fff]{2,3}県)"
 _PLACE = r"[\u4e00-\u9fffぁ-んァ-ヶー々]{1,8}?"
 _ADDRESS = re.compile(
     rf"(?:{_PREFECTURE}\s?(?:{_PLACE}[市区町村郡]){{1,3}}?|[\u4e00-\u9fff]{{1,5}}市(?:{_PLACE}[区町村])?)"
-    rf"\s?[\u4e00-\u9fffぁ-んァ-ヶー々]{{0,12}}?(?:\d+丁目|{_KANJI_NUMBER}条(?:通)?)?\s?{_BLOCK}(?![\d/:.年月日時])"
+    rf"\s?[\u4e00-\u9fffぁ-んァ-ヶー々]{{0,12}}?(?:\d{{1,3}}丁目|{_KANJI_NUMBER}条(?:通)?)?\s?{_BLOCK}(?![\d/:.年月日時])"
 )
 _POSTAL = re.compile(r"〒\s?\d{3}-?\d{4}(?!\d)")
 
@@ -117,13 +119,14 @@ def mask(text: str, findings: list[Finding], counts: collections.Counter[str]) -
 def _emails(text: str, pattern: re.Pattern[str]) -> Iterator[Finding]:
     for match in _HIDDEN.finditer(text) if _HIDES.search(text) else ():
         yield Finding("email", match.start(), match.end())
-    if "@" not in text:
-        return
-    for match in pattern.finditer(text):
-        address = match[0].rstrip(".-")
-        start = match.start() + len(address) - len(address.lstrip(".'`*/={|}"))
-        if "/" not in address and not _RESERVED.search(text[start : match.start() + len(address)]):
-            yield Finding("email", start, match.start() + len(address))
+    for sign in re.finditer("@", text):  # within the length of an address, since the pattern takes the square of a text's
+        start = max(0, sign.start() - LOCAL_PART)
+        for match in pattern.finditer(text[start : sign.end() + DOMAIN]):
+            address = match[0].rstrip(".-")
+            first = start + match.start() + len(address) - len(address.lstrip(".'`*/={|}"))
+            last = start + match.start() + len(address)
+            if first <= sign.start() < last and "/" not in address and not _RESERVED.search(text[first:last]):
+                yield Finding("email", first, last)
 
 
 def _phones(text: str, hojichar_pattern: re.Pattern[str]) -> Iterator[Finding]:

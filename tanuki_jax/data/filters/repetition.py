@@ -26,7 +26,7 @@ WINDOW = 20_000  # characters of a long text that are looked at for loops
 
 _UNITS = re.compile(r"[\u4e00-\u9fff々]+|[\u3041-\u309f]+|[\u30a0-\u30ff]+|[^\W\d_\u3041-\u30ff\u4e00-\u9fff]+|\d+")
 _DRAWING = frozenset("-=_*#|~.,:、。・…─━ \t\n\u3000")  # of rules, lists and tables
-_MARKER = re.compile(r"^\s*(?:[-*+・•◦]|[(（]?\d{1,3}[.)）.、:]?|第[\d一二三四五六七八九十百]+[条章節回]?)\s*")  # of a list
+_MARKER = re.compile(r"^(?:[-*+・•◦]|[(（]?\d{1,3}[.)）.、:]?|第[\d一二三四五六七八九十百]+[条章節回]?)\s*")  # of a list
 _WORDY = re.compile(r"[^\W\d_]")
 
 
@@ -52,7 +52,7 @@ def _characters(text: str) -> str:
 
 
 def _lines(text: str) -> str:
-    lines = [line for line in (_MARKER.sub("", line).strip() for line in text.split("\n")) if _WORDY.search(line)]
+    lines = [line for line in (_MARKER.sub("", line.strip()).strip() for line in text.split("\n")) if _WORDY.search(line)]
     if len(lines) < FEW_LINES:
         return ""
     earlier: set[str] = set()
