@@ -10,6 +10,7 @@ each time, so that results that were cached for one import are not taken for ano
 import importlib
 from typing import TYPE_CHECKING
 
+from tanuki_jax.checkpoint.identity import fingerprint
 from tanuki_jax.checkpoint.lazy import Block, LazyArray, LazyCheckpoint, block_indices, open_lazy
 from tanuki_jax.checkpoint.meta import AdapterMeta, Meta, inherited_meta, lineage, max_seq_len
 from tanuki_jax.checkpoint.restore import (
@@ -43,6 +44,7 @@ __all__ = [
     "block_indices",
     "check_architecture",
     "check_sums",
+    "fingerprint",
     "inherited_meta",
     "lineage",
     "load",

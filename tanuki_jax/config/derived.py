@@ -93,6 +93,11 @@ def needs_stage(recipe: Recipe, name: str) -> bool:
     return not (generator in recipe.endpoints and recipe.endpoints[generator].base_url)
 
 
+def waits_for_stage(recipe: Recipe, files: str) -> bool:
+    """Whether the files of a source are rows that the model of a stage makes."""
+    return files.startswith(SYNTH_PREFIX) and needs_stage(recipe, files.removeprefix(SYNTH_PREFIX))
+
+
 def stages_before(recipe: Recipe, stage: str) -> set[str]:
     """The stages that must be finished before one begins: those whose parameters, rows or scores it takes."""
     options = recipe.stages[stage]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from tanuki_jax.config.addresses import check_address
-from tanuki_jax.config.derived import SYNTH_PREFIX, made_sources, making_stage, needs_stage
+from tanuki_jax.config.derived import SYNTH_PREFIX, made_sources, making_stage, needs_stage, waits_for_stage
 from tanuki_jax.config.kinds import STAGE_KINDS
 from tanuki_jax.config.schema import Recipe
 from tanuki_jax.config.synthesis import RULES, Filters, Synth
@@ -38,7 +38,7 @@ def check_made_rows(recipe: Recipe) -> None:
         _check_makers(recipe, reader)
     for name in recipe.tokenizer.sources if not recipe.tokenizer.path else ():
         files = recipe.data[name].files if name in recipe.data else ""
-        if files.startswith(SYNTH_PREFIX) and needs_stage(recipe, files.removeprefix(SYNTH_PREFIX)):
+        if waits_for_stage(recipe, files):
             raise UserError(
                 f"config: tokenizer.sources names {name!r}, which a stage makes; the tokenizer comes before all stages"
             )

@@ -11,6 +11,7 @@ from itertools import chain
 from pathlib import Path
 
 from tanuki_jax import config, files
+from tanuki_jax.config.derived import waits_for_stage
 from tanuki_jax.config.schema import Recipe
 from tanuki_jax.data import sources
 from tanuki_jax.data.prepare import Options, is_current_version, open_store, read_manifest, text_of
@@ -34,24 +35,33 @@ class Artifacts:
 
 
 def prepare(recipe: Recipe, workdir: Workdir, names: set[str]) -> Artifacts:
-    """Makes what is missing in the workdir's data for the sources `names`, and the tokenizer."""
+    """Makes what is missing in the workdir's data: the tokenizer, and the token stores of the sources `names`."""
+    return prepare_stores(recipe, workdir, prepare_tokenizer(recipe, workdir), names)
+
+
+def prepare_tokenizer(recipe: Recipe, workdir: Workdir) -> Tokenizer:
+    """The recipe's tokenizer, trained first where it names none."""
     with files.disk_errors(workdir.data, "data"):
-        return _prepare(recipe, workdir, names)
-
-
-def _prepare(recipe: Recipe, workdir: Workdir, names: set[str]) -> Artifacts:
-    where = workdir.data
-    tokenizer_sources = () if recipe.tokenizer.path else _tokenizer_sources(recipe)
-    located = {name: locate(recipe, name, workdir) for name in sorted({*names, *tokenizer_sources})}
-    tokenizer = Tokenizer(_prepare_tokenizer(recipe, located, where))
+        tokenizer = Tokenizer(_prepare_tokenizer(recipe, workdir))
     if tokenizer.vocab_size > recipe.model.vocab_size:
         raise UserError(
             f"config: model.vocab_size {recipe.model.vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size} "
             f"pieces; set it to {-(-tokenizer.vocab_size // 128) * 128}"
         )
+    return tokenizer
+
+
+def prepare_stores(recipe: Recipe, workdir: Workdir, tokenizer: Tokenizer, names: set[str]) -> Artifacts:
+    """The token stores of sources; those that are missing are made."""
+    with files.disk_errors(workdir.data, "data"):
+        return _prepare_stores(recipe, workdir, tokenizer, names)
+
+
+def _prepare_stores(recipe: Recipe, workdir: Workdir, tokenizer: Tokenizer, names: set[str]) -> Artifacts:
+    located = {name: locate(recipe, name, workdir) for name in sorted(names)}
+    where = workdir.data
     stores = {}
-    for name in sorted(names):
-        patterns, identity, fields = located[name]
+    for name, (patterns, identity, fields, *_) in located.items():
         if patterns.endswith(".bin") and "," not in patterns:  # tokens of Megatron-LM's, used where they lie
             stores[name] = Path(patterns)
             continue
@@ -69,13 +79,14 @@ def _prepare(recipe: Recipe, workdir: Workdir, names: set[str]) -> Artifacts:
             print(f"data {name}: {summary}", file=sys.stderr, flush=True)
         elif read_manifest(stores[name]).tokenizer != tokenizer.fingerprint:
             raise UserError(f"data {name}: {stores[name]} was made with another tokenizer; remove it")
-    return Artifacts(tokenizer, stores, {name: located[name] for name in stores})
+    return Artifacts(tokenizer, stores, located)
 
 
 def _tokenizer_sources(recipe: Recipe) -> tuple[str, ...]:
-    """The sources that train the tokenizer, in this order: not those without files that no stage reads."""
+    """The sources that train the tokenizer, in this order: not what a stage makes, nor what has no files and no reader."""
     used = {name for stage in recipe.stages.values() for name in config.stage_sources(stage)}
-    return recipe.tokenizer.sources or tuple(n for n, source in recipe.data.items() if source.files or n in used)
+    ready = (name for name, source in recipe.data.items() if not waits_for_stage(recipe, source.files))
+    return recipe.tokenizer.sources or tuple(name for name in ready if recipe.data[name].files or name in used)
 
 
 def _remove_damaged(path: Path, opens: Callable[[Path], object]) -> None:
@@ -87,12 +98,13 @@ def _remove_damaged(path: Path, opens: Callable[[Path], object]) -> None:
         shutil.rmtree(path)
 
 
-def _prepare_tokenizer(recipe: Recipe, located: dict[str, SourceFiles], where: Path) -> Path:
+def _prepare_tokenizer(recipe: Recipe, workdir: Workdir) -> Path:
     """The directory of the tokenizer, trained first where the recipe names none."""
-    options = recipe.tokenizer
+    options, where = recipe.tokenizer, workdir.data
     if options.path:
         return Path(options.path)
     names = _tokenizer_sources(recipe)  # in this order, so that the fingerprint does not depend on the stages run
+    located = {name: locate(recipe, name, workdir) for name in names}
     origins = [[located[n].identity, located[n].fields.text, recipe.data[n].language] for n in names]
     output = where / f"tokenizer-{files.fingerprint(config.to_dict(options), origins)}"
     if output.is_dir():

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,11 +11,11 @@ from tanuki_jax import files
 from tanuki_jax.config.schema import Recipe
 from tanuki_jax.data import sources
 from tanuki_jax.data.prepare import open_store
-from tanuki_jax.errors import UserError
 from tanuki_jax.recipe.artifacts import Artifacts
 from tanuki_jax.recipe.source_files import SourceFiles
 
 SAMPLES = 3  # rows of each source that the card shows
+NOT_NAMED = "not named"
 
 
 def describe_sources(recipe: Recipe, artifacts: Artifacts) -> dict[str, dict[str, Any]]:
@@ -35,30 +33,29 @@ def _describe(address: str, store: Path, located: SourceFiles) -> dict[str, Any]
         "rows": manifest.rows,
         "tokens": manifest.tokens,
         "rejected": manifest.rejected,
-        "dropped": _dropped(located.files),
-        "licenses": _licenses(located.files),
+        "dropped": _dropped(located),
+        "licenses": _licenses(located),
         "samples": _samples(located),
     }
 
 
-def _dropped(path: str) -> dict[str, int]:
-    """Rows that filters or the making left out, by reason, from the counts beside the rows."""
+def _dropped(located: SourceFiles) -> dict[str, int]:
+    """Rows that the making and filters left out, by reason."""
     count: Counter[str] = Counter()
-    if Path(path).name == "rows.jsonl":
-        for name, key in (("summary.json", "dropped"), ("report.json", "dropped"), ("report.json", "filtered")):
-            with contextlib.suppress(OSError, KeyError, UserError):
-                count.update(files.read_json(Path(path).with_name(name))[key])
+    for path in located.counts:
+        counts = files.read_json(path)
+        count.update(counts["dropped"])
+        count.update(counts.get("filtered", {}))
     return dict(count)
 
 
-def _licenses(path: str) -> dict[str, int]:
-    """Rows by what their provenance names as the licence of the models and seeds that they come from."""
+def _licenses(located: SourceFiles) -> dict[str, int]:
+    """Rows by the licences of the models and seeds that they come from; only rows that a model has made name them."""
     count: Counter[str] = Counter()
-    if Path(path).name == "rows.jsonl":
-        with Path(path).open(encoding="utf-8") as lines:
-            for line in lines:
-                calls = json.loads(line).get("provenance") or []
-                count[", ".join(sorted({call.get("license") or "not named" for call in calls})) or "not named"] += 1
+    for row in sources.read_rows(located.files, located.fields, sources.skip_silently) if located.made else ():
+        calls = row.fields.get("provenance") or [{}]
+        names = {call.get("license") or NOT_NAMED for call in calls} | {call.get("seed_license", "") for call in calls}
+        count[", ".join(sorted(names - {""}))] += 1
     return dict(count)
 
 

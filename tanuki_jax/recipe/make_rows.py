@@ -10,33 +10,31 @@ from typing import Any
 
 import jax
 
-from tanuki_jax import config, files, multihost
+from tanuki_jax import checkpoint, config, files, multihost
 from tanuki_jax.config.derived import SYNTH_PREFIX, making_stage
 from tanuki_jax.config.schema import Recipe
 from tanuki_jax.errors import UserError
 from tanuki_jax.recipe.workdir import Workdir
 from tanuki_jax.train.loop import StageSummary
 
-SLOTS, QUEUE = 64, 10_000  # answers that a stage's own model writes at one time, and that may wait
-
 
 def make_rows(recipe: Recipe, name: str, workdir: Workdir) -> Path:
     """The file of the rows `name` of `synth`; made first, once, where an endpoint makes them.
 
-    Rows are an artefact: those that are there are never made again.
+    Rows are an artefact: those that are there are never made again; with other settings they are an error.
     """
-    rows = workdir.rows_file(name)
-    if rows.is_file():
-        return rows
-    stage = making_stage(recipe, name)
-    if stage:
+    rows, stage = workdir.rows_file(name), making_stage(recipe, name)
+    if stage and not rows.is_file():
         raise UserError(f"synth.{name} is made by stage {stage}, which is not finished in {workdir.root}; run it first")
-    _make(recipe, name, workdir)
+    if not stage:
+        _make(recipe, name, workdir)
     return rows
 
 
 def run_making_stage(recipe: Recipe, stage: str, workdir: Workdir) -> dict[str, Any]:
     """Serves the model that the stage starts from, has it make the rows, and returns the stage's part of the summary."""
+    from tanuki_jax import serve
+
     options, began = recipe.stages[stage], time.monotonic()
     parent = workdir.init_checkpoint(options.init_from, recipe.stages)
     assert parent is not None  # config/validate_synth.py
@@ -45,14 +43,14 @@ def run_making_stage(recipe: Recipe, stage: str, workdir: Workdir) -> dict[str, 
             f"stage {stage} makes rows with a model on one process, and this run has {jax.process_count()}; run it alone "
             f"(tanuki train --stage={stage}) on one machine with the same workdir, or serve the model and name its endpoint"
         )
-    if not workdir.rows_file(options.synth).is_file():
-        from tanuki_jax import serve
-
-        multihost.enter_phase(f"loading {parent}")
-        model = serve.load(parent, _tensor(recipe, stage))
-        with serve.background(model, serve.Options(slots=SLOTS, queue=QUEUE, compile_first=False)) as url:
-            multihost.enter_phase(f"the rows of stage {stage}")
-            _make(recipe, options.synth, workdir, url)
+    multihost.enter_phase(f"loading {parent}")
+    model = serve.load(parent, _tensor(recipe, stage))
+    identity = checkpoint.fingerprint(model.params[0])
+    generator = recipe.endpoints.get(recipe.synth[options.synth].generator, config.Endpoint())
+    settings = serve.Options(slots=generator.concurrency, queue=generator.concurrency, compile_first=False)
+    with serve.background(model, settings) as url:
+        multihost.enter_phase(f"the rows of stage {stage}")
+        _make(recipe, options.synth, workdir, url, identity)
     summary = dataclasses.asdict(StageSummary(seconds=round(time.monotonic() - began, 1)))
     return {**summary, "made": files.read_json(workdir.synth_dir(options.synth) / "report.json")}
 
@@ -65,7 +63,7 @@ def _tensor(recipe: Recipe, stage: str) -> int:
     return max(n for n in range(1, devices + 1) if all(size % n == 0 for size in sizes))
 
 
-def _make(recipe: Recipe, name: str, workdir: Workdir, generator_url: str = "") -> None:
+def _make(recipe: Recipe, name: str, workdir: Workdir, generator_url: str = "", generator_id: str = "") -> None:
     """Makes rows, after those that are their seeds."""
     from tanuki_jax.synth.make import make
 
@@ -73,5 +71,13 @@ def _make(recipe: Recipe, name: str, workdir: Workdir, generator_url: str = "") 
     addresses = [address.removeprefix(SYNTH_PREFIX) for address in synth.seeds.values() if address.startswith(SYNTH_PREFIX)]
     rows_by_name = {seed: make_rows(recipe, seed, workdir) for seed in addresses}
     scores = workdir.done_file(synth.scores) if synth.scores in recipe.stages else None
-    summary = make(recipe, name, workdir.synth_dir(name), sources=rows_by_name, generator_url=generator_url, scores=scores)
-    print(summary.text, file=sys.stderr, flush=True)
+    directory, is_made = workdir.synth_dir(name), workdir.rows_file(name).is_file()
+    summary = make(
+        *(recipe, name, directory),
+        sources=rows_by_name,
+        generator_url=generator_url,
+        generator_id=generator_id,
+        scores=scores,
+    )
+    if not is_made:
+        print(summary.text, file=sys.stderr, flush=True)

@@ -64,8 +64,8 @@ def _run_stages(recipe: Recipe, workdir: Workdir, stages: Sequence[str], allow_d
     waiting = [stage for stage in stages if not workdir.done(stage)]
     sources = {source for stage in waiting for source in config.stage_sources(recipe.stages[stage])}
     multihost.first_then_all(lambda: source_files.check(recipe, sources), "a look at the data")
-    prepared = multihost.first_then_all(lambda: artifacts.prepare(recipe, workdir, set()), "the tokenizer")
-    multihost.assert_equal_across_processes("fingerprint of the tokenizer", prepared.tokenizer.fingerprint)
+    tokenizer = multihost.first_then_all(lambda: artifacts.prepare_tokenizer(recipe, workdir), "the tokenizer")
+    multihost.assert_equal_across_processes("fingerprint of the tokenizer", tokenizer.fingerprint)
     with multihost.handle_sigterm(), trackers.open_trackers(recipe, workdir.root) as on_metrics:
         for stage in waiting:
             if multihost.preemption_requested():
@@ -75,12 +75,12 @@ def _run_stages(recipe: Recipe, workdir: Workdir, stages: Sequence[str], allow_d
                     raise UserError(f"stage {stage} needs stage {other}, which is not finished in {workdir.root}; run it first")
             multihost.enter_phase(f"the data of stage {stage}")
             read = set(config.stage_sources(recipe.stages[stage]))
-            prepare = functools.partial(artifacts.prepare, recipe, workdir, read)
+            prepare = functools.partial(artifacts.prepare_stores, recipe, workdir, tokenizer, read)
             prepared = multihost.first_then_all(prepare, f"preparing the data of stage {stage}")
             multihost.enter_phase(f"the start of stage {stage}")
             entry = run_stage(recipe, stage, workdir, prepared, meshes[stage], allow_data_change, on_metrics)
             multihost.enter_phase(f"the scores of stage {stage}")
-            scored = score_stage(recipe, stage, workdir, prepared.tokenizer, mesh)
+            scored = score_stage(recipe, stage, workdir, tokenizer, mesh)
             entry["scores"] = scored.scores
             data = data_card.describe_sources(recipe, prepared)
             result = {"entry": entry, "samples": scored.samples, "questions": scored.questions, "data": data}

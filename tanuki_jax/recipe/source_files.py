@@ -21,11 +21,13 @@ RULES_CODE = ("rules.py", "world.py", "families/*.py")  # what rule-made rows fo
 
 
 class SourceFiles(NamedTuple):
-    """Globs of files, their fingerprint, and the fields that are read of their rows."""
+    """Globs of files, their fingerprint, the fields that are read of their rows, and where it is counted what was left out."""
 
     files: str
     identity: str
     fields: sources.Fields
+    counts: tuple[Path, ...] = ()  # files of the making and of filters
+    made: bool = False  # by a model: every row has its provenance
 
 
 def locate(recipe: Recipe, name: str, workdir: Workdir) -> SourceFiles:
@@ -35,7 +37,7 @@ def locate(recipe: Recipe, name: str, workdir: Workdir) -> SourceFiles:
     _check_files(recipe, name)
     if source.files.startswith(SYNTH_PREFIX):
         rows = make_rows(recipe, source.files.removeprefix(SYNTH_PREFIX), workdir)
-        located = SourceFiles(str(rows), files.fingerprint(rows), fields)
+        located = SourceFiles(str(rows), files.fingerprint(rows), fields, (rows.with_name("report.json"),), made=True)
     elif source.files.startswith(RULES):
         located = SourceFiles(*rule_made(recipe, source.files, workdir, f"data.{name}"), fields)
     else:
@@ -87,7 +89,9 @@ def _filter(recipe: Recipe, name: str, workdir: Workdir, located: SourceFiles) -
             *(located.files, options, directory), fields=located.fields, skip_invalid=source.skip_invalid, judge=judge
         )
         print(f"data {name}, filters {source.filters}:\n{summary}", file=sys.stderr, flush=True)
-    return SourceFiles(str(directory / "rows.jsonl"), identity, sources.PLAIN)
+    return SourceFiles(
+        str(directory / "rows.jsonl"), identity, sources.PLAIN, (*located.counts, directory / "summary.json"), located.made
+    )
 
 
 def check(recipe: Recipe, names: Collection[str]) -> None:

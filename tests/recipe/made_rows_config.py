@@ -16,7 +16,7 @@ def get_config():
     c.rules.update(dict(documents=10, dialogues=6_000))
     c.tokenizer.update(dict(vocab_size=1024, character_coverage=1.0, boundary="none", sources=("synthetic", "dialogues")))
     c.filters.clean = config.filters(min_characters=1, max_characters=80, repetition=True)
-    c.endpoints.own = config.endpoint(temperature=1.0, max_tokens=32, license="apache-2.0")
+    c.endpoints.own = config.endpoint(temperature=1.0, max_tokens=32, concurrency=32, license="apache-2.0")
     c.synth.answers = config.synth(
         "answer", seeds=dict(prompts="rules:prompts"), items=200, generator="own", filters="clean", language="ja"
     )
