@@ -1,6 +1,6 @@
 """How much of what a server could give the runner gets, while the server fails in nine ways and the runner is killed.
 
-python benchmarks/endpoint.py --workdir=runs/endpoint [--jobs=5000] [--kills=10] [--slots=32] [--seconds=1.0]
+python benchmarks/endpoint.py --workdir=runs/endpoint [--jobs=5000] [--kills=10] [--slots=32] [--seconds=1.5]
 
 The server (tests/endpoint/faulty_server.py, a process of its own) works on `slots` requests at a time, each for `seconds`, so
 that it can give slots / seconds answers per second; it counts the time that its slots were busy.  Faults are 5 % of each kind.
@@ -37,7 +37,7 @@ async def chain(item: int, ask: Ask) -> list[dict[str, Any]]:
 
 def work(url: str, directory: Path, jobs: int, concurrency: int) -> None:
     """One run; a process of its own."""
-    settings = Endpoint(base_url=url, concurrency=concurrency, timeout_seconds=8.0, retries=12, license="apache-2.0")
+    settings = Endpoint(base_url=url, concurrency=concurrency, timeout_seconds=12.0, retries=12, license="apache-2.0")
     items = [(str(number), number) for number in range(jobs // 2)]
     summary = endpoint.run(items, chain, {"generator": Client(settings)}, directory, recipe="benchmark", quiet=True)
     print(json.dumps({**summary.to_json(), "cpu_seconds": time.process_time()}))
@@ -70,6 +70,11 @@ def rows(path: Path) -> Iterator[dict[str, Any]]:
         yield from map(json.loads, f)
 
 
+def count(path: Path) -> int:
+    """Whole lines of a file."""
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
 def throughput(directory: Path, jobs: int, concurrency: int, **options: float) -> None:
     """A line of the table: one run that nobody disturbs."""
     server = Server(**options)
@@ -95,15 +100,14 @@ def kill_often(directory: Path, jobs: int, kills: int, concurrency: int, **optio
     """Kills the runner at random moments; then every job must have exactly one final row."""
     server = Server(**options)
     chance, shown, answers = random.Random(0), [], directory / "answers.jsonl"
-    while len(shown) < kills:
-        before = answers.stat().st_size if answers.exists() else 0
+    for number in range(1, kills + 1):
         process = start(server, directory, jobs, concurrency)
-        while (answers.stat().st_size if answers.exists() else 0) <= before and process.poll() is None:
-            time.sleep(0.05)
-        time.sleep(chance.uniform(0, 3))
+        while process.poll() is None and count(answers) < number * jobs // (kills + 1):
+            time.sleep(0.1)
+        time.sleep(chance.uniform(0, 1))
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        shown.append(answers.read_bytes().count(b"\n"))
+        shown.append(count(answers))
     runs = 0
     summary: dict[str, Any] = {}
     while not summary.get("complete") and runs < 3:
@@ -126,16 +130,17 @@ def kill_often(directory: Path, jobs: int, kills: int, concurrency: int, **optio
 
 def main() -> None:
     """Prints the report."""
-    options = report.begin("The endpoint runner", __doc__, jobs=5000, kills=10, slots=32, seconds=1.0)
+    options = report.begin("The endpoint runner", __doc__, jobs=5000, kills=10, slots=32, seconds=1.5)
     shutil.rmtree(options.workdir)
     server = dict(slots=options.slots, seconds=options.seconds)
-    places = 3 * options.slots
+    places = 4 * options.slots
     print(f"A server of {options.slots / options.seconds:g} answers per second at most, {places} requests under way.\n")
     head = "each fault | requests | answers | seconds | slots busy | busy until 95 % were done | seconds closed by 429s"
     print(f"| {head} | sent in a pause | the runner's CPU seconds |")
     print("|---|---|---|---|---|---|---|---|---|")
     for name, share, retry_after in (("none", 0.0, 0.0), ("faults", SHARE, 0.1)):
-        throughput(options.workdir / name, options.jobs, places, share=share, retry_after=retry_after, **server)
+        jobs = options.jobs if share else options.jobs // 5
+        throughput(options.workdir / name, jobs, places, share=share, retry_after=retry_after, **server)
     print(f"\n{options.jobs:,} jobs at {SHARE:.0%} of each fault, the runner killed {options.kills} times.\n", flush=True)
     fast = dict(slots=64, seconds=0.1, share=SHARE, retry_after=0.1)
     kill_often(options.workdir / "kills", options.jobs, options.kills, places, **fast)

@@ -40,7 +40,7 @@ class Asker:
         self._gates = {id(client): Gate(min(client.endpoint.concurrency, MAX_REQUESTS)) for client in same.values()}
         self._meter, self._answers, self._failures, self._summary = meter, answers, failures, summary
         self._bad_requests = 0
-        self._has_answer = False
+        self._has_answer = summary.outcomes["answer"] > 0
         self._start: asyncio.Task[None] | None = None
         self.stopping = False
         self.under_way: set[asyncio.Task[Any]] = set()  # tasks whose request has been sent
@@ -152,6 +152,8 @@ class Asker:
             except NoAnswer as none:
                 gate.reset()
                 self._charge(spent, client, (none.row or {}).get("usage", {}))
+                if none.reason == "overflow":
+                    self._count_refused(client, (none.row or {}).get("message"), "lower max_tokens")
                 raise
             except Failure as failure:
                 self._charge(spent, client, failure.usage)
@@ -186,10 +188,7 @@ class Asker:
         elif failure.kind == "rate_limit" or failure.retry_after is not None:
             limit, fix = RATE_ROUNDS * (retries + 1), "run the same command again later, or lower `concurrency`"
         elif failure.kind == "bad_request":
-            self._bad_requests += not self._has_answer
-            if self._bad_requests >= BAD_REQUESTS:
-                fix = f"it refuses every request ({failure}); correct the endpoint's settings"
-                raise UserError(f"{client.label}: {fix}") from failure
+            self._count_refused(client, failure, "correct the endpoint's settings")
             return
         elif gate.failures >= max(MIN_STREAK, client.endpoint.concurrency):
             limit, fix = STREAK_ROUNDS * (retries + 1), "look at its server and run the same command again"
@@ -198,6 +197,12 @@ class Asker:
         if gate.pause(began, failure.retry_after) > limit:
             message = f"{failure}, {gate.rounds} times in a row; what was answered is saved"
             raise UserError(f"{client.label}: {message}: {fix}") from failure
+
+    def _count_refused(self, client: Client, message: object, fix: str) -> None:
+        """Ends a run in which no request is ever accepted, before all items are used up."""
+        self._bad_requests += not self._has_answer
+        if self._bad_requests >= BAD_REQUESTS:
+            raise UserError(f"{client.label}: it refuses every request ({message}); {fix}")
 
     def _pause_before_retry(self, failure: Failure, faults: Counter[str], retries: int) -> float | None:
         """Seconds to wait, without a place; None where there is to be no other try."""

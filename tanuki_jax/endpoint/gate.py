@@ -45,7 +45,7 @@ class Gate:
         try:
             while (seconds := self._until - loop.time()) > 0:
                 # not all at once: it would be the next burst that is too much
-                await asyncio.sleep(seconds + random.uniform(0, min(1.0, 0.1 * (self._until - self._paused_at))))
+                await asyncio.sleep(seconds + random.uniform(0, min(1.0, 0.5 * (self._until - self._paused_at))))
         except asyncio.CancelledError:
             self.release()
             raise

@@ -69,4 +69,4 @@ def after(server: Server, answers: int, action: Callable[[], Any]) -> None:
 
 
 def lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines()
+    return path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]

@@ -24,16 +24,15 @@ run(url, Path(directory), int(count), retries=12, concurrency=64, timeout_second
 
 
 def kill_often(server, directory, items, kills):
-    """Runs until the work is done or has been killed often enough; each run gets at least one answer."""
+    """Runs the work and kills it often, at moments that are spread over it."""
     chance, answers = random.Random(0), directory / "answers.jsonl"
-    for _ in range(kills):
-        before = answers.stat().st_size if answers.exists() else 0
+    for number in range(1, kills + 1):
         process = subprocess.Popen([sys.executable, "-c", WORK, server.url, str(directory), str(items)], cwd=ROOT)
-        while process.poll() is None and (answers.stat().st_size if answers.exists() else 0) <= before:
-            time.sleep(0.02)
-        time.sleep(chance.uniform(0, 2))
+        while process.poll() is None and not (answers.exists() and len(lines(answers)) >= number * 2 * items // (kills + 1)):
+            time.sleep(0.05)
+        time.sleep(chance.uniform(0, 0.3))
         process.kill()
-        process.wait()
+        assert process.wait() < 0, "it ended before it was killed"
 
 
 def check(server, directory, items):

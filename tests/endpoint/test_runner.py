@@ -190,6 +190,14 @@ def test_settings_that_no_request_can_succeed_with_end_the_run(tmp_path):
     assert server.requests["bad_request"] < 20 + 16
 
 
+def test_prompts_none_of_which_fits_end_the_run(server, tmp_path):
+    server.behaviour.context = 3
+    with pytest.raises(UserError, match="refuses every request.*maximum context length.*lower max_tokens"):
+        run(server, tmp_path, 500)
+    server.behaviour.context = 1000
+    assert run(server, tmp_path, 20, max_tokens=100).complete  # with these settings nothing has been refused
+
+
 @pytest.mark.parametrize("calls", [1, 7, 40])
 def test_a_budget_of_calls(server, tmp_path, calls):
     with pytest.raises(Preempted, match=f"the budget max_calls={calls} is spent .*raise it"):
