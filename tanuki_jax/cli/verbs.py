@@ -39,9 +39,11 @@ def _run(options: argparse.Namespace) -> None:
 
     loaded = config.load(options.config_flags)
     run_recipe(loaded, options.workdir, getattr(options, "stage", ""), options.allow_data_change)
-    last = options.workdir / "stages" / (getattr(options, "stage", "") or list(loaded.stages)[-1])
     print(f"report: {shlex.quote(str((options.workdir / 'report.html').absolute()))}")
-    print(f"chat:   {jax_platform.program()} chat --checkpoint={shlex.quote(str(last.absolute()))}")
+    finished = [options.stage] if getattr(options, "stage", "") else list(loaded.stages)
+    for last in [name for name in finished if not config.STAGE_KINDS[loaded.stages[name].kind].makes_rows][-1:]:
+        directory = (options.workdir / "stages" / last).absolute()
+        print(f"chat:   {jax_platform.program()} chat --checkpoint={shlex.quote(str(directory))}")
 
 
 def _plan(options: argparse.Namespace) -> None:
