@@ -18,7 +18,7 @@ from tanuki_jax.endpoint.reply import Failure
 from tanuki_jax.endpoint.summary import Summary
 from tanuki_jax.errors import Preempted, UserError
 
-EMPTY_TRIES = 4  # after which an answer is taken to be empty
+EMPTY_TRIES = 4  # in a row, after which an answer is taken to be empty
 RATE_ROUNDS = 4  # times `retries` + 1: pauses that an endpoint may ask for without an answer in between
 MIN_STREAK = 8  # failures of any kind without an answer in between, or as many as may be under way: all wait
 STREAK_ROUNDS = 2  # times `retries` + 1: such pauses, after which the run ends
@@ -83,7 +83,7 @@ class Asker:
         bound = budget.upper_bound(job, endpoint)
         faults: Counter[str] = Counter()
         wasted: Counter[str] = Counter()
-        began = time.monotonic()
+        empties = 0  # in a row
 
         def record(outcome: str, **more: Any) -> dict[str, Any]:
             usage = more.get("usage") or {}
@@ -92,7 +92,7 @@ class Asker:
             row: dict[str, Any] = {"id": job_id, "outcome": outcome, "item": job.item, "role": job.role, "step": job.step}
             row |= {"sample": job.sample, "model": endpoint.model, **more, "license": endpoint.license}
             row |= {"cost": budget.cost(endpoint, total["prompt_tokens"], total["completion_tokens"])}
-            row |= {"seconds": round(time.monotonic() - began, 3), "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+            row |= {"date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
             optional = {"faults": dict(faults), "wasted": dict(wasted)}
             return row | {name: value for name, value in optional.items() if value}
 
@@ -111,10 +111,11 @@ class Asker:
                     continue
                 faults[failure.kind] += 1
                 wasted.update(failure.usage)
+                empties = empties + 1 if failure.kind == "empty" else 0
                 pause = self._pause_before_retry(failure, faults, endpoint.retries)
-                if pause is None:
+                if pause is None or empties >= EMPTY_TRIES:
                     message = f"{failure}"
-                    if faults["empty"] >= EMPTY_TRIES:
+                    if empties >= EMPTY_TRIES:
                         self._keep(record("empty", message=message))
                         raise NO_ANSWER["empty"]("empty", {"message": message}) from None
                     row = record(failure.kind, message=message)
@@ -209,8 +210,6 @@ class Asker:
         if failure.kind == "rate_limit":
             return 0.0  # the gate waits
         if failure.kind == "bad_request":
-            return None
-        if failure.kind == "empty" and faults["empty"] >= EMPTY_TRIES:
             return None
         tries = faults.total() - faults["rate_limit"]
         return back_off(tries - 1, failure.kind) if tries <= retries else None

@@ -264,9 +264,8 @@ def test_answers_that_never_come_are_empty_and_too_many_failures_are_failures(tm
     final = [json.loads(line) for line in lines(tmp_path / "answers.jsonl")]
     failed = [json.loads(line) for line in lines(tmp_path / "failed.jsonl")]
     assert len(failed) == summary.failed.total() > 0
-    for row in final + failed:
-        empty = row.get("faults", {}).get("empty", 0)
-        assert (empty == asker.EMPTY_TRIES) == (row["outcome"] == "empty" and row in final), row
+    assert all(row["faults"]["empty"] >= asker.EMPTY_TRIES for row in final if row["outcome"] == "empty")
+    assert all(sum(row["faults"].values()) == 4 for row in failed)
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
