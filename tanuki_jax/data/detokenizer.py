@@ -48,7 +48,7 @@ class Detokenizer:
         return self._spelling.decode(b"", final=True) + self._tokenizer.decode(self._ids)[len(self._decoded) :]
 
     def _note(self, text: str, is_open: bool = False) -> None:
-        """Notes the text of the ids so far, and drops old ones.  is_open: whether a U+FFFD at the end is yet to be given out."""
+        """Notes the text of the ids so far, and drops old ones.  is_open: a U+FFFD at the end is yet to be given out."""
         if len(self._ids) > MAX_CONTEXT:
             self._ids = self._ids[-CONTEXT:]
             text = self._tokenizer.decode(self._ids)
