@@ -9,18 +9,21 @@ import argparse
 import dataclasses
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import numpy as np
-import scanned_decoder
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tanuki_jax import checkpoint, config, model
 from tanuki_jax.model import Sampling, slots
-from tanuki_jax.model.generate import choices, pad_prompts
-from tanuki_jax.model.sampling import row_keys, row_numbers
+from tanuki_jax.model.generate import pad_prompts, power_of_two
+from tanuki_jax.model.sampling import row_keys, row_numbers, stack
+from tests.model import scanned_decoder
 
 STEPS = 8
 
@@ -37,9 +40,9 @@ def fill(cfg, weights, prompts, length, sampling):
     state = slots.empty(cfg, len(prompts), length)
     keys = row_keys(np.int32(0), row_numbers(prompts))
     for slot, prompt in enumerate(prompts):
-        tokens, lengths = pad_prompts([prompt], 64)
+        tokens, lengths = pad_prompts([prompt], power_of_two(max(64, len(prompt))))
         at = np.array([slot], np.int32)
-        state = slots.admit(cfg, weights, state, tokens, lengths, at, choices(sampling, 1), keys[slot : slot + 1])
+        state = slots.admit(cfg, weights, state, tokens, lengths, at, stack([sampling]), keys[slot : slot + 1])
     return state
 
 

@@ -15,7 +15,7 @@ class Detokenizer:
     """The text that each id adds to that of the ids before it; part of a character waits until the character is whole.
 
     Ids are decoded together with some before them, since the first of a text may lose its space.  Bytes that begin no character
-    become U+FFFD each, and spoil nothing else.
+    become U+FFFD each, and spoil nothing else; in a vocabulary of bytes only the last U+FFFD may still become a character.
 
     prompt: the ids before the first one.
     """
@@ -35,20 +35,21 @@ class Detokenizer:
         if byte is not None and self._tokenizer.decode([token]) != piece:
             self._note(text)
             return self._spelling.decode(bytes([byte]))
-        if text.endswith("\ufffd"):  # a part of a character, in a vocabulary of bytes
+        if text == self._decoded:  # the id has no text, as that of a special token
+            self._note(text)
             return ""
-        new = self._spelling.decode(b"", final=True) + text[len(self._decoded) :]
+        new = self._spelling.decode(b"", final=True) + text.removesuffix("\ufffd")[len(self._decoded) :]
         self._spelling.reset()
-        self._note(text)
+        self._note(text, is_open=True)
         return new
 
     def finish(self) -> str:
         """What is left when no more ids come: characters that were not completed."""
         return self._spelling.decode(b"", final=True) + self._tokenizer.decode(self._ids)[len(self._decoded) :]
 
-    def _note(self, text: str) -> None:
-        """Notes the text of the ids so far, and drops old ones."""
-        self._decoded = text
+    def _note(self, text: str, is_open: bool = False) -> None:
+        """Notes the text of the ids so far, and drops old ones.  is_open: a U+FFFD at the end is yet to be given out."""
         if len(self._ids) > MAX_CONTEXT:
             self._ids = self._ids[-CONTEXT:]
-            self._decoded = self._tokenizer.decode(self._ids)
+            text = self._tokenizer.decode(self._ids)
+        self._decoded = text.removesuffix("\ufffd") if is_open else text

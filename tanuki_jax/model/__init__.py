@@ -3,9 +3,10 @@
 from tanuki_jax.model import layerwise, lora, slots
 from tanuki_jax.model.attention import Batch
 from tanuki_jax.model.expert_diagnostics import expert_diagnostics, expert_similarity
-from tanuki_jax.model.generate import Sampling, generate
+from tanuki_jax.model.generate import generate
 from tanuki_jax.model.layer_groups import Params
 from tanuki_jax.model.layers import FFN_MATRICES, axis_sizes, is_vector, parameter_dtype
+from tanuki_jax.model.sampling import Sampling
 from tanuki_jax.model.streaming import stream
 from tanuki_jax.model.transformer import (
     Dropout,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -15,28 +14,10 @@ from tanuki_jax import config, multihost
 from tanuki_jax.errors import UserError
 from tanuki_jax.model import slots
 from tanuki_jax.model.layer_groups import Params
-from tanuki_jax.model.sampling import Choices, int32_seed, row_keys, row_numbers
+from tanuki_jax.model.sampling import Choices, Sampling, int32_seed, row_keys, row_numbers, stack
 
 MIN_WIDTH = 16  # of a batch of prompts, padding included
 STOP_IDS = 8  # with fewer than this many stop ids their number changes no program
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen, and when a row ends.  What the numbers mean is said in `sampling.Choices`."""
-
-    max_new_tokens: int = 128
-    temperature: float = 0.0
-    top_p: float = 1.0
-    stop: tuple[int, ...] = ()  # token ids that end a row; not part of the result
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-
-    @property
-    def greedy(self) -> bool:
-        """Whether the likeliest token is always taken."""
-        return not self.temperature and self.repetition_penalty == 1
 
 
 def generate(
@@ -58,13 +39,14 @@ def generate(
     if sampling.max_new_tokens < 1:
         return [[] for _ in prompts]
     weights = slots.unstack(cfg, params) if isinstance(params, dict) else params
-    tokens, lengths = pad_prompts(prompts, MIN_WIDTH)
-    length = power_of_two(max(tokens.shape[1], int(lengths.max()) + sampling.max_new_tokens))
+    longest = max(map(len, prompts))
+    tokens, lengths = pad_prompts(prompts, power_of_two(max(MIN_WIDTH, longest)))
+    length = power_of_two(max(tokens.shape[1], longest + sampling.max_new_tokens))
     stop = np.full(power_of_two(max(STOP_IDS, len(sampling.stop))), -1, np.int32)
     stop[: len(sampling.stop)] = sampling.stop
     out_TB = multihost.to_host(
         _generate(
-            *(cfg, length, sampling.greedy, weights, tokens, lengths, choices(sampling, len(prompts))),
+            *(cfg, length, sampling.greedy, weights, tokens, lengths, stack([sampling] * len(prompts))),
             *(int32_seed(seed), row_numbers(prompts), np.int32(sampling.max_new_tokens), stop),
         )
     )
@@ -83,24 +65,12 @@ def check_prompts(cfg: config.ModelConfig, prompts: Sequence[Sequence[int]]) -> 
         )
 
 
-def pad_prompts(prompts: Sequence[Sequence[int]], least: int) -> tuple[np.ndarray, np.ndarray]:
-    """The prompts as rows [R, P] of a power of two, of which `least` is the smallest, and their lengths [R]; int32."""
-    lengths = np.array([len(p) for p in prompts], np.int32)
-    tokens = np.zeros((len(prompts), power_of_two(max(least, int(lengths.max())))), np.int32)
+def pad_prompts(prompts: Sequence[Sequence[int]], width: int) -> tuple[np.ndarray, np.ndarray]:
+    """The prompts as rows [R, width], padded at the end, and their lengths [R]; int32."""
+    tokens = np.zeros((len(prompts), width), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
-    return tokens, lengths
-
-
-def choices(sampling: Sampling, rows: int) -> Choices:
-    """The same options for each of so many rows."""
-    return Choices(
-        repetition_penalty=np.full(rows, sampling.repetition_penalty, np.float32),
-        temperature=np.full(rows, sampling.temperature, np.float32),
-        top_k=np.full(rows, sampling.top_k, np.int32),
-        top_p=np.full(rows, sampling.top_p, np.float32),
-        min_p=np.full(rows, sampling.min_p, np.float32),
-    )
+    return tokens, np.array([len(prompt) for prompt in prompts], np.int32)
 
 
 def power_of_two(number: int) -> int:

@@ -5,11 +5,30 @@ from __future__ import annotations
 import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen, and when a row ends.  What the numbers mean is said in `Choices`."""
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    stop: tuple[int, ...] = ()  # token ids that end a row; not part of the result
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is always taken."""
+        return not self.temperature and self.repetition_penalty == 1
 
 
 class Choices(NamedTuple):
@@ -22,10 +41,13 @@ class Choices(NamedTuple):
     min_p: jax.Array | np.ndarray  # float32; only tokens with this share of the likeliest one's probability; 0 = off
 
 
-def neutral_choices(rows: int) -> Choices:
-    """The likeliest token for every row."""
-    ones, zeros = jnp.ones(rows, jnp.float32), jnp.zeros(rows, jnp.float32)
-    return Choices(repetition_penalty=ones, temperature=zeros, top_k=jnp.zeros(rows, jnp.int32), top_p=ones, min_p=zeros)
+def stack(rows: Sequence[Sampling]) -> Choices:
+    """The options of rows."""
+
+    def column(name: str) -> np.ndarray:
+        return np.array([getattr(row, name) for row in rows], np.int32 if name == "top_k" else np.float32)
+
+    return Choices(**{name: column(name) for name in Choices._fields})
 
 
 # --- random numbers -------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from tanuki_jax.model.attention import Cache
 from tanuki_jax.model.layer_groups import Params, split_layers
 from tanuki_jax.model.layers import compute_dtype, rms_norm
 from tanuki_jax.model.lora import delta, frozen_params
-from tanuki_jax.model.sampling import Choices, choose, neutral_choices
+from tanuki_jax.model.sampling import Choices, Sampling, choose, stack
 from tanuki_jax.model.transformer import Block, dropless, logical_axes
 
 Array = jax.Array | np.ndarray
@@ -122,7 +122,7 @@ def empty(cfg: config.ModelConfig, batch_size: int, length: int) -> Slots:
         position_B=zeros_B,
         step_B=zeros_B,
         key_B2=jnp.zeros((batch_size, 2), jnp.uint32),
-        choices=neutral_choices(batch_size),
+        choices=jax.tree.map(jnp.asarray, stack([Sampling()] * batch_size)),
         seen_BV=jnp.zeros((batch_size, cfg.vocab_size), bool),
     )
     return _place(slots)
@@ -169,6 +169,48 @@ def admit(
       slots_R: the number of each one's slot.
       choices, keys_R: how and with which random numbers (`request_key`) each one goes on.
     """
+    return _admit(cfg, weights, slots, tokens_RP, lengths_R, slots_R, choices, keys_R)[0]
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "top"), donate_argnames="slots")
+def admit_scored(
+    cfg: config.ModelConfig,
+    weights: Weights,
+    slots: Slots,
+    tokens_RP: Array,
+    lengths_R: Array,
+    slots_R: Array,
+    choices: Choices,
+    keys_R: jax.Array,
+    wanted: Array,
+    top: int,
+) -> tuple[Slots, Scores]:
+    """What `admit` gives, and what `score` gives for the prompts, from one pass and one program.
+
+    wanted: bool; without it the scores are zeros, and cost nothing.
+    """
+    slots, hidden_RPD = _admit(cfg, weights, slots, tokens_RP, lengths_R, slots_R, choices, keys_R)
+
+    def count() -> Scores:
+        return _score(cfg, weights, hidden_RPD, jnp.asarray(tokens_RP, jnp.int32), top)
+
+    def skip() -> Scores:
+        return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(count))
+
+    return slots, jax.lax.cond(wanted, count, skip)
+
+
+def _admit(
+    cfg: config.ModelConfig,
+    weights: Weights,
+    slots: Slots,
+    tokens_RP: Array,
+    lengths_R: Array,
+    slots_R: Array,
+    choices: Choices,
+    keys_R: jax.Array,
+) -> tuple[Slots, jax.Array]:
+    """The slots, and the prompts' hidden states [R, P, D]."""
     (R, P), V = tokens_RP.shape, cfg.vocab_size
     tokens_RP, rows_R = jnp.asarray(tokens_RP, jnp.int32), jnp.arange(R)
     positions_RP = jnp.broadcast_to(jnp.arange(P), (R, P))
@@ -189,7 +231,7 @@ def admit(
         part = jnp.asarray(part, whole.dtype)
         return whole.at[slots_R].set(part) if part.shape[1:] == whole.shape[1:] else whole.at[slots_R, :, :P].set(part)
 
-    return _place(jax.tree.map(put, slots, admitted))
+    return _place(jax.tree.map(put, slots, admitted)), hidden_RPD
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "n", "top"), donate_argnames="slots")
@@ -198,19 +240,46 @@ def step(cfg: config.ModelConfig, weights: Weights, slots: Slots, n: int, top: i
     return jax.lax.scan(lambda slots, _: next_token(cfg, weights, slots, top), slots, None, length=n)
 
 
+@functools.partial(jax.jit, static_argnames=("cfg", "limit", "top"), donate_argnames="slots")
+def step_up_to(
+    cfg: config.ModelConfig, weights: Weights, slots: Slots, n: Array, wanted: Array, limit: int, top: int
+) -> tuple[Slots, Tokens]:
+    """What `step` gives for any n up to `limit`, with the likeliest tokens or without, by one program.
+
+    Args:
+      n: int32; tokens [limit, B] have zeros after the first n.
+      wanted: bool; without it there are zeros in place of the likeliest tokens, and they cost nothing.
+    """
+    B = len(slots.step_B)
+    none = Tokens(
+        ids=jnp.zeros((limit, B), jnp.int32),
+        logprobs=jnp.zeros((limit, B)),
+        top_ids=jnp.zeros((limit, B, top), jnp.int32),
+        top_logprobs=jnp.zeros((limit, B, top)),
+    )
+
+    def add(i: jax.Array, state: tuple[Slots, Tokens]) -> tuple[Slots, Tokens]:
+        slots, new = next_token(cfg, weights, state[0], top, wanted=wanted)
+        return slots, jax.tree.map(lambda whole, part: whole.at[i].set(part), state[1], new)
+
+    return jax.lax.fori_loop(0, n, add, (slots, none))
+
+
 def next_token(
-    cfg: config.ModelConfig, weights: Weights, slots: Slots, top: int = 0, greedy: bool = False
+    cfg: config.ModelConfig, weights: Weights, slots: Slots, top: int = 0, greedy: bool = False, wanted: Array | bool = True
 ) -> tuple[Slots, Tokens]:
     """The same for one token, inside a program; n is left out of the shapes.
 
-    greedy: whether every row is known to ask for nothing but the likeliest token, which is less to compile.
+    Args:
+      greedy: whether every row is known to ask for nothing but the likeliest token, which is less to compile.
+      wanted: as in `step_up_to`.
     """
     logits_BV = _logits(weights, slots.hidden_BD)
     if greedy:
         token_B = logits_BV.argmax(axis=-1).astype(jnp.int32)
     else:
         token_B = choose(logits_BV, slots.choices, slots.seen_BV, jax.random.wrap_key_data(slots.key_B2), slots.step_B)
-    tokens = Tokens(token_B, *_logprobs(logits_BV, token_B, top))
+    tokens = Tokens(token_B, *_logprobs(logits_BV, token_B, top, wanted))
     x_B1D = weights.table_VD[token_B][:, None]
     hidden_B1D, cache = _forward(cfg, weights, x_B1D, slots.position_B[:, None], slots.cache)
     seen_BV = slots.seen_BV.at[jnp.arange(len(token_B)), token_B].set(True)
@@ -227,7 +296,7 @@ def next_token(
 @functools.partial(jax.jit, donate_argnums=0)
 def release(slots: Slots, slots_R: Array) -> Slots:
     """The slots, of which some are not in use: they choose the likeliest token, so that no work is done for their options."""
-    neutral = neutral_choices(1)
+    neutral = stack([Sampling()])
     return slots._replace(choices=jax.tree.map(lambda a, b: a.at[slots_R].set(b[0]), slots.choices, neutral))
 
 
@@ -241,13 +310,18 @@ def score(cfg: config.ModelConfig, weights: Weights, tokens_BS: Array, top: int 
     B, S = tokens_BS.shape
     positions_BS = jnp.broadcast_to(jnp.arange(S), (B, S))
     hidden_BSD, _ = _forward(cfg, weights, parallel.embedding_lookup(weights.table_VD, tokens_BS), positions_BS)
-    chunk = min(S, cfg.compute.logits_chunk)
-    padding = -S % chunk
-    targets_BS = jnp.pad(tokens_BS[:, 1:], ((0, 0), (0, 1 + padding)))
-    hidden_BSD = jnp.pad(hidden_BSD, ((0, 0), (0, padding), (0, 0)))
-    chunks = (a.reshape(B, -1, chunk, *a.shape[2:]).swapaxes(0, 1) for a in (hidden_BSD, targets_BS))
-    scores = jax.lax.map(lambda c: Scores(*_logprobs(_logits(weights, c[0]), c[1], top)), tuple(chunks))
-    return jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(B, S + padding, *a.shape[3:])[:, : S - 1], scores)
+    return _score(cfg, weights, hidden_BSD, tokens_BS, top)
+
+
+def _score(cfg: config.ModelConfig, weights: Weights, hidden_BSD: jax.Array, tokens_BS: jax.Array, top: int) -> Scores:
+    """The same from hidden states; never more than `logits_chunk` rows of logits at once."""
+    B, S, D = hidden_BSD.shape
+    chunk = min(B * S, cfg.compute.logits_chunk)
+    padding = -B * S % chunk
+    targets_T = jnp.pad(jnp.roll(tokens_BS, -1, axis=1).reshape(-1), (0, padding)).reshape(-1, chunk)
+    hidden_TD = jnp.pad(hidden_BSD.reshape(-1, D), ((0, padding), (0, 0))).reshape(-1, chunk, D)
+    scores = jax.lax.map(lambda c: Scores(*_logprobs(_logits(weights, c[0]), c[1], top)), (hidden_TD, targets_T))
+    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[: B * S].reshape(B, S, *a.shape[2:])[:, : S - 1], scores)
 
 
 # --- the model ------------------------------------------------------------------------------------------------------
@@ -288,13 +362,22 @@ def _logits(weights: Weights, hidden_XD: jax.Array) -> jax.Array:
     return jnp.einsum("...D,DV->...V", hidden_XD, weights.head_DV, preferred_element_type=jnp.float32)
 
 
-def _logprobs(logits_XV: jax.Array, tokens_X: jax.Array, top: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _logprobs(
+    logits_XV: jax.Array, tokens_X: jax.Array, top: int, wanted: Array | bool = True
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Log-probabilities [...] of tokens, and ids and log-probabilities [..., top] of the likeliest."""
     # The barrier keeps the sum from being computed twice, in two orders: the same token would have two log-probabilities.
     logits_XV, sum_X1 = jax.lax.optimization_barrier((logits_XV, jax.nn.logsumexp(logits_XV, axis=-1, keepdims=True)))
     chosen_X = jnp.take_along_axis(logits_XV, tokens_X[..., None], axis=-1) - sum_X1
+
+    def likeliest() -> tuple[jax.Array, jax.Array]:
+        top_logits, top_ids = jax.lax.top_k(logits_XV, top)
+        return top_ids.astype(jnp.int32), top_logits - sum_X1
+
+    def nothing() -> tuple[jax.Array, jax.Array]:
+        shape = (*tokens_X.shape, top)
+        return jnp.zeros(shape, jnp.int32), jnp.zeros(shape)
+
     if not top:
-        none = jnp.zeros((*tokens_X.shape, 0))
-        return chosen_X[..., 0], none.astype(jnp.int32), none
-    top_logits, top_ids = jax.lax.top_k(logits_XV, top)
-    return chosen_X[..., 0], top_ids.astype(jnp.int32), top_logits - sum_X1
+        return chosen_X[..., 0], *nothing()
+    return chosen_X[..., 0], *(likeliest() if wanted is True else jax.lax.cond(wanted, likeliest, nothing))

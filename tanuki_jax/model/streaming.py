@@ -8,9 +8,9 @@ import numpy as np
 
 from tanuki_jax import config
 from tanuki_jax.model import slots
-from tanuki_jax.model.generate import Sampling, check_prompts, choices, pad_prompts, power_of_two
+from tanuki_jax.model.generate import check_prompts, pad_prompts, power_of_two
 from tanuki_jax.model.layer_groups import Params
-from tanuki_jax.model.sampling import request_key
+from tanuki_jax.model.sampling import Sampling, request_key, stack
 
 MIN_WIDTH = 64  # of a prompt, padding included
 
@@ -24,10 +24,10 @@ def stream(
     """
     check_prompts(cfg, [prompt])
     weights = slots.unstack(cfg, params) if isinstance(params, dict) else params
-    tokens, lengths = pad_prompts([prompt], MIN_WIDTH)
+    tokens, lengths = pad_prompts([prompt], power_of_two(max(MIN_WIDTH, len(prompt))))
     state = slots.empty(cfg, 1, power_of_two(max(tokens.shape[1], len(prompt) + sampling.max_new_tokens)))
     keys = request_key(seed, prompt)[None]
-    state = slots.admit(cfg, weights, state, tokens, lengths, np.zeros(1, np.int32), choices(sampling, 1), keys)
+    state = slots.admit(cfg, weights, state, tokens, lengths, np.zeros(1, np.int32), stack([sampling]), keys)
     for _ in range(sampling.max_new_tokens):
         state, chosen = slots.step(cfg, weights, state, 1)
         token = int(chosen.ids[0, 0])

@@ -11,15 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from tanuki_jax import config
-from tanuki_jax.model import slots
+from tanuki_jax.model import Sampling, slots
+from tanuki_jax.model.generate import pad_prompts, power_of_two
 from tanuki_jax.model.layer_groups import Params
-from tanuki_jax.model.sampling import Choices, request_key
-from tanuki_jax.serve.jobs import TOP, Choice, Job
+from tanuki_jax.model.sampling import request_key, stack
+from tanuki_jax.serve.jobs import TOP, Job
 from tanuki_jax.serve.rows import Block, PromptScores
 
 N_TOGETHER = 4  # prompts that one program admits
-SMALLEST = 16  # width of a prompt's program
-PROGRAMS = ((1, 0), (4, 0), (8, 0), (1, TOP), (8, TOP))  # steps of a block, and likeliest tokens of each
+SMALLEST = 32  # width of a prompt's program
+MAX_STEPS = 8  # of a block
+
+Handle = tuple[int, slots.Tokens]  # a block on its way: steps, and their tokens on the device
 
 
 class SlotsDecoder:
@@ -34,7 +37,7 @@ class SlotsDecoder:
     def __init__(
         self, cfg: config.ModelConfig, params: list[Params], n_slots: int, length: int, mesh: jax.sharding.Mesh | None = None
     ) -> None:
-        self.n_slots, self.n_together = n_slots, min(N_TOGETHER, n_slots)
+        self.n_slots, self.n_together, self.max_steps = n_slots, min(N_TOGETHER, n_slots), MAX_STEPS
         self._cfg, self._length, self._mesh = cfg, length, mesh
         with self._on_mesh():
             self._weights = slots.unstack(cfg, params.pop())
@@ -44,48 +47,55 @@ class SlotsDecoder:
         return jax.set_mesh(self._mesh) if self._mesh else contextlib.nullcontext()
 
     def compile(self, take_note: Callable[[str], None]) -> None:
-        """Runs every program once, so that none is compiled while somebody waits."""
+        """Runs every program once, so that none is compiled while somebody waits: one for each width, and one for steps."""
         widths = sorted({self.width(n) for n in range(1, self._length + 1)})
-        calls: list[Callable[[], object]] = []
-        for width in widths:
-            prompt = (0,) * width
-            calls.append(functools.partial(self.admit, [(self.n_slots, Job(prompt, 0, Choice()))]))
-            calls.append(functools.partial(self.score, prompt))
-        calls += [functools.partial(self.start, n, top) for n, top in PROGRAMS]
-        calls.append(functools.partial(self.release, [0]))
+        calls: list[Callable[[], object]] = [
+            functools.partial(self.admit, [(-1, Job((0,) * width, Sampling()))]) for width in widths
+        ]
+        calls += [functools.partial(self.start, 1, False), functools.partial(self.release, [0])]
         for number, call in enumerate(calls):
             take_note(f"program {number + 1} of {len(calls)} is being compiled")
             call()
         jax.block_until_ready(self._slots)
 
     def width(self, n_tokens: int) -> int:
-        """The next power of two, from 16 to the slots' length."""
-        return min(self._length, max(SMALLEST, 1 << (n_tokens - 1).bit_length()))
+        """The next power of two, from 32 to the slots' length."""
+        return min(self._length, power_of_two(max(SMALLEST, n_tokens)))
 
-    def admit(self, rows: Sequence[tuple[int, Job]]) -> None:
-        """Puts jobs of one width into slots; rows that are missing go to a slot that is not there."""
-        R, P = self.n_together, self.width(max(len(job.prompt) for _, job in rows))
-        tokens_RP, lengths_R = np.zeros((R, P), np.int32), np.ones(R, np.int32)
-        slots_R = np.full(R, self.n_slots, np.int32)
-        for i, (slot, job) in enumerate(rows):
-            tokens_RP[i, : len(job.prompt)] = job.prompt
-            lengths_R[i], slots_R[i] = len(job.prompt), slot
-        jobs = [job for _, job in rows] + [rows[0][1]] * (R - len(rows))
+    def admit(self, rows: Sequence[tuple[int, Job]]) -> list[PromptScores] | None:
+        """Puts jobs of one width into slots; rows without one, and those that are missing, go to a slot that is not there."""
+        padded = [*rows, *[(-1, rows[0][1])] * (self.n_together - len(rows))]
+        slots_R = np.array([slot if slot >= 0 else self.n_slots for slot, _ in padded], np.int32)
+        jobs = [job for _, job in padded]
+        prompts = [job.prompt for job in jobs]
+        tokens_RP, lengths_R = pad_prompts(prompts, self.width(max(map(len, prompts))))
+        choices = stack([job.sampling for job in jobs])
         keys_R = jnp.stack([request_key(job.seed, job.prompt, job.sample) for job in jobs])
+        wanted = np.bool_(any(job.score_prompt for job in jobs))
         with self._on_mesh():
-            self._slots = slots.admit(
-                self._cfg, self._weights, self._slots, tokens_RP, lengths_R, slots_R, _stack_choices(jobs), keys_R
+            self._slots, scores = slots.admit_scored(
+                *(self._cfg, self._weights, self._slots, tokens_RP, lengths_R, slots_R, choices, keys_R, wanted, TOP)
             )
+        if not wanted:
+            return None
+        scores = jax.device_get(scores)
+        return [
+            PromptScores(*(np.concatenate([a[i, :1], a[i]])[: len(job.prompt)] for a in scores))
+            for i, (_, job) in enumerate(rows)
+        ]
 
-    def start(self, n: int, top: int) -> slots.Tokens:
+    def start(self, n: int, wants_top: bool) -> Handle:
         """Starts n steps of all slots."""
         with self._on_mesh():
-            self._slots, tokens = slots.step(self._cfg, self._weights, self._slots, n, top)
-        return tokens
+            self._slots, tokens = slots.step_up_to(
+                *(self._cfg, self._weights, self._slots, np.int32(n), np.bool_(wants_top), MAX_STEPS, TOP)
+            )
+        return n, tokens
 
-    def read(self, started: slots.Tokens) -> Block:
+    def read(self, block: Handle) -> Block:
         """Waits for the tokens of these steps."""
-        return Block(*jax.device_get(started))
+        n, tokens = block
+        return Block(*(a[:n] for a in jax.device_get(tokens)))
 
     def release(self, free: Sequence[int]) -> None:
         """These slots are not in use: no work is done for the options of what they held."""
@@ -93,18 +103,3 @@ class SlotsDecoder:
         slots_B[: len(free)] = free
         with self._on_mesh():
             self._slots = slots.release(self._slots, slots_B)
-
-    def score(self, prompt: Sequence[int]) -> PromptScores:
-        """The log-probabilities of a prompt's tokens, the likeliest ones of each place among them."""
-        tokens_1S = np.zeros((1, self.width(len(prompt))), np.int32)
-        tokens_1S[0, : len(prompt)] = prompt
-        with self._on_mesh():
-            scores = jax.device_get(slots.score(self._cfg, self._weights, tokens_1S, TOP))
-        return PromptScores(*(np.concatenate([a[0, :1], a[0]])[: len(prompt)] for a in scores))
-
-
-def _stack_choices(jobs: Sequence[Job]) -> Choices:
-    def stack(name: str, dtype: type) -> np.ndarray:
-        return np.array([getattr(job.choice, name) for job in jobs], dtype)
-
-    return Choices(**{name: stack(name, np.int32 if name == "top_k" else np.float32) for name in Choices._fields})

@@ -16,53 +16,50 @@ from typing import Generic, Protocol, TypeVar
 
 from tanuki_jax.data.tokenizer import Tokenizer
 from tanuki_jax.serve.errors import ApiError, stopping
-from tanuki_jax.serve.jobs import TOP, Choice, Job, Piece
+from tanuki_jax.serve.jobs import Job, Piece
 from tanuki_jax.serve.metrics import Metrics
 from tanuki_jax.serve.rows import Block, PromptScores, Row, score_prompt
 
 logger = logging.getLogger(__name__)
 
 ADMISSIONS = 2  # programs that admit rows in one turn; more would let the streams stall
-GREEDY = Choice(temperature=0.0)  # costs nothing in a slot that is not in use
 LOOKAHEAD = 64  # waiting rows among which those of one width are looked for
 
-Started = TypeVar("Started")  # a block of steps that was given to the device
+Handle = TypeVar("Handle")  # a block of steps that was given to the device
 Send = Callable[[Piece], None]
 
 
-class Decoder(Protocol[Started]):
+class Decoder(Protocol[Handle]):
     """What the engine needs of a model; `serve/decoder.py` has it for JAX.
 
-    n_slots: rows that live on the device.  n_together: rows that one program admits.
+    n_slots: rows that live on the device.  n_together: rows that one program admits.  max_steps: of a block.
     """
 
     n_slots: int
     n_together: int
+    max_steps: int
 
     def width(self, n_tokens: int) -> int:
         """The width of the program that admits a prompt of so many tokens."""
 
-    def admit(self, rows: Sequence[tuple[int, Job]]) -> None:
-        """Puts jobs of one width into slots."""
+    def admit(self, rows: Sequence[tuple[int, Job]]) -> Sequence[PromptScores] | None:
+        """Puts jobs of one width into slots, -1 being none; gives their prompts' scores where one of them asks for them."""
 
-    def start(self, n: int, top: int) -> Started:
-        """Starts n steps of all slots, and does not wait for them."""
+    def start(self, n: int, wants_top: bool) -> Handle:
+        """Starts n steps of all slots, with the likeliest tokens of each or without, and does not wait for them."""
 
-    def read(self, started: Started) -> Block:
+    def read(self, block: Handle) -> Block:
         """Waits for the tokens of these steps."""
 
     def release(self, free: Sequence[int]) -> None:
         """These slots are not in use."""
-
-    def score(self, prompt: Sequence[int]) -> PromptScores:
-        """The log-probabilities of a prompt's tokens."""
 
 
 class _Ended(Exception):
     """The engine is to end while the decoder is being built."""
 
 
-class Engine(Generic[Started]):
+class Engine(Generic[Handle]):
     """Makes rows until it is stopped.
 
     Args:
@@ -72,7 +69,7 @@ class Engine(Generic[Started]):
 
     def __init__(
         self,
-        build: Callable[[Callable[[str], None]], Decoder[Started]],
+        build: Callable[[Callable[[str], None]], Decoder[Handle]],
         tokenizer: Tokenizer,
         queue: int,
     ) -> None:
@@ -83,12 +80,14 @@ class Engine(Generic[Started]):
         self.note = "the model is being loaded"  # what the state is about
         self._build, self._tokenizer, self._queue = build, tokenizer, queue
         self._changed = threading.Condition()
-        # Guarded by _changed, as are state, note and every is_cancelled.
+        # Written with _changed held, as are state, note and every is_cancelled.
         self._waiting: deque[Row] = deque()
         self._open: set[Row] = set()  # all rows that were submitted and have not ended
+        self._n_slots = self._n_free = 0  # slots of the decoder, and those that no row has
+        self._ends_now = False
+        # Of the engine's thread alone.
         self._running: dict[int, Row] = {}  # slot -> row
         self._pieces: list[tuple[Send, Piece]] = []
-        self._ends_now = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     # --- for other threads ---------------------------------------------------------------------------------------------
@@ -115,8 +114,14 @@ class Engine(Generic[Started]):
             raise ApiError(500, self.note, code="engine_failed")
         if self.state != "ready":
             raise stopping()
-        free = self.metrics.slots - len(self._running)
-        if len(self._waiting) + n_rows > self._queue + free:
+        if n_rows > self._queue + self._n_slots:
+            raise ApiError(
+                400,
+                f"the request asks for {n_rows} rows; this server takes at most {self._queue + self._n_slots} at once; send "
+                "several requests",
+                code="too_many_rows",
+            )
+        if len(self._waiting) + n_rows > self._queue + self._n_free:
             raise ApiError(
                 429,
                 f"{len(self._waiting)} rows are waiting and this request asks for {n_rows}; at most {self._queue} may wait; "
@@ -185,10 +190,10 @@ class Engine(Generic[Started]):
         """Turns, until the engine is to end."""
         decoder = self._build(self._take_note)
         with self._changed:
+            self._n_slots = self._n_free = self.metrics.slots = decoder.n_slots
             if self.state == "loading":
                 self.state, self.note = "ready", "ready"
-        self.metrics.slots = decoder.n_slots
-        pending: tuple[Started, dict[int, Row]] | None = None
+        pending: tuple[Handle, dict[int, Row]] | None = None
         while not self._ends_now:
             self._admit(decoder)
             started = self._start(decoder)
@@ -210,31 +215,24 @@ class Engine(Generic[Started]):
             if not self._waiting and not self._ends_now:
                 self._changed.wait()
 
-    def _admit(self, decoder: Decoder[Started]) -> None:
+    def _admit(self, decoder: Decoder[Handle]) -> None:
         """Frees the slots of rows that have ended, and gives free ones to rows that wait."""
         with self._changed:
             self._waiting = deque(row for row in self._waiting if row.is_open)
             self._open = {row for row in self._open if row.is_open}
-            before = self._running
-            self._running = {slot: row for slot, row in before.items() if row.is_open and row.n_missing > 0}
+        before = self._running
+        self._running = {slot: row for slot, row in before.items() if row.is_open and row.n_missing > 0}
         left = [slot for slot in before if slot not in self._running]
-        if any(before[slot].job.choice != GREEDY for slot in left):
+        if not all(before[slot].job.sampling.greedy for slot in left):  # the likeliest token costs nothing in a free slot
             decoder.release(left)
         for _ in range(ADMISSIONS):
             free = [slot for slot in range(decoder.n_slots) if slot not in self._running]
-            rows = self._next_rows(decoder, min(len(free), decoder.n_together))
-            for row in rows:
-                self._score_prompt(decoder, row)
-            rows = [row for row in rows if not row.is_done]
-            for slot, row in zip(free, rows, strict=False):
-                row.slot = slot
-                row.begin(self._tokenizer)
-                self._running[slot] = row
-            if rows:
-                decoder.admit([(row.slot, row.job) for row in rows])
-        self.metrics.busy, self.metrics.waiting = len(self._running), len(self._waiting)
+            self._admit_rows(decoder, self._next_rows(decoder, min(len(free), decoder.n_together)), free)
+        with self._changed:
+            self._n_free = decoder.n_slots - len(self._running)
+            self.metrics.busy, self.metrics.waiting = len(self._running), len(self._waiting)
 
-    def _next_rows(self, decoder: Decoder[Started], limit: int) -> list[Row]:
+    def _next_rows(self, decoder: Decoder[Handle], limit: int) -> list[Row]:
         """The first waiting row and others of its width, at most `limit`, out of the queue."""
         with self._changed:
             if not self._waiting or limit < 1:
@@ -243,38 +241,45 @@ class Engine(Generic[Started]):
             near = [self._waiting.popleft() for _ in range(min(LOOKAHEAD, len(self._waiting)))]
             rows = [row for row in near if decoder.width(len(row.job.prompt)) == width][:limit]
             self._waiting.extendleft(row for row in reversed(near) if row not in rows)
+            self._n_free -= len(rows)
             return rows
 
-    def _score_prompt(self, decoder: Decoder[Started], row: Row) -> None:
-        self.metrics.prompt_tokens += len(row.job.prompt)
-        if row.job.score_prompt:
-            row.prompt_scores = score_prompt(self._tokenizer, row.job, decoder.score(row.job.prompt))
-        if row.job.max_tokens == 0:
-            row.end(Piece(prompt=row.prompt_scores, finish="length"))
+    def _admit_rows(self, decoder: Decoder[Handle], rows: Sequence[Row], free: Sequence[int]) -> None:
+        """Rows that want no tokens are at their end once their prompt is scored, and get no slot."""
+        for slot, row in zip(free, (row for row in rows if row.n_missing), strict=False):
+            row.slot = slot
+            row.begin(self._tokenizer)
+            self._running[slot] = row
+        jobs = [(row.slot, row.job) for row in rows if row.n_missing or row.job.score_prompt]
+        scores = iter(decoder.admit(jobs) or ()) if jobs else iter(())
+        for row in rows:
+            self.metrics.prompt_tokens += len(row.job.prompt)
+            of_row = next(scores, None) if row.n_missing or row.job.score_prompt else None
+            if of_row and row.job.score_prompt:
+                row.prompt_scores = score_prompt(self._tokenizer, row.job, of_row)
+            if not row.n_missing:
+                row.end(Piece(prompt=row.prompt_scores, finish="length"))
 
     def _queued(self, send: Send) -> Send:
         """Collects pieces, so that a turn wakes the other thread once."""
         return lambda piece: self._pieces.append((send, piece))
 
-    def _start(self, decoder: Decoder[Started]) -> tuple[Started, dict[int, Row]] | None:
+    def _start(self, decoder: Decoder[Handle]) -> tuple[Handle, dict[int, Row]] | None:
         """Starts a block of steps for the rows that need more; None where no row does."""
         rows = {slot: row for slot, row in self._running.items() if row.n_missing > 0}
         if not rows:
             return None
-        top = TOP if any(row.job.top for row in rows.values()) else 0
         n = self._n_steps(decoder, rows)
-        n = 8 if top and n > 1 else n
         for row in rows.values():
             row.n_dispatched += n
-        return decoder.start(n, top), rows
+        return decoder.start(n, any(row.job.top for row in rows.values())), rows
 
-    def _n_steps(self, decoder: Decoder[Started], rows: dict[int, Row]) -> int:
-        """1 where a request waits for a turn or somebody alone reads along, else 8; less where no row needs so many."""
+    def _n_steps(self, decoder: Decoder[Handle], rows: dict[int, Row]) -> int:
+        """1 where a row waits for a free slot or somebody alone reads along, else as many as a block has or a row needs."""
         can_admit = self._waiting and len(self._running) < decoder.n_slots
         if can_admit or (len(rows) == 1 and next(iter(rows.values())).job.streams):
             return 1
-        needed = max(row.n_missing for row in rows.values())
-        return 8 if needed > 4 else 4 if needed > 1 else 1
+        return min(decoder.max_steps, max(row.n_missing for row in rows.values()))
 
     def _take(self, block: Block, rows: dict[int, Row]) -> None:
         """Hands the tokens of a block to the rows for which it was started."""

@@ -48,20 +48,22 @@ class Exchange:
     async def collect(self, answers: Sequence[Answer], http: HttpRequest) -> bool:
         """Fills the answers; False where the client has left.  Raises the ApiError of a row that has failed."""
         leaving = asyncio.create_task(_wait_for_disconnect(http))
+        coming: asyncio.Task[tuple[int, Piece]] | None = None
         try:
             while self._n_open:
                 coming = asyncio.create_task(self._pieces.get())
                 await asyncio.wait({coming, leaving}, return_when=asyncio.FIRST_COMPLETED)
                 if not coming.done():
-                    coming.cancel()
                     return False
                 index, piece = coming.result()
                 if piece.error:
                     raise piece.error
                 answers[index].add(piece)
                 self._n_open -= bool(piece.finish)
-        finally:
+        finally:  # whoever waits for this answer may be cancelled, too
             leaving.cancel()
+            if coming:
+                coming.cancel()
         return True
 
 

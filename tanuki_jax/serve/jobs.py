@@ -5,20 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from tanuki_jax.model import Sampling
 from tanuki_jax.serve.errors import ApiError
 
 TOP = 20  # likeliest tokens whose log-probabilities are computed where any are asked for
-
-
-@dataclass(frozen=True)
-class Choice:
-    """How tokens are chosen, as `model.slots.Choices` says."""
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -26,8 +16,8 @@ class Job:
     """One row to make.
 
     Args:
+      sampling: its stop tokens are not part of the row's text.
       sample: number of this row among those with the same prompt and seed.
-      stop_ids: tokens that end the row; not part of its text.
       top: how many of the likeliest tokens are told with each token; None = not even its own log-probability.
       score_prompt: the log-probabilities of the prompt's tokens are asked for, too.
       n_added: tokens that the tokenizer has put before the prompt's text.
@@ -35,11 +25,9 @@ class Job:
     """
 
     prompt: tuple[int, ...]
-    max_tokens: int
-    choice: Choice
+    sampling: Sampling
     seed: int = 0
     sample: int = 0
-    stop_ids: frozenset[int] = frozenset()
     stop_texts: tuple[str, ...] = ()
     top: int | None = None
     score_prompt: bool = False

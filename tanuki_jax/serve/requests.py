@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Optional
 
@@ -16,8 +16,9 @@ from typing_extensions import TypedDict
 from tanuki_jax.config.ranges import MIN_P, REPETITION_PENALTY, SEED, Range
 from tanuki_jax.data import chat
 from tanuki_jax.data.tokenizer import Tokenizer
+from tanuki_jax.model import Sampling
 from tanuki_jax.serve.errors import ApiError
-from tanuki_jax.serve.jobs import TOP, Choice, Job
+from tanuki_jax.serve.jobs import TOP, Job
 from tanuki_jax.serve.prompts import Prompt, read_conversation, read_prompts
 
 MAX_ROWS = 128  # of one request: prompts x n
@@ -212,10 +213,8 @@ def _make_request(
     seed = fields.get("seed")
     job = Job(
         prompt=(),
-        max_tokens=limit,
-        choice=_read_choice(fields),
+        sampling=_read_sampling(served, fields, limit),
         seed=random.getrandbits(31) if seed is None else seed,
-        stop_ids=_read_stop_ids(served, fields),
         stop_texts=fields["stop"],
         top=top,
         score_prompt=echo and top is not None,
@@ -239,18 +238,22 @@ def _check_length(served: Served, prompt: Prompt, limit: int, subject: str) -> N
         )
 
 
-def _read_choice(fields: Mapping[str, Any]) -> Choice:
-    names = {"temperature": float, "top_p": float, "min_p": float, "repetition_penalty": float}
-    kinds: dict[str, Callable[[Any], Any]] = {**names, "top_k": int}
-    choice = Choice(**{name: kind(fields[name]) for name, kind in kinds.items() if fields.get(name) is not None})
-    return replace(
-        choice,
-        temperature=choice.temperature if choice.temperature >= GREEDY else 0.0,
-        top_k=max(0, choice.top_k),
-        top_p=max(1e-6, choice.top_p),
+def _read_sampling(served: Served, fields: Mapping[str, Any], limit: int) -> Sampling:
+    ids = set(fields.get("stop_token_ids") or ())
+    if not fields.get("ignore_eos"):
+        ids.update(chat.stop_ids(served.tokenizer))
+
+    def read(name: str, default: float) -> float:
+        value = fields.get(name)
+        return default if value is None else float(value)
+
+    temperature = read("temperature", 1.0)
+    return Sampling(
+        max_new_tokens=limit,
+        temperature=temperature if temperature >= GREEDY else 0.0,
+        top_p=max(1e-6, read("top_p", 1.0)),
+        stop=tuple(sorted(ids)),
+        top_k=max(0, int(read("top_k", 0))),
+        min_p=read("min_p", 0.0),
+        repetition_penalty=read("repetition_penalty", 1.0),
     )
-
-
-def _read_stop_ids(served: Served, fields: Mapping[str, Any]) -> frozenset[int]:
-    ids = frozenset(fields.get("stop_token_ids") or ())
-    return ids if fields.get("ignore_eos") else ids | frozenset(chat.stop_ids(served.tokenizer))

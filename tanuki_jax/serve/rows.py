@@ -42,7 +42,7 @@ class Row:
 
     Args:
       send: takes each piece; called by the engine's thread.
-      slot: where it lives on the device; -1 = not there.
+      slot: where it lives on the device; -1 = nowhere.
       n_dispatched, n_tokens: steps that were started for it, and tokens that came out of them.
     """
 
@@ -66,7 +66,7 @@ class Row:
     @property
     def n_missing(self) -> int:
         """Steps that it may still need."""
-        return self.job.max_tokens - self.n_dispatched
+        return self.job.sampling.max_new_tokens - self.n_dispatched
 
     def begin(self, tokenizer: Tokenizer) -> None:
         """Gets ready for tokens."""
@@ -96,8 +96,8 @@ class Row:
                 tops = block.top_ids[count, self.slot], block.top_logprobs[count, self.slot]
                 scored.append(score_token(token, logprob, *tops, self.job.top, self.n_characters))
             count += 1
-            is_last = self.n_tokens + count == self.job.max_tokens
-            finish = "stop" if token in self.job.stop_ids else "length" if is_last else ""
+            is_last = self.n_tokens + count == self.job.sampling.max_new_tokens
+            finish = "stop" if token in self.job.sampling.stop else "length" if is_last else ""
             new = "" if finish == "stop" else self.detokenizer.add(token)
             new += self.detokenizer.finish() if finish else ""
             self.n_characters += len(new)

@@ -217,20 +217,29 @@ def background(model: Model | Loaded | Path | str, options: Options | None = Non
             model = load(Path(model))
         server = make_server(as_model(model) if isinstance(model, Loaded) else model, options)
         is_ready = threading.Event()
+        failures: list[BaseException] = []
 
         def run() -> None:
             try:
                 asyncio.run(server.run_with(sock, is_ready.set))
+            except BaseException as error:  # uvicorn ends a server that cannot start with SystemExit
+                failures.append(error)
             finally:
                 is_ready.set()
+
+        def check() -> None:
+            server.check()
+            if failures:
+                raise UserError(f"serve: the server has ended: {failures[0]!r}") from failures[0]
 
         thread = threading.Thread(target=run, name="server", daemon=True)
         thread.start()
         try:
             is_ready.wait()
-            server.check()
+            check()
             yield f"http://127.0.0.1:{sock.getsockname()[1]}/v1"
         finally:
             server.stop()
             thread.join()
             gc.collect()
+        check()

@@ -19,8 +19,7 @@ choose = jax.jit(sampling.choose)
 
 def choices(*rows):
     """Options of each row, those that are not named being off."""
-    columns = {name: [(OFF | row)[name] for row in rows] for name in OFF}
-    return sampling.Choices(**{n: jnp.asarray(c, jnp.int32 if n == "top_k" else jnp.float32) for n, c in columns.items()})
+    return sampling.stack([Sampling(**row) for row in rows])
 
 
 def kept_by_hand(logits, top_k, top_p, min_p):

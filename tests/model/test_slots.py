@@ -1,8 +1,6 @@
 """The decoder of slots against the scanned one before it, and against the forward pass."""
 
 import functools
-import importlib.util
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +10,9 @@ import pytest
 from tanuki_jax import checkpoint, config, model, parallel
 from tanuki_jax.evaluate import score
 from tanuki_jax.model import Sampling, sampling, slots
-from tanuki_jax.model.generate import choices, pad_prompts
+from tanuki_jax.model.generate import pad_prompts
+from tests.model import scanned_decoder as scanned
 from tests.tiny import apply, random_params, small, with_options
-
-spec = importlib.util.spec_from_file_location("scanned", Path(__file__).parents[2] / "benchmarks" / "scanned_decoder.py")
-scanned = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(scanned)
 
 MODELS = {"dense": small(), "mixture": small(n_experts=4)}
 RNG = np.random.default_rng(0)
@@ -45,7 +40,7 @@ GREEDY = Sampling()
 
 def put(cfg, weights, state, slot, prompt, options, key):
     tokens, lengths = pad_prompts([prompt], WIDTH)
-    return slots.admit(cfg, weights, state, tokens, lengths, np.array([slot], np.int32), choices(options, 1), key[None])
+    return slots.admit(cfg, weights, state, tokens, lengths, np.array([slot], np.int32), sampling.stack([options]), key[None])
 
 
 def fill(cfg, weights, prompts, options=GREEDY):

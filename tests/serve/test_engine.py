@@ -5,16 +5,17 @@ import threading
 import numpy as np
 import pytest
 
+from tanuki_jax.model import Sampling
 from tanuki_jax.serve.engine import Engine
 from tanuki_jax.serve.errors import ApiError
-from tanuki_jax.serve.jobs import Choice, Job
+from tanuki_jax.serve.jobs import Job
 from tanuki_jax.serve.rows import Block, PromptScores
 
 WAIT = 30  # seconds, after which a test has failed
 
 
 class Counting:
-    n_slots, n_together = 3, 2
+    n_slots, n_together, max_steps = 3, 2, 8
 
     def __init__(self, gate=None):
         self.last = np.zeros(self.n_slots, int)
@@ -25,18 +26,20 @@ class Counting:
 
     def admit(self, rows):
         assert len({self.width(len(job.prompt)) for _, job in rows}) == 1 and len(rows) <= self.n_together
-        self.admitted.append([slot for slot, _ in rows])
+        self.admitted.append([len(job.prompt) for _, job in rows])
         for slot, job in rows:
             self.last[slot] = job.prompt[-1]
+        return [scores_of(job.prompt) for _, job in rows]
 
-    def start(self, n, top):
+    def start(self, n, wants_top):
         self.steps.append(n)
+        top = 20 * wants_top
         ids = self.last + np.arange(1, n + 1)[:, None]
         self.last = ids[-1].copy()
         return ids, top
 
-    def read(self, started):
-        ids, top = started
+    def read(self, block):
+        ids, top = block
         if self.gate:
             self.gate()
         tops = np.repeat(ids[..., None], top, axis=2)
@@ -45,8 +48,9 @@ class Counting:
     def release(self, free):
         self.released += free
 
-    def score(self, prompt):
-        return PromptScores(np.zeros(len(prompt)), np.zeros((len(prompt), 20), int), np.zeros((len(prompt), 20)))
+
+def scores_of(prompt):
+    return PromptScores(np.zeros(len(prompt)), np.zeros((len(prompt), 20), int), np.zeros((len(prompt), 20)))
 
 
 class Listener:
@@ -93,7 +97,7 @@ def start(tokenizer):
 
 
 def job(first=5, n=10, **options):
-    return Job((1, first), n, Choice(temperature=0), top=0, **options)
+    return Job((1, first), Sampling(n, stop=options.pop("stop", ())), top=0, **options)
 
 
 def submit(engine, *jobs):
@@ -112,16 +116,18 @@ def test_many_rows_share_few_slots_and_each_gets_its_own_tokens(start):
 
 def test_a_stop_id_ends_a_row_is_scored_and_is_no_text(start, tokenizer):
     engine = start(Counting())
-    _, [listener] = submit(engine, job(5, 30, stop_ids=frozenset([9])))
+    _, [listener] = submit(engine, job(5, 30, stop=(9,)))
     assert listener.wait().ids == [6, 7, 8, 9] and listener.pieces[-1].finish == "stop"
     assert "".join(p.text for p in listener.pieces) == tokenizer.decode([6, 7, 8])
 
 
 def test_a_long_prompt_does_not_keep_short_ones_waiting_for_ever(start):
-    engine = start(Counting())
-    _, listeners = submit(engine, *(Job((1,) * n, 3, Choice(temperature=0)) for n in (20, 2, 20, 2, 2)))
+    decoder = Counting()
+    engine = start(decoder)
+    _, listeners = submit(engine, *(Job((1,) * n, Sampling(3)) for n in (20, 2, 20, 2, 2)))
     for listener in listeners:
         listener.wait()
+    assert decoder.admitted == [[20, 20], [2], [2, 2]]  # in the order of the first of each width
 
 
 def test_somebody_alone_who_reads_along_gets_tokens_one_by_one_and_others_in_blocks(start):
@@ -155,15 +161,28 @@ def test_a_full_queue_refuses_the_whole_request_and_says_when_to_come_back(start
     with pytest.raises(ApiError, match="at most 2 may wait") as refused:
         submit(engine, job())
     assert refused.value.status == 429 and refused.value.headers()["Retry-After"]
+    with pytest.raises(ApiError, match="asks for 6 rows; this server takes at most 5") as refused:
+        submit(engine, *(job() for _ in range(6)))  # which no waiting helps
+    assert refused.value.status == 400 and "Retry-After" not in refused.value.headers()
     engine.cancel(rows)
     turn.release(10_000)
+
+
+def test_rows_that_want_only_their_prompts_scores_need_no_slot_and_no_steps(start):
+    decoder = Counting()
+    engine = start(decoder)
+    _, listeners = submit(engine, *(job(n, 0, score_prompt=n % 2 > 0) for n in range(4)), job(7, 2))
+    for n, listener in enumerate(listeners[:4]):
+        [piece] = listener.wait().pieces
+        assert len(piece.prompt) == 2 * (n % 2) and piece.finish == "length" and not piece.n_tokens
+    assert listeners[4].wait().ids == [8, 9] and decoder.steps == [2] and sum(map(len, decoder.admitted)) == 3
 
 
 def test_options_of_a_row_that_has_left_cost_nothing_more(start):
     decoder = Counting()
     engine = start(decoder)
-    for choice in (Choice(temperature=0), Choice()):
-        _, [listener] = submit(engine, Job((1,), 2, choice))
+    for temperature in (0, 1):
+        _, [listener] = submit(engine, Job((1,), Sampling(2, temperature)))
         listener.wait()
         _, [listener] = submit(engine, job(5, 1))
         listener.wait()
@@ -216,7 +235,7 @@ def test_weights_that_give_no_numbers_fail_the_row_and_not_the_engine(start, mon
     decoder = Counting()
     engine = start(decoder)
     with monkeypatch.context() as patch:
-        patch.setattr(decoder, "read", lambda started: nan_block(started[0]))
+        patch.setattr(decoder, "read", lambda block: nan_block(block[0]))
         _, [listener] = submit(engine, job())
         assert listener.wait().pieces[-1].error.code == "damaged_model"
     _, [listener] = submit(engine, job())

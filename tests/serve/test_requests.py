@@ -3,8 +3,8 @@ import json
 import pytest
 
 from tanuki_jax.data.chat import encode_chat, stop_ids
+from tanuki_jax.model import Sampling
 from tanuki_jax.serve.errors import ApiError
-from tanuki_jax.serve.jobs import Choice
 from tanuki_jax.serve.requests import Served, read_chat, read_completion, read_json
 
 TURN = {"role": "user", "content": "月は?"}
@@ -26,7 +26,7 @@ def completion(served, **fields):
 def test_a_chat_is_encoded_as_the_template_says_and_runs_to_the_end_of_the_context(served, tokenizer):
     [job] = chat(served).jobs
     assert list(job.prompt) == encode_chat(tokenizer, [TURN], add_generation_prompt=True)[0]
-    assert job.max_tokens == 64 - len(job.prompt) and job.choice == Choice() and job.stop_ids == set(stop_ids(tokenizer))
+    assert job.sampling == Sampling(64 - len(job.prompt), temperature=1.0, stop=tuple(sorted(stop_ids(tokenizer))))
     assert job.top is None and not job.streams and job.seed != chat(served).jobs[0].seed
 
 
@@ -38,11 +38,12 @@ def test_every_option_arrives(served, tokenizer):
         stream_options={"include_usage": True},
     )
     first, second = request.jobs
-    assert first.choice == Choice(0.5, 0.9, 7, 0.1, 1.2) and (first.max_tokens, first.top, first.streams) == (3, 4, True)
+    stop = tuple(sorted({9, *stop_ids(tokenizer)}))
+    assert first.sampling == Sampling(3, 0.5, 0.9, stop, 7, 0.1, 1.2) and (first.top, first.streams) == (4, True)
     assert (first.seed, first.sample, second.sample) == (-5, 0, 1) and first.stop_texts == ("a", "b")
-    assert first.stop_ids == {9, *stop_ids(tokenizer)} and request.include_usage
+    assert request.include_usage
     [job] = chat(served, ignore_eos=True, stop_token_ids=[9], top_k=-1, temperature=1e-9, stop="x").jobs
-    assert job.stop_ids == {9} and job.choice == Choice(temperature=0) and job.stop_texts == ("x",)
+    assert job.sampling == Sampling(job.sampling.max_new_tokens, stop=(9,)) and job.stop_texts == ("x",)
 
 
 def test_nulls_and_what_clients_send_without_need_are_taken(served):

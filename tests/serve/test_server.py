@@ -18,7 +18,9 @@ from tanuki_jax.errors import UserError
 from tanuki_jax.evaluate.score import sequence_scores
 from tanuki_jax.serve.app import Access, Api
 from tanuki_jax.serve.errors import ApiError
+from tanuki_jax.serve.exchange import Exchange
 from tanuki_jax.serve.requests import Served
+from tanuki_jax.serve.server import Server
 from tests.serve.conftest import CFG, LENGTH, NAME, SLOTS
 
 TURNS = [{"role": "user", "content": "月は?"}]
@@ -280,6 +282,44 @@ def test_a_model_that_cannot_be_served_is_one_error(loaded):
     broken = dataclasses.replace(loaded, params={})
     with pytest.raises(UserError, match="the engine has failed"), serve.background(broken, serve.Options(slots=1)):
         pass
+
+
+def test_a_server_whose_thread_ends_gives_no_url(loaded, monkeypatch):
+    async def end(*_):
+        raise SystemExit(3)  # as uvicorn does
+
+    monkeypatch.setattr(Server, "serve", end)
+    options = serve.Options(slots=1, compile_first=False)
+    with pytest.raises(UserError, match=r"has ended: SystemExit\(3\)"), serve.background(loaded, options):
+        pytest.fail("there is no server")
+
+
+def test_whoever_is_cancelled_while_an_answer_comes_leaves_no_task_behind():
+    class Client:
+        async def receive(self):
+            await asyncio.Event().wait()
+
+    class Silent:
+        cancelled = 0
+
+        def submit(self, jobs, sends):
+            return jobs
+
+        def cancel(self, rows):
+            self.cancelled += len(rows)
+
+    async def leave():
+        with Exchange(engine, ["a job"]) as exchange:
+            task = asyncio.create_task(exchange.collect([], Client()))
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.wait([task])
+            await asyncio.sleep(0)
+            return asyncio.all_tasks() - {asyncio.current_task()}
+
+    engine = Silent()
+    assert not asyncio.run(leave()) and engine.cancelled == 1
 
 
 def test_api_errors_are_ascii():
