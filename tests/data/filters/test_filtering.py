@@ -3,11 +3,13 @@
 import collections
 import json
 import time
+import tracemalloc
 
 import pytest
 
+from tanuki_jax import files
 from tanuki_jax.config.synthesis import Endpoint, Filters
-from tanuki_jax.data.filters import REASONS, filter_files, filter_rows
+from tanuki_jax.data.filters import REASONS, filter_files, filter_rows, judged, near_duplicates
 from tanuki_jax.data.sources import Row
 from tanuki_jax.errors import UserError
 from tests.data.judge_server import judge_server
@@ -142,6 +144,22 @@ def test_a_missing_library_is_named_with_its_extra(monkeypatch, settings, packag
     monkeypatch.setattr("importlib.import_module", missing)
     with pytest.raises(UserError, match=rf'{package}; install it with: pip install "tanuki-jax\[quality\]"'):
         list(filter_rows(rows("文章です。"), Filters(**settings)))
+
+
+def test_memory_does_not_grow_with_places_and_verdicts(tmp_path):
+    """Places lie in a file, and verdicts are read one by one."""
+    path = tmp_path / "verdicts.jsonl"
+    path.write_text("".join(f'{{"number": {n}, "quality": 0.1}}\n' for n in range(10_000) if n % 2))
+    index = near_duplicates.Index(0.8)
+    tracemalloc.start()
+    for number in range(500):
+        assert not index.find(files.fingerprint(number), f"{number}:{'x' * 10_000}")
+    assert index.find(files.fingerprint(499), "").startswith("499:xxx")
+    counts = collections.Counter(reason for reason, _ in judged.read_verdicts(path, 10_000, Filters(min_quality=0.5)))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert counts == {"no_verdict": 5000, "min_quality": 5000}
+    assert peak < 2_000_000, peak  # the places alone are 5,000,000 bytes
 
 
 # --- a judge ------------------------------------------------------------------------------------------------------------------
