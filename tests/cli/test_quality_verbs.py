@@ -40,9 +40,11 @@ def test_filter_asks_a_judge(rows, tmp_path, capsys):
     ("flags", "message"),
     [
         (["--near_duplicates=1.5"], "must be at least 0 and at most 1"),
-        (["--language=fr"], "it must be ja or en"),
+        (["--language=fr"], "it must be ja, en or empty"),
         (["--pii=hide"], "invalid choice: 'hide'"),
         (["--against=no_such.jsonl", "--near_duplicates=0.8"], "no such file: 'no_such.jsonl'"),
+        (["--judge=http://me:secret@127.0.0.1:9", "--min_quality=0.5"], "--judge has a password or key in its address"),
+        (["--judge=127.0.0.1:9", "--min_quality=0.5"], "--judge is '127.0.0.1:9'; it must be an address"),
         (["--judge=http://127.0.0.1:9", "--min_quality=0.5"], "start its server"),
     ],
 )

@@ -14,8 +14,9 @@ from typing import Any
 
 from tanuki_jax import files
 from tanuki_jax.config.synthesis import Endpoint, Filters
+from tanuki_jax.config.validate_synth import check_filters
 from tanuki_jax.data import paths, sources
-from tanuki_jax.data.filters.filtering import REASONS, check_settings, filter_rows
+from tanuki_jax.data.filters.filtering import REASONS, filter_rows
 from tanuki_jax.data.filters.personal import LABELS
 from tanuki_jax.data.sources import Row
 from tanuki_jax.errors import UserError
@@ -71,7 +72,7 @@ def filter_files(
       UserError: input, settings or endpoint are wrong, or rows have no verdict yet; the same call asks for theirs alone.
       Preempted: a signal came while the judge was asked; its answers are recorded.
     """
-    check_settings(filters)
+    check_filters(filters)
     asks = filters.min_quality > 0 or filters.dependent_turns
     if asks and judge is None:
         raise UserError(

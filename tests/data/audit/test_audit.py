@@ -1,6 +1,7 @@
 """Samples, labels and shares."""
 
 import json
+import shutil
 import threading
 import urllib.error
 import urllib.request
@@ -83,6 +84,26 @@ def test_another_audit_is_refused(corpus, tmp_path):
     (tmp_path / "other/x").write_text("")
     with pytest.raises(UserError, match="holds no audit"):
         open_audit(corpus, tmp_path / "other", 1, 0, categories.DEFAULT)
+
+
+@pytest.mark.parametrize("last", ["audit.json", "sample.jsonl"])
+def test_the_same_command_goes_on_after_a_kill_at_any_write(corpus, tmp_path, monkeypatch, last):
+    """A process that ends while it writes one of the files leaves those before it, and a part of that one."""
+    replace = Path.replace
+
+    def end(self, target):
+        if target.name == last:
+            shutil.copy(self, tmp_path / "left")
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "replace", end)
+        open_here(corpus, tmp_path)
+    shutil.copy(tmp_path / "left", tmp_path / f"audit/.{last}.0123abcd.tmp")
+    assert (
+        open_here(corpus, tmp_path).sample == open_audit(corpus, tmp_path / "b", 10, 0, categories.DEFAULT, quiet=True).sample
+    )
 
 
 def test_a_list_of_categories(tmp_path):

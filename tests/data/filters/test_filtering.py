@@ -122,7 +122,7 @@ def test_invalid_rows_stop_or_are_dropped(tmp_path):
         (dict(language="fr"), "language is 'fr'"),
         (dict(min_characters=9, max_characters=3), "max_characters 3 is below"),
         (dict(pii="hide"), "pii is 'hide'"),
-        (dict(min_quality=0.5), "name one of `endpoints` as judge"),
+        (dict(min_quality=0.5), "filters.min_quality needs a judge; set filters.judge"),
         (dict(min_quality=0.5, judge="big"), "no endpoint 'big'"),
         (dict(evaluation="no_such_file.jsonl"), "no_such_file.jsonl"),
     ],
