@@ -12,7 +12,7 @@ import pytest
 from tanuki_jax.config.synthesis import Endpoint
 from tanuki_jax.data.audit import audit, categories, classify, label_by_judge, open_audit, page, shares, write_page
 from tanuki_jax.errors import UserError
-from tests.data.judge_server import judge_server
+from tests.synth.fake_server import serve_judge
 
 
 @pytest.fixture
@@ -136,7 +136,7 @@ def test_an_answer_names_one_category(answer, category):
 def test_a_judge_labels_what_no_person_has(corpus, tmp_path):
     opened = open_here(corpus, tmp_path)
     opened.add_label(0, "adult")
-    with judge_server(lambda prompt: ("?" if opened.sample[1].text in prompt else "2", {})) as (url, prompts):
+    with serve_judge(lambda prompt: ("?" if opened.sample[1].text in prompt else "2", {})) as (url, prompts):
         label_by_judge(opened, Endpoint(base_url=url), quiet=True)
         label_by_judge(opened, Endpoint(base_url=url), quiet=True)
         assert len(prompts) == 10

@@ -12,7 +12,7 @@ from tanuki_jax.config.synthesis import Endpoint, Filters
 from tanuki_jax.data.filters import REASONS, filter_files, filter_rows, judged, near_duplicates
 from tanuki_jax.data.sources import Row
 from tanuki_jax.errors import UserError
-from tests.data.judge_server import judge_server
+from tests.synth.fake_server import serve_judge
 
 LONG = "図書館は月曜日が休みで、平日は午前九時から午後八時まで開いています。貸し出しは一人十冊、期間は二週間です。"
 
@@ -189,7 +189,7 @@ def test_a_judge_scores_rows_and_finds_questions_that_need_nothing(tmp_path):
     ]
     source = write(tmp_path / "in.jsonl", values)
     filters = Filters(min_characters=1, min_quality=0.5, dependent_turns=True, judge="big")
-    with judge_server(verdicts) as (url, prompts):
+    with serve_judge(verdicts) as (url, prompts):
         summary = filter_files(source, filters, tmp_path / "out", judge=Endpoint(base_url=url), quiet=True)
         asked = len(prompts)
     assert summary.dropped == {"min_characters": 1, "dependent_turns": 1, "min_quality": 1, "no_verdict": 1}
@@ -205,7 +205,7 @@ def test_a_judge_scores_rows_and_finds_questions_that_need_nothing(tmp_path):
 def test_the_answers_of_a_judge_that_fails_are_not_asked_for_again(tmp_path):
     source = write(tmp_path / "in.jsonl", [{"text": "猫が好き。"}, {"text": "犬が好き。"}])
     filters, working = Filters(min_quality=0.01, judge="big"), False
-    with judge_server(lambda prompt: verdicts(prompt) if "猫" in prompt or working else 500) as (url, prompts):
+    with serve_judge(lambda prompt: verdicts(prompt) if "猫" in prompt or working else 500) as (url, prompts):
         endpoint = Endpoint(base_url=url, retries=0)
         with pytest.raises(UserError, match="1 rows have no verdict yet"):
             filter_files(source, filters, tmp_path / "out", judge=endpoint, quiet=True)
