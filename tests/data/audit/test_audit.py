@@ -3,11 +3,12 @@
 import json
 import shutil
 import threading
-import urllib.error
+import time
 import urllib.request
 from pathlib import Path
 
 import pytest
+from starlette.testclient import TestClient
 
 from tanuki_jax.config.synthesis import Endpoint
 from tanuki_jax.data.audit import audit, categories, classify, label_by_judge, open_audit, page, shares, write_page
@@ -156,42 +157,41 @@ def test_the_page_works_alone_and_asks_for_nothing_outside(corpus, tmp_path):
 
 def test_the_served_page_writes_labels_and_refuses_strangers(corpus, tmp_path):
     opened = open_here(corpus, tmp_path)
-    server, address = page.make_server(opened)
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-
-    def ask(url, body=None, **headers):
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(url, data, {"Content-Type": "application/json", **headers})
-        try:
-            with urllib.request.urlopen(request, timeout=5) as reply:
-                return reply.status, reply.read()
-        except urllib.error.HTTPError as error:
-            return error.code, b""
-
-    try:
-        status, body = ask(address)
-        assert status == 200 and b"page 1" in body
-        label = {"number": 2, "category": "spam"}
-        assert ask(address + "label", label)[0] == 200
-        assert opened.labels() == {2: "spam"}
-        for url, body, headers, status in (
-            (address.rsplit("/", 2)[0] + "/label", label, {}, 404),  # without the key
-            (address + "label", label, {"Origin": "http://elsewhere.example"}, 404),
-            (address + "label", label, {"Host": "elsewhere.example"}, 404),
-            (address + "label", label, {"Content-Type": "text/plain"}, 400),
-            (address + "label", {"number": 99, "category": "spam"}, {}, 400),
-            (address + "label", {"number": 1, "category": "x" * 20_000}, {}, 400),
-            (address + "../audit.json", None, {}, 404),
-        ):
-            assert ask(url, body, **headers)[0] == status, (url, headers)
-        assert opened.labels() == {2: "spam"}
-    finally:
-        server.shutdown()
-        server.server_close()
+    client = TestClient(page.make_app(opened, "KEY"), base_url="http://127.0.0.1:80")
+    shown = client.get("/KEY/")
+    assert (
+        shown.status_code == 200 and "page 1" in shown.text and "default-src 'none'" in shown.headers["content-security-policy"]
+    )
+    label = {"number": 2, "category": "spam"}
+    assert client.post("/KEY/label", json=label).status_code == 200
+    assert opened.labels() == {2: "spam"}
+    for path, body, headers, status in (
+        ("/label", label, {}, 404),  # without the key
+        ("/KEY/label", label, {"Origin": "http://elsewhere.example"}, 403),
+        ("/KEY/label", label, {"Host": "elsewhere.example"}, 400),
+        ("/KEY/label", label, {"Content-Type": "text/plain"}, 400),
+        ("/KEY/label", {"number": 99, "category": "spam"}, {}, 400),
+        ("/KEY/label", {"number": 1, "category": "x" * 20_000}, {}, 400),
+        ("/KEY/label", [1], {}, 400),
+    ):
+        assert client.post(path, json=body, headers=headers).status_code == status, (path, headers)
+    assert client.get("/KEY/", headers={"Host": "elsewhere.example"}).status_code == 400
+    assert client.get("/KEY/../audit.json").status_code == 404
+    assert opened.labels() == {2: "spam"}
 
 
-def test_serving_ends_when_every_row_has_a_label(corpus, tmp_path):
+def test_serving_ends_when_every_row_has_a_label(corpus, tmp_path, capsys):
     opened = open_here(corpus, tmp_path, size=2)
-    for number in range(2):
-        opened.add_label(number, "content")
-    page.serve(opened)
+    opened.add_label(0, "content")
+    thread = threading.Thread(target=page.serve, args=(opened,), daemon=True)
+    thread.start()
+    while "(Ctrl-C ends" not in (shown := capsys.readouterr().err):
+        assert thread.is_alive()
+        time.sleep(0.01)
+    address = shown.split()[4]
+    label = json.dumps({"number": 1, "category": "spam"}).encode()
+    headers = {"Content-Type": "application/json", "Origin": "/".join(address.split("/")[:3])}
+    assert urllib.request.urlopen(urllib.request.Request(f"{address}label", label, headers), timeout=10).status == 200
+    thread.join(10)
+    assert not thread.is_alive() and opened.labels() == {0: "content", 1: "spam"}
+    page.serve(opened)  # ends at once
