@@ -268,10 +268,12 @@ def _data_audit(options: argparse.Namespace) -> None:
 
 def _judge(options: argparse.Namespace) -> Endpoint | None:
     """The endpoint of --judge."""
+    from tanuki_jax.config.addresses import check_base_url
     from tanuki_jax.config.synthesis import Endpoint
 
     if not options.judge:
         return None
+    check_base_url("--judge", options.judge, "--judge_api_key_env")
     return Endpoint(base_url=options.judge, model=options.judge_model, api_key_env=options.judge_api_key_env)
 
 

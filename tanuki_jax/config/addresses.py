@@ -16,3 +16,13 @@ def check_address(key: str, address: str, instead: str = "give it in the environ
         raise UserError(
             f"config: {key} has a password or key in its address, and configs are stored in every checkpoint; {instead}"
         )
+
+
+def check_base_url(where: str, url: str, variable: str = "api_key_env") -> None:
+    """An error where the address of an API has a password or key in it, or is none; `variable` is the key that holds it."""
+    if CREDENTIALS.search(url):
+        raise UserError(
+            f"{where} has a password or key in its address, which is stored; name the variable that holds it in {variable}"
+        )
+    if not url.startswith(("http://", "https://")):
+        raise UserError(f"{where} is {url!r}; it must be an address, http://127.0.0.1:8000/v1 for example")

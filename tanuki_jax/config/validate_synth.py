@@ -4,25 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from tanuki_jax.config.addresses import check_address
+from tanuki_jax.config.addresses import check_address, check_base_url
 from tanuki_jax.config.derived import SYNTH_PREFIX, made_sources, making_stage, needs_stage, waits_for_stage
 from tanuki_jax.config.kinds import STAGE_KINDS
 from tanuki_jax.config.schema import Recipe
-from tanuki_jax.config.synthesis import RULES, Filters, Synth
+from tanuki_jax.config.synthesis import PII, RULES, Filters, Synth
 from tanuki_jax.errors import UserError
 
 
 def check_made_rows(recipe: Recipe) -> None:
     """An error about the first key of these groups whose value cannot be, with the fix."""
     for name, endpoint in recipe.endpoints.items():
-        check_address(f"endpoints.{name}.base_url", endpoint.base_url, "name the variable that holds it in api_key_env")
-        if endpoint.base_url and not endpoint.base_url.startswith(("http://", "https://")):
-            raise UserError(
-                f"config: endpoints.{name}.base_url is {endpoint.base_url!r}; it must be an address, http://127.0.0.1:8000/v1 "
-                "for example"
-            )
+        if endpoint.base_url:
+            check_base_url(f"config: endpoints.{name}.base_url", endpoint.base_url)
     for name, filters in recipe.filters.items():
-        _check_filters(recipe, f"config: filters.{name}", filters)
+        check_filters(filters, f"config: filters.{name}")
+        _check_address_of(recipe, f"config: filters.{name}.judge", filters.judge)
     for name, source in recipe.data.items():
         _check_name(f"config: data.{name}.filters", source.filters, recipe.filters, "filters")
         if source.files.startswith(SYNTH_PREFIX):
@@ -44,10 +41,13 @@ def check_made_rows(recipe: Recipe) -> None:
             )
 
 
-def _check_filters(recipe: Recipe, where: str, filters: Filters) -> None:
+def check_filters(filters: Filters, where: str = "filters") -> None:
+    """An error about filters that cannot work as they are set."""
     check_address(f"{where.removeprefix('config: ')}.evaluation", filters.evaluation)
     if filters.language not in ("", "ja", "en"):
         raise UserError(f"{where}.language is {filters.language!r}; it must be ja, en or empty")
+    if filters.pii not in PII:
+        raise UserError(f"{where}.pii is {filters.pii!r}; it must be {', '.join(PII)}")
     if 0 < filters.max_characters < filters.min_characters:
         raise UserError(
             f"{where}.max_characters {filters.max_characters} is below min_characters {filters.min_characters}; nothing would "
@@ -55,8 +55,8 @@ def _check_filters(recipe: Recipe, where: str, filters: Filters) -> None:
         )
     judged = [key for key in ("min_quality", "dependent_turns") if getattr(filters, key)]
     if judged and not filters.judge:
-        raise UserError(f"{where}.{judged[0]} needs a judge; set {where.removeprefix('config: ')}.judge to a name in endpoints")
-    _check_address_of(recipe, f"{where}.judge", filters.judge)
+        name = f"{where.removeprefix('config: ')}.judge"
+        raise UserError(f"{where}.{judged[0]} needs a judge; set {name} to a name in endpoints (--judge)")
 
 
 def _check_synth(recipe: Recipe, name: str, synth: Synth) -> None:

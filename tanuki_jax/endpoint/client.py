@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from tanuki_jax.config.addresses import check_base_url
 from tanuki_jax.config.synthesis import Endpoint
 from tanuki_jax.endpoint import reply
 from tanuki_jax.endpoint.job import Answer, Job, Overflow, seed_of
@@ -171,11 +172,8 @@ class Client:
 
     def _read_key(self) -> str:
         """The key of the environment; it goes into the request's header and nowhere else."""
-        url, name = self.endpoint.base_url, self.endpoint.api_key_env
-        if not url.startswith(("http://", "https://")):
-            raise UserError(f"{self.label}: base_url must be an address such as http://127.0.0.1:8000/v1")
-        if "@" in url.split("/")[2]:
-            raise UserError("endpoints: a base_url has a password in it; put it into a variable, named as api_key_env")
+        name = self.endpoint.api_key_env
+        check_base_url("endpoints: base_url", self.endpoint.base_url)
         key = os.environ.get(name, "").strip() if name else ""
         if name and not key:
             raise UserError(f"{self.label}: the environment variable {name} (api_key_env) is not set")

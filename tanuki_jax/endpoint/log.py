@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from tanuki_jax import files
+
 logger = logging.getLogger(__name__)
 
 BLOCK = 1 << 16
@@ -29,7 +31,7 @@ class LineLog:
 
     def append(self, row: Mapping[str, Any]) -> int:
         """Writes a row; returns its offset.  Where the disk is full, OSError, and no part of the row stays."""
-        line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
+        line = files.json_line(row)
         offset, view = self._size, memoryview(line)
         try:
             while view:
@@ -41,21 +43,8 @@ class LineLog:
         return offset
 
     def rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """All rows with their offsets; damaged lines, of a power failure, are left out."""
-        offset = damaged = 0
-        with self.path.open("rb") as f:
-            for line in f:
-                try:
-                    row = json.loads(line)
-                    if isinstance(row, dict):
-                        yield offset, row
-                    else:
-                        damaged += 1
-                except ValueError:
-                    damaged += 1
-                offset += len(line)
-        if damaged:
-            logger.warning("%s: %d damaged lines are left out", self.path, damaged)
+        """All rows with their offsets."""
+        return read_rows(self.path)
 
     def sync(self) -> None:
         """Waits until all rows are on the disk; may be called by another thread."""
@@ -70,6 +59,24 @@ class LineLog:
             self.sync()
         finally:
             os.close(self._file)
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """All rows of a log with their offsets; damaged lines, of a power failure or a kill, are left out."""
+    offset = damaged = 0
+    with path.open("rb") as f:
+        for line in f:
+            try:
+                row = json.loads(line)
+                if isinstance(row, dict):
+                    yield offset, row
+                else:
+                    damaged += 1
+            except ValueError:
+                damaged += 1
+            offset += len(line)
+    if damaged:
+        logger.warning("%s: %d damaged lines are left out", path, damaged)
 
 
 class AnswerLog:

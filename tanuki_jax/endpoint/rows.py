@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
@@ -88,10 +87,10 @@ def assemble(
                         summary.dropped[row.reason] += 1
                         left_out = {"row": row.row} if row.row else {}
                         jobs = [call["job"] for call in calls]
-                        dropped_file.write(_line({"item": item_id, "reason": row.reason, **left_out, "jobs": jobs}))
+                        dropped_file.write(files.json_line({"item": item_id, "reason": row.reason, **left_out, "jobs": jobs}))
                     else:
                         summary.rows += 1
-                        line = _line({**row, "provenance": calls})
+                        line = files.json_line({**row, "provenance": calls})
                         digest.update(line)
                         rows_file.write(line)
 
@@ -124,7 +123,3 @@ async def _replay(
         if failed:
             return [Drop("failed")], calls
         raise UserError(f"item {item_id}: {failure}; a chain must ask the same of the same item and answers") from failure
-
-
-def _line(row: Mapping[str, Any]) -> bytes:
-    return json.dumps(row, ensure_ascii=False).encode() + b"\n"

@@ -68,11 +68,26 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is damaged ({error}); restore it, or remove it to start anew") from error
 
 
+def json_line(value: object) -> bytes:
+    """A value as a line of a JSON Lines file; Japanese stays readable."""
+    return json.dumps(value, ensure_ascii=False).encode() + b"\n"
+
+
 def write_jsonl(path: Path, rows: Iterable[object]) -> int:
     """Writes one JSON object per line atomically; returns the number of rows."""
     count = 0
-    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as f:
+    with atomic_path(path) as temporary, temporary.open("wb") as f:
         for row in rows:
-            f.write(json.dumps(row, ensure_ascii=False) + "\n")
+            f.write(json_line(row))
             count += 1
     return count
+
+
+def read_jsonl(path: Path) -> Iterator[Any]:
+    """The values of a file of one JSON value per line, one by one; a damaged line is an error that names it."""
+    with path.open("rb") as f:
+        for number, line in enumerate(f, 1):
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{path}:{number} is damaged ({error}); remove the file to make it anew") from error

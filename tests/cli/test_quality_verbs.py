@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tanuki_jax.cli.main import main
-from tests.data.judge_server import judge_server
+from tests.synth.fake_server import serve_judge
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def test_filter_asks_a_judge(rows, tmp_path, capsys):
     flags = [f"--input={rows}", f"--output={tmp_path / 'out'}", "--min_quality=0.5"]
     assert main(["data", "filter", *flags]) == 1
     assert "--judge" in capsys.readouterr().err
-    with judge_server(lambda prompt: ("yes" if "猫" in prompt else "no", {})) as (url, _):
+    with serve_judge(lambda prompt: ("yes" if "猫" in prompt else "no", {})) as (url, _):
         assert main(["data", "filter", *flags, f"--judge={url}", "--judge_model=other"]) == 1
         assert "it has no model 'other'; it has judge-model" in capsys.readouterr().err
         assert main(["data", "filter", *flags, f"--judge={url}"]) == 0
@@ -40,9 +40,11 @@ def test_filter_asks_a_judge(rows, tmp_path, capsys):
     ("flags", "message"),
     [
         (["--near_duplicates=1.5"], "must be at least 0 and at most 1"),
-        (["--language=fr"], "it must be ja or en"),
+        (["--language=fr"], "it must be ja, en or empty"),
         (["--pii=hide"], "invalid choice: 'hide'"),
         (["--against=no_such.jsonl", "--near_duplicates=0.8"], "no such file: 'no_such.jsonl'"),
+        (["--judge=http://me:secret@127.0.0.1:9", "--min_quality=0.5"], "--judge has a password or key in its address"),
+        (["--judge=127.0.0.1:9", "--min_quality=0.5"], "--judge is '127.0.0.1:9'; it must be an address"),
         (["--judge=http://127.0.0.1:9", "--min_quality=0.5"], "start its server"),
     ],
 )
@@ -64,7 +66,7 @@ def test_an_audit_by_hand_goes_on_with_downloaded_labels(rows, tmp_path, capsys)
 
 
 def test_an_audit_by_a_judge(rows, tmp_path, capsys):
-    with judge_server(lambda prompt: ("2" if "注文" in prompt else "1", {})) as (url, _):
+    with serve_judge(lambda prompt: ("2" if "注文" in prompt else "1", {})) as (url, _):
         assert main(["data", "audit", f"--input={rows}", f"--output={tmp_path / 'audit'}", "--sample=9", f"--judge={url}"]) == 0
     assert "advertising" in capsys.readouterr().out
     assert json.loads((tmp_path / "audit/result.json").read_text())["labelled"] == 3

@@ -8,7 +8,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 @contextlib.contextmanager
 def serve(answer, completions=True, models=("fake", "judge")):
-    """Gives the address and the list of request bodies; `answer(body)` is the text of an answer, or (text, finish_reason)."""
+    """Gives the address and the list of request bodies.
+
+    answer(body): the text of an answer, (text, finish_reason), (text, {token: logprob}), or the status of an error.
+    """
     bodies = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -36,10 +39,16 @@ def serve(answer, completions=True, models=("fake", "judge")):
                 return
             bodies.append(body)
             result = answer(body)
-            text, finish = (result, "stop") if isinstance(result, str) else result
+            if isinstance(result, int):
+                self.send({"error": {"message": "no"}}, result)
+                return
+            text, more = (result, "stop") if isinstance(result, str) else result
+            finish = more if isinstance(more, str) else "stop"
+            top = [{"token": token, "logprob": value} for token, value in ({} if isinstance(more, str) else more).items()]
+            logprobs = {"content": [{"token": text, "logprob": 0.0, "top_logprobs": top}]} if top else None
             said = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
             usage = {"prompt_tokens": 7, "completion_tokens": 5, "total_tokens": 12}
-            choice = {"index": 0, "finish_reason": finish, "logprobs": None, **said}
+            choice = {"index": 0, "finish_reason": finish, "logprobs": logprobs, **said}
             kind = "chat.completion" if chat else "text_completion"
             self.send({"id": "1", "object": kind, "created": 0, "model": "fake", "choices": [choice], "usage": usage})
 
@@ -52,3 +61,16 @@ def serve(answer, completions=True, models=("fake", "judge")):
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@contextlib.contextmanager
+def serve_judge(answer):
+    """The same with one model, for an `answer` of the last message's text; gives the address and the list of these texts."""
+    prompts = []
+
+    def answer_prompt(body):
+        prompts.append(body["messages"][-1]["content"])
+        return answer(prompts[-1])
+
+    with serve(answer_prompt, models=("judge-model",)) as (url, _):
+        yield url, prompts

@@ -6,8 +6,7 @@ counts), page.html, and result.json.  The same command goes on with it.
 
 from __future__ import annotations
 
-import json
-import os
+import contextlib
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from tanuki_jax.data import paths, sources
 from tanuki_jax.data.audit import shares
 from tanuki_jax.data.audit.categories import Category
 from tanuki_jax.data.filters.texts import texts_of
+from tanuki_jax.endpoint.log import LineLog, read_rows
 from tanuki_jax.errors import UserError
 from tanuki_jax.progress import Progress
 
@@ -51,26 +51,18 @@ class Audit:
         """Number -> category, of the rows that have been labelled."""
         path = self.directory / "labels.jsonl"
         result: dict[int, str] = {}
-        for line in path.read_bytes().split(b"\n")[:-1] if path.is_file() else ():  # a last line without its end is torn
-            try:
-                label = json.loads(line)
-                number, category = int(label["number"]), str(label["category"])
-            except (ValueError, KeyError, TypeError):
-                continue
-            if 0 <= number < len(self.sample) and category in self.names:
-                result[number] = category
+        for _, label in read_rows(path) if path.is_file() else ():
+            number, category = label.get("number"), label.get("category")
+            if isinstance(number, int) and 0 <= number < len(self.sample) and category in self.names:
+                result[number] = str(category)
         return result
 
     def add_label(self, number: int, category: str, by: str = "hand") -> None:
         """Appends a label as a whole line; by: hand, or the judge's model."""
         if category not in self.names or not 0 <= number < len(self.sample):
             raise UserError(f"audit: no row {number} or no category {category!r}")
-        path = self.directory / "labels.jsonl"
-        line = json.dumps({"number": number, "category": category, "by": by}, ensure_ascii=False).encode() + b"\n"
-        with path.open("ab+") as f:
-            if f.tell() and os.pread(f.fileno(), 1, f.tell() - 1) != b"\n":  # a kill has torn the last line
-                line = b"\n" + line
-            f.write(line)
+        with contextlib.closing(LineLog(self.directory / "labels.jsonl")) as log:
+            log.append({"number": number, "category": category, "by": by})
 
     def finish(self) -> dict[str, Any]:
         """The shares of the labels so far, written to result.json and returned."""
@@ -107,25 +99,24 @@ def open_audit(
         "fields": list(fields),
         "categories": [list(category) for category in categories],
     }
-    path = directory / "audit.json"
-    if path.is_file():
-        stored = files.read_json(path)
-        for name, value in settings.items():
-            if stored.get(name) != value:
-                difference = "the files have changed" if name == "identity" else f"{name} differs"
-                raise UserError(f"--output: {directory} holds another audit ({difference}); name a new directory")
-    else:
+    path, sample = directory / "audit.json", directory / "sample.jsonl"
+    stored = files.read_json(path) if path.is_file() else {}
+    for name, value in settings.items() if stored else ():
+        if stored.get(name) != value:
+            difference = "the files have changed" if name == "identity" else f"{name} differs"
+            raise UserError(f"--output: {directory} holds another audit ({difference}); name a new directory")
+    if not stored:
+        files.remove_unfinished(path)
         if directory.exists() and any(directory.iterdir()):
             raise UserError(f"--output: {directory} is there already, and holds no audit; name a new directory or remove it")
+    if not stored or not sample.is_file():  # a kill may have come between the two
         drawn, rows = draw_sample(patterns, size, seed, fields, quiet)
         if not drawn:
             raise UserError(f"audit: {patterns} holds no rows")
-        files.write_jsonl(directory / "sample.jsonl", (row._asdict() for row in drawn))
-        files.write_json(path, {**settings, "rows": rows})
-        stored = {"rows": rows}
-    lines = (directory / "sample.jsonl").read_text(encoding="utf-8").split("\n")
-    sample = tuple(Sampled(**json.loads(line)) for line in lines if line)
-    return Audit(directory, tuple(categories), sample, stored["rows"])
+        stored = {**settings, "rows": rows}
+        files.write_json(path, stored)
+        files.write_jsonl(sample, (row._asdict() for row in drawn))
+    return Audit(directory, tuple(categories), tuple(Sampled(**row) for row in files.read_jsonl(sample)), stored["rows"])
 
 
 def draw_sample(patterns: str, size: int, seed: int, fields: sources.Fields, quiet: bool = True) -> tuple[list[Sampled], int]:

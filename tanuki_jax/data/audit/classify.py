@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tanuki_jax import files
 from tanuki_jax.config.synthesis import Endpoint
 from tanuki_jax.data.audit.audit import Audit
 from tanuki_jax.data.audit.categories import Category
@@ -68,7 +68,6 @@ def label_by_judge(audit: Audit, endpoint: Endpoint, quiet: bool = False) -> Non
     if not summary.complete:
         raise UserError(f"audit: {sum(summary.failed.values())} rows have failed; run the same command again")
     labels = audit.labels()
-    for line in (directory / "rows.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    for row in files.read_jsonl(directory / "rows.jsonl"):
         if row["number"] not in labels:
             audit.add_label(row["number"], row["category"], row["by"])

@@ -6,15 +6,13 @@ Memory: about 100 bytes for each n-gram of the prompts, 1 GB for 10 million of t
 from __future__ import annotations
 
 import collections
-import json
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-from tanuki_jax.data import formats, sources
-from tanuki_jax.data.conversation import Columns
-from tanuki_jax.data.filters.texts import JAPANESE, Texts, text_of
+from tanuki_jax.data import sources
+from tanuki_jax.data.filters.texts import JAPANESE, Texts, normalize, text_of
 from tanuki_jax.errors import UserError
 
 FIELDS = ("turns", "messages", "prompt", "question", "text")  # of a question file, in the order in which they are looked for
@@ -31,40 +29,18 @@ class Index(NamedTuple):
     whole: dict[str, str]
 
 
-def normalize(text: str) -> str:
-    """NFKC, lower case, without white space; what Japanese is compared by."""
-    return "".join(unicodedata.normalize("NFKC", text).casefold().split())
-
-
 def _words(text: str) -> list[str]:
     return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
 
 
 def read_prompts(patterns: str) -> Iterator[tuple[str, str]]:
-    """The place and text of every prompt of question files: JSON lines with turns, messages, prompt, question or text."""
-    names = Columns(*FIELDS)
-    for path in sources.matching_files(patterns):
-        for where, value, _ in formats.READERS[formats.format_of(path)](path, 0, sources.WHOLE, names):
-            fields = _fields(value, where)
-            prompts = list(_prompts(fields))
-            if not prompts:
-                raise UserError(f"filters: evaluation: {where} has none of {', '.join(FIELDS)} (fields: {', '.join(fields)})")
-            for prompt in prompts:
-                yield where, prompt
-
-
-def _fields(value: formats.Value, where: str) -> dict[str, Any]:
-    if isinstance(value, UserError):
-        raise value
-    if not isinstance(value, bytes):
-        return value
-    try:
-        fields = json.loads(value)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"filters: evaluation: {where} is not JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise UserError(f"filters: evaluation: {where} must be a JSON object, not {type(fields).__name__}")
-    return fields
+    """The place and text of every prompt of question files: records with turns, messages, prompt, question or text."""
+    for where, fields in sources.read_records(patterns, FIELDS):
+        prompts = list(_prompts(fields))
+        if not prompts:
+            raise UserError(f"filters: evaluation: {where} has none of {', '.join(FIELDS)} (fields: {', '.join(fields)})")
+        for prompt in prompts:
+            yield where, prompt
 
 
 def _prompts(fields: dict[str, Any]) -> Iterator[str]:

@@ -6,15 +6,17 @@ import collections
 import contextlib
 import json
 import shutil
-from collections.abc import Container, Iterator
+import tempfile
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tanuki_jax import files
 from tanuki_jax.config.synthesis import Endpoint, Filters
+from tanuki_jax.config.validate_synth import check_filters
 from tanuki_jax.data import paths, sources
-from tanuki_jax.data.filters.filtering import REASONS, check_settings, filter_rows
+from tanuki_jax.data.filters.filtering import REASONS, filter_rows
 from tanuki_jax.data.filters.personal import LABELS
 from tanuki_jax.data.sources import Row
 from tanuki_jax.errors import UserError
@@ -70,7 +72,7 @@ def filter_files(
       UserError: input, settings or endpoint are wrong, or rows have no verdict yet; the same call asks for theirs alone.
       Preempted: a signal came while the judge was asked; its answers are recorded.
     """
-    check_settings(filters)
+    check_filters(filters)
     asks = filters.min_quality > 0 or filters.dependent_turns
     if asks and judge is None:
         raise UserError(
@@ -86,8 +88,8 @@ def filter_files(
             others = sources.read_rows(against, fields, sources.skip_silently) if against else ()
             for row in filter_rows(rows, filters, writer.drop, others, writer.masked):
                 writer.write(row)
-        if asks and judge:
-            _judge(temporary, writer, filters, judge, answers, quiet)
+            if asks and judge:
+                _judge(temporary, writer, filters, judge, answers, quiet)
         files.write_json(temporary / SUMMARY, writer.finish().as_json())
     if asks:
         shutil.rmtree(answers, ignore_errors=True)
@@ -101,29 +103,41 @@ class _Writer(contextlib.ExitStack):
         super().__init__()
         self.summary = Summary(filters=asdict(filters))
         self.masked: collections.Counter[str] = collections.Counter()
-        self.places: list[str] = []  # of the rows that a judge is going to see
         self._dropped: collections.Counter[str] = collections.Counter()
-        self._rows, self._drops = (self.enter_context((directory / n).open("w", encoding="utf-8")) for n in (ROWS, DROPPED))
-        self._asks = bool(filters.judge)
+        self._rows, self._drops = (self.enter_context((directory / name).open("wb")) for name in (ROWS, DROPPED))
+        self._places = self.enter_context(tempfile.TemporaryFile())  # of the rows that pass, for those that a judge drops
 
     def write(self, row: Row) -> None:
-        self._rows.write(_line(row.fields))
+        self._rows.write(files.json_line(row.fields))
+        self._places.write(files.json_line(row.where))
         self.summary.passed += 1
-        if self._asks:
-            self.places.append(row.where)
 
     def drop(self, row: Row, reason: str, detail: str) -> None:
-        self._drops.write(self.dropped_line(row.where, reason, detail, row.fields))
+        self._drop(row.where, reason, detail, row.fields)
 
     def drop_invalid(self, where: str, reason: str) -> None:
         """A row that cannot be read."""
         self.summary.rows += 1
-        self._drops.write(self.dropped_line(where, "invalid", reason, None))
+        self._drop(where, "invalid", reason, None)
 
-    def dropped_line(self, where: str, reason: str, detail: str, row: object) -> str:
-        """The line of a dropped row, which is counted."""
+    def flush(self) -> None:
+        """Makes the rows readable for others."""
+        self._rows.flush()
+
+    def take_out(self, path: Path, reasons: Iterable[tuple[str, str]]) -> None:
+        """Drops written rows: those of path, to which reason and detail are given; empty = it stays."""
+        self._places.seek(0)
+        with files.atomic_path(path) as temporary, path.open("rb") as f, temporary.open("wb") as g:
+            for line, where, (reason, detail) in zip(f, self._places, reasons, strict=True):
+                if reason:
+                    self._drop(json.loads(where), reason, detail, json.loads(line))
+                    self.summary.passed -= 1
+                else:
+                    g.write(line)
+
+    def _drop(self, where: str, reason: str, detail: str, row: object) -> None:
         self._dropped[reason] += 1
-        return _line({"reason": reason, "detail": detail, "where": where, "row": row})
+        self._drops.write(files.json_line({"reason": reason, "detail": detail, "where": where, "row": row}))
 
     def finish(self) -> Summary:
         """The counts in their order."""
@@ -143,23 +157,7 @@ def _judge(directory: Path, writer: _Writer, filters: Filters, judge: Endpoint, 
     """Takes the rows out of rows.jsonl that the judge does not pass."""
     from tanuki_jax.data.filters import judged
 
-    drops = judged.judge_file(directory / ROWS, writer.summary.passed, filters, judge, answers, quiet)
-    with (directory / DROPPED).open("a", encoding="utf-8") as f:
-        for number, row in _remove(directory / ROWS, drops):
-            f.write(writer.dropped_line(writer.places[number], *drops[number], row))
-    writer.summary.passed -= len(drops)
+    writer.flush()
+    path = directory / ROWS
+    writer.take_out(path, judged.judge_file(path, writer.summary.passed, filters, judge, answers, quiet))
     shutil.copytree(answers, directory / JUDGE, ignore=shutil.ignore_patterns(".*"))
-
-
-def _remove(path: Path, numbers: Container[int]) -> Iterator[tuple[int, object]]:
-    """Takes lines out of a file of JSON lines, and yields them with their numbers."""
-    with files.atomic_path(path) as temporary, path.open(encoding="utf-8") as f, temporary.open("w", encoding="utf-8") as g:
-        for number, line in enumerate(f):
-            if number in numbers:
-                yield number, json.loads(line)
-            else:
-                g.write(line)
-
-
-def _line(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False) + "\n"

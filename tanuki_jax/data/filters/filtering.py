@@ -6,11 +6,11 @@ import collections
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeAlias
 
-from tanuki_jax.config.synthesis import PII, Filters
+from tanuki_jax.config.synthesis import Filters
+from tanuki_jax.config.validate_synth import check_filters
 from tanuki_jax.data.filters import evaluation, language, leaks, near_duplicates, personal, repetition
 from tanuki_jax.data.filters.texts import Texts, change_texts, texts_of
 from tanuki_jax.data.sources import Row
-from tanuki_jax.errors import UserError
 
 # In the order in which they are applied; the first that a row fails is its reason.
 REASONS = (
@@ -19,23 +19,10 @@ REASONS = (
 )
 Check: TypeAlias = tuple[str, Callable[[Texts], str]]  # a reason, and what says why a text is dropped for it; empty = it is not
 OnDrop: TypeAlias = Callable[[Row, str, str], None]  # called with a row, the reason, and a detail of it
-LANGUAGES = ("", "ja", "en")
 
 
 def ignore_drop(row: Row, reason: str, detail: str) -> None:
     """An OnDrop that does nothing."""
-
-
-def check_settings(filters: Filters) -> None:
-    """Refuses filters that cannot work as they are set."""
-    if filters.language not in LANGUAGES:
-        raise UserError(f"filters: language is {filters.language!r}; it must be ja or en, or empty for any")
-    if filters.max_characters and filters.max_characters < filters.min_characters:
-        raise UserError(f"filters: max_characters {filters.max_characters} is below min_characters {filters.min_characters}")
-    if filters.pii not in PII:
-        raise UserError(f"filters: pii is {filters.pii!r}; it must be {', '.join(PII)}")
-    if (filters.min_quality or filters.dependent_turns) and not filters.judge:
-        raise UserError("filters: min_quality and dependent_turns ask a judge; name one of `endpoints` as judge (--judge)")
 
 
 def make_checks(filters: Filters) -> list[Check]:
@@ -91,7 +78,7 @@ def filter_rows(
     Raises:
       UserError: a setting is wrong, a library of the extra `quality` is missing, or a row holds tokens.
     """
-    check_settings(filters)
+    check_filters(filters)
     checks = make_checks(filters)
     mask = _make_mask(collections.Counter() if masked is None else masked) if filters.pii == "mask" else None
     index = near_duplicates.Index(filters.near_duplicates) if filters.near_duplicates else None

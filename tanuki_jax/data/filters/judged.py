@@ -7,7 +7,6 @@ gives log-probabilities, else 1 or 0 by what the answer says.
 from __future__ import annotations
 
 import functools
-import json
 import math
 import re
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
@@ -142,17 +141,15 @@ class _Items:
         return self._count
 
     def __iter__(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        with self._path.open(encoding="utf-8") as f:
-            for number, line in enumerate(f):
-                fields = json.loads(line)
-                language = "ja" if JAPANESE.search(texts_of(Row("", fields)).whole) else "en"
-                yield files.fingerprint(line), {"number": number, "fields": fields, "language": language}
+        for number, fields in enumerate(files.read_jsonl(self._path)):
+            language = "ja" if JAPANESE.search(texts_of(Row("", fields)).whole) else "en"
+            yield files.fingerprint(fields), {"number": number, "fields": fields, "language": language}
 
 
 def judge_file(
     path: Path, count: int, filters: Filters, endpoint: Endpoint, directory: Path, quiet: bool = False
-) -> dict[int, tuple[str, str]]:
-    """Has the rows of a file judged; returns the reason and detail of each that is to be dropped, by its number.
+) -> Iterator[tuple[str, str]]:
+    """Has the rows of a file judged; returns the reason and detail of each that is to be dropped, of others ("", "").
 
     path: rows as JSON lines, `count` of them.
     directory: where answers are recorded; they are never asked for again.
@@ -172,19 +169,24 @@ def judge_file(
         raise UserError(
             f"filters: {sum(summary.failed.values())} rows have no verdict yet ({failures}); run the same command again"
         )
-    return _read_verdicts(directory, filters, count)
+    return read_verdicts(directory / "rows.jsonl", count, filters)
 
 
-def _read_verdicts(directory: Path, filters: Filters, count: int) -> dict[int, tuple[str, str]]:
-    """Reasons to drop rows, from the run's rows; a row that is not among them has no verdict."""
-    drops = {number: ("no_verdict", "the judge said neither yes nor no, or refused") for number in range(count)}
-    with (directory / "rows.jsonl").open(encoding="utf-8") as f:
-        for line in f:
-            verdict = json.loads(line)
-            number = verdict["number"]
-            del drops[number]
-            if verdict.get("dependent", 1.0) < 0.5:
-                drops[number] = ("dependent_turns", f"probability {verdict['dependent']:.2f}")
-            elif filters.min_quality and verdict["quality"] < filters.min_quality:
-                drops[number] = ("min_quality", f"probability {verdict['quality']:.2f}")
-    return drops
+def read_verdicts(path: Path, count: int, filters: Filters) -> Iterator[tuple[str, str]]:
+    """Reason and detail for each of `count` rows, ("", "") of one that passes, from the rows of a run, one by one.
+
+    A row without a verdict among them is dropped.
+    """
+    verdicts = files.read_jsonl(path)
+    verdict = next(verdicts, None)
+    for number in range(count):
+        if verdict is None or verdict["number"] != number:
+            yield "no_verdict", "the judge said neither yes nor no, or refused"
+            continue
+        if verdict.get("dependent", 1.0) < 0.5:
+            yield "dependent_turns", f"probability {verdict['dependent']:.2f}"
+        elif filters.min_quality and verdict["quality"] < filters.min_quality:
+            yield "min_quality", f"probability {verdict['quality']:.2f}"
+        else:
+            yield "", ""
+        verdict = next(verdicts, None)

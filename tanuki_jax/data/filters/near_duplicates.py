@@ -1,6 +1,7 @@
 """Near-duplicates: MinHash (rensa) proposes candidates, and the exact Jaccard similarity of their 5-grams decides.
 
-Memory for each row that is passed: about MEMORY bytes; their texts lie in a temporary file.
+Memory for each row that is passed: about 6 kB at a threshold of 0.8, 9 kB at 0.5, most of it rensa's.  The rows' texts and
+places lie in a temporary file.
 """
 
 from __future__ import annotations
@@ -9,12 +10,12 @@ import array
 import math
 import os
 import tempfile
-import unicodedata
 from typing import IO
 
 import numpy as np
 
 from tanuki_jax.data.filters.extras import require
+from tanuki_jax.data.filters.texts import normalize
 
 N = 5  # characters of a shingle
 PERMUTATIONS = 128
@@ -25,8 +26,8 @@ SEED = 20240912
 
 
 def shingles(text: str) -> set[str]:
-    """The character 5-grams of a text after NFKC, in lower case, without white space."""
-    text = "".join(unicodedata.normalize("NFKC", text).casefold().split())
+    """The character 5-grams of a text, normalized."""
+    text = normalize(text)
     return {text[i : i + N] for i in range(max(1, len(text) - N + 1))}
 
 
@@ -51,9 +52,8 @@ class Index:
         self._new_hash = rensa.RMinHash
         self._bands = rensa.RMinHashLSH(threshold, PERMUTATIONS, bands_for(threshold))
         self._digests = np.empty((0, PERMUTATIONS), np.uint32)
-        self._texts: IO[bytes] = tempfile.TemporaryFile(buffering=0)  # closed, and so removed, with the index
-        self._ends = array.array("Q", [0])
-        self._places: list[str] = []
+        self._file: IO[bytes] = tempfile.TemporaryFile(buffering=0)  # closed, and so removed, with the index
+        self._ends = array.array("Q", [0])  # in the file, of each row's text and place
 
     def find(self, text: str, where: str) -> str:
         """The place of a row that this one nearly repeats; where there is none, the row is added, and nothing returned."""
@@ -62,9 +62,9 @@ class Index:
         sketch.update(list(grams))
         digest = np.array(sketch.digest(), np.uint32)
         for key in self._order(self._bands.query(sketch), digest):
-            similarity = jaccard(grams, shingles(self._text(key)))
+            similarity = jaccard(grams, shingles(self._read(2 * key)))
             if similarity >= self._threshold:
-                return f"{self._places[key]} (Jaccard {math.floor(100 * similarity) / 100:.2f})"
+                return f"{self._read(2 * key + 1)} (Jaccard {math.floor(100 * similarity) / 100:.2f})"
         self._add(text, where, sketch, digest)
         return ""
 
@@ -76,16 +76,16 @@ class Index:
         return [keys[i] for i in np.argsort(-estimates, kind="stable")[:CANDIDATES]]
 
     def _add(self, text: str, where: str, sketch: object, digest: np.ndarray) -> None:
-        key = len(self._places)
+        key = len(self._ends) // 2
         self._bands.insert(key, sketch)
         if key == len(self._digests):
             self._digests = np.resize(self._digests, (max(1024, key + key // 2), PERMUTATIONS))
         self._digests[key] = digest
-        self._places.append(where)
-        data = text.encode("utf-8", "surrogatepass")
-        self._texts.write(data)
-        self._ends.append(self._ends[-1] + len(data))
+        for part in (text, where):
+            data = part.encode("utf-8", "surrogatepass")
+            self._file.write(data)
+            self._ends.append(self._ends[-1] + len(data))
 
-    def _text(self, key: int) -> str:
-        start, stop = self._ends[key], self._ends[key + 1]
-        return os.pread(self._texts.fileno(), stop - start, start).decode("utf-8", "surrogatepass")
+    def _read(self, number: int) -> str:
+        start, stop = self._ends[number : number + 2]
+        return os.pread(self._file.fileno(), stop - start, start).decode("utf-8", "surrogatepass")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -99,6 +100,11 @@ def _change(value: object, change: Callable[[str], str]) -> object:
     if isinstance(value, list):
         return [_change(item, change) for item in value]
     return value
+
+
+def normalize(text: str) -> str:
+    """NFKC, lower case, without white space; what texts are compared by."""
+    return "".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def without_code(text: str) -> str:

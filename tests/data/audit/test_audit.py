@@ -1,17 +1,19 @@
 """Samples, labels and shares."""
 
 import json
+import shutil
 import threading
-import urllib.error
+import time
 import urllib.request
 from pathlib import Path
 
 import pytest
+from starlette.testclient import TestClient
 
 from tanuki_jax.config.synthesis import Endpoint
 from tanuki_jax.data.audit import audit, categories, classify, label_by_judge, open_audit, page, shares, write_page
 from tanuki_jax.errors import UserError
-from tests.data.judge_server import judge_server
+from tests.synth.fake_server import serve_judge
 
 
 @pytest.fixture
@@ -85,6 +87,26 @@ def test_another_audit_is_refused(corpus, tmp_path):
         open_audit(corpus, tmp_path / "other", 1, 0, categories.DEFAULT)
 
 
+@pytest.mark.parametrize("last", ["audit.json", "sample.jsonl"])
+def test_the_same_command_goes_on_after_a_kill_at_any_write(corpus, tmp_path, monkeypatch, last):
+    """A process that ends while it writes one of the files leaves those before it, and a part of that one."""
+    replace = Path.replace
+
+    def end(self, target):
+        if target.name == last:
+            shutil.copy(self, tmp_path / "left")
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "replace", end)
+        open_here(corpus, tmp_path)
+    shutil.copy(tmp_path / "left", tmp_path / f"audit/.{last}.0123abcd.tmp")
+    assert (
+        open_here(corpus, tmp_path).sample == open_audit(corpus, tmp_path / "b", 10, 0, categories.DEFAULT, quiet=True).sample
+    )
+
+
 def test_a_list_of_categories(tmp_path):
     path = tmp_path / "c.txt"
     path.write_text("# ours\nnews: reports of the day: 報道\nads\n", encoding="utf-8")
@@ -115,7 +137,7 @@ def test_an_answer_names_one_category(answer, category):
 def test_a_judge_labels_what_no_person_has(corpus, tmp_path):
     opened = open_here(corpus, tmp_path)
     opened.add_label(0, "adult")
-    with judge_server(lambda prompt: ("?" if opened.sample[1].text in prompt else "2", {})) as (url, prompts):
+    with serve_judge(lambda prompt: ("?" if opened.sample[1].text in prompt else "2", {})) as (url, prompts):
         label_by_judge(opened, Endpoint(base_url=url), quiet=True)
         label_by_judge(opened, Endpoint(base_url=url), quiet=True)
         assert len(prompts) == 10
@@ -135,42 +157,41 @@ def test_the_page_works_alone_and_asks_for_nothing_outside(corpus, tmp_path):
 
 def test_the_served_page_writes_labels_and_refuses_strangers(corpus, tmp_path):
     opened = open_here(corpus, tmp_path)
-    server, address = page.make_server(opened)
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-
-    def ask(url, body=None, **headers):
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(url, data, {"Content-Type": "application/json", **headers})
-        try:
-            with urllib.request.urlopen(request, timeout=5) as reply:
-                return reply.status, reply.read()
-        except urllib.error.HTTPError as error:
-            return error.code, b""
-
-    try:
-        status, body = ask(address)
-        assert status == 200 and b"page 1" in body
-        label = {"number": 2, "category": "spam"}
-        assert ask(address + "label", label)[0] == 200
-        assert opened.labels() == {2: "spam"}
-        for url, body, headers, status in (
-            (address.rsplit("/", 2)[0] + "/label", label, {}, 404),  # without the key
-            (address + "label", label, {"Origin": "http://elsewhere.example"}, 404),
-            (address + "label", label, {"Host": "elsewhere.example"}, 404),
-            (address + "label", label, {"Content-Type": "text/plain"}, 400),
-            (address + "label", {"number": 99, "category": "spam"}, {}, 400),
-            (address + "label", {"number": 1, "category": "x" * 20_000}, {}, 400),
-            (address + "../audit.json", None, {}, 404),
-        ):
-            assert ask(url, body, **headers)[0] == status, (url, headers)
-        assert opened.labels() == {2: "spam"}
-    finally:
-        server.shutdown()
-        server.server_close()
+    client = TestClient(page.make_app(opened, "KEY"), base_url="http://127.0.0.1:80")
+    shown = client.get("/KEY/")
+    assert (
+        shown.status_code == 200 and "page 1" in shown.text and "default-src 'none'" in shown.headers["content-security-policy"]
+    )
+    label = {"number": 2, "category": "spam"}
+    assert client.post("/KEY/label", json=label).status_code == 200
+    assert opened.labels() == {2: "spam"}
+    for path, body, headers, status in (
+        ("/label", label, {}, 404),  # without the key
+        ("/KEY/label", label, {"Origin": "http://elsewhere.example"}, 403),
+        ("/KEY/label", label, {"Host": "elsewhere.example"}, 400),
+        ("/KEY/label", label, {"Content-Type": "text/plain"}, 400),
+        ("/KEY/label", {"number": 99, "category": "spam"}, {}, 400),
+        ("/KEY/label", {"number": 1, "category": "x" * 20_000}, {}, 400),
+        ("/KEY/label", [1], {}, 400),
+    ):
+        assert client.post(path, json=body, headers=headers).status_code == status, (path, headers)
+    assert client.get("/KEY/", headers={"Host": "elsewhere.example"}).status_code == 400
+    assert client.get("/KEY/../audit.json").status_code == 404
+    assert opened.labels() == {2: "spam"}
 
 
-def test_serving_ends_when_every_row_has_a_label(corpus, tmp_path):
+def test_serving_ends_when_every_row_has_a_label(corpus, tmp_path, capsys):
     opened = open_here(corpus, tmp_path, size=2)
-    for number in range(2):
-        opened.add_label(number, "content")
-    page.serve(opened)
+    opened.add_label(0, "content")
+    thread = threading.Thread(target=page.serve, args=(opened,), daemon=True)
+    thread.start()
+    while "(Ctrl-C ends" not in (shown := capsys.readouterr().err):
+        assert thread.is_alive()
+        time.sleep(0.01)
+    address = shown.split()[4]
+    label = json.dumps({"number": 1, "category": "spam"}).encode()
+    headers = {"Content-Type": "application/json", "Origin": "/".join(address.split("/")[:3])}
+    assert urllib.request.urlopen(urllib.request.Request(f"{address}label", label, headers), timeout=10).status == 200
+    thread.join(10)
+    assert not thread.is_alive() and opened.labels() == {0: "content", 1: "spam"}
+    page.serve(opened)  # ends at once

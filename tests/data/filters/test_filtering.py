@@ -3,14 +3,16 @@
 import collections
 import json
 import time
+import tracemalloc
 
 import pytest
 
+from tanuki_jax import files
 from tanuki_jax.config.synthesis import Endpoint, Filters
-from tanuki_jax.data.filters import REASONS, filter_files, filter_rows
+from tanuki_jax.data.filters import REASONS, filter_files, filter_rows, judged, near_duplicates
 from tanuki_jax.data.sources import Row
 from tanuki_jax.errors import UserError
-from tests.data.judge_server import judge_server
+from tests.synth.fake_server import serve_judge
 
 LONG = "図書館は月曜日が休みで、平日は午前九時から午後八時まで開いています。貸し出しは一人十冊、期間は二週間です。"
 
@@ -120,7 +122,7 @@ def test_invalid_rows_stop_or_are_dropped(tmp_path):
         (dict(language="fr"), "language is 'fr'"),
         (dict(min_characters=9, max_characters=3), "max_characters 3 is below"),
         (dict(pii="hide"), "pii is 'hide'"),
-        (dict(min_quality=0.5), "name one of `endpoints` as judge"),
+        (dict(min_quality=0.5), "filters.min_quality needs a judge; set filters.judge"),
         (dict(min_quality=0.5, judge="big"), "no endpoint 'big'"),
         (dict(evaluation="no_such_file.jsonl"), "no_such_file.jsonl"),
     ],
@@ -142,6 +144,22 @@ def test_a_missing_library_is_named_with_its_extra(monkeypatch, settings, packag
     monkeypatch.setattr("importlib.import_module", missing)
     with pytest.raises(UserError, match=rf'{package}; install it with: pip install "tanuki-jax\[quality\]"'):
         list(filter_rows(rows("文章です。"), Filters(**settings)))
+
+
+def test_memory_does_not_grow_with_places_and_verdicts(tmp_path):
+    """Places lie in a file, and verdicts are read one by one."""
+    path = tmp_path / "verdicts.jsonl"
+    path.write_text("".join(f'{{"number": {n}, "quality": 0.1}}\n' for n in range(10_000) if n % 2))
+    index = near_duplicates.Index(0.8)
+    tracemalloc.start()
+    for number in range(500):
+        assert not index.find(files.fingerprint(number), f"{number}:{'x' * 10_000}")
+    assert index.find(files.fingerprint(499), "").startswith("499:xxx")
+    counts = collections.Counter(reason for reason, _ in judged.read_verdicts(path, 10_000, Filters(min_quality=0.5)))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert counts == {"no_verdict": 5000, "min_quality": 5000}
+    assert peak < 2_000_000, peak  # the places alone are 5,000,000 bytes
 
 
 # --- a judge ------------------------------------------------------------------------------------------------------------------
@@ -171,7 +189,7 @@ def test_a_judge_scores_rows_and_finds_questions_that_need_nothing(tmp_path):
     ]
     source = write(tmp_path / "in.jsonl", values)
     filters = Filters(min_characters=1, min_quality=0.5, dependent_turns=True, judge="big")
-    with judge_server(verdicts) as (url, prompts):
+    with serve_judge(verdicts) as (url, prompts):
         summary = filter_files(source, filters, tmp_path / "out", judge=Endpoint(base_url=url), quiet=True)
         asked = len(prompts)
     assert summary.dropped == {"min_characters": 1, "dependent_turns": 1, "min_quality": 1, "no_verdict": 1}
@@ -187,7 +205,7 @@ def test_a_judge_scores_rows_and_finds_questions_that_need_nothing(tmp_path):
 def test_the_answers_of_a_judge_that_fails_are_not_asked_for_again(tmp_path):
     source = write(tmp_path / "in.jsonl", [{"text": "猫が好き。"}, {"text": "犬が好き。"}])
     filters, working = Filters(min_quality=0.01, judge="big"), False
-    with judge_server(lambda prompt: verdicts(prompt) if "猫" in prompt or working else 500) as (url, prompts):
+    with serve_judge(lambda prompt: verdicts(prompt) if "猫" in prompt or working else 500) as (url, prompts):
         endpoint = Endpoint(base_url=url, retries=0)
         with pytest.raises(UserError, match="1 rows have no verdict yet"):
             filter_files(source, filters, tmp_path / "out", judge=endpoint, quiet=True)
