@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 from tanuki_jax import files
 from tanuki_jax.endpoint import rows
 from tanuki_jax.endpoint.asker import Asker, Stopped, recorded_answer
-from tanuki_jax.endpoint.budget import Budget, Meter
+from tanuki_jax.endpoint.budget import Budget, BudgetSpent, Meter
 from tanuki_jax.endpoint.client import Client
 from tanuki_jax.endpoint.job import Answer, Chain, Drop, Failed, Job
 from tanuki_jax.endpoint.log import AnswerLog, LineLog
@@ -63,8 +63,8 @@ def run(
       The counts; `complete` is False where items have failed: the same call tries them again.
 
     Raises:
-      UserError: an endpoint does not work, the disk is full, or another process works in the directory.
-      Preempted: the budget is spent, or a signal came.
+      UserError: an endpoint does not work, the budget is spent, the disk is full, or another process works in the directory.
+      Preempted: a signal came.
     """
     directory = Path(directory)
     items = list(items) if iter(items) is items else items
@@ -180,7 +180,7 @@ class _Runner:
     async def _end_pending(self) -> None:
         """After a stop: requests that have been sent may still be answered, the others are given up."""
         tasks = set(self._pending.values())
-        sent = tasks & self._asker.under_way if isinstance(self._error, Preempted) else set()
+        sent = tasks & self._asker.under_way if isinstance(self._error, Preempted | BudgetSpent) else set()
         for task in tasks - sent:
             task.cancel()
         await _wait(sent, self._hurry, GRACE if self._signalled else None)

@@ -13,6 +13,7 @@ import pytest
 
 from tanuki_jax import endpoint
 from tanuki_jax.endpoint import Budget, Drop, NoAnswer, asker, runner
+from tanuki_jax.endpoint.budget import BudgetSpent
 from tanuki_jax.errors import Preempted, UserError
 from tests.endpoint import chains
 from tests.endpoint.chains import Lazy, after, lines, question, run, two_steps
@@ -119,7 +120,7 @@ def test_samples_are_asked_apart(server, tmp_path):
 def test_items_are_read_as_they_are_needed(server, tmp_path, monkeypatch):
     monkeypatch.setattr(runner._Runner, "_workers", lambda self: 4)
     source = Lazy(10**9)
-    with pytest.raises(Preempted):
+    with pytest.raises(BudgetSpent):
         run(server, tmp_path, source, budget=Budget(max_calls=20))
     assert source.read <= 20
 
@@ -192,26 +193,26 @@ def test_settings_that_no_request_can_succeed_with_end_the_run(tmp_path):
 
 @pytest.mark.parametrize("calls", [1, 7, 40])
 def test_a_budget_of_calls(server, tmp_path, calls):
-    with pytest.raises(Preempted, match=f"the budget max_calls={calls} is spent .*raise it"):
+    with pytest.raises(BudgetSpent, match=f"the budget max_calls={calls} is spent .*raise it, and the same command goes on"):
         run(server, tmp_path, 500, budget=Budget(max_calls=calls))
     assert server.requests["answer"] == len(jobs_of(tmp_path / "answers.jsonl")) == calls
-    with pytest.raises(Preempted):  # it is that of all runs together
+    with pytest.raises(BudgetSpent):  # it is that of all runs together
         run(server, tmp_path, 500, budget=Budget(max_calls=calls))
     assert server.requests["answer"] == calls
-    with pytest.raises(Preempted):
+    with pytest.raises(BudgetSpent):
         run(server, tmp_path, 500, budget=Budget(max_calls=calls + 3))
     assert server.requests["answer"] == calls + 3
 
 
 def test_a_budget_of_calls_counts_those_that_fail(tmp_path):
-    with serve(Behaviour(share=0.1, faults=("error_500", "html", "cut_body"))) as server, pytest.raises(Preempted):
+    with serve(Behaviour(share=0.1, faults=("error_500", "html", "cut_body"))) as server, pytest.raises(BudgetSpent):
         run(server, tmp_path, 500, budget=Budget(max_calls=50))
     assert server.requests.total() == 50
 
 
 @pytest.mark.parametrize("budget", [Budget(max_tokens=1000), Budget(max_cost=1e-3)], ids=str)
 def test_budgets_of_tokens_and_money_are_overdrawn_by_one_call_at_most(server, tmp_path, budget):
-    with pytest.raises(Preempted, match="is spent"):
+    with pytest.raises(BudgetSpent, match="is spent"):
         run(server, tmp_path, 500, budget=budget, input_price=1.0, output_price=1.0, max_tokens=20)
     answers = [json.loads(line)["usage"] for line in lines(tmp_path / "answers.jsonl")]
     tokens = [sum(usage.values()) for usage in answers]
@@ -346,7 +347,7 @@ def test_roles_of_one_endpoint_share_its_limit(tmp_path):
 
 def test_a_model_that_was_not_named_is_that_of_the_first_run(tmp_path):
     with serve(Behaviour(models=("a",))) as server:
-        with pytest.raises(Preempted):
+        with pytest.raises(BudgetSpent):
             run(server, tmp_path, 5, budget=Budget(max_calls=2))
         server.behaviour.models = ("b",)
         with pytest.raises(UserError, match="no model 'a'; it has b"):
