@@ -224,7 +224,7 @@ class Asker:
 def _with_usage(answer: Answer, job: Job) -> Answer:
     """With an estimate of its tokens."""
     usage = {"prompt_tokens": estimate_tokens(job.text()), "completion_tokens": estimate_tokens(answer.text)}
-    return Answer(answer.text, answer.finish_reason, usage, answer.model, answer.logprobs, answer.job)
+    return Answer(answer.text, answer.finish_reason, usage, answer.model, answer.logprobs)
 
 
 def recorded_answer(row: Mapping[str, Any]) -> Answer:
@@ -241,5 +241,4 @@ def recorded_answer(row: Mapping[str, Any]) -> Answer:
         row["usage"],
         row.get("served_model") or row["model"],
         row.get("logprobs", {}),
-        row["id"],
     )

@@ -82,6 +82,16 @@ def test_what_was_answered_is_not_asked_again_and_rows_do_not_depend_on_the_orde
     assert (tmp_path / "a/rows.jsonl").read_bytes() == rows
 
 
+def test_rows_of_another_version_are_written_anew_from_the_answers_that_are_there(server, tmp_path):
+    async def shout(item, ask):
+        return [{"text": row["answer"].upper()} for row in await two_steps(item, ask)]
+
+    run(server, tmp_path, 3, version="1")
+    assert run(server, tmp_path, 5, shout, version="2").rows == 5
+    assert server.requests["answer"] == 2 * 5 and "text" in json.loads(lines(tmp_path / "rows.jsonl")[0])
+    assert run("http://127.0.0.1:9/v1", tmp_path, 5, shout, version="2").rows == 5
+
+
 def test_a_directory_of_other_settings_is_refused(server, tmp_path):
     run(server, tmp_path)
     with pytest.raises(UserError, match="were made with other settings"):
@@ -387,5 +397,5 @@ def test_a_dry_run_asks_nothing():
     assert (found.items, found.calls, found.completion_tokens, found.cost) == (1000, 3000, 210_000, 210_000)
     assert found.prompt_tokens == 1000 * (100 + 2 + 10)
     assert str(found).startswith("1,000 items, about 3,000 calls, 112,000 prompt tokens and at most 210,000 answer tokens")
-    assert endpoint.estimate([], chain, endpoints).calls == 0
-    assert endpoint.estimate(chains.items(5), two_steps, endpoints).prompt_tokens > 5 * 100
+    assert endpoint.estimate([], chain, endpoints, reply=str).calls == 0
+    assert endpoint.estimate(chains.items(5), two_steps, endpoints, reply=lambda job: "word " * 100).prompt_tokens > 5 * 100
