@@ -84,7 +84,9 @@ def making_order(recipe: Recipe, names: Iterable[str]) -> list[str]:
         return list(graphlib.TopologicalSorter(graph).static_order())
     except graphlib.CycleError as error:
         circle = " -> ".join(reversed(error.args[1]))
-        raise UserError(f"config: synth.{circle}: {error.args[1][0]} would be made from itself; name other rows as seeds") from None
+        raise UserError(
+            f"config: synth.{circle}: {error.args[1][0]} would be made from itself; name other rows as seeds"
+        ) from None
 
 
 def made_sources(recipe: Recipe, stage: str) -> Iterator[str]:

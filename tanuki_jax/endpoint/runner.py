@@ -177,7 +177,9 @@ class _Runner:
             summary.complete = True
         summary.seconds = round(time.monotonic() - self._began, 3)
         if summary.complete:
-            files.write_json(self._directory / DONE, {"recipe": self._recipe, "version": self._version, "summary": summary.to_json()})
+            files.write_json(
+                self._directory / DONE, {"recipe": self._recipe, "version": self._version, "summary": summary.to_json()}
+            )
         return summary
 
     def _workers(self) -> int:
