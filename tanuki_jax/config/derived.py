@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import graphlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from tanuki_jax.config.kinds import STAGE_KINDS
 from tanuki_jax.config.schema import Model, ModelConfig, Recipe, Stage
+from tanuki_jax.config.synthesis import SYNTH_PREFIX, Synth
+from tanuki_jax.errors import UserError
 
 
 def is_moe(recipe: Recipe, name: str) -> bool:
@@ -62,7 +65,28 @@ def settings(group: Any) -> dict[str, Any]:
 
 # --- rows that models make --------------------------------------------------------------------------------------------
 
-SYNTH_PREFIX = "synth:"  # begins the files of a source, or of seeds, that are rows of a group in `synth`
+
+def made_seeds(synth: Synth) -> list[str]:
+    """The names in `synth` of the rows that are seeds of others."""
+    return [files.removeprefix(SYNTH_PREFIX) for files in synth.seeds.values() if files.startswith(SYNTH_PREFIX)]
+
+
+def making_order(recipe: Recipe, names: Iterable[str]) -> list[str]:
+    """Names in `synth` and those of their seeds, each after its seeds; a UserError where rows are, by way of others, their own."""
+    graph: dict[str, list[str]] = {}
+    waiting = list(names)
+    while waiting:
+        name = waiting.pop(0)
+        if name not in graph:
+            graph[name] = made_seeds(recipe.synth[name])
+            waiting += graph[name]
+    try:
+        return list(graphlib.TopologicalSorter(graph).static_order())
+    except graphlib.CycleError as error:
+        circle = " -> ".join(reversed(error.args[1]))
+        raise UserError(
+            f"config: synth.{circle}: {error.args[1][0]} would be made from itself; name other rows as seeds"
+        ) from None
 
 
 def made_sources(recipe: Recipe, stage: str) -> Iterator[str]:
@@ -77,8 +101,7 @@ def made_sources(recipe: Recipe, stage: str) -> Iterator[str]:
         if name not in done and name in recipe.synth:
             done.add(name)
             yield name
-            seeds = recipe.synth[name].seeds.values()
-            waiting += [files.removeprefix(SYNTH_PREFIX) for files in seeds if files.startswith(SYNTH_PREFIX)]
+            waiting += made_seeds(recipe.synth[name])
 
 
 def making_stage(recipe: Recipe, name: str) -> str:

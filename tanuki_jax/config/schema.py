@@ -355,7 +355,7 @@ CHOICES = {
     "attention_impl": ("auto", "splash", "cudnn", "xla", "reference"),
     "expert_impl": ("auto", "pallas", "megablox", "mosaic", "ragged", "blocked", "padded", "reference"),
     "moment_dtype": ("float32", "bfloat16"),
-    "method": METHODS,
+    "method": tuple(METHODS),
     "pii": PII,
 }
 # Names in Loss.preference (train/pair_losses.py).

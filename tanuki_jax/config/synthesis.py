@@ -2,15 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from tanuki_jax.config.keys import key
 from tanuki_jax.config.ranges import AMOUNT, COUNT, SHARE, TEMPERATURE, TOP_P, Range
 
 PRICE = Range(0, 1e6)
-METHODS = ("answer", "persona", "topic", "rewrite", "magpie", "evol", "preferences")
 PII = ("none", "mask", "drop")
-RULES = "rules"  # a judge that is no endpoint: the checker of rule-made questions
+LANGUAGES = ("ja", "en")
+SYNTH_PREFIX = "synth:"  # begins the files of a source, or of seeds, that are rows of a group in `synth`
+RULES_PREFIX = "rules:"  # of those that rules make
+BUILTIN_PREFIX = "builtin:"  # of seeds that are a list of ours
+BETTER, JUDGE, RULES = "better", "judge", "rules"  # who decides which answer of a pair is chosen; the first two are endpoints
+
+
+class Method(NamedTuple):
+    """What a method needs and gives: the kinds of its seeds, and what its rows are trained as."""
+
+    seeds: tuple[str, ...]
+    gives: str
+
+
+DIALOGUES, DOCUMENTS, PAIRS = "dialogues", "documents", "pairs"
+METHODS: Mapping[str, Method] = {
+    "answer": Method(("prompts",), DIALOGUES),
+    "persona": Method(("personas", "tasks"), DIALOGUES),
+    "topic": Method(("topics",), DIALOGUES),
+    "rewrite": Method(("documents",), DOCUMENTS),
+    "magpie": Method((), DIALOGUES),
+    "evol": Method(("prompts",), DIALOGUES),
+    "preferences": Method(("prompts",), PAIRS),
+}
 
 
 @dataclass(frozen=True)
@@ -78,3 +102,17 @@ class Synth:
     max_calls: int = key(0, "budget in requests; 0 = none", AMOUNT, resumable=True)
     max_tokens: int = key(0, "budget in tokens of prompts and answers; 0 = none", Range(0, 10**15), resumable=True)
     max_cost: float = key(0.0, "budget in the currency of the prices; 0 = none", Range(0, 1e12), resumable=True)
+
+
+def decider(synth: Synth) -> str:
+    """Who decides about pairs: BETTER, RULES, or JUDGE; empty for a method that makes no pairs."""
+    if METHODS[synth.method].gives != PAIRS:
+        return ""
+    return BETTER if synth.better else RULES if synth.judge == RULES else JUDGE
+
+
+def roles(synth: Synth) -> dict[str, str]:
+    """Role -> name in `endpoints` of the models that are asked; an empty generator is the model of a synth stage."""
+    return {"generator": synth.generator} | {
+        role: name for role, name in ((BETTER, synth.better), (JUDGE, synth.judge)) if role == decider(synth)
+    }

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from tanuki_jax.config.addresses import check_address, check_base_url
-from tanuki_jax.config.derived import SYNTH_PREFIX, made_sources, making_stage, needs_stage, waits_for_stage
+from tanuki_jax.config.derived import made_sources, making_order, making_stage, needs_stage, waits_for_stage
 from tanuki_jax.config.kinds import STAGE_KINDS
 from tanuki_jax.config.schema import Recipe
-from tanuki_jax.config.synthesis import PII, RULES, Filters, Synth
+from tanuki_jax.config.synthesis import JUDGE, LANGUAGES, METHODS, PII, RULES, SYNTH_PREFIX, Filters, Synth, decider
 from tanuki_jax.errors import UserError
 
 
@@ -31,6 +31,7 @@ def check_made_rows(recipe: Recipe) -> None:
             raise UserError(f"config: stages.{name}.synth is for stages of kind synth; leave it out")
     for name, synth in recipe.synth.items():
         _check_synth(recipe, name, synth)
+    making_order(recipe, recipe.synth)
     for reader in recipe.stages:
         _check_makers(recipe, reader)
     for name in recipe.tokenizer.sources if not recipe.tokenizer.path else ():
@@ -44,7 +45,7 @@ def check_made_rows(recipe: Recipe) -> None:
 def check_filters(filters: Filters, where: str = "filters") -> None:
     """An error about filters that cannot work as they are set."""
     check_address(f"{where.removeprefix('config: ')}.evaluation", filters.evaluation)
-    if filters.language not in ("", "ja", "en"):
+    if filters.language not in ("", *LANGUAGES):
         raise UserError(f"{where}.language is {filters.language!r}; it must be ja, en or empty")
     if filters.pii not in PII:
         raise UserError(f"{where}.pii is {filters.pii!r}; it must be {', '.join(PII)}")
@@ -66,13 +67,29 @@ def _check_synth(recipe: Recipe, name: str, synth: Synth) -> None:
     if synth.judge != RULES:
         _check_address_of(recipe, f"{where}.judge", synth.judge, "endpoints, or rules")
     _check_name(f"{where}.filters", synth.filters, recipe.filters, "filters")
-    if synth.language not in ("ja", "en"):
+    if synth.language not in LANGUAGES:
         raise UserError(f"{where}.language is {synth.language!r}; it must be ja or en")
-    for role, files in synth.seeds.items():
-        check_address(f"synth.{name}.seeds.{role}", files)
+    if decider(synth) == JUDGE and not synth.judge:
+        raise UserError(f"{where}.judge is empty; name one of `endpoints`, or {RULES}, or a `better` model instead")
+    _check_seeds(recipe, where, synth)
+
+
+def _check_seeds(recipe: Recipe, where: str, synth: Synth) -> None:
+    """An error where a method has not the seeds that it needs, or others."""
+    needed = METHODS[synth.method].seeds
+    for kind in needed:
+        if not synth.seeds.get(kind):
+            raise UserError(
+                f"{where}.seeds has no {kind}; {synth.method} needs {' and '.join(needed)}, as files or lists of ours"
+            )
+    if not needed and not synth.items:
+        raise UserError(f"{where}.items is 0; {synth.method} has no seeds that could run out, so set a number of rows")
+    for kind, files in synth.seeds.items():
+        if kind not in needed:
+            raise UserError(f"{where}.seeds names {kind}; {synth.method} reads {' and '.join(needed) or 'no seeds'}")
+        check_address(f"{where.removeprefix('config: ')}.seeds.{kind}", files)
         if files.startswith(SYNTH_PREFIX):
-            _check_made(recipe, f"{where}.seeds.{role}", files)
-    _check_circle(recipe, name)
+            _check_made(recipe, f"{where}.seeds.{kind}", files)
 
 
 def _check_makers(recipe: Recipe, stage: str) -> None:
@@ -84,19 +101,6 @@ def _check_makers(recipe: Recipe, stage: str) -> None:
                 f"the rows, which stage {stage} reads; name an endpoint with a base_url, or add a stage of kind synth with "
                 f"synth={name!r}"
             )
-
-
-def _check_circle(recipe: Recipe, name: str) -> None:
-    """An error where rows are, by way of others, seeds of their own making."""
-    waiting, visited = [name], set()
-    while waiting:
-        for files in recipe.synth[waiting.pop()].seeds.values():
-            seed = files.removeprefix(SYNTH_PREFIX)
-            if files.startswith(SYNTH_PREFIX) and seed == name:
-                raise UserError(f"config: synth.{name}.seeds: {name} would be made from itself; name other rows")
-            if files.startswith(SYNTH_PREFIX) and seed in recipe.synth and seed not in visited:
-                visited.add(seed)
-                waiting.append(seed)
 
 
 def _check_maker(recipe: Recipe, name: str) -> None:

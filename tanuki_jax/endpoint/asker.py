@@ -16,7 +16,7 @@ from tanuki_jax.endpoint.job import NO_ANSWER, Answer, Failed, Job, NoAnswer, es
 from tanuki_jax.endpoint.log import AnswerLog, LineLog
 from tanuki_jax.endpoint.reply import Failure
 from tanuki_jax.endpoint.summary import Summary
-from tanuki_jax.errors import Preempted, UserError
+from tanuki_jax.errors import UserError
 
 EMPTY_TRIES = 4  # in a row, after which an answer is taken to be empty
 RATE_ROUNDS = 4  # times `retries` + 1: pauses that an endpoint may ask for without an answer in between
@@ -66,12 +66,11 @@ class Asker:
         Raises:
           NoAnswer: there is none, which is recorded, too.
           Failed: the tries are used up, which is recorded apart.
-          UserError: no request can succeed.
-          Preempted: the budget is spent.
+          UserError: no request can succeed, or the budget is spent.
         """
         try:
             return await self._answer(job, job_id, number)
-        except (UserError, Preempted, OSError):  # the end of the run; until all tasks know it no other request is to be sent
+        except (UserError, OSError):  # the end of the run; until all tasks know it no other request is to be sent
             self.stopping = True
             raise
 
@@ -229,7 +228,7 @@ class Asker:
 def _with_usage(answer: Answer, job: Job) -> Answer:
     """With an estimate of its tokens."""
     usage = {"prompt_tokens": estimate_tokens(job.text()), "completion_tokens": estimate_tokens(answer.text)}
-    return Answer(answer.text, answer.finish_reason, usage, answer.model, answer.logprobs, answer.job)
+    return Answer(answer.text, answer.finish_reason, usage, answer.model, answer.logprobs)
 
 
 def recorded_answer(row: Mapping[str, Any]) -> Answer:
@@ -246,5 +245,4 @@ def recorded_answer(row: Mapping[str, Any]) -> Answer:
         row["usage"],
         row.get("served_model") or row["model"],
         row.get("logprobs", {}),
-        row["id"],
     )

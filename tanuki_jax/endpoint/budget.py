@@ -7,7 +7,11 @@ from dataclasses import dataclass
 
 from tanuki_jax.config.synthesis import Endpoint
 from tanuki_jax.endpoint.job import Job
-from tanuki_jax.errors import Preempted
+from tanuki_jax.errors import UserError
+
+
+class BudgetSpent(UserError):
+    """Nothing more may be asked.  A scheduler must not start the run again by itself: only a larger budget helps."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class Meter:
         """Waits until a call that costs `bound` may begin; near the end that is when those under way have ended.
 
         Raises:
-          Preempted: the budget is spent.
+          BudgetSpent: the budget is spent.
         """
         while True:
             self.check()
@@ -70,10 +74,13 @@ class Meter:
             self._changed = None
 
     def check(self) -> None:
-        """Raises Preempted where the budget is spent."""
+        """Raises BudgetSpent where the budget is spent."""
         for name, used, limit in self._amounts():
             if limit and used >= limit:
-                raise Preempted(f"the budget {name}={limit:,} is spent ({used:,.6g}); raise it")
+                raise BudgetSpent(
+                    f"the budget {name}={limit:,} is spent ({used:,.6g}); all answers are saved: raise it, and the same command "
+                    "goes on"
+                )
 
     def _beyond(self, bound: Amount) -> bool:
         total = Amount()

@@ -93,7 +93,7 @@ class Client:
             if "logprobs" in settings:
                 body |= {"logprobs": True, "top_logprobs": settings["logprobs"]}
         value = await self._send("post", "/completions" if job.prompt else "/chat/completions", body)
-        return dataclasses.replace(reply.read(value), job=job_id)
+        return reply.read(value)
 
     def set_model(self, name: str) -> None:
         """Names the model of an endpoint that names none; `start` checks that it is there."""

@@ -35,18 +35,18 @@ def estimate(
     chain: Chain,
     endpoints: Mapping[str, Endpoint],
     *,
-    reply: Callable[[Job], str] | None = None,
+    reply: Callable[[Job], str],
     sample: int = 200,
 ) -> Estimate:
     """Calls the chain for the first `sample` items with answers that nobody wrote, and counts what it asks.
 
-    reply: the text of such an answer, where a chain looks into it (a judge's verdict); else filler of `max_tokens` tokens.
+    reply: the text of such an answer.
     endpoints: by the role that jobs name.
     """
     source = iter(items)
     first = list(itertools.islice(source, sample))
     total = len(items) if isinstance(items, Sized) else len(first) + sum(1 for _ in source)
-    amount = asyncio.run(_count(first, chain, endpoints, reply or _filler(endpoints)))
+    amount = asyncio.run(_count(first, chain, endpoints, reply))
     factor = total / max(len(first), 1)
     calls, prompt, completion = (round(factor * n) for n in (amount.calls, amount.prompt_tokens, amount.completion_tokens))
     return Estimate(total, calls, prompt, completion, factor * amount.cost)
@@ -69,7 +69,3 @@ async def _count(
         except Drop:
             continue
     return amount
-
-
-def _filler(endpoints: Mapping[str, Endpoint]) -> Callable[[Job], str]:
-    return lambda job: "word " * max(1, int(job.settings(endpoints[job.role])["max_tokens"]) * 4 // 5)

@@ -65,7 +65,6 @@ class Answer:
     usage: Mapping[str, int] = field(default_factory=dict)  # prompt_tokens, completion_tokens
     model: str = ""  # as the server calls it
     logprobs: Mapping[str, float] = field(default_factory=dict)  # of the likeliest first tokens, where they were asked for
-    job: str = ""  # id
 
 
 @dataclass(frozen=True)

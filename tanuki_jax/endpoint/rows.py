@@ -57,7 +57,7 @@ class Records:
             "seed": seed_of(job_id),
             "item": job.item,
             "date": record["date"],
-            "license": record["license"],
+            "license": self.clients[job.role].endpoint.license,
             **({"seed_license": seed_license} if seed_license else {}),
         }
 

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 from tanuki_jax import files
 from tanuki_jax.endpoint import rows
 from tanuki_jax.endpoint.asker import Asker, Stopped, recorded_answer
-from tanuki_jax.endpoint.budget import Budget, Meter
+from tanuki_jax.endpoint.budget import Budget, BudgetSpent, Meter
 from tanuki_jax.endpoint.client import Client
 from tanuki_jax.endpoint.job import Answer, Chain, Drop, Failed, Job
 from tanuki_jax.endpoint.log import AnswerLog, LineLog
@@ -38,6 +38,7 @@ def run(
     directory: Path,
     *,
     recipe: str,
+    version: str = "",
     budget: Budget | None = None,
     label: str = "synth",
     total: int = 0,
@@ -54,7 +55,9 @@ def run(
       items: pairs (id, item), read lazily and twice: a list, or an object whose `__iter__` starts from the beginning.
       chain: returns rows, and `Drop`s for rows that are left out.
       clients: the client of each role that jobs name; not started.
-      recipe: fingerprint of all that decides about the rows.
+      recipe: what jobs' ids depend on beside what is asked; a directory has the answers of one.
+      version: fingerprint of all else that decides about the rows: those of another version are written anew, from the answers
+        that are there, and what these lack is asked.
       label: of what is made, for messages and the progress line.
       total: number of items where `items` has no length, for the progress line.
       max_failed: share of the items that may have failed when the rows are written; they are then dropped.
@@ -63,17 +66,19 @@ def run(
       The counts; `complete` is False where items have failed: the same call tries them again.
 
     Raises:
-      UserError: an endpoint does not work, the disk is full, or another process works in the directory.
-      Preempted: the budget is spent, or a signal came.
+      UserError: an endpoint does not work, the budget is spent, the disk is full, or another process works in the directory.
+      Preempted: a signal came.
     """
     directory = Path(directory)
     items = list(items) if iter(items) is items else items
     cannot = f"{label}: cannot write to {directory}"
     with lock.hold(directory / ".lock", f"{label}: {directory}", cannot), files.disk_errors(directory, label, (OSError,)):
         if (directory / DONE).is_file() and (directory / rows.ROWS).is_file():
-            return _read_done(directory, recipe, label)
+            if done := _read_done(directory, recipe, version, label):
+                return done
+            (directory / DONE).unlink()
         progress = Progress(label, total or (len(items) if isinstance(items, Sized) else 0), "items", quiet=quiet)
-        runner = _Runner(items, chain, directory, recipe, label, progress)
+        runner = _Runner(items, chain, directory, recipe, version, label, progress)
         try:
             runner.open(clients, budget or Budget())
             with _signals(runner.stop_by_signal):
@@ -86,9 +91,11 @@ def run(
 class _Runner:
     """One run."""
 
-    def __init__(self, items: Items, chain: Chain, directory: Path, recipe: str, label: str, progress: Progress) -> None:
+    def __init__(
+        self, items: Items, chain: Chain, directory: Path, recipe: str, version: str, label: str, progress: Progress
+    ) -> None:
         self._items, self._chain, self._directory, self._recipe = items, chain, directory, recipe
-        self._label, self._progress = label, progress
+        self._version, self._label, self._progress = version, label, progress
         self._summary = Summary()
         self._pending: dict[str, asyncio.Task[Answer]] = {}
         self._failed_items: set[int] = set()
@@ -170,7 +177,9 @@ class _Runner:
             summary.complete = True
         summary.seconds = round(time.monotonic() - self._began, 3)
         if summary.complete:
-            files.write_json(self._directory / DONE, {"recipe": self._recipe, "summary": summary.to_json()})
+            files.write_json(
+                self._directory / DONE, {"recipe": self._recipe, "version": self._version, "summary": summary.to_json()}
+            )
         return summary
 
     def _workers(self) -> int:
@@ -180,7 +189,7 @@ class _Runner:
     async def _end_pending(self) -> None:
         """After a stop: requests that have been sent may still be answered, the others are given up."""
         tasks = set(self._pending.values())
-        sent = tasks & self._asker.under_way if isinstance(self._error, Preempted) else set()
+        sent = tasks & self._asker.under_way if isinstance(self._error, Preempted | BudgetSpent) else set()
         for task in tasks - sent:
             task.cancel()
         await _wait(sent, self._hurry, GRACE if self._signalled else None)
@@ -265,14 +274,15 @@ def _signals(stop: Callable[[], None]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _read_done(directory: Path, recipe: str, label: str) -> Summary:
+def _read_done(directory: Path, recipe: str, version: str, label: str) -> Summary | None:
+    """The counts of a run that is finished; None where it made rows of another version."""
     done = files.read_json(directory / DONE)
     if done["recipe"] != recipe:
         raise UserError(
             f"{label}: the rows in {directory} were made with other settings ({done['recipe']}, not {recipe}); "
             "rows are made once: name another directory, or remove this one"
         )
-    return Summary.from_json(done["summary"])
+    return Summary.from_json(done["summary"]) if done["version"] == version else None
 
 
 def _set_models(clients: Mapping[str, Client], path: Path) -> None:

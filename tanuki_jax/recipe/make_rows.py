@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from tanuki_jax import checkpoint, config, files, multihost
-from tanuki_jax.config.derived import SYNTH_PREFIX, making_stage
+from tanuki_jax.config.derived import made_seeds, making_stage
 from tanuki_jax.config.schema import Recipe
 from tanuki_jax.errors import UserError
 from tanuki_jax.recipe.workdir import Workdir
@@ -68,8 +68,7 @@ def _make(recipe: Recipe, name: str, workdir: Workdir, generator_url: str = "", 
     from tanuki_jax.synth.make import make
 
     synth = recipe.synth[name]
-    addresses = [address.removeprefix(SYNTH_PREFIX) for address in synth.seeds.values() if address.startswith(SYNTH_PREFIX)]
-    rows_by_name = {seed: make_rows(recipe, seed, workdir) for seed in addresses}
+    rows_by_name = {seed: make_rows(recipe, seed, workdir) for seed in made_seeds(synth)}
     scores = workdir.done_file(synth.scores) if synth.scores in recipe.stages else None
     directory, is_made = workdir.synth_dir(name), workdir.rows_file(name).is_file()
     summary = make(

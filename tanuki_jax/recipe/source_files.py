@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tanuki_jax import config, files
-from tanuki_jax.config.derived import SYNTH_PREFIX
 from tanuki_jax.config.schema import Recipe
+from tanuki_jax.config.synthesis import RULES_PREFIX, SYNTH_PREFIX
 from tanuki_jax.data import paths, sources
 from tanuki_jax.errors import UserError
 from tanuki_jax.recipe.make_rows import make_rows
 from tanuki_jax.recipe.workdir import Workdir
 from tanuki_jax.synth import rules
 
-RULES = "rules:"
 RULES_CODE = ("rules.py", "world.py", "families/*.py")  # what rule-made rows follow from, in synth/
 
 
@@ -38,7 +37,7 @@ def locate(recipe: Recipe, name: str, workdir: Workdir) -> SourceFiles:
     if source.files.startswith(SYNTH_PREFIX):
         rows = make_rows(recipe, source.files.removeprefix(SYNTH_PREFIX), workdir)
         located = SourceFiles(str(rows), files.fingerprint(rows), fields, (rows.with_name("report.json"),), made=True)
-    elif source.files.startswith(RULES):
+    elif source.files.startswith(RULES_PREFIX):
         located = SourceFiles(*rule_made(recipe, source.files, workdir, f"data.{name}"), fields)
     else:
         located = SourceFiles(source.files, sources.identity(source.files), fields)
@@ -67,7 +66,7 @@ def _check_files(recipe: Recipe, name: str) -> None:
 
 
 def _split(address: str, key: str) -> str:
-    split = address.removeprefix(RULES)
+    split = address.removeprefix(RULES_PREFIX)
     if split not in rules.SPLITS:
         raise UserError(f"config: {key} is {address!r}; rules: makes {', '.join(rules.SPLITS)}")
     return split
@@ -103,9 +102,9 @@ def check(recipe: Recipe, names: Collection[str]) -> None:
     for name in sorted(names):
         source = recipe.data[name]
         _check_files(recipe, name)
-        if source.files.startswith(RULES):
+        if source.files.startswith(RULES_PREFIX):
             _split(source.files, f"data.{name}")
-        if source.files.startswith((RULES, SYNTH_PREFIX)):
+        if source.files.startswith((RULES_PREFIX, SYNTH_PREFIX)):
             continue
         for path in sources.matching_files(source.files):
             other = first.setdefault(paths.identity_key(path), name)

@@ -20,10 +20,14 @@ SPEAKERS = {"ja": {"user": "利用者", "assistant": "AI"}, "en": {"user": "User
 
 @dataclass(frozen=True)
 class Context:
-    """What a chain is made for: the recipe's entry and its templates."""
+    """What a chain is made for.
+
+    synth: the recipe's entry.  templates: its texts.  dry_run: answers are fillers, which are of no language.
+    """
 
     synth: Synth
     templates: Templates
+    dry_run: bool = False
 
 
 def message(role: str, text: str) -> dict[str, str]:
@@ -39,25 +43,29 @@ def spoken(messages: Sequence[Mapping[str, str]], language: str) -> str:
 
 async def call(ask: Ask, context: Context, item: Item, step: str, messages: Messages, **more: Any) -> str:
     """The stripped text of an answer; Drop where it is empty, cut at its length, or refused."""
-    answer = await ask(Job(messages=messages, step=step, template=context.templates.version, item=item["id"], **more))
-    return check(answer)
+    answer = await ask(Job(messages=messages, step=step, template=context.templates.version, **more))
+    return check(answer, item)
 
 
-def check(answer: Answer) -> str:
-    """The stripped text of an answer; Drop where it is empty, cut at its length, or refused."""
+def check(answer: Answer, item: Item) -> str:
+    """The stripped text of an answer; Drop where it is empty, cut at its length, or refused.
+
+    What the item names as its right answer is no refusal ("I am very sorry." is one of the rules' manners).
+    """
     text = answer.text.strip()
     if answer.finish_reason == "length":
         raise Drop("cut", {"text": text})
-    if answer.finish_reason == "content_filter" or cleaning.is_refusal(text):
+    right = item.get("meta", {}).get("answer")
+    if answer.finish_reason == "content_filter" or (text != right and cleaning.is_refusal(text)):
         raise Drop("refused", {"text": text})
     if not text:
         raise Drop("empty")
     return text
 
 
-def check_language(text: str, language: str) -> str:
+def check_language(context: Context, text: str, language: str) -> str:
     """The text; Drop where it is of another language.  An empty `language` takes any."""
-    if language and not cleaning.in_language(text, language):
+    if language and not context.dry_run and not cleaning.in_language(text, language):
         raise Drop("language", {"text": text})
     return text
 
@@ -68,7 +76,7 @@ async def question(ask: Ask, context: Context, item: Item, step: str, template: 
     text = cleaning.question(await call(ask, context, item, step, [message("user", prompt)]))
     if not text:
         raise Drop("empty")
-    return check_language(text, context.synth.language)
+    return check_language(context, text, context.synth.language)
 
 
 async def answer(ask: Ask, context: Context, item: Item, step: str, messages: Messages, language: str) -> str:
@@ -76,7 +84,7 @@ async def answer(ask: Ask, context: Context, item: Item, step: str, messages: Me
     text = cleaning.answer(await call(ask, context, item, step, messages))
     if not text:
         raise Drop("empty")
-    return check_language(text, language)
+    return check_language(context, text, language)
 
 
 def meta(context: Context, item: Item, **more: object) -> dict[str, object]:

@@ -77,7 +77,7 @@ def rewrite(context: Context) -> Chain:
             text = await asking.call(ask, context, item, style, [message("user", prompt)])
             if text == item["document"].strip():
                 raise Drop("unchanged")
-            asking.check_language(text, other if style == "translation" else synth.language)
+            asking.check_language(context, text, other if style == "translation" else synth.language)
         except Drop as drop:
             return Drop(drop.reason, {**(drop.row or {}), "meta": notes})
         return {"text": text, "meta": notes}
@@ -100,13 +100,12 @@ def magpie(context: Context) -> Chain:
             prompt=texts["prefix"],
             step="q1",
             template=context.templates.version,
-            item=item["id"],
             sampling={"stop": [texts["stop"]]},
         )
-        text = cleaning.question(asking.check(await ask(job)).split(texts["stop"])[0])
+        text = cleaning.question(asking.check(await ask(job), item).split(texts["stop"])[0])
         if not text:
             raise Drop("empty")
-        asking.check_language(text, context.synth.language)
+        asking.check_language(context, text, context.synth.language)
         messages = [message("user", text)]
         reply = await asking.answer(ask, context, item, "a1", messages, context.synth.language)
         return [{"messages": [*messages, message("assistant", reply)], "meta": asking.meta(context, item)}]

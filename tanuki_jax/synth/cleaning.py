@@ -1,39 +1,49 @@
-"""Cleans what a model says: labels, quotation marks, refusals, another language than the one that was asked for."""
+"""Cleans what a model says: labels, quotation marks, refusals, another language than the one that was asked for.
+
+Words of labels and refusals stand in data/filters/leaks_ja.toml and leaks_en.toml.
+"""
 
 from __future__ import annotations
 
+import functools
 import re
+from typing import NamedTuple
 
-QUESTIONS = "質問|依頼|問題|問い|設問|指示|書き直した依頼|新しい依頼|利用者|ユーザー|Q|(?:New |Rewritten )?(?:Question|Request|Problem)|Prompt|Instruction|User"
-ANSWERS = "回答|答え|解答|応答|アシスタント|Answer|Response|Assistant|Solution"
-BEFORE, AFTER = (
-    r"[\s*#_【\[(]{0,6}",
-    r"\s?\d{0,2}[*_】\])]{0,3}\s?(?:[:：]|(?<=】))[*_]{0,2}",
-)  # of a label, bold or in brackets
-QUESTION_LABEL = re.compile(rf"\A{BEFORE}(?:{QUESTIONS}){AFTER}", re.IGNORECASE)
-ANSWER_LABEL = re.compile(rf"\A{BEFORE}(?:{ANSWERS}|A|AI){AFTER}", re.IGNORECASE)
-LEAKED_ANSWER = re.compile(rf"^{BEFORE}(?:{ANSWERS}|模範解答|ヒント|Hint){AFTER}", re.IGNORECASE | re.MULTILINE)
+from tanuki_jax.data.filters.leaks import load_signs
+from tanuki_jax.data.filters.texts import without_code
+from tanuki_jax.data.scripts import count_letters
+
+BEFORE = r"[\s*#_【\[(]{0,6}"  # of a label, bold or in brackets
+AFTER = r"\s?\d{0,2}[*_】\])]{0,3}\s?(?:[:：]|(?<=】))[*_]{0,2}"
 QUOTES = {"「": "」", "『": "』", '"': '"', "“": "”", "'": "'"}
-REFUSAL = re.compile(
-    r"\A\W{0,3}(?:"
-    r"申し訳(?:ありません|ございません)|すみませんが|恐れ入りますが.{0,30}できません|その(?:質問|依頼|ご要望)には(?:お答え|対応)(?:でき|いたしかね)"
-    r"|I(?:'|’)?(?: a)?m (?:very )?sorry\b|(?:I apologi[sz]e|Sorry), but|I (?:can(?:not|(?:'|’)t)|am unable to|(?:'|’)?m not able to) (?:help|assist|answer|provide|comply|fulfil)"
-    r"|As an AI(?: language)? (?:model|assistant)"
-    r")",
-    re.IGNORECASE,
-)
-CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`|https?://\S+", re.DOTALL)
-KANA = re.compile(r"[\u3041-\u3096\u30a1-\u30fa\u30fc]")
-QUOTED = re.compile(r"「[^」\n]*」|『[^』\n]*』|“[^”\n]*”|\"[^\"\n]*\"")
-HAN = re.compile(r"[\u3400-\u9fff々]")
-LATIN = re.compile(r"[A-Za-z\u00c0-\u024f]")
+CODE = re.compile(r"`[^`\n]*`")
+QUOTED = re.compile(r"「[^「」\n]*」|『[^『』\n]*』|“[^“”\n]*”|\"[^\"\n]*\"")
 FEW_LETTERS = 8  # below which a text shows no language
+
+
+class _Labels(NamedTuple):
+    """Patterns of labels: of a question and of an answer at the beginning, and of an answer within a question's text."""
+
+    question: re.Pattern[str]
+    answer: re.Pattern[str]
+    inner_answer: re.Pattern[str]
+
+
+@functools.cache
+def _labels() -> _Labels:
+    signs = load_signs()
+    questions, answers = signs.question_labels.pattern, signs.answer_labels.pattern
+    return _Labels(
+        re.compile(rf"\A{BEFORE}(?:{questions}|Q){AFTER}", re.IGNORECASE),
+        re.compile(rf"\A{BEFORE}(?:{answers}|A|AI){AFTER}", re.IGNORECASE),
+        re.compile(rf"^{BEFORE}(?:{answers}|模範解答|ヒント|Hint){AFTER}", re.IGNORECASE | re.MULTILINE),
+    )
 
 
 def question(text: str) -> str:
     """A question without its label, the quotation marks around it, and an answer that follows it."""
-    text = _unquote(QUESTION_LABEL.sub("", text.strip()))
-    answer = LEAKED_ANSWER.search(text)
+    text = _unquote(_labels().question.sub("", text.strip()))
+    answer = _labels().inner_answer.search(text)
     if answer and answer.start() > 0:
         text = text[: answer.start()]
     return _unquote(text)
@@ -41,7 +51,7 @@ def question(text: str) -> str:
 
 def answer(text: str) -> str:
     """An answer without its label; the rest of it is the model's."""
-    return ANSWER_LABEL.sub("", text.strip()).strip()
+    return _labels().answer.sub("", text.strip()).strip()
 
 
 def _unquote(text: str) -> str:
@@ -53,21 +63,25 @@ def _unquote(text: str) -> str:
 
 
 def is_refusal(text: str) -> bool:
-    """Whether a model declines to answer."""
-    return REFUSAL.match(text.strip()) is not None
+    """Whether a model declines to answer: it says that it cannot, and not only that it is sorry."""
+    return load_signs().refusals.match(text.strip()) is not None
 
 
 def in_language(text: str, language: str) -> bool:
     """Whether a text may be of a language (ja or en), by its letters; code, addresses and quotations aside.
 
-    Japanese needs a kana where it is no short run of kanji; a text with hardly any letters is of every language.
+    Japanese needs a kana where it is no short run of kanji; a text with hardly any letters is of every language.  Letters do
+    not tell English from French: the filter `language` does (data/filters/language.py).
     """
-    text = QUOTED.sub("", CODE.sub("", text))
-    kana, han, latin = (len(pattern.findall(text)) for pattern in (KANA, HAN, LATIN))
-    others = sum(c.isalpha() for c in text) - kana - han - latin
-    letters = kana + han + latin + others
-    if letters < FEW_LETTERS:
-        return others == 0 and (language != "en" or kana + han == 0)
+    text = QUOTED.sub("", CODE.sub("", without_code(text)))
+    letters = count_letters(text)
+    japanese, others = (
+        letters.kana + letters.kanji,
+        sum(c.isalpha() for c in text) - letters.kana - letters.kanji - letters.latin,
+    )
+    total = japanese + letters.latin + others
+    if total < FEW_LETTERS:
+        return others == 0 and (language != "en" or japanese == 0)
     if language == "ja":
-        return kana > 0 and kana + han >= 0.2 * letters and others < 0.3 * letters
-    return latin >= 0.7 * letters
+        return letters.kana > 0 and japanese >= 0.2 * total and others < 0.3 * total
+    return letters.latin >= 0.7 * total

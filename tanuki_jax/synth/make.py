@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tanuki_jax import endpoint, files
+from tanuki_jax.config.derived import made_seeds, making_order
 from tanuki_jax.config.schema import Recipe
-from tanuki_jax.config.synthesis import Endpoint, Filters, Synth
-from tanuki_jax.data.filters import filter_files, filter_rows
-from tanuki_jax.errors import Preempted, UserError
-from tanuki_jax.synth import methods, report, seeds, templates, weak_fields
+from tanuki_jax.config.synthesis import METHODS, PAIRS, Endpoint, Filters, Synth, roles
+from tanuki_jax.data.filters import filter_files
+from tanuki_jax.data.filters.filtering import make_checks
+from tanuki_jax.errors import UserError
+from tanuki_jax.synth import identity, methods, report, seeds, weak_fields
 from tanuki_jax.synth.asking import Context
 from tanuki_jax.synth.seeds import Item
 
 ROWS, SKIPPED, REPORT, TEXT = "rows.jsonl", "skipped.jsonl", "report.json", "report.txt"
-ASKED, FILTERED = "asked", "filtered"  # directories: all answers with the rows before filters, and what these leave
-OF_ROWS = ("complete", "rows", "dropped", "rows_sha256")  # the runner's counts that this file makes itself
+ANSWERS, FILTERS = "answers", "filters"  # directories: all answers with the rows before filters, and what these leave
+DROPPED, JUDGE = "dropped.jsonl", "judge"  # in those directories; judge: what a filter's judge has said
+ROW_COUNTS = ("complete", "rows", "dropped", "rows_sha256")  # counts of endpoint.run that a report has of its own
 # Shares of the items that may have failed at each attempt; what has failed is tried again by the next one.
 MAX_FAILED = (0.0, 0.0, 0.02)
 
@@ -44,14 +48,30 @@ class Summary:
 class Items:
     """Pairs (id, item) of all different seeds' combinations; every iteration starts from the beginning."""
 
-    loaded: seeds.Seeds
+    seeds: seeds.Seeds
 
     def __iter__(self) -> Iterator[tuple[str, Item]]:
         used: set[str] = set()
-        for item in self.loaded.items():
+        for item in self.seeds.items():
             if item["id"] not in used:
                 used.add(item["id"])
                 yield item["id"], item
+
+
+@dataclass(frozen=True)
+class Work:
+    """One entry, ready to be asked for: its endpoints by role, its items, and the two fingerprints of identity.py."""
+
+    name: str
+    context: Context
+    endpoints: Mapping[str, Endpoint]
+    items: Items
+    requests_id: str
+    rows_id: str
+
+    @property
+    def label(self) -> str:
+        return f"synth {self.name}"
 
 
 def make_all(recipe: Recipe, root: Path, name: str = "", dry_run: bool = False) -> list[Summary]:
@@ -64,34 +84,15 @@ def make_all(recipe: Recipe, root: Path, name: str = "", dry_run: bool = False) 
         raise UserError(f"--name: synth has no {name!r}; it has {', '.join(recipe.synth)}")
     sources: dict[str, Path] = {}
     result = []
-    for entry in ordered(recipe, [name] if name else list(recipe.synth)):
-        waits_for = [other for other, rows in sources.items() if f"{seeds.SYNTH}{other}" in recipe.synth[entry].seeds.values()]
-        if dry_run and not all(sources[other].is_file() for other in waits_for):
+    for entry in making_order(recipe, [name] if name else recipe.synth):
+        waits_for = [other for other in made_seeds(recipe.synth[entry]) if not sources[other].is_file()]
+        if waits_for:  # in a dry run
             sources[entry] = root / entry / ROWS
             result.append(Summary(sources[entry], {"name": entry, "waits_for": ", ".join(waits_for)}))
             continue
         summary = make(recipe, entry, root / entry, sources=sources, dry_run=dry_run)
         sources[entry] = summary.rows
         result.append(summary)
-    return result
-
-
-def ordered(recipe: Recipe, names: Iterable[str]) -> list[str]:
-    """Entries, each after those whose rows it reads."""
-    result: list[str] = []
-
-    def add(name: str, path: tuple[str, ...]) -> None:
-        if name in path:
-            raise UserError(f"config: synth: {' -> '.join((*path, name))} read each other's rows in a circle; mend their seeds")
-        for value in recipe.synth[name].seeds.values():
-            other = value.removeprefix(seeds.SYNTH)
-            if value.startswith(seeds.SYNTH) and other in recipe.synth:
-                add(other, (*path, name))
-        if name not in result:
-            result.append(name)
-
-    for name in names:
-        add(name, ())
     return result
 
 
@@ -102,6 +103,7 @@ def make(
     *,
     sources: Mapping[str, Path] | None = None,
     generator_url: str = "",
+    generator_id: str = "",
     scores: Path | None = None,
     dry_run: bool = False,
 ) -> Summary:
@@ -111,122 +113,149 @@ def make(
       sources: files of the rows of other entries, for seeds synth:NAME.
       generator_url: address of a server of a synth stage's own model, which takes the place of the generator's address; a
         generator in `endpoints` then gives the sampling alone.
+      generator_id: fingerprint of that model's weights: another model is asked anew.
       scores: a file of scores by category, in place of the entry's `scores`.
       dry_run: only look at the seeds and count what would be asked.
 
     Raises:
-      UserError: bad settings, seeds or templates, or rows that were made with other settings.
-      Preempted: the budget is spent or a signal came; the same call goes on.
+      UserError: bad settings, seeds or templates, rows that were made with other settings, too many failures, or a budget that
+        is spent; after the last two the same call goes on.
+      Preempted: a signal came; the same call goes on.
     """
-    synth = methods.check(recipe, name, bool(generator_url))
-    context = context_of(synth)
-    methods.check_styles(context, f"config: synth.{name}")
+    synth = recipe.synth[name]
+    context = methods.context_of(synth, name)
+    endpoints = _endpoints(recipe, name, generator_url)
+    filters = recipe.filters.get(synth.filters)
     scores = scores or (Path(synth.scores) if synth.scores else None)
     weak = weak_fields.weakest(scores, synth.weakest) if scores else ()
-    endpoints = _endpoints(recipe, synth, generator_url)
-    fingerprint = _fingerprint(recipe, name, context, endpoints, weak)
+    makers = seeds.Makers(recipe.seed, synth.items or recipe.rules.dialogues, sources or {})
+    rows_id = identity.of_rows(recipe, name, context, endpoints, makers, weak, generator_id)
     if not dry_run and (directory / ROWS).is_file():
-        return _made_before(directory, name, fingerprint)
-    origin = seeds.Origin(recipe.seed, synth.items or recipe.rules.dialogues, sources or {})
-    method = methods.METHODS[synth.method]
-    loaded = seeds.load(method.seeds, synth.seeds, synth.items, f"{recipe.seed} {name}", origin, weak)
-    begun = {
+        return _made_before(directory, name, rows_id)
+    loaded = seeds.load(METHODS[synth.method].seeds, synth.seeds, synth.items, f"{recipe.seed} {name}", makers, weak)
+    requests_id = identity.of_requests(recipe, name, generator_id)
+    work = Work(name, context, endpoints, Items(loaded), requests_id, rows_id)
+    plan = {
         "name": name,
         "method": synth.method,
-        "gives": method.gives,
-        "fingerprint": fingerprint,
+        "gives": METHODS[synth.method].gives,
+        "fingerprint": rows_id,
         "weak_fields": list(weak),
         "items": loaded.count,
         "combinations": loaded.combinations,
         "invalid_seeds": loaded.skipped,
     }
     if dry_run:
-        return Summary(directory / ROWS, {**begun, "at_most": _estimate(context, loaded, endpoints)})
-    filters = recipe.filters.get(synth.filters)
+        return Summary(directory / ROWS, {**plan, "at_most": _estimate(work)})
     if filters is not None:
-        deque(filter_rows([], filters), maxlen=0)  # so that what cannot work is known before anything is asked
-    label = f"synth {name}"
-    with files.disk_errors(directory, label, (OSError,)):
-        asked = _ask(context, loaded, endpoints, directory / ASKED, fingerprint, label)
-        counts = {field: value for field, value in asked.to_json().items() if field not in OF_ROWS}
-        judge = recipe.endpoints.get(filters.judge) if filters else None
-        return _write(context, filters, judge, directory, {**begun, "asked": counts})
+        make_checks(filters)  # so that what cannot work is known before anything is asked
+    with files.disk_errors(directory, work.label, (OSError,)):
+        requests = _ask(work, directory / ANSWERS).to_json()
+        plan["asked"] = {field: value for field, value in requests.items() if field not in ROW_COUNTS}
+        return _write(synth, filters, recipe.endpoints.get(filters.judge) if filters else None, directory, plan)
 
 
-def context_of(synth: Synth) -> Context:
-    """An entry with its templates."""
-    return Context(synth, templates.load(synth.method, synth.language, synth.templates))
+def _endpoints(recipe: Recipe, name: str, generator_url: str) -> dict[str, Endpoint]:
+    """Role -> endpoint; the generator of a synth stage is the server at `generator_url`, with the endpoint's sampling."""
+    result = {}
+    for role, choice in roles(recipe.synth[name]).items():
+        settings = recipe.endpoints[choice] if choice else Endpoint()
+        if role == "generator" and generator_url:
+            settings = dataclasses.replace(settings, base_url=generator_url)
+        if not settings.base_url:
+            raise UserError(
+                f"config: synth.{name}.{role} is {choice!r}, which has no address; name an endpoint with a base_url: only a "
+                "stage of kind synth has a model of its own"
+            )
+        result[role] = settings
+    return result
 
 
-def _ask(
-    context: Context,
-    loaded: seeds.Seeds,
-    endpoints: Mapping[str, Endpoint],
-    directory: Path,
-    fingerprint: str,
-    label: str,
-) -> endpoint.Summary:
+def _ask(work: Work, directory: Path) -> endpoint.Summary:
     """Asks all there is to ask; what has failed is tried again, and in the end left out where it is little."""
-    synth = context.synth
-    names = methods.roles(synth)
-    chain = methods.METHODS[synth.method].chain(context)
-    budget = endpoint.Budget(synth.max_calls, synth.max_tokens, synth.max_cost)
+    synth = work.context.synth
+    names = roles(synth)
+    chain = methods.CHAINS[synth.method](work.context)
     for share in MAX_FAILED:
         summary = endpoint.run(
-            Items(loaded),
+            work.items,
             chain,
-            {role: endpoint.Client(value, names[role] or role) for role, value in endpoints.items()},
+            {role: endpoint.Client(value, names[role] or role) for role, value in work.endpoints.items()},
             directory,
-            recipe=fingerprint,
-            budget=budget,
-            label=label,
-            total=loaded.count,
+            recipe=work.requests_id,
+            version=work.rows_id,
+            budget=endpoint.Budget(synth.max_calls, synth.max_tokens, synth.max_cost),
+            label=work.label,
+            total=work.items.seeds.count,
             max_failed=share,
         )
         if summary.complete:
             return summary
     reasons = ", ".join(f"{reason} {count:,}" for reason, count in summary.failed.most_common())
-    raise Preempted(f"{label}: {summary.failed.total():,} of {summary.items:,} items have failed ({reasons}); see {directory}")
+    raise UserError(
+        f"{work.label}: {summary.failed.total():,} of {summary.items:,} items have failed ({reasons}), more than "
+        f"{MAX_FAILED[-1]:.0%}; {directory / 'failed.jsonl'} has the reasons. All answers are saved: look at the server, and the "
+        "same command goes on"
+    )
 
 
-def _estimate(context: Context, loaded: seeds.Seeds, endpoints: Mapping[str, Endpoint]) -> dict[str, Any]:
+def _estimate(work: Work) -> dict[str, Any]:
     """Requests, tokens and money, as if every answer were as long as it may be."""
-    other = {"ja": "en", "en": "ja"}[context.synth.language]
-    words = {"ja": "あ", "en": "word"}
 
     def reply(job: endpoint.Job) -> str:
-        language = other if job.step == "translation" else context.synth.language
-        tokens = int(job.settings(endpoints[job.role])["max_tokens"])
-        return f"{words[language] * 8} {job.step} {job.sample} {words[language] * tokens}"
+        tokens = int(job.settings(work.endpoints[job.role])["max_tokens"])
+        return f"{job.step} {job.sample} " + "あ" * tokens
 
-    chain = methods.METHODS[context.synth.method].chain(context)
-    return dataclasses.asdict(endpoint.estimate(Items(loaded), chain, endpoints, reply=reply))
+    chain = methods.CHAINS[work.context.synth.method](dataclasses.replace(work.context, dry_run=True))
+    return dataclasses.asdict(endpoint.estimate(work.items, chain, work.endpoints, reply=reply))
 
 
-def _write(
-    context: Context, filters: Filters | None, judge: Endpoint | None, directory: Path, summary: dict[str, Any]
-) -> Summary:
-    """Writes rows, skipped rows and report; the rows last, for where they are, all is done."""
-    rows = directory / ASKED / ROWS
-    dropped = [(str(record["reason"]), record.get("row") or {}) for record in _read(directory / ASKED / "dropped.jsonl")]
-    summary["dropped"] = dict(Counter(reason for reason, _ in dropped).most_common())
-    if methods.METHODS[context.synth.method].gives == methods.PAIRS:
-        summary["preferences"] = report.preferences([*_read(rows)], dropped)
+def _write(synth: Synth, filters: Filters | None, judge: Endpoint | None, directory: Path, plan: dict[str, Any]) -> Summary:
+    """Writes skipped rows, report and rows; the rows last, for where they are, all is done."""
+    answers, rows = directory / ANSWERS, directory / ANSWERS / ROWS
+    summary = dict(plan)
+    if METHODS[synth.method].gives == PAIRS:
+        summary["preferences"] = report.preferences(_prompts(answers))
     if filters is not None:
-        output = directory / FILTERED
-        if not output.is_dir():
-            filter_files(str(rows), filters, output, judge=judge)
-        rows = output / ROWS
-        filtered = [(str(record["reason"]), record.get("row") or {}) for record in _read(output / "dropped.jsonl")]
-        summary["filtered"] = dict(Counter(reason for reason, _ in filtered).most_common())
-        dropped += filtered
-    summary["rows"] = sum(1 for _ in _read(rows))
-    files.write_jsonl(directory / SKIPPED, ({"outcome": reason, **row} for reason, row in dropped))
+        rows = _filter(rows, filters, judge, directory / FILTERS) / ROWS
+    counts: dict[str, Counter[str]] = {"dropped": Counter()} | ({"filtered": Counter()} if filters else {})
+    places = dict(zip(counts, (answers, directory / FILTERS), strict=False))
+    files.write_jsonl(directory / SKIPPED, (row for part in counts for row in _skipped(places[part], counts[part])))
+    summary |= {part: dict(count.most_common()) for part, count in counts.items()}
+    with rows.open("rb") as f:
+        summary["rows"] = sum(1 for _ in f)
     files.write_json(directory / REPORT, summary)
     files.write_text(directory / TEXT, report.text(summary) + "\n")
     with files.atomic_path(directory / ROWS) as temporary:
-        shutil.copyfile(rows, temporary)
+        _link(rows, temporary)
     return Summary(directory / ROWS, summary)
+
+
+def _filter(rows: Path, filters: Filters, judge: Endpoint | None, directory: Path) -> Path:
+    """What the filters leave, in `directory`; what a run left there that did not come to its end is filtered again.
+
+    The settings may be others than that run's; what its judge has said is found by what it was asked, and used again.
+    """
+    if directory.is_dir():
+        answers = directory.with_name(f".{directory.name}.{JUDGE}")
+        if (directory / JUDGE).is_dir() and not answers.exists():
+            (directory / JUDGE).rename(answers)
+        shutil.rmtree(directory)
+    filter_files(str(rows), filters, directory, judge=judge)
+    return directory
+
+
+def _prompts(directory: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """For each prompt why it gave no pair, or nothing, and what was written of it."""
+    yield from (("", row) for row in _read(directory / ROWS))
+    yield from ((record["reason"], record.get("row") or {}) for record in _read(directory / DROPPED))
+
+
+def _skipped(directory: Path, counts: Counter[str]) -> Iterator[dict[str, Any]]:
+    """What was dropped, with the reason, which is counted."""
+    for record in _read(directory / DROPPED):
+        counts[record["reason"]] += 1
+        yield {"outcome": record["reason"], **(record.get("row") or {})}
 
 
 def _read(path: Path) -> Iterator[dict[str, Any]]:
@@ -234,36 +263,19 @@ def _read(path: Path) -> Iterator[dict[str, Any]]:
         yield from (json.loads(line) for line in f)
 
 
-def _endpoints(recipe: Recipe, synth: Synth, generator_url: str) -> dict[str, Endpoint]:
-    """Role -> endpoint; the generator of a synth stage is the server at `generator_url`, with the endpoint's sampling."""
-    result = {}
-    for role, name in methods.roles(synth).items():
-        settings = recipe.endpoints[name] if name else Endpoint()
-        if role == "generator" and generator_url:
-            settings = dataclasses.replace(settings, base_url=generator_url)
-        if not settings.base_url:
-            raise UserError(f"config: endpoints.{name}.base_url is empty; give the address of its API")
-        result[role] = settings
-    return result
+def _link(source: Path, target: Path) -> None:
+    """A second name of a file that nobody writes to again, or a copy where the disk has no such names."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
-def _fingerprint(recipe: Recipe, name: str, context: Context, endpoints: Mapping[str, Endpoint], weak: tuple[str, ...]) -> str:
-    """A hash of all settings that the rows depend on; keys that may change in a resumed run are none of them."""
-    groups: dict[str, Any] = {"synth": context.synth, **endpoints}
-    if context.synth.filters:
-        groups["filters"] = recipe.filters[context.synth.filters]
-    settings = {
-        group: {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if not f.metadata["resumable"]}
-        for group, value in groups.items()
-    }
-    return files.fingerprint(name, recipe.seed, settings, context.templates.version, list(weak))
-
-
-def _made_before(directory: Path, name: str, fingerprint: str) -> Summary:
+def _made_before(directory: Path, name: str, rows_id: str) -> Summary:
     stored = files.read_json(directory / REPORT)
-    if stored["fingerprint"] != fingerprint:
+    if stored["fingerprint"] != rows_id:
         raise UserError(
-            f"synth: {directory / ROWS} was made with other settings; rows are never made again: give the new ones another name "
-            f"than {name}, or remove {directory}"
+            f"synth: {directory / ROWS} was made with other settings or seeds; rows are never made again: give the new ones "
+            f"another name than {name}, or remove {directory}"
         )
     return Summary(directory / ROWS, stored)

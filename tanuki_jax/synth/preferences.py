@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-from tanuki_jax.config.synthesis import RULES
+from tanuki_jax.config.synthesis import BETTER, JUDGE, RULES, decider
 from tanuki_jax.endpoint import Drop, Job
 from tanuki_jax.errors import UserError
 from tanuki_jax.synth import asking, rules, templates, verdicts
 from tanuki_jax.synth.asking import Ask, Chain, Context, Messages, Row, message
 from tanuki_jax.synth.seeds import Item
 
-IDENTICAL, EMPTY, ALL_WRONG, CYCLE = (
-    "identical",
-    "empty",
-    "all_wrong",
-    "cycle",
-)  # why a prompt gave no pair, beside the verdicts' outcomes
+IDENTICAL, ALL_WRONG, CYCLE = "identical", "all_wrong", "cycle"  # why a prompt gave no pair, beside verdicts and drops
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What a model answers a prompt: the different usable texts, how many they were, and why others are not used."""
+
+    texts: tuple[str, ...]
+    usable: int
+    unusable: Mapping[str, int]
+
+    def lacks(self) -> str:
+        """Why there are no two texts to compare; empty = there are."""
+        if len(self.texts) > 1:
+            return ""
+        return IDENTICAL if self.usable > 1 else max(self.unusable, key=lambda reason: self.unusable[reason])
 
 
 def chain(context: Context) -> Chain:
@@ -28,71 +40,65 @@ def chain(context: Context) -> Chain:
     A prompt gives at most one pair, so that no prompt weighs more than another.  A prompt without a pair gives a Drop with its
     answers and verdicts.
     """
-    if context.synth.better:
-        return _better(context)
-    judge = _by_rules if context.synth.judge == RULES else _by_model
+    decide = DECIDERS[decider(context.synth)]
 
     async def of_item(item: Item, ask: Ask) -> list[Row | Drop]:
-        answers = await _samples(context, item, ask)
-        if len(answers) < 2:
-            return [_skipped(context, item, IDENTICAL if answers else EMPTY, answers, [])]
-        return [await judge(context, item, ask, answers)]
+        return [await decide(context, item, ask)]
 
     return of_item
 
 
-def calls(samples: int, judge: str, better: str) -> int:
-    """Requests for one prompt."""
-    if better:
-        return 2
-    return samples + (0 if judge == RULES else samples * (samples - 1))
+async def _samples(context: Context, item: Item, ask: Ask) -> Samples:
+    """Answers of the generator; those that are empty, cut or refused are counted."""
 
-
-async def _samples(context: Context, item: Item, ask: Ask) -> list[str]:
-    """The different answers of the generator; those that are empty, cut or refused are left out."""
-
-    async def sample(number: int) -> str:
+    async def sample(number: int) -> str | Drop:
         try:
             return await asking.call(ask, context, item, "answer", item["messages"], sample=number)
-        except Drop:
-            return ""
+        except Drop as drop:
+            return drop
 
-    texts = await asyncio.gather(*(sample(number) for number in range(context.synth.samples)))
-    return list(dict.fromkeys(text for text in texts if text))
+    results = await asyncio.gather(*(sample(number) for number in range(context.synth.samples)))
+    texts = [result for result in results if isinstance(result, str)]
+    unusable = Counter(result.reason for result in results if isinstance(result, Drop))
+    return Samples(tuple(dict.fromkeys(texts)), len(texts), dict(unusable))
 
 
-def _better(context: Context) -> Chain:
+async def _by_better(context: Context, item: Item, ask: Ask) -> Row | Drop:
     """The answer of a better model is chosen over the generator's, as in the paper's iterative variant; nobody judges."""
-
-    async def of_item(item: Item, ask: Ask) -> list[Row | Drop]:
-        chosen, rejected = await asyncio.gather(
-            asking.call(ask, context, item, "answer", item["messages"], role="better"),
-            asking.call(ask, context, item, "answer", item["messages"]),
-        )
-        if chosen == rejected:
-            return [_skipped(context, item, IDENTICAL, [chosen], [])]
-        return [_pair(context, item, chosen, rejected, [])]
-
-    return of_item
+    chosen, rejected = await asyncio.gather(
+        asking.call(ask, context, item, "answer", item["messages"], role="better"),
+        asking.call(ask, context, item, "answer", item["messages"]),
+    )
+    samples = Samples((chosen, rejected), 2, {})
+    if chosen == rejected:
+        return _skipped(context, item, IDENTICAL, samples, [])
+    return _pair(context, item, chosen, rejected, samples, [])
 
 
-async def _by_rules(context: Context, item: Item, ask: Ask, answers: list[str]) -> Row | Drop:
-    """The first right answer against the first wrong one; of different answers at most one is right.  Rules see no order."""
+async def _by_rules(context: Context, item: Item, ask: Ask) -> Row | Drop:
+    """The right answer against the first wrong one: of different answers at most one is right.  Rules see no order."""
     notes = item.get("meta", {})
     if "answer" not in notes:
         raise UserError("synth: judge = 'rules' checks prompts whose `meta` has the right answer, as rules:prompts have")
-    right = [text for text in answers if rules.correct(notes, text)]
-    wrong = [text for text in answers if text not in right]
+    samples = await _samples(context, item, ask)
+    if reason := samples.lacks():
+        return _skipped(context, item, reason, samples, [])
+    right = [text for text in samples.texts if rules.correct(notes, text)]
+    wrong = [text for text in samples.texts if text not in right]
     if not right:
-        return _skipped(context, item, ALL_WRONG, answers, [])
-    return _pair(context, item, right[0], wrong[0], [])
+        return _skipped(context, item, ALL_WRONG, samples, [])
+    return _pair(context, item, right[0], wrong[0], samples, [])
 
 
-async def _by_model(context: Context, item: Item, ask: Ask, answers: list[str]) -> Row | Drop:
+async def _by_model(context: Context, item: Item, ask: Ask) -> Row | Drop:
     """Every two answers are compared in both orders; the answer with most wins against that with fewest, if they agree there.
 
     A win is a comparison whose verdicts agree in both orders.  Ties of wins go to the earlier sample.
     """
+    samples = await _samples(context, item, ask)
+    if reason := samples.lacks():
+        return _skipped(context, item, reason, samples, [])
+    answers = samples.texts
     pairs = list(combinations(range(len(answers)), 2))
     compared = await asyncio.gather(*(_compare(context, item, ask, answers, pair) for pair in pairs))
     score = [0] * len(answers)
@@ -104,8 +110,15 @@ async def _by_model(context: Context, item: Item, ask: Ask, answers: list[str]) 
     best, worst = order[0], order[-1]
     [last] = [record for record in compared if {*record["answers"]} == {best, worst}]
     if last["winner"] != best:
-        return _skipped(context, item, last["outcome"] if last["winner"] is None else CYCLE, answers, compared)
-    return _pair(context, item, answers[best], answers[worst], compared)
+        return _skipped(context, item, last["outcome"] if last["winner"] is None else CYCLE, samples, compared)
+    return _pair(context, item, answers[best], answers[worst], samples, compared)
+
+
+DECIDERS: Mapping[str, Callable[[Context, Item, Ask], Awaitable[Row | Drop]]] = {
+    BETTER: _by_better,
+    RULES: _by_rules,
+    JUDGE: _by_model,
+}
 
 
 async def _compare(context: Context, item: Item, ask: Ask, answers: Sequence[str], pair: tuple[int, int]) -> dict[str, Any]:
@@ -118,7 +131,6 @@ async def _compare(context: Context, item: Item, ask: Ask, answers: Sequence[str
             role="judge",
             step=f"judge {a} {b}",
             template=context.templates.version,
-            item=item["id"],
             sampling={"temperature": 0.0},
         )
         try:
@@ -160,18 +172,25 @@ def judge_messages(
     return [message("system", system), message("user", templates.fill(texts[name], values))]
 
 
-def _pair(context: Context, item: Item, chosen: str, rejected: str, compared: Sequence[Mapping[str, Any]]) -> Row:
+def _pair(
+    context: Context, item: Item, chosen: str, rejected: str, samples: Samples, compared: Sequence[Mapping[str, Any]]
+) -> Row:
     """A row in the format that DPO stages and TRL read."""
-    notes = asking.meta(context, item)
     return {
         "prompt": item["messages"],
         "chosen": [message("assistant", chosen)],
         "rejected": [message("assistant", rejected)],
-        "meta": {**notes, "verdicts": list(compared)} if compared else notes,
+        "meta": _notes(context, item, samples, compared),
     }
 
 
-def _skipped(context: Context, item: Item, reason: str, answers: Sequence[str], compared: Sequence[Mapping[str, Any]]) -> Drop:
-    notes = asking.meta(context, item)
-    row = {"prompt": item["messages"], "answers": list(answers), "meta": {**notes, "verdicts": list(compared)}}
-    return Drop(reason, row)
+def _skipped(context: Context, item: Item, reason: str, samples: Samples, compared: Sequence[Mapping[str, Any]]) -> Drop:
+    notes = _notes(context, item, samples, compared)
+    return Drop(reason, {"prompt": item["messages"], "answers": list(samples.texts), "meta": notes})
+
+
+def _notes(context: Context, item: Item, samples: Samples, compared: Sequence[Mapping[str, Any]]) -> dict[str, object]:
+    """What a row says of itself, with the verdicts, and the samples that are not used."""
+    more = {"verdicts": list(compared), "unusable": dict(samples.unusable)}
+    notes = {name: value for name, value in asking.meta(context, item).items() if name not in more}  # of an earlier pair
+    return notes | {name: value for name, value in more.items() if value}

@@ -3,46 +3,58 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tanuki_jax.synth import verdicts
 from tanuki_jax.synth.asking import Row
 
 
-def preferences(pairs: Sequence[Row], dropped: Sequence[tuple[str, Row]]) -> dict[str, Any]:
-    """Counts of prompts and of verdicts, position bias and length bias.
+def preferences(prompts: Iterable[tuple[str, Row]]) -> dict[str, Any]:
+    """Counts of prompts and of verdicts, position bias and length bias, of one pass over the rows.
 
     Every share is of what stands beside it, and None where that is nothing: `retention` of the prompts, `agreement` and
-    `position_bias` of the comparisons that could be read in both orders, `chosen_longer` of the pairs.
+    `position_bias` of the comparisons that could be read in both orders, `chosen_longer` of the pairs.  `unusable` counts
+    samples that no comparison saw, by reason.
 
     Args:
-      pairs: rows to train on.
-      dropped: the reasons of the prompts that gave no pair, and what was written of them.
+      prompts: for each prompt why it gave no pair, empty where it gave one; and its row, or what was written of it.
     """
-    compared = [record for row in (*pairs, *(row for _, row in dropped)) for record in row.get("meta", {}).get("verdicts", ())]
-    counts = {name: 0 for name in verdicts.OUTCOMES} | dict(Counter(record["outcome"] for record in compared))
-    readable = len(compared) - counts[verdicts.UNPARSABLE] - counts[verdicts.FAILED]
-    lengths = [(_characters(row["chosen"]), _characters(row["rejected"])) for row in pairs]
-    biased = counts[verdicts.FIRST] + counts[verdicts.SECOND]
+    without_pair: Counter[str] = Counter()
+    unusable: Counter[str] = Counter()
+    counts: Counter[str] = Counter(dict.fromkeys(verdicts.OUTCOMES, 0))
+    pairs = longer = equal = chosen_characters = rejected_characters = 0
+    for reason, row in prompts:
+        notes = row.get("meta", {})
+        counts.update(record["outcome"] for record in notes.get("verdicts", ()))
+        unusable.update(notes.get("unusable", {}))
+        if reason:
+            without_pair[reason] += 1
+            continue
+        chosen, rejected = _characters(row["chosen"]), _characters(row["rejected"])
+        pairs, longer, equal = pairs + 1, longer + (chosen > rejected), equal + (chosen == rejected)
+        chosen_characters, rejected_characters = chosen_characters + chosen, rejected_characters + rejected
+    total = pairs + without_pair.total()
+    readable = counts.total() - counts[verdicts.UNPARSABLE] - counts[verdicts.FAILED]
     return {
-        "prompts": len(pairs) + len(dropped),
-        "pairs": len(pairs),
-        "retention": _share(len(pairs), len(pairs) + len(dropped)),
-        "without_pair": dict(Counter(reason for reason, _ in dropped).most_common()),
-        "comparisons": len(compared),
-        "verdicts": counts,
+        "prompts": total,
+        "pairs": pairs,
+        "retention": _share(pairs, total),
+        "without_pair": dict(without_pair.most_common()),
+        "unusable": dict(unusable.most_common()),
+        "comparisons": counts.total(),
+        "verdicts": dict(counts),
         "agreement": _share(counts[verdicts.AGREED], readable),
         "position_bias": {
-            "share": _share(biased, readable),
+            "share": _share(counts[verdicts.FIRST] + counts[verdicts.SECOND], readable),
             "first": counts[verdicts.FIRST],
             "second": counts[verdicts.SECOND],
         },
         "length_bias": {
-            "chosen_longer": _share(sum(a > b for a, b in lengths), len(lengths)),
-            "equal": _share(sum(a == b for a, b in lengths), len(lengths)),
-            "chosen_characters": _mean([a for a, _ in lengths]),
-            "rejected_characters": _mean([b for _, b in lengths]),
+            "chosen_longer": _share(longer, pairs),
+            "equal": _share(equal, pairs),
+            "chosen_characters": round(chosen_characters / pairs, 1) if pairs else None,
+            "rejected_characters": round(rejected_characters / pairs, 1) if pairs else None,
         },
     }
 
@@ -53,10 +65,6 @@ def _characters(messages: Sequence[Mapping[str, str]]) -> int:
 
 def _share(part: int, whole: int) -> float | None:
     return round(part / whole, 4) if whole else None
-
-
-def _mean(values: Sequence[int]) -> float | None:
-    return round(sum(values) / len(values), 1) if values else None
 
 
 def text(report: Mapping[str, Any], indent: str = "") -> str:

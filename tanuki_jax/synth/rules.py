@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 from typing import Any, TypeAlias
 
@@ -182,6 +183,12 @@ def held_out_prompts(count: int, seed: int) -> list[Row]:
 def held_out_pairs(count: int, seed: int) -> list[Row]:
     """Preference pairs on held-out prompts."""
     return [preference_pair(Random(f"{seed} held-out pair {i}"), want_held_out=True) for i in range(count)]
+
+
+def code_files() -> list[Path]:
+    """The files of code that rule-made rows follow from: where these change, the rows are others."""
+    folder = Path(__file__).parent
+    return sorted(path for pattern in ("rules.py", "world.py", "families/*.py") for path in folder.glob(pattern))
 
 
 def correct(row: Mapping[str, Any], answer: str) -> bool:

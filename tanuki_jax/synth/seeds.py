@@ -12,12 +12,13 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from hashlib import blake2b
-from importlib import resources
 from itertools import islice
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
+from tanuki_jax import files
+from tanuki_jax.config.synthesis import BUILTIN_PREFIX, LANGUAGES, RULES_PREFIX, SYNTH_PREFIX
 from tanuki_jax.errors import UserError
 from tanuki_jax.synth import rules
 from tanuki_jax.synth.draw import draw
@@ -28,20 +29,19 @@ Item: TypeAlias = dict[str, Any]  # id, the seeds by their field, and where they
 Seed: TypeAlias = dict[str, Any]  # one row of a list of seeds
 OnBadRow: TypeAlias = Callable[[str, str], None]
 
-BUILTIN, RULES, SYNTH = "builtin:", "rules:", "synth:"
 FIELDS = {"personas": "persona", "tasks": "task", "topics": "topic", "documents": "document", "prompts": "messages"}
-LANGUAGES = ("ja", "en")
 LISTS = {f"{kind}_{lang}": (kind, lang) for kind in ("personas", "tasks", "topics") for lang in LANGUAGES}
 MORE = ("category", "family", "license", "meta")  # fields that come along
+_LISTS = Path(__file__).parent / "lists"
 REPEATS = 20  # rule-made prompts that are looked at for each different one
 
 
-class Origin(NamedTuple):
-    """What a name in `seeds` may refer to beside files."""
+class Makers(NamedTuple):
+    """What a name in `seeds` refers to where it names no files: the rules' settings, and rows that models have written."""
 
     seed: int = 0  # of the recipe
-    prompts: int = 0  # that rules make
-    rows: Mapping[str, Path] = {}  # files of made rows, by their name in `synth`
+    prompts: int = 0  # the number that rules make
+    rows: Mapping[str, Path] = {}  # files, by their name in `synth`
 
 
 @dataclass
@@ -135,7 +135,7 @@ class Seeds:
 
 
 def load(
-    kinds: Collection[str], names: Mapping[str, str], limit: int, key: str, origin: Origin, weak: Collection[str] = ()
+    kinds: Collection[str], names: Mapping[str, str], limit: int, key: str, makers: Makers, weak: Collection[str] = ()
 ) -> Seeds:
     """The lists of seeds `kinds`, each where `names` says.
 
@@ -147,7 +147,7 @@ def load(
     Raises:
       UserError: a list is missing, has no row that can be read, or none of the weak categories.
     """
-    axes = tuple(_axis(kind, names[kind], origin, weak) for kind in kinds)
+    axes = tuple(_axis(kind, names[kind], makers, weak) for kind in kinds)
     if not axes and not limit:
         raise UserError("synth: without seeds there is no end; set items to the number of rows")
     for axis in axes:
@@ -155,9 +155,13 @@ def load(
         if axis.skipped.count:
             logger.warning("synth: %s: %d rows are left out; %s", axis.name, axis.skipped.count, axis.skipped.first)
         if not axis.count:
-            reason = f": {axis.skipped.first}" if axis.skipped.first else ""
-            raise UserError(f"synth: seeds.{axis.kind} {axis.name!r} has no row that can be read{reason}")
+            raise _no_row(axis, axis.skipped)
     return Seeds(_only_weak(axes, weak) if weak else axes, key, limit)
+
+
+def _no_row(axis: Axis, skipped: Skipped) -> UserError:
+    reason = f": {skipped.first}" if skipped.first else ""
+    return UserError(f"synth: seeds.{axis.kind} {axis.name!r} has no row that can be read{reason}")
 
 
 def _only_weak(axes: tuple[Axis, ...], weak: Collection[str]) -> tuple[Axis, ...]:
@@ -202,47 +206,73 @@ def _item(*rows: Seed) -> Item:
 # --- where seeds come from --------------------------------------------------------------------------------------------
 
 
-def _axis(kind: str, name: str, origin: Origin, weak: Collection[str]) -> Axis:
+def check(kind: str, name: str) -> None:
+    """A UserError where a list that no stage makes is not there, or no row of it can be read; little of a file is read."""
+    skipped = Skipped()
+    axis = _axis(kind, name, Makers(prompts=1), ())
+    if next(axis.read(skipped.add), None) is None:
+        raise _no_row(axis, skipped)
+
+
+def identity(name: str, makers: Makers) -> str:
+    """A fingerprint of what a list of seeds holds: of files as they lie there, of lists and rules as this version has them."""
+    from tanuki_jax.data import sources
+
+    if name.startswith(BUILTIN_PREFIX):
+        paths = [path for path in (_LISTS / f"{name.removeprefix(BUILTIN_PREFIX)}{end}" for end in (".txt", ".jsonl"))]
+        return files.fingerprint(*(path for path in paths if path.is_file()))
+    if name.startswith(RULES_PREFIX):
+        return files.fingerprint(makers.seed, makers.prompts, *rules.code_files())
+    if name.startswith(SYNTH_PREFIX):
+        return files.fingerprint(makers.rows[name.removeprefix(SYNTH_PREFIX)])
+    return sources.identity(name)
+
+
+def _axis(kind: str, name: str, makers: Makers, weak: Collection[str]) -> Axis:
     where = f"synth: seeds.{kind}"
-    if name.startswith(BUILTIN):
-        return Axis(kind, name, partial(_builtin, kind, name.removeprefix(BUILTIN)))
-    if name.startswith(RULES):
-        if (kind, name) != ("prompts", f"{RULES}{rules.PROMPTS}"):
-            raise UserError(f"{where} is {name!r}; the only one that rules make is prompts = {RULES + rules.PROMPTS!r}")
-        return Axis(kind, name, partial(_rule_prompts, origin, frozenset(weak)))
-    if name.startswith(SYNTH):
-        source = name.removeprefix(SYNTH)
-        if source not in origin.rows:
-            raise UserError(f"{where} is {name!r}, which is not made yet; known here: {', '.join(origin.rows) or 'none'}")
-        return Axis(kind, name, partial(_of_files, kind, str(origin.rows[source])))
+    if name.startswith(BUILTIN_PREFIX):
+        return Axis(kind, name, partial(_builtin, kind, name.removeprefix(BUILTIN_PREFIX)))
+    if name.startswith(RULES_PREFIX):
+        if (kind, name) != ("prompts", f"{RULES_PREFIX}{rules.PROMPTS}"):
+            raise UserError(f"{where} is {name!r}; the only one that rules make is prompts = {RULES_PREFIX + rules.PROMPTS!r}")
+        return Axis(kind, name, partial(_rule_prompts, makers, frozenset(weak)))
+    if name.startswith(SYNTH_PREFIX):
+        source = name.removeprefix(SYNTH_PREFIX)
+        if source not in makers.rows:
+            raise UserError(f"{where} is {name!r}, which is not made yet; known here: {', '.join(makers.rows) or 'none'}")
+        return Axis(kind, name, partial(_of_files, kind, str(makers.rows[source])))
     if not name:
-        raise UserError(f"{where} is empty; name files, {BUILTIN}NAME, {RULES}{rules.PROMPTS} or {SYNTH}NAME")
+        raise UserError(
+            f"{where} is empty; name files, {BUILTIN_PREFIX}NAME, {RULES_PREFIX}{rules.PROMPTS} or {SYNTH_PREFIX}NAME"
+        )
     return Axis(kind, name, partial(_of_files, kind, name))
 
 
 def _builtin(kind: str, name: str, on_bad: OnBadRow) -> Iterator[Seed]:
     if LISTS.get(name, ("", ""))[0] != kind:
-        options = ", ".join(BUILTIN + other for other, (of_kind, _) in LISTS.items() if of_kind == kind) or "none of this kind"
-        raise UserError(f"synth: seeds.{kind}: there is no list {BUILTIN + name!r}; there is {options}")
-    folder, field_name = resources.files("tanuki_jax.synth") / "lists", FIELDS[kind]
+        options = (
+            ", ".join(BUILTIN_PREFIX + other for other, (of_kind, _) in LISTS.items() if of_kind == kind) or "none of this kind"
+        )
+        raise UserError(f"synth: seeds.{kind}: there is no list {BUILTIN_PREFIX + name!r}; there is {options}")
+    field_name = FIELDS[kind]
     if kind == "topics":
-        lines = (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = (_LISTS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
         yield from (json.loads(line) | {"license": "apache-2.0"} for line in lines)
     else:
-        lines = (folder / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+        lines = (_LISTS / f"{name}.txt").read_text(encoding="utf-8").splitlines()
         yield from ({field_name: line, "license": "apache-2.0"} for line in lines)
 
 
-def _rule_prompts(origin: Origin, weak: frozenset[str], on_bad: OnBadRow) -> Iterator[Seed]:
+def _rule_prompts(makers: Makers, weak: frozenset[str], on_bad: OnBadRow) -> Iterator[Seed]:
     """Different prompts of the training side of the rules, of the weak families where any is weak; none is held out."""
     families = weak.intersection(rules.FAMILIES) or rules.FAMILIES.keys()
     used: set[str] = set()
-    for row in rules.rows(rules.PROMPTS, REPEATS * origin.prompts, origin.seed):
+    for row in rules.rows(rules.PROMPTS, REPEATS * makers.prompts, makers.seed):
         text = json.dumps(row["messages"])
         if text not in used and row["meta"]["family"] in families:
             used.add(text)
             yield row | {"license": "apache-2.0"}
-        if len(used) == origin.prompts:
+        if len(used) == makers.prompts:
             return
 
 

@@ -51,6 +51,16 @@ BAD = {
     "judge": (dict(synth__pairs__judge="gpt"), ["synth.pairs.judge", "'gpt'", "rules"]),
     "language": (dict(synth__answers__language="fr"), ["synth.answers.language", "'fr'"]),
     "method": (dict(synth__answers__method="ask"), ["synth.answers.method", "'ask'", "persona"]),
+    "no tasks": (
+        dict(synth__answers__method="persona", synth__answers__seeds=dict(personas="x.jsonl")),
+        ["synth.answers.seeds has no tasks", "personas and tasks"],
+    ),
+    "other seeds": (
+        dict(synth__answers__seeds=dict(prompts="x.jsonl", topics="y.jsonl")),
+        ["synth.answers.seeds names topics", "prompts"],
+    ),
+    "nobody judges": (dict(synth__pairs__judge=""), ["synth.pairs.judge is empty", "rules", "better"]),
+    "no end": (dict(synth__answers__method="magpie", synth__answers__seeds={}), ["synth.answers.items is 0", "magpie"]),
     "seeds": (dict(synth__pairs__seeds=dict(prompts="synth:x")), ["synth.pairs.seeds.prompts", "'x'", "answers, pairs"]),
     "judge without address": (dict(endpoints__judge__base_url=""), ["synth.pairs.judge", "'judge'", "base_url is empty"]),
     "filter's judge without address": (

@@ -6,8 +6,7 @@ import pytest
 
 from tanuki_jax.config.synthesis import Endpoint
 from tanuki_jax.endpoint import Job
-from tanuki_jax.endpoint.budget import Amount, Budget, Meter, cost, upper_bound
-from tanuki_jax.errors import Preempted
+from tanuki_jax.endpoint.budget import Amount, Budget, BudgetSpent, Meter, cost, upper_bound
 
 
 def spend(budget, bound, spent, wanted=1000, at_once=8):
@@ -24,7 +23,7 @@ def spend(budget, bound, spent, wanted=1000, at_once=8):
                 meter.settle(bound, spent)
 
         results = await asyncio.gather(*(worker() for _ in range(at_once)), return_exceptions=True)
-        assert all(isinstance(result, Preempted) for result in results if result)
+        assert all(isinstance(result, BudgetSpent) for result in results if result)
         return meter.spent, results
 
     return asyncio.run(work())

@@ -46,7 +46,7 @@ def test_a_request_and_its_answer(server):
         "stop": ["\n"],
     }
     assert answer.text == answer_text(body)
-    assert answer.finish_reason == "stop" and answer.model == "tiny" and answer.job == ID
+    assert answer.finish_reason == "stop" and answer.model == "tiny"
     assert answer.usage == {"prompt_tokens": 1, "completion_tokens": 5} and answer.logprobs == {}
 
 

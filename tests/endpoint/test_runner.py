@@ -13,6 +13,7 @@ import pytest
 
 from tanuki_jax import endpoint
 from tanuki_jax.endpoint import Budget, Drop, NoAnswer, asker, runner
+from tanuki_jax.endpoint.budget import BudgetSpent
 from tanuki_jax.errors import Preempted, UserError
 from tests.endpoint import chains
 from tests.endpoint.chains import Lazy, after, lines, question, run, two_steps
@@ -81,6 +82,16 @@ def test_what_was_answered_is_not_asked_again_and_rows_do_not_depend_on_the_orde
     assert (tmp_path / "a/rows.jsonl").read_bytes() == rows
 
 
+def test_rows_of_another_version_are_written_anew_from_the_answers_that_are_there(server, tmp_path):
+    async def shout(item, ask):
+        return [{"text": row["answer"].upper()} for row in await two_steps(item, ask)]
+
+    run(server, tmp_path, 3, version="1")
+    assert run(server, tmp_path, 5, shout, version="2").rows == 5
+    assert server.requests["answer"] == 2 * 5 and "text" in json.loads(lines(tmp_path / "rows.jsonl")[0])
+    assert run("http://127.0.0.1:9/v1", tmp_path, 5, shout, version="2").rows == 5
+
+
 def test_a_directory_of_other_settings_is_refused(server, tmp_path):
     run(server, tmp_path)
     with pytest.raises(UserError, match="were made with other settings"):
@@ -119,7 +130,7 @@ def test_samples_are_asked_apart(server, tmp_path):
 def test_items_are_read_as_they_are_needed(server, tmp_path, monkeypatch):
     monkeypatch.setattr(runner._Runner, "_workers", lambda self: 4)
     source = Lazy(10**9)
-    with pytest.raises(Preempted):
+    with pytest.raises(BudgetSpent):
         run(server, tmp_path, source, budget=Budget(max_calls=20))
     assert source.read <= 20
 
@@ -200,26 +211,26 @@ def test_prompts_none_of_which_fits_end_the_run(server, tmp_path):
 
 @pytest.mark.parametrize("calls", [1, 7, 40])
 def test_a_budget_of_calls(server, tmp_path, calls):
-    with pytest.raises(Preempted, match=f"the budget max_calls={calls} is spent .*raise it"):
+    with pytest.raises(BudgetSpent, match=f"the budget max_calls={calls} is spent .*raise it, and the same command goes on"):
         run(server, tmp_path, 500, budget=Budget(max_calls=calls))
     assert server.requests["answer"] == len(jobs_of(tmp_path / "answers.jsonl")) == calls
-    with pytest.raises(Preempted):  # it is that of all runs together
+    with pytest.raises(BudgetSpent):  # it is that of all runs together
         run(server, tmp_path, 500, budget=Budget(max_calls=calls))
     assert server.requests["answer"] == calls
-    with pytest.raises(Preempted):
+    with pytest.raises(BudgetSpent):
         run(server, tmp_path, 500, budget=Budget(max_calls=calls + 3))
     assert server.requests["answer"] == calls + 3
 
 
 def test_a_budget_of_calls_counts_those_that_fail(tmp_path):
-    with serve(Behaviour(share=0.1, faults=("error_500", "html", "cut_body"))) as server, pytest.raises(Preempted):
+    with serve(Behaviour(share=0.1, faults=("error_500", "html", "cut_body"))) as server, pytest.raises(BudgetSpent):
         run(server, tmp_path, 500, budget=Budget(max_calls=50))
     assert server.requests.total() == 50
 
 
 @pytest.mark.parametrize("budget", [Budget(max_tokens=1000), Budget(max_cost=1e-3)], ids=str)
 def test_budgets_of_tokens_and_money_are_overdrawn_by_one_call_at_most(server, tmp_path, budget):
-    with pytest.raises(Preempted, match="is spent"):
+    with pytest.raises(BudgetSpent, match="is spent"):
         run(server, tmp_path, 500, budget=budget, input_price=1.0, output_price=1.0, max_tokens=20)
     answers = [json.loads(line)["usage"] for line in lines(tmp_path / "answers.jsonl")]
     tokens = [sum(usage.values()) for usage in answers]
@@ -353,7 +364,7 @@ def test_roles_of_one_endpoint_share_its_limit(tmp_path):
 
 def test_a_model_that_was_not_named_is_that_of_the_first_run(tmp_path):
     with serve(Behaviour(models=("a",))) as server:
-        with pytest.raises(Preempted):
+        with pytest.raises(BudgetSpent):
             run(server, tmp_path, 5, budget=Budget(max_calls=2))
         server.behaviour.models = ("b",)
         with pytest.raises(UserError, match="no model 'a'; it has b"):
@@ -393,5 +404,5 @@ def test_a_dry_run_asks_nothing():
     assert (found.items, found.calls, found.completion_tokens, found.cost) == (1000, 3000, 210_000, 210_000)
     assert found.prompt_tokens == 1000 * (100 + 2 + 10)
     assert str(found).startswith("1,000 items, about 3,000 calls, 112,000 prompt tokens and at most 210,000 answer tokens")
-    assert endpoint.estimate([], chain, endpoints).calls == 0
-    assert endpoint.estimate(chains.items(5), two_steps, endpoints).prompt_tokens > 5 * 100
+    assert endpoint.estimate([], chain, endpoints, reply=str).calls == 0
+    assert endpoint.estimate(chains.items(5), two_steps, endpoints, reply=lambda job: "word " * 100).prompt_tokens > 5 * 100

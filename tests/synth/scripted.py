@@ -2,9 +2,8 @@
 
 import asyncio
 
-from tanuki_jax.endpoint import Answer, Drop
-
 from tanuki_jax.config.synthesis import Synth
+from tanuki_jax.endpoint import Answer, Drop
 from tanuki_jax.synth import methods, templates
 from tanuki_jax.synth.asking import Context
 
@@ -35,7 +34,7 @@ def context(method, path="", **options):
 def rows(made_for, item, answer):
     """The rows of a chain, and what was asked for them."""
     ask = Scripted(answer)
-    chain = methods.METHODS[made_for.synth.method].chain(made_for)
+    chain = methods.CHAINS[made_for.synth.method](made_for)
     return asyncio.run(chain({"id": "item", **item}, ask)), ask.jobs
 
 

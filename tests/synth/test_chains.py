@@ -39,7 +39,7 @@ def test_each_turn_is_asked_with_the_turns_before_in_view(method):
     assert contents(answer.messages) == ["りんごは全部でいくつですか。"], "an answer sees no instruction"
     assert "利用者: りんごは全部でいくつですか。\n\nAI: 三十個です。" in second.messages[0]["content"]
     assert contents(last.messages) == contents(row["messages"])[:3]
-    assert len({job.template for job in jobs}) == 1 and {job.item for job in jobs} == {"item"}
+    assert len({job.template for job in jobs}) == 1
     assert row["meta"]["item"] == "item" and row["meta"]["method"] == method
 
 
@@ -81,6 +81,14 @@ def test_answers_replace_those_that_a_prompt_came_with():
 def test_a_prompt_of_a_known_language_wants_its_answer_in_it():
     item = {"messages": [{"role": "user", "content": "天気は?"}], "meta": {"lang": "ja"}}
     assert reason(context("answer", language="en"), item, lambda job: "It is sunny today.") == "language"
+
+
+def test_the_right_answer_is_no_refusal():
+    text = "申し訳ありませんが、お答えできません。"
+    item = {"messages": [{"role": "user", "content": "何と言って断りますか。"}], "meta": {"lang": "ja"}}
+    assert reason(context("answer"), item, lambda job: text) == "refused"
+    [row], _ = rows(context("answer"), {**item, "meta": {"lang": "ja", "answer": text}}, lambda job: text)
+    assert row["messages"][-1]["content"] == text
 
 
 def test_a_document_is_written_in_every_style():

@@ -1,3 +1,5 @@
+import time
+
 import pytest
 
 from tanuki_jax.synth import cleaning
@@ -51,6 +53,16 @@ def test_answers_lose_their_label_alone(raw, clean):
         ("As an AI language model, I have no opinion.", True),
         ("I cannot assist with that request.", True),
         ("その質問にはお答えできません。", True),
+        ("誠に申し訳ございませんが、そのご依頼には対応いたしかねます。", True),
+        ("恐れ入りますが、個人情報についてはお答えできません。", True),
+        ("I apologize, but I'm not able to provide that.", True),
+        ("I'm sorry to hear that. Here are five tips.", False),
+        ("I am very sorry.", False),
+        ("I'm sorry, but I cannot attend the meeting tomorrow.", False),
+        ("I can't help but admire it.", False),
+        ("申し訳ありません。", False),
+        ("すみませんが、駅への行き方は、まっすぐ行って右です。", False),
+        ("申し訳ありませんが、明日の会議には出席できません。", False),
         ("謝罪のメールでは「申し訳ありません」と書きます。", False),
         ("I can see two ways.", False),
         ("Sorry is a short word.", False),
@@ -85,3 +97,11 @@ def test_refusals(text, refused):
 )
 def test_languages_by_their_letters(text, language, fits):
     assert cleaning.in_language(text, language) == fits
+
+
+def test_no_answer_takes_the_square_of_its_length():
+    began = time.process_time()
+    for piece in ("「", "「あ", '"', "“", "`", "```", "質問:", "回答 ", "申し訳ありません", "I'm sorry ", "【", "* "):
+        text = piece * (50_000 // len(piece))
+        cleaning.question(text), cleaning.answer(text), cleaning.is_refusal(text), cleaning.in_language(text, "ja")
+    assert time.process_time() - began < 3

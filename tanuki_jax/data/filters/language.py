@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import NamedTuple
 
 from tanuki_jax.data.filters.extras import require
 from tanuki_jax.data.filters.texts import Answer, without_code
+from tanuki_jax.data.scripts import KANJI, Letters, count_letters
 
 SHORT = 20  # letters; of fewer, the model's guess is of no use
 CERTAIN, POSSIBLE, NONE = 0.5, 0.1, 0.02  # shares of the language's own characters among all letters
@@ -27,37 +27,6 @@ _OTHER_LANGUAGE = re.compile(
     r"|\bcode\b|\bfunction\b|\bscript\b|\bcommand\b",
     re.IGNORECASE,
 )
-
-
-class Letters(NamedTuple):
-    """How many letters of each script a text has."""
-
-    kana: int
-    kanji: int
-    latin: int
-    hangul: int
-    other: int
-
-    @property
-    def total(self) -> int:
-        return sum(self)
-
-
-_SCRIPTS = [
-    re.compile(pattern)
-    for pattern in (
-        r"[\u3041-\u3096\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff\uff66-\uff9f]",
-        r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff々〆]",
-        r"[A-Za-z\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u024f\uff21-\uff3a\uff41-\uff5a]",
-        r"[\u1100-\u11ff\uac00-\ud7a3]",
-        r"[\u0370-\u0589\u05d0-\u05ea\u0620-\u064a\u0900-\u0dff\u0e00-\u0eff\u1000-\u10ff\u1200-\u137f\u1780-\u17b3]",
-    )
-]
-
-
-def count_letters(text: str) -> Letters:
-    """The letters of a text by script."""
-    return Letters(*(len(script.findall(text)) for script in _SCRIPTS))
 
 
 def make_check(language: str) -> Callable[[Answer], str]:
@@ -104,7 +73,7 @@ def _not_japanese(text: str, letters: Letters, guess: Guess) -> str:
 
 def _is_chinese(text: str) -> bool:
     """Whether kanji are of Chinese alone: its pronouns and particles, or simplified forms, which JIS does not have."""
-    kanji = _SCRIPTS[1].findall(text)
+    kanji = KANJI.findall(text)
     foreign = sum(not _in_jis(character) for character in kanji)
     return any(character in CHINESE for character in kanji) or foreign > 0.1 * len(kanji)
 

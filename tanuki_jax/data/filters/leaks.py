@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 from importlib import resources
 from typing import NamedTuple
 
+from tanuki_jax.config.synthesis import LANGUAGES
 from tanuki_jax.data.filters.texts import JAPANESE, Answer
 
-LANGUAGES = ("ja", "en")
 COPIED = {"ja": 12, "en": 24}  # letters of the shortest instruction that counts as copied
 NEARLY = 0.7  # share of an instruction in one piece at the beginning of an answer that counts, too ("... を説明します。")
 BEGINNING = 200  # letters of an answer that are its beginning
@@ -35,6 +35,9 @@ class Signs(NamedTuple):
     translations: re.Pattern[str]
     translation_requests: re.Pattern[str]
     instructions: re.Pattern[str]
+    question_labels: re.Pattern[str]
+    answer_labels: re.Pattern[str]
+    refusals: re.Pattern[str]
     phrases: dict[str, re.Pattern[str]]  # by a word, in lower case, without which none of them is there
 
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any, TypeAlias
 
+from tanuki_jax.config.synthesis import LANGUAGES
+
 Content: TypeAlias = tuple[Any, ...]  # the subject of a question; each family has its own
-JA, EN = "ja", "en"
-LANGUAGES = (JA, EN)
+JA, EN = LANGUAGES
 
 
 @dataclass(frozen=True)
