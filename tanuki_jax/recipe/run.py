@@ -62,8 +62,7 @@ def _run_stages(recipe: Recipe, workdir: Workdir, stages: Sequence[str], allow_d
     if all(workdir.done(stage) for stage in stages):
         return
     waiting = [stage for stage in stages if not workdir.done(stage)]
-    sources = {source for stage in waiting for source in config.stage_sources(recipe.stages[stage])}
-    multihost.first_then_all(lambda: source_files.check(recipe, sources), "a look at the data")
+    multihost.first_then_all(lambda: source_files.check(recipe, waiting), "a look at the data")
     tokenizer = multihost.first_then_all(lambda: artifacts.prepare_tokenizer(recipe, workdir), "the tokenizer")
     multihost.assert_equal_across_processes("fingerprint of the tokenizer", tokenizer.fingerprint)
     with multihost.handle_sigterm(), trackers.open_trackers(recipe, workdir.root) as on_metrics:

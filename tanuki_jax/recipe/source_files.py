@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tanuki_jax import config, files
+from tanuki_jax.config.derived import made_sources
 from tanuki_jax.config.schema import Recipe
 from tanuki_jax.config.synthesis import RULES_PREFIX, SYNTH_PREFIX
 from tanuki_jax.data import paths, sources
 from tanuki_jax.errors import UserError
 from tanuki_jax.recipe.make_rows import make_rows
 from tanuki_jax.recipe.workdir import Workdir
-from tanuki_jax.synth import rules
+from tanuki_jax.synth import methods, rules
 
 RULES_CODE = ("rules.py", "world.py", "families/*.py")  # what rule-made rows follow from, in synth/
 
@@ -93,13 +94,15 @@ def _filter(recipe: Recipe, name: str, workdir: Workdir, located: SourceFiles) -
     )
 
 
-def check(recipe: Recipe, names: Collection[str]) -> None:
-    """Looks at the files of sources before anything long begins: they are there, and the first row of each can be read.
+def check(recipe: Recipe, stages: Collection[str]) -> None:
+    """Looks at all that stages read before anything long begins: it is there, and the first row of each file can be read.
 
     Says which files two sources share: they are trained on twice, which may be meant.
     """
+    for name in sorted({name for stage in stages for name in made_sources(recipe, stage)}):
+        methods.check(recipe, name)
     first: dict[object, str] = {}
-    for name in sorted(names):
+    for name in sorted({name for stage in stages for name in config.stage_sources(recipe.stages[stage])}):
         source = recipe.data[name]
         _check_files(recipe, name)
         if source.files.startswith(RULES_PREFIX):

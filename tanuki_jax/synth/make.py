@@ -218,7 +218,7 @@ def _write(synth: Synth, filters: Filters | None, judge: Endpoint | None, direct
         summary["preferences"] = report.preferences(_prompts(answers))
     if filters is not None:
         rows = _filter(rows, filters, judge, directory / FILTERS) / ROWS
-    counts: dict[str, Counter[str]] = {"dropped": Counter()} | ({"filtered": Counter()} if filters else {})
+    counts: dict[str, Counter[str]] = {part: Counter() for part in ("dropped", *(["filtered"] if filters else []))}
     places = dict(zip(counts, (answers, directory / FILTERS), strict=False))
     files.write_jsonl(directory / SKIPPED, (row for part in counts for row in _skipped(places[part], counts[part])))
     summary |= {part: dict(count.most_common()) for part, count in counts.items()}

