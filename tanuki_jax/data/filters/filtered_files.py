@@ -105,7 +105,7 @@ class _Writer(contextlib.ExitStack):
         self.masked: collections.Counter[str] = collections.Counter()
         self._dropped: collections.Counter[str] = collections.Counter()
         self._rows, self._drops = (self.enter_context((directory / name).open("wb")) for name in (ROWS, DROPPED))
-        self._places = self.enter_context(tempfile.TemporaryFile())  # of the rows that pass, for those that a judge drops
+        self._places = self.enter_context(tempfile.TemporaryFile(dir=directory))  # of the rows, for those that a judge drops
 
     def write(self, row: Row) -> None:
         self._rows.write(files.json_line(row.fields))
@@ -125,7 +125,7 @@ class _Writer(contextlib.ExitStack):
         self._rows.flush()
 
     def take_out(self, path: Path, reasons: Iterable[tuple[str, str]]) -> None:
-        """Drops written rows: those of path, to which reason and detail are given; empty = it stays."""
+        """Drops rows that are written: `reasons` has the reason and detail of each row of `path`; empty = it stays."""
         self._places.seek(0)
         with files.atomic_path(path) as temporary, path.open("rb") as f, temporary.open("wb") as g:
             for line, where, (reason, detail) in zip(f, self._places, reasons, strict=True):

@@ -1,7 +1,7 @@
 """Near-duplicates: MinHash (rensa) proposes candidates, and the exact Jaccard similarity of their 5-grams decides.
 
-Memory for each row that is passed: about 6 kB at a threshold of 0.8, 9 kB at 0.5, most of it rensa's.  The rows' texts and
-places lie in a temporary file.
+Memory for each row that is passed: 2 to 5.5 kB at a threshold of 0.8, up to 9 kB at 0.5; the less the rows have in common, the
+more.  Their texts and places lie in a temporary file.
 """
 
 from __future__ import annotations
