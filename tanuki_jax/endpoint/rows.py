@@ -85,12 +85,14 @@ def assemble(
                 for row in rows:
                     if isinstance(row, Drop):
                         summary.dropped[row.reason] += 1
-                        left_out = {"row": row.row} if row.row else {}
-                        jobs = [call["job"] for call in calls]
+                        content, origin = _split(row.row or {}, calls)
+                        left_out = {"row": content} if content else {}
+                        jobs = [call["job"] for call in origin]
                         dropped_file.write(files.json_line({"item": item_id, "reason": row.reason, **left_out, "jobs": jobs}))
                     else:
                         summary.rows += 1
-                        line = files.json_line({**row, "provenance": calls})
+                        content, origin = _split(row, calls)
+                        line = files.json_line({**content, "provenance": origin})
                         digest.update(line)
                         rows_file.write(line)
 
@@ -99,6 +101,13 @@ def assemble(
             file.flush()
             os.fsync(file.fileno())
     summary.rows_sha256 = digest.hexdigest()
+
+
+def _split(row: Mapping[str, Any], calls: list[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """A row without its field `steps`, and the calls of these steps; all calls of its item where it names none."""
+    steps = row.get("steps")
+    content = {name: value for name, value in row.items() if name != "steps"}
+    return content, calls if steps is None else [call for call in calls if call["step"] in steps]
 
 
 async def _replay(

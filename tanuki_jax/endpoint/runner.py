@@ -53,7 +53,8 @@ def run(
 
     Args:
       items: pairs (id, item), read lazily and twice: a list, or an object whose `__iter__` starts from the beginning.
-      chain: returns rows, and `Drop`s for rows that are left out.
+      chain: returns rows, and `Drop`s for rows that are left out.  A row that does not come from all calls of its item names
+        the steps that it comes from in a field `steps`, which is not written.
       clients: the client of each role that jobs name; not started.
       recipe: what jobs' ids depend on beside what is asked; a directory has the answers of one.
       version: fingerprint of all else that decides about the rows: those of another version are written anew, from the answers

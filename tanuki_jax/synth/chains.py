@@ -79,8 +79,8 @@ def rewrite(context: Context) -> Chain:
                 raise Drop("unchanged")
             asking.check_language(context, text, other if style == "translation" else synth.language)
         except Drop as drop:
-            return Drop(drop.reason, {**(drop.row or {}), "meta": notes})
-        return {"text": text, "meta": notes}
+            return Drop(drop.reason, {**(drop.row or {}), "meta": notes, "steps": [style]})
+        return {"text": text, "meta": notes, "steps": [style]}
 
     async def chain(item: Item, ask: Ask) -> list[Row | Drop]:
         return list(await asyncio.gather(*(write(item, ask, style) for style in styles(context))))

@@ -65,6 +65,19 @@ def test_rows_say_where_they_come_from(server, tmp_path):
     }
 
 
+def test_a_row_comes_from_the_steps_that_it_names(server, tmp_path):
+    async def chain(item, ask):
+        texts = [(await ask(question(f"{step} of {item}", step))).text for step in "ab"]
+        return [{"text": texts[0], "steps": ["a"]}, Drop("bad", {"text": texts[1], "steps": ["b"]}), {"text": "".join(texts)}]
+
+    run(server, tmp_path, 2, chain)
+    rows = [json.loads(line) for line in lines(tmp_path / "rows.jsonl")]
+    assert [[call["step"] for call in row["provenance"]] for row in rows] == [["a"], ["a", "b"]] * 2
+    assert all({*row} == {"text", "provenance"} for row in rows)
+    for dropped, row in zip(map(json.loads, lines(tmp_path / "dropped.jsonl")), rows[1::2], strict=True):
+        assert {*dropped["row"]} == {"text"} and dropped["jobs"] == [row["provenance"][1]["job"]]
+
+
 def test_what_was_answered_is_not_asked_again_and_rows_do_not_depend_on_the_order(server, tmp_path):
     run(server, tmp_path / "a", 20)
     asked, answers = server.requests["answer"], lines(tmp_path / "a/answers.jsonl")

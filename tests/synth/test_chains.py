@@ -99,7 +99,8 @@ def test_a_document_is_written_in_every_style():
     )
     assert [row["meta"]["style"] for row in made] == list(templates.load("rewrite", "ja").texts)
     assert all("狸は{夜}に活動する。" in job.messages[0]["content"] for job in jobs)
-    assert len({row["meta"]["item"] for row in made}) == 1 and {*made[0]} == {"text", "meta"}
+    assert len({row["meta"]["item"] for row in made}) == 1 and {*made[0]} == {"text", "meta", "steps"}
+    assert [row["steps"] for row in made] == [[row["meta"]["style"]] for row in made], "its own call alone"
 
 
 def test_a_style_that_fails_is_kept_apart_and_the_others_stay():
@@ -108,6 +109,7 @@ def test_a_style_that_fails_is_kept_apart_and_the_others_stay():
 
     first, second = rows(context("rewrite", styles=("summary", "qa")), {"document": "狸は夜に活動する。"}, answer)[0]
     assert (first.reason, second.reason) == ("empty", "unchanged") and first.row["meta"]["style"] == "summary"
+    assert (first.row["steps"], second.row["steps"]) == (["summary"], ["qa"])
 
 
 def test_magpie_continues_the_bare_prefix_of_a_users_turn():
