@@ -59,9 +59,9 @@ def malformed():
         for path in ("/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"):
             yield path, body, True
     for fields, *_ in WRONG_CHATS:
-        yield "/v1/chat/completions", {"model": NAME, "messages": [TURN], "max_tokens": 2, "bad": 1, **fields}, True
+        yield "/v1/chat/completions", {"model": NAME, "messages": [TURN], "max_tokens": 2, **fields}, True
     for fields, *_ in WRONG_COMPLETIONS:
-        yield "/v1/completions", {"model": NAME, "prompt": "a", "max_tokens": 2, "bad": 1, **fields}, True
+        yield "/v1/completions", {"model": NAME, "prompt": "a", "max_tokens": 2, **fields}, True
     for field, value in itertools.product(FIELDS, VALUES):
         for path, content in (("/v1/chat/completions", {"messages": [TURN]}), ("/v1/completions", {"prompt": "a"})):
             yield path, {"model": NAME, "max_tokens": 2, **content, field: value}, False

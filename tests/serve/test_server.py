@@ -8,6 +8,7 @@ import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
+import jax
 import numpy as np
 import openai
 import pytest
@@ -128,6 +129,27 @@ def test_echoed_log_probabilities_are_those_of_score_and_equal_floats_mark_the_g
     scored = running.client.completions.create(model=NAME, prompt=ids, max_tokens=0, logprobs=0, echo=True)
     assert scored.choices[0].logprobs.token_logprobs == answer.choices[0].logprobs.token_logprobs[:-1]
     assert scored.choices[0].text == running.tokenizer.decode(ids)
+
+
+def test_nothing_is_compiled_once_it_is_ready(running, caplog):
+    ids = running.tokenizer.encode("狸が山の奥で、3と2を足すと")
+    before = jax.config.jax_log_compiles
+    jax.config.update("jax_log_compiles", True)
+    try:
+        with caplog.at_level("WARNING"):
+            for options in (
+                dict(prompt=ids[:1], max_tokens=1),
+                dict(prompt=(ids * 8)[: LENGTH - 5], max_tokens=5, temperature=1, extra_body={"top_k": 3, "min_p": 0.1}),
+                dict(prompt=[ids, ids[:3], ids * 2], max_tokens=3, n=2, logprobs=5, temperature=0),
+                dict(prompt=(ids * 8)[: LENGTH - 1], max_tokens=0, logprobs=1, echo=True),
+                dict(prompt=ids, max_tokens=20, logprobs=0, echo=True, extra_body={"repetition_penalty": 1.3}),
+            ):
+                running.client.completions.create(model=NAME, **options)
+                if options.get("n", 1) == 1:
+                    list(running.client.completions.create(model=NAME, stream=True, **options))
+    finally:
+        jax.config.update("jax_log_compiles", before)
+    assert not [record.getMessage() for record in caplog.records if "ompil" in record.getMessage()]
 
 
 def test_log_probabilities_of_a_chat_are_of_its_tokens(running):
