@@ -23,7 +23,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from tanuki_jax.serve.answers import ChatWriter, CompletionWriter
+from tanuki_jax.serve.answers import ChatWriter, CompletionWriter, Writer
 from tanuki_jax.serve.engine import Engine
 from tanuki_jax.serve.errors import ApiError
 from tanuki_jax.serve.exchange import Exchange
@@ -39,7 +39,6 @@ PING_SECONDS = 15.0
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
 Handler = Callable[[HttpRequest], Awaitable[Response]]
-Writer = ChatWriter | CompletionWriter
 
 
 @dataclass(frozen=True)
