@@ -28,7 +28,7 @@ from tanuki_jax.serve.engine import Engine
 from tanuki_jax.serve.errors import ApiError
 from tanuki_jax.serve.exchange import Exchange
 from tanuki_jax.serve.prompts import read_conversation
-from tanuki_jax.serve.requests import Served, read_chat, read_completion, read_json
+from tanuki_jax.serve.requests import ServedModel, read_chat, read_completion, read_json
 from tanuki_jax.serve.spelling import Spelling
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ class Access:
 class Api:
     """The handlers, over one engine and one model."""
 
-    def __init__(self, engine: Engine[Any], served: Served, access: Access, max_body: int = MAX_BODY) -> None:
+    def __init__(self, engine: Engine[Any], served: ServedModel, access: Access, max_body: int = MAX_BODY) -> None:
         self._engine, self._served, self._access, self._max_body = engine, served, access, max_body
         self._spelling = Spelling(served.tokenizer)
         self._created = int(time.time())

@@ -20,7 +20,7 @@ from tanuki_jax.evaluate.score import sequence_scores
 from tanuki_jax.serve.app import Access, Api
 from tanuki_jax.serve.errors import ApiError
 from tanuki_jax.serve.exchange import Exchange
-from tanuki_jax.serve.requests import Served
+from tanuki_jax.serve.requests import ServedModel
 from tanuki_jax.serve.server import Server
 from tests.serve.conftest import CFG, LENGTH, NAME, SLOTS
 
@@ -277,7 +277,7 @@ class Idle:
 
 
 def test_a_key_is_asked_for_compared_and_never_shown(tokenizer, caplog):
-    app = Api(Idle(), Served("m", tokenizer, 512, 64), Access(("key-a", "鍵"), loopback=False)).app()
+    app = Api(Idle(), ServedModel("m", tokenizer, 512, 64), Access(("key-a", "鍵"), loopback=False)).app()
     for key, status in (("key-a", 200), ("鍵", 200), ("key-b", 401), ("", 401), ("\xff", 401)):
         found, body = respond(app, "/v1/models", [(b"authorization", b"Bearer " + key.encode())])
         assert found == status and b"key-" not in body
@@ -286,13 +286,13 @@ def test_a_key_is_asked_for_compared_and_never_shown(tokenizer, caplog):
 
 
 def test_until_it_is_ready_health_says_what_it_does(tokenizer):
-    app = Api(Idle(), Served("m", tokenizer, 512, 64), Access(loopback=False)).app()
+    app = Api(Idle(), ServedModel("m", tokenizer, 512, 64), Access(loopback=False)).app()
     status, body = respond(app, "/health")
     assert status == 503 and "program 3 of 9" in json.loads(body)["message"]
 
 
 def test_an_unexpected_error_is_one_500_without_details(tokenizer, caplog):
-    api = Api(Idle(), Served("m", tokenizer, 512, 64), Access(loopback=False))
+    api = Api(Idle(), ServedModel("m", tokenizer, 512, 64), Access(loopback=False))
     api._describe = lambda: 1 / 0
     status, body = respond(api.app(), "/v1/models")
     assert status == 500 and b"division" not in body and "division" in caplog.text
