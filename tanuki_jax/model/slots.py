@@ -182,12 +182,12 @@ def admit_scored(
     slots_R: Array,
     choices: Choices,
     keys_R: jax.Array,
-    wanted: Array,
+    with_scores: Array,
     top: int,
 ) -> tuple[Slots, Scores]:
     """What `admit` gives, and what `score` gives for the prompts, from one pass and one program.
 
-    wanted: bool; without it the scores are zeros, and cost nothing.
+    with_scores: bool; without it the scores are zeros, and cost nothing.
     """
     slots, hidden_RPD = _admit(cfg, weights, slots, tokens_RP, lengths_R, slots_R, choices, keys_R)
 
@@ -197,7 +197,7 @@ def admit_scored(
     def skip() -> Scores:
         return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(count))
 
-    return slots, jax.lax.cond(wanted, count, skip)
+    return slots, jax.lax.cond(with_scores, count, skip)
 
 
 def _admit(
@@ -242,13 +242,13 @@ def step(cfg: config.ModelConfig, weights: Weights, slots: Slots, n: int, top: i
 
 @functools.partial(jax.jit, static_argnames=("cfg", "limit", "top"), donate_argnames="slots")
 def step_up_to(
-    cfg: config.ModelConfig, weights: Weights, slots: Slots, n: Array, wanted: Array, limit: int, top: int
+    cfg: config.ModelConfig, weights: Weights, slots: Slots, n: Array, with_top: Array, limit: int, top: int
 ) -> tuple[Slots, Tokens]:
     """What `step` gives for any n up to `limit`, with the likeliest tokens or without, by one program.
 
     Args:
       n: int32; tokens [limit, B] have zeros after the first n.
-      wanted: bool; without it there are zeros in place of the likeliest tokens, and they cost nothing.
+      with_top: bool; without it there are zeros in place of the likeliest tokens, and they cost nothing.
     """
     B = len(slots.step_B)
     none = Tokens(
@@ -259,27 +259,27 @@ def step_up_to(
     )
 
     def add(i: jax.Array, state: tuple[Slots, Tokens]) -> tuple[Slots, Tokens]:
-        slots, new = next_token(cfg, weights, state[0], top, wanted=wanted)
+        slots, new = next_token(cfg, weights, state[0], top, with_top=with_top)
         return slots, jax.tree.map(lambda whole, part: whole.at[i].set(part), state[1], new)
 
     return jax.lax.fori_loop(0, n, add, (slots, none))
 
 
 def next_token(
-    cfg: config.ModelConfig, weights: Weights, slots: Slots, top: int = 0, greedy: bool = False, wanted: Array | bool = True
+    cfg: config.ModelConfig, weights: Weights, slots: Slots, top: int = 0, greedy: bool = False, with_top: Array | bool = True
 ) -> tuple[Slots, Tokens]:
     """The same for one token, inside a program; n is left out of the shapes.
 
     Args:
       greedy: whether every row is known to ask for nothing but the likeliest token, which is less to compile.
-      wanted: as in `step_up_to`.
+      with_top: as in `step_up_to`.
     """
     logits_BV = _logits(weights, slots.hidden_BD)
     if greedy:
         token_B = logits_BV.argmax(axis=-1).astype(jnp.int32)
     else:
         token_B = choose(logits_BV, slots.choices, slots.seen_BV, jax.random.wrap_key_data(slots.key_B2), slots.step_B)
-    tokens = Tokens(token_B, *_logprobs(logits_BV, token_B, top, wanted))
+    tokens = Tokens(token_B, *_logprobs(logits_BV, token_B, top, with_top))
     x_B1D = weights.table_VD[token_B][:, None]
     hidden_B1D, cache = _forward(cfg, weights, x_B1D, slots.position_B[:, None], slots.cache)
     seen_BV = slots.seen_BV.at[jnp.arange(len(token_B)), token_B].set(True)
@@ -321,7 +321,9 @@ def _score(cfg: config.ModelConfig, weights: Weights, hidden_BSD: jax.Array, tok
     targets_T = jnp.pad(jnp.roll(tokens_BS, -1, axis=1).reshape(-1), (0, padding)).reshape(-1, chunk)
     hidden_TD = jnp.pad(hidden_BSD.reshape(-1, D), ((0, padding), (0, 0))).reshape(-1, chunk, D)
     scores = jax.lax.map(lambda c: Scores(*_logprobs(_logits(weights, c[0]), c[1], top)), (hidden_TD, targets_T))
-    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[: B * S].reshape(B, S, *a.shape[2:])[:, : S - 1], scores)
+    return jax.tree.map(
+        lambda a: a.reshape(B * S + padding, *a.shape[2:])[: B * S].reshape(B, S, *a.shape[2:])[:, : S - 1], scores
+    )
 
 
 # --- the model ------------------------------------------------------------------------------------------------------
@@ -363,7 +365,7 @@ def _logits(weights: Weights, hidden_XD: jax.Array) -> jax.Array:
 
 
 def _logprobs(
-    logits_XV: jax.Array, tokens_X: jax.Array, top: int, wanted: Array | bool = True
+    logits_XV: jax.Array, tokens_X: jax.Array, top: int, with_top: Array | bool = True
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Log-probabilities [...] of tokens, and ids and log-probabilities [..., top] of the likeliest."""
     # The barrier keeps the sum from being computed twice, in two orders: the same token would have two log-probabilities.
@@ -380,4 +382,4 @@ def _logprobs(
 
     if not top:
         return chosen_X[..., 0], *nothing()
-    return chosen_X[..., 0], *(likeliest() if wanted is True else jax.lax.cond(wanted, likeliest, nothing))
+    return chosen_X[..., 0], *(likeliest() if with_top is True else jax.lax.cond(with_top, likeliest, nothing))

@@ -44,11 +44,40 @@ class Answer:
 class Writer:
     """Writes the answer to one request, whole or piece by piece."""
 
+    prefix = ""  # of the answer's id
+
     def __init__(self, request: Request, spelling: Spelling, model: str) -> None:
-        self._request, self._spelling, self._model = request, spelling, model
-        self._created = int(time.time())
+        self._request, self._spelling = request, spelling
+        self._head: Any = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
         self._n_per_prompt = len(request.jobs) // len(request.prompts)
         self.answers = [Answer() for _ in request.jobs]
+
+    def whole(self) -> str:
+        """The whole answer."""
+        raise NotImplementedError
+
+    def begin(self) -> Iterable[str]:
+        """The chunks before any piece."""
+        raise NotImplementedError
+
+    def piece(self, index: int, piece: Piece) -> Iterable[str]:
+        """The chunks for a piece of the answer with this number."""
+        raise NotImplementedError
+
+    def end(self) -> Iterable[str]:
+        """The chunk after all pieces, where usage was asked for."""
+        if self._request.include_usage:
+            yield self._write_chunk([], self._usage())
+
+    def _chunk(self, choice: Any) -> str:
+        return self._write_chunk([choice], None)
+
+    def _write_chunk(self, choices: list[Any], usage: CompletionUsage | None) -> str:
+        """A chunk; it has the field of usage, empty or not, where that was asked for."""
+        return self._write(choices, {"usage": usage} if self._request.include_usage else {})
+
+    def _write(self, choices: list[Any], usage: dict[str, Any]) -> str:
+        raise NotImplementedError
 
     def _usage(self) -> CompletionUsage:
         prompt, completion = sum(len(p.ids) for p in self._request.prompts), sum(a.n_tokens for a in self.answers)
@@ -58,12 +87,9 @@ class Writer:
 class ChatWriter(Writer):
     """Answers of /v1/chat/completions."""
 
-    def __init__(self, request: Request, spelling: Spelling, model: str) -> None:
-        super().__init__(request, spelling, model)
-        self._id = f"chatcmpl-{uuid.uuid4().hex}"
+    prefix = "chatcmpl"
 
     def whole(self) -> str:
-        """The whole answer."""
         choices = [
             whole.Choice(
                 index=index,
@@ -75,45 +101,30 @@ class ChatWriter(Writer):
             )
             for index, answer in enumerate(self.answers)
         ]
-        return ChatCompletion(
-            id=self._id,
-            object="chat.completion",
-            created=self._created,
-            model=self._model,
-            choices=choices,
-            usage=self._usage(),
-        ).model_dump_json(exclude_unset=True)
+        answer = ChatCompletion(**self._head, object="chat.completion", choices=choices, usage=self._usage())
+        return answer.model_dump_json(exclude_unset=True)
 
     def begin(self) -> Iterable[str]:
-        """The chunks before any piece."""
         for index in range(len(self.answers)):
-            yield self._chunk([self._choice(index, chunk.ChoiceDelta(role="assistant", content=""))])
+            yield self._chunk(self._choice(index, chunk.ChoiceDelta(role="assistant", content="")))
 
     def piece(self, index: int, piece: Piece) -> Iterable[str]:
-        """The chunks for a piece of the answer with this number."""
         if piece.text or piece.scored:
             choice = self._choice(index, chunk.ChoiceDelta(content=piece.text))
             if self._request.jobs[index].top is not None:
                 choice.logprobs = chunk.ChoiceLogprobs(content=self._logprobs(piece.scored, index), refusal=None)
-            yield self._chunk([choice])
+            yield self._chunk(choice)
         if piece.finish:
             choice = self._choice(index, chunk.ChoiceDelta())
             choice.finish_reason = FINISH[piece.finish]
-            yield self._chunk([choice])
-
-    def end(self) -> Iterable[str]:
-        """The chunk after all pieces, where usage was asked for."""
-        if self._request.include_usage:
-            yield self._chunk([], self._usage())
+            yield self._chunk(choice)
 
     def _choice(self, index: int, delta: chunk.ChoiceDelta) -> chunk.Choice:
         return chunk.Choice(index=index, delta=delta, finish_reason=None, logprobs=None)
 
-    def _chunk(self, choices: list[chunk.Choice], usage: CompletionUsage | None = None) -> str:
-        kwargs: dict[str, Any] = {"usage": usage} if self._request.include_usage else {}
-        return ChatCompletionChunk(
-            id=self._id, object="chat.completion.chunk", created=self._created, model=self._model, choices=choices, **kwargs
-        ).model_dump_json(exclude_unset=True)
+    def _write(self, choices: list[chunk.Choice], usage: dict[str, Any]) -> str:
+        answer = ChatCompletionChunk(**self._head, object="chat.completion.chunk", choices=choices, **usage)
+        return answer.model_dump_json(exclude_unset=True)
 
     def _logprobs(self, scored: Sequence[ScoredToken], index: int) -> list[ChatCompletionTokenLogprob]:
         spell, top = self._spelling, self._request.jobs[index].top or 0
@@ -134,45 +145,32 @@ class CompletionWriter(Writer):
     openai's types know no null among log-probabilities, nor a finish_reason of null, so that these are not checked.
     """
 
-    def __init__(self, request: Request, spelling: Spelling, model: str) -> None:
-        super().__init__(request, spelling, model)
-        self._id = f"cmpl-{uuid.uuid4().hex}"
+    prefix = "cmpl"
 
     def whole(self) -> str:
-        """The whole answer."""
         choices = []
         for index, answer in enumerate(self.answers):
             echo = self._echo(index)
             choices.append(self._choice(index, echo + answer.text, answer.prompt, answer.scored, len(echo), answer.finish))
-        return self._completion(choices, {"usage": self._usage()})
+        return self._write(choices, {"usage": self._usage()})
 
     def begin(self) -> Iterable[str]:
-        """The chunks before any piece: prompts that are echoed without log-probabilities."""
+        """Prompts that are echoed without log-probabilities."""
         for index in range(len(self.answers)):
             if (echo := self._echo(index)) and not self._request.jobs[index].score_prompt:
                 yield self._chunk(self._choice(index, echo, (), (), 0, ""))
 
     def piece(self, index: int, piece: Piece) -> Iterable[str]:
-        """The chunks for a piece of the answer with this number."""
         echo = self._echo(index)
         text = echo + piece.text if piece.prompt else piece.text
         yield self._chunk(self._choice(index, text, piece.prompt, piece.scored, len(echo), piece.finish))
 
-    def end(self) -> Iterable[str]:
-        """The chunk after all pieces, where usage was asked for."""
-        if self._request.include_usage:
-            yield self._completion([], {"usage": self._usage()})
-
     def _echo(self, index: int) -> str:
         return self._request.prompts[index // self._n_per_prompt].text if self._request.echo else ""
 
-    def _chunk(self, choice: CompletionChoice) -> str:
-        return self._completion([choice], {"usage": None} if self._request.include_usage else {})
-
-    def _completion(self, choices: list[CompletionChoice], usage: dict[str, Any]) -> str:
-        return Completion(
-            id=self._id, object="text_completion", created=self._created, model=self._model, choices=choices, **usage
-        ).model_dump_json(exclude_unset=True, warnings=False)
+    def _write(self, choices: list[CompletionChoice], usage: dict[str, Any]) -> str:
+        answer = Completion(**self._head, object="text_completion", choices=choices, **usage)
+        return answer.model_dump_json(exclude_unset=True, warnings=False)
 
     def _choice(
         self,

@@ -23,12 +23,12 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from tanuki_jax.serve.answers import ChatWriter, CompletionWriter
+from tanuki_jax.serve.answers import ChatWriter, CompletionWriter, Writer
 from tanuki_jax.serve.engine import Engine
 from tanuki_jax.serve.errors import ApiError
 from tanuki_jax.serve.exchange import Exchange
 from tanuki_jax.serve.prompts import read_conversation
-from tanuki_jax.serve.requests import Served, read_chat, read_completion, read_json
+from tanuki_jax.serve.requests import ServedModel, read_chat, read_completion, read_json
 from tanuki_jax.serve.spelling import Spelling
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,6 @@ PING_SECONDS = 15.0
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
 Handler = Callable[[HttpRequest], Awaitable[Response]]
-Writer = ChatWriter | CompletionWriter
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ class Access:
 class Api:
     """The handlers, over one engine and one model."""
 
-    def __init__(self, engine: Engine[Any], served: Served, access: Access, max_body: int = MAX_BODY) -> None:
+    def __init__(self, engine: Engine[Any], served: ServedModel, access: Access, max_body: int = MAX_BODY) -> None:
         self._engine, self._served, self._access, self._max_body = engine, served, access, max_body
         self._spelling = Spelling(served.tokenizer)
         self._created = int(time.time())

@@ -71,12 +71,12 @@ class SlotsDecoder:
         tokens_RP, lengths_R = pad_prompts(prompts, self.width(max(map(len, prompts))))
         choices = stack([job.sampling for job in jobs])
         keys_R = jnp.stack([request_key(job.seed, job.prompt, job.sample) for job in jobs])
-        wanted = np.bool_(any(job.score_prompt for job in jobs))
+        with_scores = np.bool_(any(job.score_prompt for job in jobs))
         with self._on_mesh():
             self._slots, scores = slots.admit_scored(
-                *(self._cfg, self._weights, self._slots, tokens_RP, lengths_R, slots_R, choices, keys_R, wanted, TOP)
+                *(self._cfg, self._weights, self._slots, tokens_RP, lengths_R, slots_R, choices, keys_R, with_scores, TOP)
             )
-        if not wanted:
+        if not with_scores:
             return None
         scores = jax.device_get(scores)
         return [

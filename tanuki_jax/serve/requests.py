@@ -89,7 +89,7 @@ CHAT, COMPLETION = TypeAdapter(ChatRequest), TypeAdapter(CompletionRequest)
 
 
 @dataclass(frozen=True)
-class Served:
+class ServedModel:
     """The model that is served, as far as requests need to know."""
 
     name: str
@@ -127,7 +127,7 @@ def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is no number of JSON")
 
 
-def read_chat(served: Served, body: Mapping[str, Any]) -> Request:
+def read_chat(served: ServedModel, body: Mapping[str, Any]) -> Request:
     """A chat's request."""
     fields = _check_fields(CHAT, served, body, "messages", [{"role": "user", "content": ""}])
     prompt = read_conversation(served.tokenizer, body.get("messages"))
@@ -143,7 +143,7 @@ def read_chat(served: Served, body: Mapping[str, Any]) -> Request:
     return _make_request(served, fields, [prompt], limit, top, echo=False)
 
 
-def read_completion(served: Served, body: Mapping[str, Any]) -> Request:
+def read_completion(served: ServedModel, body: Mapping[str, Any]) -> Request:
     """A completion's request."""
     fields = _check_fields(COMPLETION, served, body, "prompt", "")
     if fields.get("best_of") not in (None, fields.get("n", 1)):
@@ -156,7 +156,7 @@ def read_completion(served: Served, body: Mapping[str, Any]) -> Request:
 
 
 def _check_fields(
-    adapter: TypeAdapter[Any], served: Served, body: Mapping[str, Any], content: str, stand_in: object
+    adapter: TypeAdapter[Any], served: ServedModel, body: Mapping[str, Any], content: str, stand_in: object
 ) -> dict[str, Any]:
     """The fields that are no null, checked for type, support and range.  content: the field that is read elsewhere."""
     fields = {name: value for name, value in body.items() if value is not None}
@@ -203,7 +203,7 @@ def _read_stops(value: object) -> tuple[str, ...]:
 
 
 def _make_request(
-    served: Served, fields: Mapping[str, Any], prompts: list[Prompt], limit: int, top: int | None, echo: bool
+    served: ServedModel, fields: Mapping[str, Any], prompts: list[Prompt], limit: int, top: int | None, echo: bool
 ) -> Request:
     n = fields.get("n", 1)
     if n * len(prompts) > MAX_ROWS:
@@ -225,7 +225,7 @@ def _make_request(
     return Request(tuple(prompts), tuple(jobs), job.streams, include_usage, echo)
 
 
-def _check_length(served: Served, prompt: Prompt, limit: int, subject: str) -> None:
+def _check_length(served: ServedModel, prompt: Prompt, limit: int, subject: str) -> None:
     """An error where prompt and answer do not fit."""
     total = len(prompt.ids) + limit
     if total > served.max_length:
@@ -238,7 +238,7 @@ def _check_length(served: Served, prompt: Prompt, limit: int, subject: str) -> N
         )
 
 
-def _read_sampling(served: Served, fields: Mapping[str, Any], limit: int) -> Sampling:
+def _read_sampling(served: ServedModel, fields: Mapping[str, Any], limit: int) -> Sampling:
     ids = set(fields.get("stop_token_ids") or ())
     if not fields.get("ignore_eos"):
         ids.update(chat.stop_ids(served.tokenizer))

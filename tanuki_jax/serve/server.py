@@ -26,7 +26,7 @@ from tanuki_jax.serve.app import MAX_BODY, Access, Api
 from tanuki_jax.serve.decoder import SlotsDecoder
 from tanuki_jax.serve.engine import Engine
 from tanuki_jax.serve.prompts import warm_up
-from tanuki_jax.serve.requests import Served
+from tanuki_jax.serve.requests import ServedModel
 
 FAILURE_SECONDS = 2.0  # during which /health says that the engine has failed, before the process ends
 POLL_SECONDS = 0.1
@@ -169,7 +169,7 @@ def make_server(model: Model, options: Options, loopback: bool = True) -> Server
 
     engine: Engine[Any] = Engine(build, model.tokenizer, options.queue)
     vocab_size = min(model.cfg.vocab_size, model.tokenizer.vocab_size)
-    served = Served(options.model_name or model.name, model.tokenizer, vocab_size, length)
+    served = ServedModel(options.model_name or model.name, model.tokenizer, vocab_size, length)
     api = Api(engine, served, Access(options.keys, loopback), options.max_body)
     return Server(api.app(), engine, options.grace)
 

@@ -67,6 +67,33 @@ def test_what_is_left_is_what_is_counted_by_hand(options):
         assert np.flatnonzero(kept).tolist() == expected, (row, own)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("top_p", [1.0, 0.7])
+def test_what_is_left_is_what_transformers_leaves(top_p):
+    """Penalty, temperature and all cuts in its order and with its numbers."""
+    torch = pytest.importorskip("torch")
+    generation = pytest.importorskip("transformers")
+    options = dict(repetition_penalty=1.7, temperature=0.6, top_k=12, top_p=top_p, min_p=0.03)
+    held = RNG.integers(0, V, (len(LOGITS), 9))
+    theirs = generation.LogitsProcessorList(
+        [
+            generation.RepetitionPenaltyLogitsProcessor(options["repetition_penalty"]),
+            generation.TemperatureLogitsWarper(options["temperature"]),
+            generation.TopKLogitsWarper(options["top_k"]),
+            generation.TopPLogitsWarper(top_p),
+            generation.MinPLogitsWarper(options["min_p"]),
+        ]
+    )(torch.tensor(held), torch.tensor(LOGITS)).softmax(-1)
+    draws, rows = 500, len(LOGITS)
+    seen = np.zeros((rows, V), bool)
+    np.put_along_axis(seen, held, True, axis=1)
+    keys = jax.vmap(jax.random.key)(jnp.arange(rows * draws))
+    logits, seen = (jnp.repeat(jnp.asarray(a), draws, axis=0) for a in (LOGITS, seen))
+    drawn = choose(logits, choices(*[options] * rows * draws), seen, keys, jnp.zeros(rows * draws, jnp.int32))
+    for row, chances in zip(np.asarray(drawn).reshape(rows, draws), theirs.numpy(), strict=True):
+        assert np.abs(np.bincount(row, minlength=V) / draws - chances).max() < 0.1 and (chances[row] > 0).all()
+
+
 def test_the_set_that_reaches_top_p_is_the_smallest():
     """Chances of a half, a quarter and two eighths: sums that floats hold exactly."""
     logits = jnp.log(jnp.asarray([[0.125, 0.5, 0.125, 0.25]] * 5, jnp.float32))

@@ -208,6 +208,41 @@ def test_bfloat16_is_computed_in_bfloat16_and_stays_near():
             assert float(chosen.logprobs[t, i]) == pytest.approx(float(table[i, len(row) + t - 1].max()), abs=0.1)
 
 
+# --- one program for everything -----------------------------------------------------------------------------------------
+
+
+def test_one_program_gives_what_the_programs_for_each_number_of_steps_give():
+    cfg, weights = MODELS["dense"], loaded("dense")[1]
+    state = fill(cfg, weights, PROMPTS[:3], Sampling(temperature=1.0, top_p=0.9))
+    copy = jax.tree.map(jnp.copy, state)
+    lowered = slots.step_up_to.lower(cfg, weights, copy, np.int32(1), np.bool_(True), STEPS + 2, TOP)
+    assert lowered.compile().memory_analysis().alias_size_in_bytes >= sum(c.nbytes for c in jax.tree.leaves(copy.cache))
+    for wanted in (True, False, True):
+        state, chosen = slots.step(cfg, weights, state, STEPS, TOP)
+        copy, found = slots.step_up_to(cfg, weights, copy, np.int32(STEPS), np.bool_(wanted), STEPS + 2, TOP)
+        for name in ("ids", "logprobs", *(("top_ids", "top_logprobs") if wanted else ())):
+            np.testing.assert_array_equal(getattr(found, name)[:STEPS], getattr(chosen, name), err_msg=name)
+        assert not any(np.asarray(part[STEPS:]).any() for part in found)
+        assert wanted or not np.asarray(found.top_ids).any()
+    for one, other in zip(jax.tree.leaves(state), jax.tree.leaves(copy), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_prompts_are_admitted_and_scored_by_one_program():
+    cfg, weights = MODELS["dense"], loaded("dense")[1]
+    prompts = PROMPTS[:2]
+    tokens, lengths = pad_prompts(prompts, WIDTH)
+    options, keys = sampling.stack([GREEDY] * 2), sampling.row_keys(np.int32(0), sampling.row_numbers(prompts))
+    at, expected_scores = np.array([1, COUNT], np.int32), slots.score(cfg, weights, tokens, TOP)  # the second into no slot
+    for wanted in (True, False):
+        state, scores = slots.admit_scored(
+            *(cfg, weights, slots.empty(cfg, COUNT, LENGTH), tokens, lengths, at, options, keys, np.bool_(wanted), TOP)
+        )
+        assert np.asarray(state.position_B).tolist() == [0, lengths[0], *[0] * 6]
+        for found, part in zip(scores, expected_scores, strict=True):
+            np.testing.assert_allclose(found, part if wanted else np.zeros_like(part), atol=1e-5)
+
+
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 

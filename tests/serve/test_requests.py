@@ -5,14 +5,14 @@ import pytest
 from tanuki_jax.data.chat import encode_chat, stop_ids
 from tanuki_jax.model import Sampling
 from tanuki_jax.serve.errors import ApiError
-from tanuki_jax.serve.requests import Served, read_chat, read_completion, read_json
+from tanuki_jax.serve.requests import ServedModel, read_chat, read_completion, read_json
 
 TURN = {"role": "user", "content": "月は?"}
 
 
 @pytest.fixture(scope="session")
 def served(tokenizer):
-    return Served("m", tokenizer, 512, 64)
+    return ServedModel("m", tokenizer, 512, 64)
 
 
 def chat(served, **fields):

@@ -8,6 +8,7 @@ import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
+import jax
 import numpy as np
 import openai
 import pytest
@@ -19,7 +20,7 @@ from tanuki_jax.evaluate.score import sequence_scores
 from tanuki_jax.serve.app import Access, Api
 from tanuki_jax.serve.errors import ApiError
 from tanuki_jax.serve.exchange import Exchange
-from tanuki_jax.serve.requests import Served
+from tanuki_jax.serve.requests import ServedModel
 from tanuki_jax.serve.server import Server
 from tests.serve.conftest import CFG, LENGTH, NAME, SLOTS
 
@@ -128,6 +129,27 @@ def test_echoed_log_probabilities_are_those_of_score_and_equal_floats_mark_the_g
     scored = running.client.completions.create(model=NAME, prompt=ids, max_tokens=0, logprobs=0, echo=True)
     assert scored.choices[0].logprobs.token_logprobs == answer.choices[0].logprobs.token_logprobs[:-1]
     assert scored.choices[0].text == running.tokenizer.decode(ids)
+
+
+def test_nothing_is_compiled_once_it_is_ready(running, caplog):
+    ids = running.tokenizer.encode("狸が山の奥で、3と2を足すと")
+    before = jax.config.jax_log_compiles
+    jax.config.update("jax_log_compiles", True)
+    try:
+        with caplog.at_level("WARNING"):
+            for options in (
+                dict(prompt=ids[:1], max_tokens=1),
+                dict(prompt=(ids * 8)[: LENGTH - 5], max_tokens=5, temperature=1, extra_body={"top_k": 3, "min_p": 0.1}),
+                dict(prompt=[ids, ids[:3], ids * 2], max_tokens=3, n=2, logprobs=5, temperature=0),
+                dict(prompt=(ids * 8)[: LENGTH - 1], max_tokens=0, logprobs=1, echo=True),
+                dict(prompt=ids, max_tokens=20, logprobs=0, echo=True, extra_body={"repetition_penalty": 1.3}),
+            ):
+                running.client.completions.create(model=NAME, **options)
+                if options.get("n", 1) == 1:
+                    list(running.client.completions.create(model=NAME, stream=True, **options))
+    finally:
+        jax.config.update("jax_log_compiles", before)
+    assert not [record.getMessage() for record in caplog.records if "ompil" in record.getMessage()]
 
 
 def test_log_probabilities_of_a_chat_are_of_its_tokens(running):
@@ -255,7 +277,7 @@ class Idle:
 
 
 def test_a_key_is_asked_for_compared_and_never_shown(tokenizer, caplog):
-    app = Api(Idle(), Served("m", tokenizer, 512, 64), Access(("key-a", "鍵"), loopback=False)).app()
+    app = Api(Idle(), ServedModel("m", tokenizer, 512, 64), Access(("key-a", "鍵"), loopback=False)).app()
     for key, status in (("key-a", 200), ("鍵", 200), ("key-b", 401), ("", 401), ("\xff", 401)):
         found, body = respond(app, "/v1/models", [(b"authorization", b"Bearer " + key.encode())])
         assert found == status and b"key-" not in body
@@ -264,13 +286,13 @@ def test_a_key_is_asked_for_compared_and_never_shown(tokenizer, caplog):
 
 
 def test_until_it_is_ready_health_says_what_it_does(tokenizer):
-    app = Api(Idle(), Served("m", tokenizer, 512, 64), Access(loopback=False)).app()
+    app = Api(Idle(), ServedModel("m", tokenizer, 512, 64), Access(loopback=False)).app()
     status, body = respond(app, "/health")
     assert status == 503 and "program 3 of 9" in json.loads(body)["message"]
 
 
 def test_an_unexpected_error_is_one_500_without_details(tokenizer, caplog):
-    api = Api(Idle(), Served("m", tokenizer, 512, 64), Access(loopback=False))
+    api = Api(Idle(), ServedModel("m", tokenizer, 512, 64), Access(loopback=False))
     api._describe = lambda: 1 / 0
     status, body = respond(api.app(), "/v1/models")
     assert status == 500 and b"division" not in body and "division" in caplog.text
