@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from urllib.parse import urlsplit
 
 from tanuki_jax.errors import UserError
 
@@ -16,3 +17,12 @@ def check_address(key: str, address: str, instead: str = "give it in the environ
         raise UserError(
             f"config: {key} has a password or key in its address, and configs are stored in every checkpoint; {instead}"
         )
+
+
+def is_url(address: str) -> bool:
+    """Whether an address is that of a server, http://127.0.0.1:8000/v1 for example."""
+    try:
+        parts = urlsplit(address)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and not re.search(r"\s", address)
+    except ValueError:  # a port that is none, brackets that do not close
+        return False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from tanuki_jax.config.addresses import check_address
+from tanuki_jax.config.addresses import check_address, is_url
 from tanuki_jax.config.derived import SYNTH_PREFIX, made_sources, making_stage, needs_stage
 from tanuki_jax.config.kinds import STAGE_KINDS
 from tanuki_jax.config.schema import Recipe
@@ -16,7 +16,7 @@ def check_made_rows(recipe: Recipe) -> None:
     """An error about the first key of these groups whose value cannot be, with the fix."""
     for name, endpoint in recipe.endpoints.items():
         check_address(f"endpoints.{name}.base_url", endpoint.base_url, "name the variable that holds it in api_key_env")
-        if endpoint.base_url and not endpoint.base_url.startswith(("http://", "https://")):
+        if endpoint.base_url and not is_url(endpoint.base_url):
             raise UserError(
                 f"config: endpoints.{name}.base_url is {endpoint.base_url!r}; it must be an address, http://127.0.0.1:8000/v1 "
                 "for example"

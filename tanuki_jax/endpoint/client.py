@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from tanuki_jax.config.addresses import is_url
 from tanuki_jax.config.synthesis import Endpoint
 from tanuki_jax.endpoint import reply
 from tanuki_jax.endpoint.job import Answer, Job, Overflow, seed_of
@@ -33,7 +34,7 @@ class Client:
 
     def __init__(self, endpoint: Endpoint, name: str = "") -> None:
         self.endpoint = endpoint  # with the model's name, once it is known
-        self.label = f"endpoint {name} ({endpoint.base_url})" if name else f"endpoint {endpoint.base_url}"
+        self.label = f"endpoint {name} ({endpoint.base_url})" if name not in ("", endpoint.base_url) else f"endpoint {endpoint.base_url}"
         self._key = ""
         self._openai: Any = None
 
@@ -172,7 +173,7 @@ class Client:
     def _read_key(self) -> str:
         """The key of the environment; it goes into the request's header and nowhere else."""
         url, name = self.endpoint.base_url, self.endpoint.api_key_env
-        if not url.startswith(("http://", "https://")):
+        if not is_url(url):
             raise UserError(f"{self.label}: base_url must be an address such as http://127.0.0.1:8000/v1")
         if "@" in url.split("/")[2]:
             raise UserError("endpoints: a base_url has a password in it; put it into a variable, named as api_key_env")

@@ -224,6 +224,8 @@ def _write(
     files.write_jsonl(directory / SKIPPED, ({"outcome": reason, **row} for reason, row in dropped))
     files.write_json(directory / REPORT, summary)
     files.write_text(directory / TEXT, report.text(summary) + "\n")
+    if not summary["rows"]:
+        raise UserError(f"synth {summary['name']}: {report.no_rows(dropped)}; correct the settings and remove {directory}")
     with files.atomic_path(directory / ROWS) as temporary:
         shutil.copyfile(rows, temporary)
     return Summary(directory / ROWS, summary)

@@ -43,6 +43,7 @@ def test_filter_asks_a_judge(rows, tmp_path, capsys):
         (["--language=fr"], "it must be ja or en"),
         (["--pii=hide"], "invalid choice: 'hide'"),
         (["--against=no_such.jsonl", "--near_duplicates=0.8"], "no such file: 'no_such.jsonl'"),
+        (["--against=other.jsonl", "--leaks"], "give --near_duplicates"),
         (["--judge=http://127.0.0.1:9", "--min_quality=0.5"], "start its server"),
     ],
 )
