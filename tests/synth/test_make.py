@@ -104,8 +104,8 @@ def test_not_one_row_is_an_error_with_the_reasons(tmp_path):
     with serve(lambda body: "This is no Japanese sentence at all.") as (url, _):
         for _ in range(2):
             with pytest.raises(UserError, match=r"synth d: not one row is left: language 6; correct the settings and remove"):
-                make.make(recipe(url, d=persona()), "d", tmp_path / "d")
-    assert not (tmp_path / "d/rows.jsonl").exists() and len(read(tmp_path / "d/skipped.jsonl")) == 6
+                make.make_all(recipe(url, d=persona()), tmp_path)
+    assert len(read(tmp_path / "d/skipped.jsonl")) == 6
 
 
 def test_preferences_are_judged_in_both_orders_and_reported(tmp_path):
