@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from urllib.parse import urlsplit
 
 from tanuki_jax.errors import UserError
 
@@ -24,5 +25,14 @@ def check_base_url(where: str, url: str, variable: str = "api_key_env") -> None:
         raise UserError(
             f"{where} has a password or key in its address, which is stored; name the variable that holds it in {variable}"
         )
-    if not url.startswith(("http://", "https://")):
+    if not is_url(url):
         raise UserError(f"{where} is {url!r}; it must be an address, http://127.0.0.1:8000/v1 for example")
+
+
+def is_url(address: str) -> bool:
+    """Whether an address is that of a server, http://127.0.0.1:8000/v1 for example."""
+    try:
+        parts = urlsplit(address)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and not re.search(r"\s", address)
+    except ValueError:  # a port that is none, brackets that do not close
+        return False

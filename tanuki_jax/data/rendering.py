@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TypeAlias
 
 from tanuki_jax.data import template, traced
@@ -111,6 +111,11 @@ def leaves(value: object, path: Source = ()) -> Iterator[tuple[Source, str]]:
 def check_all_came_out(rendered: Traced, messages: Messages, arguments: Arguments, source: str) -> None:
     """Raises an error that names the first message, or part of one, that the template leaves out."""
     came = {run.source[:n] for run in traced.runs_of(rendered) if run.source for n in range(1, len(run.source) + 1)}
+    runs: dict[Source, list[traced.Run]] = {}
+    for run in traced.runs_of(rendered):
+        if run.source and run.length:
+            runs.setdefault(run.source, []).append(run)
+    last_answer = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=-1)
 
     def missing(name: str, fix: str) -> UserError:
         return UserError(f"{name} does not come out of the chat template; {fix}, or use a template that writes it")
@@ -120,17 +125,16 @@ def check_all_came_out(rendered: Traced, messages: Messages, arguments: Argument
         if texts_of(message.get("content")).strip() and (i, "content") not in came:
             raise missing(f"content of {where}", "remove or merge it, write it as [{'type': 'text', 'text': ...}]")
         for path, text in leaves(message.get("content"), (i, "content")):
-            lost = _lost_part(rendered, path, text, template.strings(source)) if path in came else ""
+            lost = _lost_part(runs.get(path, []), text, template.strings(source)) if path in came else ""
             if lost:
                 raise missing(f"{lost[:40]!r} of the content of {where}", "leave it out of the row")
         for number, part in enumerate(message["content"] if isinstance(message.get("content"), list) else ()):
             if (i, "content", 0) in came and part["text"].strip() and (i, "content", number) not in came:
                 raise missing(f"part {number} of the content of {where}", "join the parts")
         for name in REASONING:
-            last = all(m["role"] != "assistant" for m in messages[i + 1 :])
             dropped = texts_of(message.get(name)).strip() and not any((i, n) in came for n in REASONING)
             # Many templates write the reasoning of the last turn alone.
-            if dropped and (last or not template.mentions(source).intersection(REASONING)):
+            if dropped and (i >= last_answer or not template.mentions(source).intersection(REASONING)):
                 raise missing(f"{name} of {where}", "remove it")
         if texts_of(message.get("function_call")).strip() and (i, "function_call") not in came:
             raise missing(f"function_call of {where}", "write it as tool_calls")
@@ -144,12 +148,11 @@ def check_all_came_out(rendered: Traced, messages: Messages, arguments: Argument
                 raise missing(f"{name}[{number}] of the row", "remove it")
 
 
-def _lost_part(rendered: Traced, source: Source, text: str, literals: Collection[str]) -> str:
-    """The first part of a text that a template cuts off; empty where it keeps all.
+def _lost_part(runs: Sequence[traced.Run], text: str, literals: Collection[str]) -> str:
+    """The first part of a text that a template cuts off, of which it writes these runs; empty where it keeps all.
 
     It may cut white space, and parts that hold one of its string literals: "</think>" at which it splits, or replaces.
     """
-    runs = [run for run in traced.runs_of(rendered) if run.source == source and run.length]
     if any(run.offset is None for run in runs):  # derived from the text, as by `upper`
         return ""
     spans = sorted((run.offset or 0, (run.offset or 0) + run.length) for run in runs)

@@ -34,7 +34,9 @@ class Client:
 
     def __init__(self, endpoint: Endpoint, name: str = "") -> None:
         self.endpoint = endpoint  # with the model's name, once it is known
-        self.label = f"endpoint {name} ({endpoint.base_url})" if name else f"endpoint {endpoint.base_url}"
+        self.label = (
+            f"endpoint {name} ({endpoint.base_url})" if name not in ("", endpoint.base_url) else f"endpoint {endpoint.base_url}"
+        )
         self._key = ""
         self._openai: Any = None
 

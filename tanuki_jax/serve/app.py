@@ -18,6 +18,7 @@ from typing import Any
 from openai.types import Model
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -34,6 +35,7 @@ from tanuki_jax.serve.spelling import Spelling
 logger = logging.getLogger(__name__)
 
 MAX_BODY = 4 << 20  # bytes
+BODY_SECONDS = 60.0  # in which a body must have come
 INLINE = 1 << 13  # bytes of a body that is read in the event loop; longer ones in a thread
 PING_SECONDS = 15.0
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
@@ -89,6 +91,8 @@ class Api:
                 response = await handler(http)
             except ApiError as error:
                 response = _error(error)
+            except ClientDisconnect:
+                response = Response(status_code=499)  # nobody reads it
             except Exception:
                 logger.exception("%s has failed", path)
                 response = _error(ApiError(500, "the server has an error, which its log describes"))
@@ -151,10 +155,14 @@ class Api:
         if not length.isdecimal() or int(length[:20]) > self._max_body:
             raise too_large
         body = bytearray()
-        async for part in http.stream():
-            body += part
-            if len(body) > self._max_body:
-                raise too_large
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                async for part in http.stream():
+                    body += part
+                    if len(body) > self._max_body:
+                        raise too_large
+        except TimeoutError as error:
+            raise ApiError(408, f"the body has not come within {BODY_SECONDS:g} seconds", code="slow_body") from error
         return bytes(body)
 
     # --- the model and its tokenizer -----------------------------------------------------------------------------------
@@ -179,7 +187,7 @@ class Api:
         def read(fields: dict[str, Any]) -> list[int]:
             text, special = fields.get("prompt"), fields.get("add_special_tokens", True)
             if "messages" in fields:
-                return list(read_conversation(self._served.tokenizer, fields["messages"]).ids)
+                return list(read_conversation(self._served.tokenizer, fields["messages"], self._served.max_length).ids)
             if not isinstance(text, str) or not isinstance(special, bool) or not _is_text(text):
                 raise ApiError(400, "tokenize takes prompt, a text, and add_special_tokens, true or false", "prompt")
             return self._served.tokenizer.encode_prompt(text, special)

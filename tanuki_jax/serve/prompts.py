@@ -73,10 +73,16 @@ def added_ids(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(whole[:at]), tuple(whole[at + len(plain) :])
 
 
-def read_conversation(tokenizer: Tokenizer, value: object) -> Prompt:
-    """The field `messages` of a chat, with the beginning of the assistant's answer."""
+def read_conversation(tokenizer: Tokenizer, value: object, max_length: int) -> Prompt:
+    """The field `messages` of a chat, with the beginning of the assistant's answer.
+
+    max_length: tokens that the model takes; more messages than that are refused before any work is done for them.
+    """
     if not isinstance(value, list) or not value:
         raise ApiError(400, "messages must be a list of at least one message", "messages")
+    if len(value) > max_length:
+        message = f"messages: {len(value)} messages are more than the {max_length} tokens that this server takes"
+        raise ApiError(400, message, "messages", "context_length_exceeded")
     messages = [_read_message(message, f"messages[{number}]") for number, message in enumerate(value)]
     try:
         ids, _ = chat.encode_chat(tokenizer, messages, add_generation_prompt=True)
@@ -120,4 +126,4 @@ def warm_up(tokenizer: Tokenizer) -> None:
     _encode_text(tokenizer, text, "prompt")
     tokenizer.encode(text)
     if tokenizer.chat_template:
-        read_conversation(tokenizer, [{"role": "user", "content": text}])
+        read_conversation(tokenizer, [{"role": "user", "content": text}], max_length=1)

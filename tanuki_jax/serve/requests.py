@@ -130,7 +130,7 @@ def _refuse_constant(name: str) -> float:
 def read_chat(served: ServedModel, body: Mapping[str, Any]) -> Request:
     """A chat's request."""
     fields = _check_fields(CHAT, served, body, "messages", [{"role": "user", "content": ""}])
-    prompt = read_conversation(served.tokenizer, body.get("messages"))
+    prompt = read_conversation(served.tokenizer, body.get("messages"), served.max_length)
     if fields.get("top_logprobs") is not None and not fields.get("logprobs"):
         raise ApiError(400, "top_logprobs needs logprobs=true", "top_logprobs")
     if None not in (fields.get("max_tokens"), fields.get("max_completion_tokens")):
@@ -188,6 +188,8 @@ def _describe(error: ValidationError) -> ApiError:
     path = ".".join(str(part)[:60] for part in first["loc"][:1])
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"the field {path} is unknown to this server; leave it out", path, "unknown_field")
+    if not path:
+        return ApiError(400, "the name of a field is no valid Unicode text")
     return ApiError(400, f"{path}: {first['msg'][:300]}" if first["type"] != "missing" else f"{path} is missing", path)
 
 

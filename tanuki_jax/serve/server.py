@@ -159,6 +159,8 @@ def make_server(model: Model, options: Options, loopback: bool = True) -> Server
     length = options.max_length or model.max_seq_len
     if length < 2:
         raise UserError(f"serve: max_length {length} has no room for a prompt and an answer; it must be at least 2")
+    if length > model.max_seq_len:
+        raise UserError(f"serve: max_length {length} is more than the {model.max_seq_len} tokens of the model's longest row")
 
     def build(take_note: Callable[[str], None]) -> SlotsDecoder:
         decoder = SlotsDecoder(model.cfg, model.params, options.slots, length, model.mesh)

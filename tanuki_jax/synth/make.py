@@ -75,7 +75,10 @@ class Work:
 
 
 def make_all(recipe: Recipe, root: Path, name: str = "", dry_run: bool = False) -> list[Summary]:
-    """Makes every entry of `synth`, or one and those whose rows are its seeds, each in a directory of `root`."""
+    """Makes every entry of `synth`, or one and those whose rows are its seeds, each in a directory of `root`.
+
+    An entry of which not one row is left is an error: its settings hardly fit its model.
+    """
     if not recipe.synth:
         raise UserError(
             "config: the recipe has no `synth`; add one, for example c.synth.dialogues = config.synth('persona', ...)"
@@ -93,6 +96,9 @@ def make_all(recipe: Recipe, root: Path, name: str = "", dry_run: bool = False) 
         summary = make(recipe, entry, root / entry, sources=sources, dry_run=dry_run)
         sources[entry] = summary.rows
         result.append(summary)
+        if summary.report.get("rows") == 0:
+            skipped = [(str(row["outcome"]), row) for row in _read(root / entry / SKIPPED)]
+            raise UserError(f"synth {entry}: {report.no_rows(skipped)}; correct the settings and remove {root / entry}")
     return result
 
 

@@ -151,7 +151,12 @@ def load(
     if not axes and not limit:
         raise UserError("synth: without seeds there is no end; set items to the number of rows")
     for axis in axes:
-        axis.look()
+        try:
+            axis.look()
+        except UserError as error:
+            if str(error).startswith("synth:"):
+                raise
+            raise UserError(f"synth: seeds.{axis.kind}: {str(error).removeprefix('data: ')}") from error
         if axis.skipped.count:
             logger.warning("synth: %s: %d rows are left out; %s", axis.name, axis.skipped.count, axis.skipped.first)
         if not axis.count:

@@ -97,7 +97,11 @@ def _read(path: str) -> str:
 
 def _texts(document: Mapping[str, Any], method: str, language: str, path: str) -> Mapping[str, str]:
     """The checked texts of one table of a file; every other table is looked at, too, for names that nothing reads."""
+    if not document:
+        raise UserError(f"synth: templates {path} is empty; texts are in [ja.METHOD] and [en.METHOD]")
     for tag, methods in document.items():
+        if tag not in ("ja", "en"):
+            raise UserError(f"synth: templates {path}: [{tag}]: no such language; texts are in [ja.METHOD] and [en.METHOD]")
         if not isinstance(methods, Mapping):
             raise UserError(f"synth: templates {path}: {tag!r} is no table; texts are in [ja.METHOD] and [en.METHOD]")
         for name in methods:
@@ -130,7 +134,9 @@ def check_fields(text: str, allowed: Collection[str], where: str) -> set[str]:
         for _, name, spec, conversion in Formatter().parse(text):
             if name is None:
                 continue
-            if name not in allowed or spec or conversion:
+            if name in allowed and (spec or conversion):
+                raise UserError(f"{where}: {{{name}}} stands alone between its braces, without ! and :")
+            if name not in allowed:
                 raise UserError(
                     f"{where}: unknown field {{{name}}}; it may have {options}, and a brace is written {{{{ or }}}}"
                 )

@@ -45,6 +45,7 @@ def test_filter_asks_a_judge(rows, tmp_path, capsys):
         (["--against=no_such.jsonl", "--near_duplicates=0.8"], "no such file: 'no_such.jsonl'"),
         (["--judge=http://me:secret@127.0.0.1:9", "--min_quality=0.5"], "--judge has a password or key in its address"),
         (["--judge=127.0.0.1:9", "--min_quality=0.5"], "--judge is '127.0.0.1:9'; it must be an address"),
+        (["--against=other.jsonl", "--leaks"], "give --near_duplicates"),
         (["--judge=http://127.0.0.1:9", "--min_quality=0.5"], "start its server"),
     ],
 )

@@ -40,6 +40,7 @@ def test_a_stage_comes_after_what_makes_its_rows():
 
 BAD = {
     "address": (dict(endpoints__judge__base_url="localhost"), ["endpoints.judge.base_url", "'localhost'", "http://127.0.0.1"]),
+    "port": (dict(endpoints__judge__base_url="http://a.b:99999/v1"), ["endpoints.judge.base_url", "99999"]),
     "key in address": (dict(endpoints__judge__base_url="https://a.b/?api_key=1"), ["endpoints.judge.base_url", "api_key_env"]),
     "filter": (dict(data__pairs__filters="long"), ["data.pairs.filters", "'long'", "short"]),
     "filter of rows": (dict(synth__pairs__filters="long"), ["synth.pairs.filters", "'long'", "short"]),

@@ -2,6 +2,7 @@ import functools
 import json
 import re
 import shutil
+import time
 from itertools import groupby
 
 import jinja2
@@ -131,6 +132,12 @@ def test_a_prompt_ends_where_the_answer_begins(tokenizer):
 def test_a_malformed_conversation_is_an_error_that_names_the_message(tokenizer, messages, message):
     with pytest.raises(UserError, match=message):
         chat.encode_chat(tokenizer, messages)
+
+
+def test_a_long_conversation_takes_no_square_of_time(tokenizer):
+    begin = time.process_time()
+    chat.encode_chat(tokenizer, [{"role": "user", "content": "a"}] * 3000, add_generation_prompt=True)
+    assert time.process_time() - begin < 5  # below 1 s; in a square of time it is 10 s
 
 
 def test_a_conversation_without_an_assistant_turn_is_an_error(tokenizer):

@@ -73,6 +73,9 @@ def test_a_key_is_sent_where_one_is_named_and_no_other(server, monkeypatch):
     "settings, message",
     [
         (dict(base_url="127.0.0.1:80"), "base_url is '127.0.0.1:80'; it must be an address"),
+        (dict(base_url="http://127.0.0.1:99999/v1"), "it must be an address"),
+        (dict(base_url="http://[::1/v1"), "it must be an address"),
+        (dict(base_url="http:///v1"), "it must be an address"),
         (dict(base_url="http://127.0.0.1:9/v1"), r"cannot be reached \(.*\); start its server, or correct base_url"),
         (dict(base_url="http://me:secret@127.0.0.1:9/v1"), "base_url has a password or key"),
         (dict(model="huge"), "has no model 'huge'; it has tiny"),

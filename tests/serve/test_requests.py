@@ -89,6 +89,8 @@ WRONG_CHATS = [
     (dict(messages="hello"), 400, "messages", "list"),
     (dict(messages=None), 400, "messages", "missing"),
     (dict(messages=[3]), 400, "messages[0]", "object"),
+    (dict(messages=[{"role": "user", "content": ""}] * 65), 400, "messages", "65 messages are more than the 64 tokens"),
+    ({"\ud800": 1}, 400, None, "no valid Unicode"),
     (dict(messages=[TURN, {"role": "tool", "content": "a"}]), 400, "messages[1].role", "must be one of"),
     (dict(messages=[{"role": "user"}]), 400, "messages[0].content", "text"),
     (dict(messages=[{"role": "user", "content": [{"type": "image_url"}]}]), 400, "messages[0].content[0]", "type text"),

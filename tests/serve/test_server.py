@@ -251,19 +251,19 @@ def test_no_other_site_reaches_a_server_of_this_machine(running, headers, status
     assert ask(running, "/v1/models", **headers)[0] == status
 
 
-def respond(app, path, headers=()):
+def respond(app, path, headers=(), method="GET", receive=None):
     """The status that an application gives, without a socket."""
     sent = []
 
     async def call():
-        async def receive():
+        async def empty():
             return {"type": "http.request", "body": b""}
 
         async def send(message):
             sent.append(message)
 
-        scope = {"type": "http", "method": "GET", "path": path, "query_string": b"", "headers": list(headers), "root_path": ""}
-        await app(scope, receive, send)
+        scope = {"type": "http", "method": method, "path": path, "query_string": b"", "headers": list(headers), "root_path": ""}
+        await app(scope, receive or empty, send)
 
     asyncio.run(call())
     return sent[0]["status"], b"".join(m.get("body", b"") for m in sent)
@@ -298,8 +298,27 @@ def test_an_unexpected_error_is_one_500_without_details(tokenizer, caplog):
     assert status == 500 and b"division" not in body and "division" in caplog.text
 
 
+def test_a_body_that_does_not_come_is_no_error_of_the_server(tokenizer, caplog, monkeypatch):
+    monkeypatch.setattr("tanuki_jax.serve.app.BODY_SECONDS", 0.01)
+    app = Api(Idle(), ServedModel("m", tokenizer, 512, 64), Access(loopback=False)).app()
+
+    async def leave():
+        return {"type": "http.disconnect"}
+
+    async def wait():
+        await asyncio.sleep(60)
+
+    assert respond(app, "/tokenize", method="POST", receive=leave)[0] == 499 and not caplog.text
+    assert respond(app, "/tokenize", method="POST", receive=wait)[0] == 408
+
+
 def test_a_model_that_cannot_be_served_is_one_error(loaded):
     with pytest.raises(UserError, match="no room"), serve.background(loaded, serve.Options(max_length=1)):
+        pass
+    with (
+        pytest.raises(UserError, match="65 is more than the 64 tokens"),
+        serve.background(loaded, serve.Options(max_length=65)),
+    ):
         pass
     broken = dataclasses.replace(loaded, params={})
     with pytest.raises(UserError, match="the engine has failed"), serve.background(broken, serve.Options(slots=1)):

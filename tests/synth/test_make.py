@@ -191,6 +191,14 @@ def longer(body):
     return f"長さは{first}と{second}です。\n" + ("[[A]]" if first > second else "[[B]]")
 
 
+def test_not_one_row_is_an_error_with_the_reasons(tmp_path):
+    with serve(lambda body: "This is no Japanese sentence at all.") as (url, _):
+        for _ in range(2):
+            with pytest.raises(UserError, match=r"synth d: not one row is left: language 6; correct the settings and remove"):
+                make.make_all(recipe(url, d=persona()), tmp_path)
+    assert len(read(tmp_path / "d/skipped.jsonl")) == 6
+
+
 def test_preferences_are_judged_in_both_orders_and_reported(tmp_path):
     with serve(longer) as (url, bodies):
         options = dict(seeds=dict(prompts="rules:prompts"), items=20, judge="judge")

@@ -148,7 +148,7 @@ def test_weak_categories_alone_are_drawn():
         ({"personas": "builtin:tasks_ja"}, "no list 'builtin:tasks_ja'"),
         ({"documents": "builtin:books"}, "none of this kind"),
         ({"prompts": "rules:pairs"}, "the only one that rules make is prompts = 'rules:prompts'"),
-        ({"personas": "nowhere/*.jsonl"}, "no such file"),
+        ({"personas": "nowhere/*.jsonl"}, "^synth: seeds.personas: no such file"),
         ({"personas": ""}, "is empty; name files"),
         ({}, "set items"),
     ],

@@ -73,6 +73,8 @@ def filter_files(
       Preempted: a signal came while the judge was asked; its answers are recorded.
     """
     check_filters(filters)
+    if against and not filters.near_duplicates:
+        raise UserError("filters: --against is for near-duplicates; give --near_duplicates, 0.8 for example, too")
     asks = filters.min_quality > 0 or filters.dependent_turns
     if asks and judge is None:
         raise UserError(
