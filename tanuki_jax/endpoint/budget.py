@@ -78,8 +78,8 @@ class Meter:
         for name, used, limit in self._amounts():
             if limit and used >= limit:
                 raise BudgetSpent(
-                    f"the budget {name}={limit:,} is spent ({used:,.6g}); all answers are saved: raise it, and the same command "
-                    "goes on"
+                    f"the budget {name}={limit:,} is spent ({used:,.6g}); all answers are saved: raise it, and the same "
+                    "command goes on"
                 )
 
     def _beyond(self, bound: Amount) -> bool:

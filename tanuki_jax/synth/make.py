@@ -84,7 +84,10 @@ def make_all(recipe: Recipe, root: Path, name: str = "", dry_run: bool = False) 
         raise UserError(f"--name: synth has no {name!r}; it has {', '.join(recipe.synth)}")
     sources: dict[str, Path] = {}
     result = []
-    for entry in making_order(recipe, [name] if name else recipe.synth):
+    order = making_order(recipe, [name] if name else recipe.synth)
+    for entry in order:
+        methods.check(recipe, entry)
+    for entry in order:
         waits_for = [other for other in made_seeds(recipe.synth[entry]) if not sources[other].is_file()]
         if waits_for:  # in a dry run
             sources[entry] = root / entry / ROWS
@@ -218,9 +221,9 @@ def _write(synth: Synth, filters: Filters | None, judge: Endpoint | None, direct
         summary["preferences"] = report.preferences(_prompts(answers))
     if filters is not None:
         rows = _filter(rows, filters, judge, directory / FILTERS) / ROWS
-    counts: dict[str, Counter[str]] = {"dropped": Counter()} | ({"filtered": Counter()} if filters else {})
-    places = dict(zip(counts, (answers, directory / FILTERS), strict=False))
-    files.write_jsonl(directory / SKIPPED, (row for part in counts for row in _skipped(places[part], counts[part])))
+    places = {"dropped": answers} | ({"filtered": directory / FILTERS} if filters else {})
+    counts: dict[str, Counter[str]] = {part: Counter() for part in places}
+    files.write_jsonl(directory / SKIPPED, (row for part in places for row in _skipped(places[part], counts[part])))
     summary |= {part: dict(count.most_common()) for part, count in counts.items()}
     with rows.open("rb") as f:
         summary["rows"] = sum(1 for _ in f)

@@ -2,9 +2,8 @@
 
 import asyncio
 
-from tanuki_jax.endpoint import Answer, Drop
-
 from tanuki_jax.config.synthesis import Synth
+from tanuki_jax.endpoint import Answer, Drop
 from tanuki_jax.synth import methods, templates
 from tanuki_jax.synth.asking import Context
 
