@@ -65,8 +65,8 @@ def test_killed_three_times_it_ends_with_the_same_bits(trained, undisturbed):
     killed = trained.with_name("killed")
     shutil.copytree(trained, killed)
     for is_time in (
-        lambda: lines(killed / "synth/answers/asked/answers.jsonl") >= 40,
-        lambda: lines(killed / "synth/pairs/asked/answers.jsonl") >= 200,
+        lambda: lines(killed / "synth/answers/answers/answers.jsonl") >= 40,
+        lambda: lines(killed / "synth/pairs/answers/answers.jsonl") >= 200,
         lambda: (killed / "stages/dpo/tokenizer").is_dir(),
     ):
         process, deadline = start(killed, "run"), time.monotonic() + SECONDS
