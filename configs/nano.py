@@ -33,7 +33,7 @@ def get_config():
         pairs="synth:pairs",
     )
     c.rules.update(dict(documents=12_000, dialogues=30_000))
-    # The preferences are the model's own: four answers to each prompt, of which the rules' checker judges every two.
+    # The preferences are the model's own: of four answers to each prompt the right one is chosen over the first wrong one.
     c.endpoints.own = config.endpoint(temperature=1.0, max_tokens=40, concurrency=64, license="apache-2.0")
     c.synth.pairs = config.synth(
         "preferences", seeds=dict(prompts="rules:prompts"), items=1_500, samples=4, generator="own", judge="rules"

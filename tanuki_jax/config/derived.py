@@ -72,7 +72,7 @@ def made_seeds(synth: Synth) -> list[str]:
 
 
 def making_order(recipe: Recipe, names: Iterable[str]) -> list[str]:
-    """Names in `synth` and those of their seeds, each after its seeds; a UserError where rows are their own seeds."""
+    """Names in `synth` and those of their seeds, each after its seeds; a UserError where rows would be their own seeds."""
     graph: dict[str, list[str]] = {}
     waiting = list(names)
     while waiting:

@@ -1,1 +1,1 @@
-"""Synthetic data, made by rule (rules.py)."""
+"""Rows by rule (rules.py) and through models behind an API (make.py)."""

@@ -35,7 +35,7 @@ def message(role: str, text: str) -> dict[str, str]:
     return {"role": role, "content": text}
 
 
-def spoken(messages: Sequence[Mapping[str, str]], language: str) -> str:
+def transcribe(messages: Sequence[Mapping[str, str]], language: str) -> str:
     """A conversation as text, each message under its speaker's name."""
     names = SPEAKERS[language]
     return "\n\n".join(f"{names.get(m['role'], m['role'])}: {m['content']}" for m in messages)

@@ -44,7 +44,7 @@ def dialogue(context: Context) -> Chain:
         for turn in range(1, synth.turns + 1):
             step = "follow_up" if messages else "question"
             text = await asking.question(
-                ask, context, item, f"q{turn}", step, conversation=asking.spoken(messages, synth.language), **values
+                ask, context, item, f"q{turn}", step, conversation=asking.transcribe(messages, synth.language), **values
             )
             if any(text == m["content"] for m in messages):
                 raise Drop("repeated question", {"text": text})

@@ -41,9 +41,9 @@ def of_rows(
     groups = {group: settings(value) for group, value in {"synth": synth, **endpoints}.items()}
     lists = {kind: seeds.identity(synth.seeds[kind], makers) for kind in METHODS[synth.method].seeds}
     code = rules.code_files() if decider(synth) == RULES else []
-    filtered = _of_filters(recipe, recipe.filters[synth.filters]) if synth.filters else ""
-    asked = of_requests(recipe, name, generator_id)
-    return files.fingerprint(asked, groups, context.templates.version, list(weak), lists, filtered, *code)
+    filters_id = _of_filters(recipe, recipe.filters[synth.filters]) if synth.filters else ""
+    requests_id = of_requests(recipe, name, generator_id)
+    return files.fingerprint(requests_id, groups, context.templates.version, list(weak), lists, filters_id, *code)
 
 
 def _of_filters(recipe: Recipe, filters: Filters) -> str:

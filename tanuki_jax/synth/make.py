@@ -87,7 +87,10 @@ def make_all(recipe: Recipe, root: Path, name: str = "", dry_run: bool = False) 
         raise UserError(f"--name: synth has no {name!r}; it has {', '.join(recipe.synth)}")
     sources: dict[str, Path] = {}
     result = []
-    for entry in making_order(recipe, [name] if name else recipe.synth):
+    order = making_order(recipe, [name] if name else recipe.synth)
+    for entry in order:
+        methods.check(recipe, entry)
+    for entry in order:
         waits_for = [other for other in made_seeds(recipe.synth[entry]) if not sources[other].is_file()]
         if waits_for:  # in a dry run
             sources[entry] = root / entry / ROWS
@@ -137,7 +140,7 @@ def make(
     makers = seeds.Makers(recipe.seed, synth.items or recipe.rules.dialogues, sources or {})
     rows_id = identity.of_rows(recipe, name, context, endpoints, makers, weak, generator_id)
     if not dry_run and (directory / ROWS).is_file():
-        return _made_before(directory, name, rows_id)
+        return _read_report(directory, name, rows_id)
     loaded = seeds.load(METHODS[synth.method].seeds, synth.seeds, synth.items, f"{recipe.seed} {name}", makers, weak)
     requests_id = identity.of_requests(recipe, name, generator_id)
     work = Work(name, context, endpoints, Items(loaded), requests_id, rows_id)
@@ -149,7 +152,7 @@ def make(
         "weak_fields": list(weak),
         "items": loaded.count,
         "combinations": loaded.combinations,
-        "invalid_seeds": loaded.skipped,
+        "invalid_seeds": loaded.invalid,
     }
     if dry_run:
         return Summary(directory / ROWS, {**plan, "at_most": _estimate(work)})
@@ -157,7 +160,7 @@ def make(
         make_checks(filters)  # so that what cannot work is known before anything is asked
     with files.disk_errors(directory, work.label, (OSError,)):
         requests = _ask(work, directory / ANSWERS).to_json()
-        plan["asked"] = {field: value for field, value in requests.items() if field not in ROW_COUNTS}
+        plan["requests"] = {field: value for field, value in requests.items() if field not in ROW_COUNTS}
         return _write(synth, filters, recipe.endpoints.get(filters.judge) if filters else None, directory, plan)
 
 
@@ -224,9 +227,9 @@ def _write(synth: Synth, filters: Filters | None, judge: Endpoint | None, direct
         summary["preferences"] = report.preferences(_prompts(answers))
     if filters is not None:
         rows = _filter(rows, filters, judge, directory / FILTERS) / ROWS
-    counts: dict[str, Counter[str]] = {part: Counter() for part in ("dropped", *(["filtered"] if filters else []))}
-    places = dict(zip(counts, (answers, directory / FILTERS), strict=False))
-    files.write_jsonl(directory / SKIPPED, (row for part in counts for row in _skipped(places[part], counts[part])))
+    places = {"dropped": answers} | ({"filtered": directory / FILTERS} if filters else {})
+    counts: dict[str, Counter[str]] = {part: Counter() for part in places}
+    files.write_jsonl(directory / SKIPPED, (row for part in places for row in _read_drops(places[part], counts[part])))
     summary |= {part: dict(count.most_common()) for part, count in counts.items()}
     with rows.open("rb") as f:
         summary["rows"] = sum(1 for _ in f)
@@ -257,7 +260,7 @@ def _prompts(directory: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     yield from ((record["reason"], record.get("row") or {}) for record in _read(directory / DROPPED))
 
 
-def _skipped(directory: Path, counts: Counter[str]) -> Iterator[dict[str, Any]]:
+def _read_drops(directory: Path, counts: Counter[str]) -> Iterator[dict[str, Any]]:
     """What was dropped, with the reason, which is counted."""
     for record in _read(directory / DROPPED):
         counts[record["reason"]] += 1
@@ -277,7 +280,7 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _made_before(directory: Path, name: str, rows_id: str) -> Summary:
+def _read_report(directory: Path, name: str, rows_id: str) -> Summary:
     stored = files.read_json(directory / REPORT)
     if stored["fingerprint"] != rows_id:
         raise UserError(

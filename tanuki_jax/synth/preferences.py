@@ -71,7 +71,7 @@ async def _by_better(context: Context, item: Item, ask: Ask) -> Row | Drop:
     )
     samples = Samples((chosen, rejected), 2, {})
     if chosen == rejected:
-        return _skipped(context, item, IDENTICAL, samples, [])
+        return _drop(context, item, IDENTICAL, samples, [])
     return _pair(context, item, chosen, rejected, samples, [])
 
 
@@ -82,11 +82,11 @@ async def _by_rules(context: Context, item: Item, ask: Ask) -> Row | Drop:
         raise UserError("synth: judge = 'rules' checks prompts whose `meta` has the right answer, as rules:prompts have")
     samples = await _samples(context, item, ask)
     if reason := samples.lacks():
-        return _skipped(context, item, reason, samples, [])
+        return _drop(context, item, reason, samples, [])
     right = [text for text in samples.texts if rules.correct(notes, text)]
     wrong = [text for text in samples.texts if text not in right]
     if not right:
-        return _skipped(context, item, ALL_WRONG, samples, [])
+        return _drop(context, item, ALL_WRONG, samples, [])
     return _pair(context, item, right[0], wrong[0], samples, [])
 
 
@@ -97,7 +97,7 @@ async def _by_model(context: Context, item: Item, ask: Ask) -> Row | Drop:
     """
     samples = await _samples(context, item, ask)
     if reason := samples.lacks():
-        return _skipped(context, item, reason, samples, [])
+        return _drop(context, item, reason, samples, [])
     answers = samples.texts
     pairs = list(combinations(range(len(answers)), 2))
     compared = await asyncio.gather(*(_compare(context, item, ask, answers, pair) for pair in pairs))
@@ -110,7 +110,7 @@ async def _by_model(context: Context, item: Item, ask: Ask) -> Row | Drop:
     best, worst = order[0], order[-1]
     [last] = [record for record in compared if {*record["answers"]} == {best, worst}]
     if last["winner"] != best:
-        return _skipped(context, item, last["outcome"] if last["winner"] is None else CYCLE, samples, compared)
+        return _drop(context, item, last["outcome"] if last["winner"] is None else CYCLE, samples, compared)
     return _pair(context, item, answers[best], answers[worst], samples, compared)
 
 
@@ -159,15 +159,15 @@ def judge_messages(
     Ours, or FastChat's: its prompt of two turns where the user speaks twice; the earlier answer, which both share, stands on
     both sides.  A longer conversation is the question of the prompt of one turn, as text.
     """
-    spoken = [m for m in prompt if m["role"] != "system"]
+    turns = [m for m in prompt if m["role"] != "system"]
     values = {"answer_a": answer_a, "answer_b": answer_b}
-    if templates.MULTI_TURN in texts and [m["role"] for m in spoken] == ["user", "assistant", "user"]:
-        name, (first, reply, second) = templates.MULTI_TURN, (m["content"] for m in spoken)
+    if templates.MULTI_TURN in texts and [m["role"] for m in turns] == ["user", "assistant", "user"]:
+        name, (first, reply, second) = templates.MULTI_TURN, (m["content"] for m in turns)
         values = {"question_1": first, "question_2": second, "answer_a_1": reply, "answer_b_1": reply}
         values |= {"answer_a_2": answer_a, "answer_b_2": answer_b}
     else:
         name = templates.PAIR if templates.PAIR in texts else "judge"
-        values["question"] = spoken[0]["content"] if len(spoken) == 1 else asking.spoken(spoken, language)
+        values["question"] = turns[0]["content"] if len(turns) == 1 else asking.transcribe(turns, language)
     system = texts["system" if name == "judge" else f"{name} system"]
     return [message("system", system), message("user", templates.fill(texts[name], values))]
 
@@ -184,7 +184,7 @@ def _pair(
     }
 
 
-def _skipped(context: Context, item: Item, reason: str, samples: Samples, compared: Sequence[Mapping[str, Any]]) -> Drop:
+def _drop(context: Context, item: Item, reason: str, samples: Samples, compared: Sequence[Mapping[str, Any]]) -> Drop:
     notes = _notes(context, item, samples, compared)
     return Drop(reason, {"prompt": item["messages"], "answers": list(samples.texts), "meta": notes})
 

@@ -45,7 +45,7 @@ class Makers(NamedTuple):
 
 
 @dataclass
-class Skipped:
+class BadRows:
     """Rows of seed files that could not be read, and the first of them."""
 
     count: int = 0
@@ -63,13 +63,13 @@ class Axis:
     kind: str
     name: str
     read: Callable[[OnBadRow], Iterator[Seed]]
-    skipped: Skipped = field(default_factory=Skipped)
+    bad: BadRows = field(default_factory=BadRows)
     count: int = 0
 
     def look(self) -> None:
         """Counts the rows, and those that cannot be read."""
-        self.skipped = Skipped()
-        self.count = sum(1 for _ in self.read(self.skipped.add))
+        self.bad = BadRows()
+        self.count = sum(1 for _ in self.read(self.bad.add))
 
     def pick(self, numbers: Collection[int]) -> dict[int, Seed]:
         """The rows of these numbers."""
@@ -98,9 +98,9 @@ class Seeds:
         return min(self.limit or self.combinations, self.combinations)
 
     @property
-    def skipped(self) -> int:
+    def invalid(self) -> int:
         """Rows that could not be read."""
-        return sum(axis.skipped.count for axis in self.axes)
+        return sum(axis.bad.count for axis in self.axes)
 
     def items(self) -> Iterator[Item]:
         """The items, always the same ones in the same order; all combinations come in the order of the lists."""
@@ -108,7 +108,7 @@ class Seeds:
             yield from (_item({"number": number}) for number in range(self.count))
             return
         if self.count < self.combinations:
-            places, rows = self._drawn
+            places, rows = self._draws
             yield from (_item(*(rows[i][n] for i, n in enumerate(place))) for place in places)
             return
         first, *others = self.axes
@@ -120,7 +120,7 @@ class Seeds:
                 yield _item(row, *(lists[i][n] for i, n in enumerate(place)))
 
     @cached_property
-    def _drawn(self) -> tuple[list[tuple[int, ...]], list[dict[int, Seed]]]:
+    def _draws(self) -> tuple[list[tuple[int, ...]], list[dict[int, Seed]]]:
         """The combinations that are drawn, and the rows of each list that they need; the files are read for them once."""
         places = [self._places(number) for number in draw(self.count, self.combinations, self.key)]
         return places, [axis.pick({place[i] for place in places}) for i, axis in enumerate(self.axes)]
@@ -157,15 +157,15 @@ def load(
             if str(error).startswith("synth:"):
                 raise
             raise UserError(f"synth: seeds.{axis.kind}: {str(error).removeprefix('data: ')}") from error
-        if axis.skipped.count:
-            logger.warning("synth: %s: %d rows are left out; %s", axis.name, axis.skipped.count, axis.skipped.first)
+        if axis.bad.count:
+            logger.warning("synth: %s: %d rows are left out; %s", axis.name, axis.bad.count, axis.bad.first)
         if not axis.count:
-            raise _no_row(axis, axis.skipped)
+            raise _no_row(axis, axis.bad)
     return Seeds(_only_weak(axes, weak) if weak else axes, key, limit)
 
 
-def _no_row(axis: Axis, skipped: Skipped) -> UserError:
-    reason = f": {skipped.first}" if skipped.first else ""
+def _no_row(axis: Axis, bad: BadRows) -> UserError:
+    reason = f": {bad.first}" if bad.first else ""
     return UserError(f"synth: seeds.{axis.kind} {axis.name!r} has no row that can be read{reason}")
 
 
@@ -176,7 +176,7 @@ def _only_weak(axes: tuple[Axis, ...], weak: Collection[str]) -> tuple[Axis, ...
         categories = {category_of(row) for row in axis.read(lambda where, reason: None)} - {""}
         present |= categories
         if categories:
-            axis.read = partial(_filtered, axis.read, frozenset(weak))
+            axis.read = partial(_select, axis.read, frozenset(weak))
             axis.look()
     if not present.intersection(weak):
         shown = ", ".join(sorted(present)) or "none: give each row a `category`"
@@ -184,7 +184,7 @@ def _only_weak(axes: tuple[Axis, ...], weak: Collection[str]) -> tuple[Axis, ...
     return axes
 
 
-def _filtered(read: Callable[[OnBadRow], Iterator[Seed]], weak: frozenset[str], on_bad: OnBadRow) -> Iterator[Seed]:
+def _select(read: Callable[[OnBadRow], Iterator[Seed]], weak: frozenset[str], on_bad: OnBadRow) -> Iterator[Seed]:
     return (row for row in read(on_bad) if category_of(row) in weak)
 
 
@@ -213,10 +213,10 @@ def _item(*rows: Seed) -> Item:
 
 def check(kind: str, name: str) -> None:
     """A UserError where a list that no stage makes is not there, or no row of it can be read; little of a file is read."""
-    skipped = Skipped()
+    bad = BadRows()
     axis = _axis(kind, name, Makers(prompts=1), ())
-    if next(axis.read(skipped.add), None) is None:
-        raise _no_row(axis, skipped)
+    if next(axis.read(bad.add), None) is None:
+        raise _no_row(axis, bad)
 
 
 def identity(name: str, makers: Makers) -> str:

@@ -30,7 +30,7 @@ def parse(text: str) -> str:
     ('My verdict: "[[A]]"').  FastChat takes [[A]] if it occurs anywhere, else [[B]], which favours A.
     """
     text = unicodedata.normalize("NFKC", THOUGHT.sub("", text)).strip()
-    quoted = _quoted(text)
+    quoted = _mark_quotes(text)
     marks = [(match.start(), match[1]) for match in MARK.finditer(text)]
     plain = {letter for at, letter in marks if not quoted[at]}
     if plain:
@@ -39,7 +39,7 @@ def parse(text: str) -> str:
     return letters.pop() if len(letters) == 1 and AT_END.search(text) else ""
 
 
-def _quoted(text: str) -> bytearray:
+def _mark_quotes(text: str) -> bytearray:
     """For each character whether it is quoted: between quotation marks, in code, or in a line that begins with >."""
     flags = bytearray(len(text))
     for pattern in QUOTED:

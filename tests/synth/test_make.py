@@ -253,6 +253,14 @@ def test_entries_that_read_others_rows_come_after_them(tmp_path):
         make.make_all(recipe("http://127.0.0.1:1/v1", **circle), tmp_path)
 
 
+def test_all_entries_are_looked_at_before_the_first_is_asked(tmp_path):
+    second = "rewrite", dict(seeds=dict(documents="nowhere.jsonl"))
+    with serve(japanese) as (url, bodies):
+        with pytest.raises(UserError, match="nowhere.jsonl"):
+            make.make_all(recipe(url, first=persona(), second=second), tmp_path)
+        assert not bodies
+
+
 def test_magpie_needs_a_server_that_completes_text(tmp_path):
     entry = ("magpie", dict(items=3))
     with serve(japanese) as (url, bodies):

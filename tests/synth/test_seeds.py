@@ -99,7 +99,7 @@ def test_a_users_list_may_have_any_format(tmp_path, suffix):
 def test_broken_rows_are_left_out_counted_and_the_first_is_named(tmp_path, caplog):
     rows = [{"persona": "ある農家"}, "{broken", {"name": "x"}, {"persona": ""}, {"persona": 3}, {"persona": "a pilot"}]
     loaded = load({"personas": write(tmp_path / "p.jsonl", rows)})
-    assert [item["persona"] for item in loaded.items()] == ["ある農家", "a pilot"] and loaded.skipped == 4
+    assert [item["persona"] for item in loaded.items()] == ["ある農家", "a pilot"] and loaded.invalid == 4
     assert "p.jsonl:2" in caplog.text and "4 rows" in caplog.text
     with pytest.raises(
         UserError, match=r"no row that can be read.*q\.jsonl:1 has no text in 'persona' or 'text' \(fields: name"
@@ -119,7 +119,7 @@ def test_prompts_of_any_layout_end_with_the_user(tmp_path):
         {"tokens": [1]},
     ]
     loaded = load({"prompts": write(tmp_path / "p.jsonl", rows)})
-    assert [item["messages"] for item in loaded.items()] == [[user]] * 5 and loaded.skipped == 2
+    assert [item["messages"] for item in loaded.items()] == [[user]] * 5 and loaded.invalid == 2
     assert [seeds.category_of(item) for item in loaded.items()] == ["", "", "sum", "", ""]
 
 
