@@ -48,7 +48,7 @@ def preferences(pairs: Sequence[Row], dropped: Sequence[tuple[str, Row]]) -> dic
 
 
 def no_rows(dropped: Sequence[tuple[str, Row]]) -> str:
-    """Why there is not one row: the counts by reason, and what a server message about the most frequent one."""
+    """Why there is not one row: the counts by reason, and the message of the most frequent one."""
     if not dropped:
         return "no item has given a row"
     counts = Counter(reason for reason, _ in dropped).most_common()
