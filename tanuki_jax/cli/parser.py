@@ -33,6 +33,8 @@ A trainer in which the whole Tanuki paper is one recipe.
 
   tanuki run --config=configs/nano.py --workdir=runs/nano        every stage, resumable; report.html at the end
   tanuki chat --checkpoint=runs/nano/stages/dpo                  talk to the result
+  tanuki serve --checkpoint=runs/nano/stages/dpo --port=8000     the same over HTTP, in the browser and for OpenAI's clients
+  tanuki synth --config=configs/synth/persona.py --workdir=runs/persona --dry_run      rows that models make, and what they cost
   tanuki plan --config=configs/tanuki_8x8b.py --topology=v5p-256 --stage=moe_01      what fits, how fast, for how many days
   tanuki run --config=configs/local_text.py --workdir=runs/mine --config.data.ja='ja/*.jsonl.gz' --config.data.en='en/*.txt'
 
