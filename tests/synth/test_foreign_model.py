@@ -175,7 +175,7 @@ def read(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def made(work, name):
+def read_entry(work, name):
     """Report, rows and skipped rows of an entry."""
     directory = work / "synth" / name
     report = json.loads((directory / "report.json").read_text(encoding="utf-8"))
@@ -208,7 +208,7 @@ def work(url, tmp_path_factory):
 
 
 def test_topics_become_dialogues(work):
-    report, rows, skipped = made(work, "dialogues")
+    report, rows, skipped = read_entry(work, "dialogues")
     answers = check_calls(work / "synth/dialogues", report)
     assert report["items"] == len(TOPICS) == report["rows"] + sum(report["dropped"].values()) + sum(report["filtered"].values())
     assert report["rows"] == len(rows) >= 1
@@ -224,10 +224,10 @@ def test_topics_become_dialogues(work):
 
 def check_prompts(work, name, limit):
     """Every prompt became a pair, or was skipped for a reason that is counted."""
-    report, rows, skipped = made(work, name)
+    report, rows, skipped = read_entry(work, name)
     answers = check_calls(work / "synth" / name, report)
     counts = report["preferences"]
-    assert counts["prompts"] == report["items"] == min(limit, made(work, "dialogues")[0]["rows"])
+    assert counts["prompts"] == report["items"] == min(limit, read_entry(work, "dialogues")[0]["rows"])
     assert counts["prompts"] == counts["pairs"] + sum(counts["without_pair"].values())
     assert counts["pairs"] == len(rows) == report["rows"] and counts["without_pair"] == Counter(r["outcome"] for r in skipped)
     return counts, Counter(row["role"] for row in answers), rows
@@ -258,6 +258,6 @@ def test_what_is_made_is_not_made_again(work):
 @pytest.mark.parametrize(("name", "kind"), [("dialogues", "dialogue"), ("better", "pair")])
 def test_its_rows_are_trained_on(work, tokenizer, tmp_path, name, kind):
     """With a tokenizer that is not the model's."""
-    _, rows, _ = made(work, name)
+    _, rows, _ = read_entry(work, name)
     manifest = prepare.prepare(str(work / "synth" / name / "rows.jsonl"), tokenizer, tmp_path / name, workers=1)
     assert (manifest.kind, manifest.rows, manifest.rejected) == (kind, len(rows), 0) and manifest.tokens > 10 * len(rows)
