@@ -185,25 +185,36 @@ def read_entry(work, name):
 def check_calls(directory, report):
     """Every request is one recorded answer, and the report counts them all."""
     answers = read(directory / "answers/answers.jsonl")
-    assert len({row["id"] for row in answers}) == len(answers) == report["asked"]["answers"] == report["asked"]["calls"]
-    assert Counter(row["finish_reason"] == "length" for row in answers)[True] == report["asked"]["outcomes"].get("cut", 0)
+    assert len({row["id"] for row in answers}) == len(answers) == report["requests"]["answers"] == report["requests"]["calls"]
+    assert Counter(row["finish_reason"] == "length" for row in answers)[True] == report["requests"]["outcomes"].get("cut", 0)
     for name in ("prompt_tokens", "completion_tokens"):
-        assert sum(row["usage"][name] for row in answers) == report["asked"][name] > 0
+        assert sum(row["usage"][name] for row in answers) == report["requests"][name] > 0
     return answers
+
+
+def synth(work, name, *flags):
+    """The exit code of the command that makes an entry and those whose rows it reads."""
+    return main(["synth", f"--config={work / 'recipe.py'}", f"--workdir={work}", f"--name={name}", *flags])
+
+
+def check_codes(work):
+    """All entries are there after this; one without any row is an error, which the judged pairs of such a model may be."""
+    assert synth(work, "better") == 0
+    code = synth(work, "judged")
+    assert code == (0 if read_entry(work, "judged")[0]["rows"] else 1)
 
 
 @pytest.fixture(scope="module")
 def work(url, tmp_path_factory):
-    """The workdir of topics -> dialogues -> filters -> preferences; the budget of the first of two commands is too small."""
+    """The workdir of topics -> dialogues -> filters -> preferences; the budget of the first command is too small."""
     work = tmp_path_factory.mktemp("foreign")
     topics, templates = work / "topics.jsonl", work / "templates.toml"
     topics.write_text("".join(json.dumps({"topic": topic}) + "\n" for topic in TOPICS), encoding="utf-8")
     templates.write_text(TEMPLATES, encoding="utf-8")
     (work / "recipe.py").write_text(RECIPE.format(url=url, topics=str(topics), templates=str(templates)), encoding="utf-8")
-    command = ["synth", f"--config={work / 'recipe.py'}", f"--workdir={work}"]
-    assert main([*command, "--name=dialogues", "--config.synth.dialogues.max_calls=3"]) == 1
+    assert synth(work, "dialogues", "--config.synth.dialogues.max_calls=3") == 1
     assert len(read(work / "synth/dialogues/answers/answers.jsonl")) == 3
-    assert main(command) == 0
+    check_codes(work)
     return work
 
 
@@ -251,7 +262,7 @@ def test_its_likeliest_answers_are_chosen_over_its_samples(work):
 
 def test_what_is_made_is_not_made_again(work):
     before = {path: path.read_bytes() for path in work.glob("synth/*/*.*")}
-    assert main(["synth", f"--config={work / 'recipe.py'}", f"--workdir={work}"]) == 0
+    check_codes(work)
     assert {path: path.read_bytes() for path in work.glob("synth/*/*.*")} == before
 
 
