@@ -52,7 +52,7 @@ def _dropped(located: SourceFiles) -> dict[str, int]:
 def _licenses(located: SourceFiles) -> dict[str, int]:
     """Rows by the licences of the models and seeds that they come from; only rows that a model has made name them."""
     count: Counter[str] = Counter()
-    for row in sources.read_rows(located.files, located.fields, sources.skip_silently) if located.made else ():
+    for row in sources.read_rows(located.files, located.fields, sources.skip_silently) if located.generated else ():
         calls = row.fields.get("provenance") or [{}]
         names = {call.get("license") or NOT_NAMED for call in calls} | {call.get("seed_license", "") for call in calls}
         count[", ".join(sorted(names - {""}))] += 1

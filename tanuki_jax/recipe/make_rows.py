@@ -52,7 +52,7 @@ def run_making_stage(recipe: Recipe, stage: str, workdir: Workdir) -> dict[str, 
         multihost.enter_phase(f"the rows of stage {stage}")
         _make(recipe, options.synth, workdir, url, identity)
     summary = dataclasses.asdict(StageSummary(seconds=round(time.monotonic() - began, 1)))
-    return {**summary, "made": files.read_json(workdir.synth_dir(options.synth) / "report.json")}
+    return {**summary, "synth": files.read_json(workdir.synth_dir(options.synth) / "report.json")}
 
 
 def _tensor(recipe: Recipe, stage: str) -> int:

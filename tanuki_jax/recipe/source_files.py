@@ -17,8 +17,6 @@ from tanuki_jax.recipe.make_rows import make_rows
 from tanuki_jax.recipe.workdir import Workdir
 from tanuki_jax.synth import methods, rules
 
-RULES_CODE = ("rules.py", "world.py", "families/*.py")  # what rule-made rows follow from, in synth/
-
 
 class SourceFiles(NamedTuple):
     """Globs of files, their fingerprint, the fields that are read of their rows, and where it is counted what was left out."""
@@ -27,7 +25,7 @@ class SourceFiles(NamedTuple):
     identity: str
     fields: sources.Fields
     counts: tuple[Path, ...] = ()  # files of the making and of filters
-    made: bool = False  # by a model: every row has its provenance
+    generated: bool = False  # by a model: every row has its provenance
 
 
 def locate(recipe: Recipe, name: str, workdir: Workdir) -> SourceFiles:
@@ -37,7 +35,7 @@ def locate(recipe: Recipe, name: str, workdir: Workdir) -> SourceFiles:
     _check_files(recipe, name)
     if source.files.startswith(SYNTH_PREFIX):
         rows = make_rows(recipe, source.files.removeprefix(SYNTH_PREFIX), workdir)
-        located = SourceFiles(str(rows), files.fingerprint(rows), fields, (rows.with_name("report.json"),), made=True)
+        located = SourceFiles(str(rows), files.fingerprint(rows), fields, (rows.with_name("report.json"),), generated=True)
     elif source.files.startswith(RULES_PREFIX):
         located = SourceFiles(*rule_made(recipe, source.files, workdir, f"data.{name}"), fields)
     else:
@@ -51,7 +49,7 @@ def rule_made(recipe: Recipe, address: str, workdir: Workdir, key: str) -> tuple
     options = recipe.rules
     by_split = {"pairs": options.pairs, "documents_ja": options.documents, "documents_en": options.documents}
     count = by_split.get(split, options.dialogues)
-    code = sorted(path for part in RULES_CODE for path in Path(rules.__file__).parent.glob(part))
+    code = rules.code_files()
     identity = files.fingerprint(split, count, recipe.seed, *code)
     path = workdir.data / f"rules-{split}-{identity}.jsonl"
     if not path.is_file():
@@ -90,7 +88,7 @@ def _filter(recipe: Recipe, name: str, workdir: Workdir, located: SourceFiles) -
         )
         print(f"data {name}, filters {source.filters}:\n{summary}", file=sys.stderr, flush=True)
     return SourceFiles(
-        str(directory / "rows.jsonl"), identity, sources.PLAIN, (*located.counts, directory / "summary.json"), located.made
+        str(directory / "rows.jsonl"), identity, sources.PLAIN, (*located.counts, directory / "summary.json"), located.generated
     )
 
 

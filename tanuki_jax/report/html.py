@@ -50,7 +50,7 @@ def write_report(recipe: Recipe, summary: Mapping[str, Any], workdir: Path) -> P
         diagnostics=to_svg(experts.plot_diagnostics(moe_stages)) if moe_stages else "",
         ranges=plots.plot_lr_range(stages, metrics),
         samples=_samples(done),
-        makers=[entry for entry in stages if "made" in entry],
+        synth_stages=[entry for entry in stages if "synth" in entry],
         phases=PHASES,
         events=[(name, event) for name, directory in directories.items() for event in read_events(directory)],
         config=json.dumps(summary["config"], ensure_ascii=False, indent=1),

@@ -35,7 +35,7 @@ class StageEntry(TypedDict):
     tokens: int
     scores: Scores
     learning_rate_range: NotRequired[dict[str, float]]
-    made: NotRequired[dict[str, Any]]  # counts of the rows that a stage made
+    synth: NotRequired[dict[str, Any]]  # counts of the rows that the stage generated
 
 
 def to_svg(figure: Figure) -> Markup:

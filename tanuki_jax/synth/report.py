@@ -60,13 +60,13 @@ def preferences(prompts: Iterable[tuple[str, Row]]) -> dict[str, Any]:
 
 
 def no_rows(dropped: Sequence[tuple[str, Row]]) -> str:
-    """Why there is not one row: the counts by reason, and what a server said about the most frequent one."""
+    """Why there is not one row: the counts by reason, and the message of the most frequent one."""
     if not dropped:
         return "no item has given a row"
     counts = Counter(reason for reason, _ in dropped).most_common()
-    said = next((str(row["message"]) for reason, row in dropped if reason == counts[0][0] and row.get("message")), "")
+    message = next((str(row["message"]) for reason, row in dropped if reason == counts[0][0] and row.get("message")), "")
     shown = ", ".join(f"{reason} {count:,}" for reason, count in counts)
-    return f"not one row is left: {shown}" + (f" ({said})" if said else "")
+    return f"not one row is left: {shown}" + (f" ({message})" if message else "")
 
 
 def _characters(messages: Sequence[Mapping[str, str]]) -> int:

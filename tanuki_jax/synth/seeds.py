@@ -63,13 +63,13 @@ class Axis:
     kind: str
     name: str
     read: Callable[[OnBadRow], Iterator[Seed]]
-    bad: BadRows = field(default_factory=BadRows)
+    invalid: BadRows = field(default_factory=BadRows)
     count: int = 0
 
     def look(self) -> None:
         """Counts the rows, and those that cannot be read."""
-        self.bad = BadRows()
-        self.count = sum(1 for _ in self.read(self.bad.add))
+        self.invalid = BadRows()
+        self.count = sum(1 for _ in self.read(self.invalid.add))
 
     def pick(self, numbers: Collection[int]) -> dict[int, Seed]:
         """The rows of these numbers."""
@@ -100,7 +100,7 @@ class Seeds:
     @property
     def invalid(self) -> int:
         """Rows that could not be read."""
-        return sum(axis.bad.count for axis in self.axes)
+        return sum(axis.invalid.count for axis in self.axes)
 
     def items(self) -> Iterator[Item]:
         """The items, always the same ones in the same order; all combinations come in the order of the lists."""
@@ -157,15 +157,15 @@ def load(
             if str(error).startswith("synth:"):
                 raise
             raise UserError(f"synth: seeds.{axis.kind}: {str(error).removeprefix('data: ')}") from error
-        if axis.bad.count:
-            logger.warning("synth: %s: %d rows are left out; %s", axis.name, axis.bad.count, axis.bad.first)
+        if axis.invalid.count:
+            logger.warning("synth: %s: %d rows are left out; %s", axis.name, axis.invalid.count, axis.invalid.first)
         if not axis.count:
-            raise _no_row(axis, axis.bad)
+            raise _no_row(axis, axis.invalid)
     return Seeds(_only_weak(axes, weak) if weak else axes, key, limit)
 
 
-def _no_row(axis: Axis, bad: BadRows) -> UserError:
-    reason = f": {bad.first}" if bad.first else ""
+def _no_row(axis: Axis, invalid: BadRows) -> UserError:
+    reason = f": {invalid.first}" if invalid.first else ""
     return UserError(f"synth: seeds.{axis.kind} {axis.name!r} has no row that can be read{reason}")
 
 
@@ -213,10 +213,10 @@ def _item(*rows: Seed) -> Item:
 
 def check(kind: str, name: str) -> None:
     """A UserError where a list that no stage makes is not there, or no row of it can be read; little of a file is read."""
-    bad = BadRows()
+    invalid = BadRows()
     axis = _axis(kind, name, Makers(prompts=1), ())
-    if next(axis.read(bad.add), None) is None:
-        raise _no_row(axis, bad)
+    if next(axis.read(invalid.add), None) is None:
+        raise _no_row(axis, invalid)
 
 
 def identity(name: str, makers: Makers) -> str:

@@ -18,7 +18,7 @@ from tanuki_jax.files import read_json
 
 CONFIG = Path(__file__).with_name("made_rows_config.py")
 ROOT = Path(__file__).parents[2]
-MADE = ("answers", "pairs")
+NAMES = ("answers", "pairs")
 SECONDS = 600
 
 
@@ -76,7 +76,7 @@ def test_killed_three_times_it_ends_with_the_same_bits(trained, undisturbed):
         process.send_signal(signal.SIGKILL)
         process.wait()
     run(killed, "run")
-    for name in MADE:
+    for name in NAMES:
         assert rows(killed, name) == rows(undisturbed, name)
         asked = [json.loads(line)["id"] for line in (killed / f"synth/{name}/answers/answers.jsonl").open(encoding="utf-8")]
         assert len(asked) == len(set(asked)) == read_json(undisturbed / f"synth/{name}/report.json")["asked"]["answers"]
@@ -87,9 +87,9 @@ def test_killed_three_times_it_ends_with_the_same_bits(trained, undisturbed):
 
 @pytest.mark.slow
 def test_report_and_data_card_say_what_was_made(undisturbed):
-    made = {entry["name"]: entry["made"] for entry in read_json(undisturbed / "summary.json")["stages"] if "made" in entry}
-    assert made.keys() == {"answers", "samples"}
-    pairs = made["samples"]
+    reports = {entry["name"]: entry["synth"] for entry in read_json(undisturbed / "summary.json")["stages"] if "synth" in entry}
+    assert reports.keys() == {"answers", "samples"}
+    pairs = reports["samples"]
     assert pairs["rows"] == len(rows(undisturbed, "pairs")) > 0
     assert pairs["rows"] + sum(pairs["dropped"].values()) == pairs["items"]
     page = (undisturbed / "report.html").read_text(encoding="utf-8")
@@ -100,7 +100,7 @@ def test_report_and_data_card_say_what_was_made(undisturbed):
 
 @pytest.mark.slow
 def test_every_row_says_where_it_comes_from(undisturbed):
-    for name in MADE:
+    for name in NAMES:
         for line in (undisturbed / "synth" / name / "rows.jsonl").open(encoding="utf-8"):
             for call in json.loads(line)["provenance"]:
                 assert call.keys() >= {"job", "model", "prompt_sha256", "sampling", "seed", "item", "date", "license"}

@@ -63,7 +63,7 @@ def test_rows_that_are_there_are_never_made_again(tmp_path, monkeypatch):
         source_files.check(made, ["pretrain"])
         first = source_files.locate(made, "ja", workdir)
     # No endpoint answers at that address any more, and none is asked.
-    assert source_files.locate(made, "ja", workdir) == first and first.made
+    assert source_files.locate(made, "ja", workdir) == first and first.generated
     write(workdir.rows_file("talks"), {"messages": [{"role": "user", "content": "a"}]})
     assert source_files.locate(made, "ja", workdir).identity != first.identity  # so that a changed file is seen
     with pytest.raises(UserError, match="made with other settings"):
