@@ -175,7 +175,7 @@ def read(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def made(work, name):
+def read_entry(work, name):
     """Report, rows and skipped rows of an entry."""
     directory = work / "synth" / name
     report = json.loads((directory / "report.json").read_text(encoding="utf-8"))
@@ -185,30 +185,41 @@ def made(work, name):
 def check_calls(directory, report):
     """Every request is one recorded answer, and the report counts them all."""
     answers = read(directory / "answers/answers.jsonl")
-    assert len({row["id"] for row in answers}) == len(answers) == report["asked"]["answers"] == report["asked"]["calls"]
-    assert Counter(row["finish_reason"] == "length" for row in answers)[True] == report["asked"]["outcomes"].get("cut", 0)
+    assert len({row["id"] for row in answers}) == len(answers) == report["requests"]["answers"] == report["requests"]["calls"]
+    assert Counter(row["finish_reason"] == "length" for row in answers)[True] == report["requests"]["outcomes"].get("cut", 0)
     for name in ("prompt_tokens", "completion_tokens"):
-        assert sum(row["usage"][name] for row in answers) == report["asked"][name] > 0
+        assert sum(row["usage"][name] for row in answers) == report["requests"][name] > 0
     return answers
+
+
+def synth(work, name, *flags):
+    """The exit code of the command that makes an entry and those whose rows it reads."""
+    return main(["synth", f"--config={work / 'recipe.py'}", f"--workdir={work}", f"--name={name}", *flags])
+
+
+def check_codes(work):
+    """All entries are there after this; one without any row is an error, which the judged pairs of such a model may be."""
+    assert synth(work, "better") == 0
+    code = synth(work, "judged")
+    assert code == (0 if read_entry(work, "judged")[0]["rows"] else 1)
 
 
 @pytest.fixture(scope="module")
 def work(url, tmp_path_factory):
-    """The workdir of topics -> dialogues -> filters -> preferences; the budget of the first of two commands is too small."""
+    """The workdir of topics -> dialogues -> filters -> preferences; the budget of the first command is too small."""
     work = tmp_path_factory.mktemp("foreign")
     topics, templates = work / "topics.jsonl", work / "templates.toml"
     topics.write_text("".join(json.dumps({"topic": topic}) + "\n" for topic in TOPICS), encoding="utf-8")
     templates.write_text(TEMPLATES, encoding="utf-8")
     (work / "recipe.py").write_text(RECIPE.format(url=url, topics=str(topics), templates=str(templates)), encoding="utf-8")
-    command = ["synth", f"--config={work / 'recipe.py'}", f"--workdir={work}"]
-    assert main([*command, "--name=dialogues", "--config.synth.dialogues.max_calls=3"]) == 1
+    assert synth(work, "dialogues", "--config.synth.dialogues.max_calls=3") == 1
     assert len(read(work / "synth/dialogues/answers/answers.jsonl")) == 3
-    assert main(command) == 0
+    check_codes(work)
     return work
 
 
 def test_topics_become_dialogues(work):
-    report, rows, skipped = made(work, "dialogues")
+    report, rows, skipped = read_entry(work, "dialogues")
     answers = check_calls(work / "synth/dialogues", report)
     assert report["items"] == len(TOPICS) == report["rows"] + sum(report["dropped"].values()) + sum(report["filtered"].values())
     assert report["rows"] == len(rows) >= 1
@@ -224,10 +235,10 @@ def test_topics_become_dialogues(work):
 
 def check_prompts(work, name, limit):
     """Every prompt became a pair, or was skipped for a reason that is counted."""
-    report, rows, skipped = made(work, name)
+    report, rows, skipped = read_entry(work, name)
     answers = check_calls(work / "synth" / name, report)
     counts = report["preferences"]
-    assert counts["prompts"] == report["items"] == min(limit, made(work, "dialogues")[0]["rows"])
+    assert counts["prompts"] == report["items"] == min(limit, read_entry(work, "dialogues")[0]["rows"])
     assert counts["prompts"] == counts["pairs"] + sum(counts["without_pair"].values())
     assert counts["pairs"] == len(rows) == report["rows"] and counts["without_pair"] == Counter(r["outcome"] for r in skipped)
     return counts, Counter(row["role"] for row in answers), rows
@@ -251,13 +262,13 @@ def test_its_likeliest_answers_are_chosen_over_its_samples(work):
 
 def test_what_is_made_is_not_made_again(work):
     before = {path: path.read_bytes() for path in work.glob("synth/*/*.*")}
-    assert main(["synth", f"--config={work / 'recipe.py'}", f"--workdir={work}"]) == 0
+    check_codes(work)
     assert {path: path.read_bytes() for path in work.glob("synth/*/*.*")} == before
 
 
 @pytest.mark.parametrize(("name", "kind"), [("dialogues", "dialogue"), ("better", "pair")])
 def test_its_rows_are_trained_on(work, tokenizer, tmp_path, name, kind):
     """With a tokenizer that is not the model's."""
-    _, rows, _ = made(work, name)
+    _, rows, _ = read_entry(work, name)
     manifest = prepare.prepare(str(work / "synth" / name / "rows.jsonl"), tokenizer, tmp_path / name, workers=1)
     assert (manifest.kind, manifest.rows, manifest.rejected) == (kind, len(rows), 0) and manifest.tokens > 10 * len(rows)
