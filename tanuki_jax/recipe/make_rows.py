@@ -80,3 +80,4 @@ def _make(recipe: Recipe, name: str, workdir: Workdir, generator_url: str = "", 
     )
     if not is_made:
         print(summary.text, file=sys.stderr, flush=True)
+    summary.check_rows()

@@ -43,6 +43,15 @@ class Summary:
         """The report as lines."""
         return report.text(self.report)
 
+    def check_rows(self) -> None:
+        """An error, with the reasons, where not one row is left."""
+        if self.report.get("rows") == 0:
+            directory = self.rows.parent
+            skipped = [(str(row["outcome"]), row) for row in _read(directory / SKIPPED)]
+            raise UserError(
+                f"synth {self.report['name']}: {report.no_rows(skipped)}; correct the settings and remove {directory}"
+            )
+
 
 @dataclass(frozen=True)
 class Items:
@@ -99,9 +108,7 @@ def make_all(recipe: Recipe, root: Path, name: str = "", dry_run: bool = False) 
         summary = make(recipe, entry, root / entry, sources=sources, dry_run=dry_run)
         sources[entry] = summary.rows
         result.append(summary)
-        if summary.report.get("rows") == 0:
-            skipped = [(str(row["outcome"]), row) for row in _read(root / entry / SKIPPED)]
-            raise UserError(f"synth {entry}: {report.no_rows(skipped)}; correct the settings and remove {root / entry}")
+        summary.check_rows()
     return result
 
 

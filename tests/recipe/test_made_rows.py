@@ -79,7 +79,7 @@ def test_killed_three_times_it_ends_with_the_same_bits(trained, undisturbed):
     for name in NAMES:
         assert rows(killed, name) == rows(undisturbed, name)
         asked = [json.loads(line)["id"] for line in (killed / f"synth/{name}/answers/answers.jsonl").open(encoding="utf-8")]
-        assert len(asked) == len(set(asked)) == read_json(undisturbed / f"synth/{name}/report.json")["asked"]["answers"]
+        assert len(asked) == len(set(asked)) == read_json(undisturbed / f"synth/{name}/report.json")["requests"]["answers"]
     for stage in ("again", "dpo"):
         first, second = (checkpoint.load(workdir / "stages" / stage).params for workdir in (undisturbed, killed))
         assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(np.asarray(a), np.asarray(b)), first, second))
