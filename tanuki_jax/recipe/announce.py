@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from tanuki_jax import config
+from tanuki_jax.config import STAGE_KINDS
 from tanuki_jax.config.schema import Recipe
 from tanuki_jax.recipe import placement
 
@@ -37,6 +38,8 @@ def _remarks(recipe: Recipe, stage: str) -> list[str]:
     options, lines = recipe.stages[stage], []
     if options.lora.rank:
         lines.append(f"stage {stage}: {placement.describe_adapters(config.model_config(recipe, stage), options.lora)}")
+    if STAGE_KINDS[options.kind].makes_rows and jax.process_count() > 1:
+        lines.append(f"stage {stage}: runs on one process alone (tanuki train --stage={stage}); this run will end there")
     steps = config.stage_steps(options)
     message = config.unreached_schedule(options.optimizer, steps) if steps else ""
     return [*lines, f"stage {stage}: {message}"] if message else lines
