@@ -167,7 +167,7 @@ def test_a_stage_that_is_not_to_run_needs_no_room(tmp_path, monkeypatch, capfd):
     def prepare(*args):
         raise UserError("preflight is over")
 
-    monkeypatch.setattr(artifacts, "prepare", prepare)
+    monkeypatch.setattr(artifacts, "prepare_tokenizer", prepare)
     assert main(["train", tiny_recipe.CONFIG, f"--workdir={tmp_path}", "--stage=pretrain"]) == 1
     assert "tanuki: preflight is over" in capfd.readouterr().err
 
