@@ -127,12 +127,21 @@ def test_it_compiles_answers_lets_running_requests_end_and_exits_with_0(launch):
     assert server.process.wait(WAIT) == 0
 
 
+# Steps of two seconds: an answer that would take a minute.
+SLOW_STEPS = """
+import time
+from tanuki_jax.serve.decoder import SlotsDecoder
+start = SlotsDecoder.start
+SlotsDecoder.start = lambda *arguments, **named: (time.sleep(2), start(*arguments, **named))[1]
+"""
+
+
 @pytest.mark.slow
 def test_a_second_signal_ends_it_at_once(launch):
-    server = launch("--grace=1000", "--max_length=4096")
+    server = launch("--grace=1000", before=SLOW_STEPS)
     server.wait_until(lambda answer: answer[0] == 200)
     stream = server.client().completions.create(
-        model="tiny", prompt=[5], max_tokens=4000, stream=True, extra_body={"ignore_eos": True}
+        model="tiny", prompt=[5], max_tokens=30, stream=True, extra_body={"ignore_eos": True}
     )
     next(stream)
     begin = time.monotonic()
