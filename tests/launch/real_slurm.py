@@ -53,6 +53,9 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 
 
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+
+
 class Slurm:
     """Commands of a running cluster; `environ` is what they need."""
 
@@ -73,7 +76,7 @@ class Slurm:
         """Waits until a job has one of the states."""
         limit = time.monotonic() + seconds
         while (job := self.job(number))["JobState"] not in states:
-            assert time.monotonic() < limit, job
+            assert time.monotonic() < limit and job["JobState"] not in ENDED, job
             time.sleep(0.2)
         return job
 
