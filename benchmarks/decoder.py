@@ -41,8 +41,8 @@ def fill(cfg, weights, prompts, length, sampling):
     keys = row_keys(np.int32(0), row_numbers(prompts))
     for slot, prompt in enumerate(prompts):
         tokens, lengths = pad_prompts([prompt], power_of_two(max(64, len(prompt))))
-        at = np.array([slot], np.int32)
-        state = slots.admit(cfg, weights, state, tokens, lengths, at, stack([sampling]), keys[slot : slot + 1])
+        prompt = slots.Prompts(tokens, lengths, np.array([slot], np.int32), stack([sampling]), keys[slot : slot + 1])
+        state = slots.admit(cfg, weights, state, prompt)
     return state
 
 

@@ -47,6 +47,15 @@ def with_options(cfg, **options):
     return dataclasses.replace(cfg, compute=dataclasses.replace(cfg.compute, **compute), **options)
 
 
+def prompt_scores(cfg, weights, tokens_BS, top=0):
+    """The decoder's scores of prompts without padding, admitted together."""
+    B, S = tokens_BS.shape
+    keys = model.sampling.row_keys(np.int32(0), np.zeros((B, 2), np.uint32))
+    options = model.sampling.stack([model.Sampling()] * B)
+    prompts = model.slots.Prompts(tokens_BS, np.full(B, S, np.int32), np.arange(B), options, keys)
+    return model.slots.admit_scored(cfg, weights, model.slots.empty(cfg, B, S), prompts, np.bool_(True), top)[1]
+
+
 def of_batch(loss_fn):
     """A loss of (params, batch) alone: nothing balances, nothing is drawn."""
     return lambda params, batch: loss_fn(params, batch, {}, None)

@@ -106,7 +106,7 @@ def _generate(
     rows = len(tokens_BP)
     keys_B = row_keys(seed, numbers_B2)
     start = slots.empty(cfg, rows, length)
-    start = slots.admit(cfg, weights, start, tokens_BP, lengths_B, jnp.arange(rows), choices, keys_B)
+    start = slots.admit(cfg, weights, start, slots.Prompts(tokens_BP, lengths_B, jnp.arange(rows), choices, keys_B))
 
     def is_running(state: _State) -> jax.Array:
         return (state.step < limit) & ~state.done_B.all()

@@ -2,7 +2,7 @@
 
     weights = unstack(cfg, params)                                                  # once
     slots = empty(cfg, batch_size, length)
-    slots = admit(cfg, weights, slots, tokens_RP, lengths_R, slots_R, choices, keys_R)   # prompts into free slots
+    slots = admit(cfg, weights, slots, Prompts(tokens_RP, lengths_R, slots_R, choices, keys_R))  # into free slots
     slots, tokens = step(cfg, weights, slots, n)                                    # n tokens for every slot
 
 `admit` and `step` take the slots' memory over.  A slot knows no end: which tokens count is for the caller to say, and a slot
@@ -50,6 +50,16 @@ class Slots(NamedTuple):
     key_B2: jax.Array  # uint32, the data of each row's random key
     choices: Choices
     seen_BV: jax.Array  # bool, tokens that the row holds
+
+
+class Prompts(NamedTuple):
+    """R prompts for slots, and how each one goes on."""
+
+    tokens_RP: Array  # int32, padded at the end with any id; P is at most the slots' length
+    lengths_R: Array  # int32, at least 1
+    slots_R: Array  # int32, the number of each one's slot; one with a number that no slot has is left out
+    choices: Choices
+    keys_R: jax.Array  # random keys, as of `request_key`
 
 
 class Tokens(NamedTuple):
@@ -149,50 +159,26 @@ def _place(slots: Slots) -> Slots:
     )
 
 
-# Eight arguments: each is a separate argument of the compiled program.
 @functools.partial(jax.jit, static_argnames="cfg", donate_argnames="slots")
-def admit(
-    cfg: config.ModelConfig,
-    weights: Weights,
-    slots: Slots,
-    tokens_RP: Array,
-    lengths_R: Array,
-    slots_R: Array,
-    choices: Choices,
-    keys_R: jax.Array,
-) -> Slots:
-    """The slots with R prompts in place of what some of them held; a program for each R and P.
-
-    Args:
-      tokens_RP: prompts, padded at the end with any id; P is at most the slots' length.
-      lengths_R: their lengths, at least 1.
-      slots_R: the number of each one's slot.
-      choices, keys_R: how and with which random numbers (`request_key`) each one goes on.
-    """
-    return _admit(cfg, weights, slots, tokens_RP, lengths_R, slots_R, choices, keys_R)[0]
+def admit(cfg: config.ModelConfig, weights: Weights, slots: Slots, prompts: Prompts) -> Slots:
+    """The slots with R prompts in place of what some of them held; a program for each R and P."""
+    return _admit(cfg, weights, slots, prompts)[0]
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "top"), donate_argnames="slots")
 def admit_scored(
-    cfg: config.ModelConfig,
-    weights: Weights,
-    slots: Slots,
-    tokens_RP: Array,
-    lengths_R: Array,
-    slots_R: Array,
-    choices: Choices,
-    keys_R: jax.Array,
-    with_scores: Array,
-    top: int,
+    cfg: config.ModelConfig, weights: Weights, slots: Slots, prompts: Prompts, with_scores: Array, top: int
 ) -> tuple[Slots, Scores]:
-    """What `admit` gives, and what `score` gives for the prompts, from one pass and one program.
+    """What `admit` gives, and the scores of the prompts' tokens, from one pass and one program.
+
+    Where a token is the likeliest its log-probability is the first of `top_logprobs`, bit for bit.
 
     with_scores: bool; without it the scores are zeros, and cost nothing.
     """
-    slots, hidden_RPD = _admit(cfg, weights, slots, tokens_RP, lengths_R, slots_R, choices, keys_R)
+    slots, hidden_RPD = _admit(cfg, weights, slots, prompts)
 
     def count() -> Scores:
-        return _score(cfg, weights, hidden_RPD, jnp.asarray(tokens_RP, jnp.int32), top)
+        return _score(cfg, weights, hidden_RPD, jnp.asarray(prompts.tokens_RP, jnp.int32), top)
 
     def skip() -> Scores:
         return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(count))
@@ -200,36 +186,28 @@ def admit_scored(
     return slots, jax.lax.cond(with_scores, count, skip)
 
 
-def _admit(
-    cfg: config.ModelConfig,
-    weights: Weights,
-    slots: Slots,
-    tokens_RP: Array,
-    lengths_R: Array,
-    slots_R: Array,
-    choices: Choices,
-    keys_R: jax.Array,
-) -> tuple[Slots, jax.Array]:
+def _admit(cfg: config.ModelConfig, weights: Weights, slots: Slots, prompts: Prompts) -> tuple[Slots, jax.Array]:
     """The slots, and the prompts' hidden states [R, P, D]."""
-    (R, P), V = tokens_RP.shape, cfg.vocab_size
-    tokens_RP, rows_R = jnp.asarray(tokens_RP, jnp.int32), jnp.arange(R)
+    (R, P), V = prompts.tokens_RP.shape, cfg.vocab_size
+    tokens_RP, lengths_R = jnp.asarray(prompts.tokens_RP, jnp.int32), jnp.asarray(prompts.lengths_R, jnp.int32)
+    rows_R = jnp.arange(R)
     positions_RP = jnp.broadcast_to(jnp.arange(P), (R, P))
     hidden_RPD, new = _forward(cfg, weights, parallel.embedding_lookup(weights.table_VD, tokens_RP), positions_RP)
-    inside_RP = positions_RP < jnp.asarray(lengths_R)[:, None]
+    inside_RP = positions_RP < lengths_R[:, None]
     seen_RV = jnp.zeros((R, V), bool).at[rows_R[:, None], jnp.where(inside_RP, tokens_RP, V)].set(True, mode="drop")
     admitted = Slots(
         cache=new,
-        hidden_BD=hidden_RPD[rows_R, jnp.asarray(lengths_R) - 1],
-        position_B=jnp.asarray(lengths_R, jnp.int32),
+        hidden_BD=hidden_RPD[rows_R, lengths_R - 1],
+        position_B=lengths_R,
         step_B=jnp.zeros(R, jnp.int32),
-        key_B2=jax.random.key_data(keys_R),
-        choices=choices,
+        key_B2=jax.random.key_data(prompts.keys_R),
+        choices=prompts.choices,
         seen_BV=seen_RV,
     )
 
     def put(whole: jax.Array, part: Array) -> jax.Array:
-        part = jnp.asarray(part, whole.dtype)
-        return whole.at[slots_R].set(part) if part.shape[1:] == whole.shape[1:] else whole.at[slots_R, :, :P].set(part)
+        part, at = jnp.asarray(part, whole.dtype), prompts.slots_R
+        return whole.at[at].set(part) if part.shape[1:] == whole.shape[1:] else whole.at[at, :, :P].set(part)
 
     return _place(jax.tree.map(put, slots, admitted)), hidden_RPD
 
@@ -300,21 +278,8 @@ def release(slots: Slots, slots_R: Array) -> Slots:
     return slots._replace(choices=jax.tree.map(lambda a, b: a.at[slots_R].set(b[0]), slots.choices, neutral))
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "top"))
-def score(cfg: config.ModelConfig, weights: Weights, tokens_BS: Array, top: int = 0) -> Scores:
-    """Log-probability of every token given those before it, and the `top` likeliest ones of its place.
-
-    Where a token is the likeliest its log-probability is the first of `top_logprobs`, bit for bit.
-    """
-    tokens_BS = jnp.asarray(tokens_BS, jnp.int32)
-    B, S = tokens_BS.shape
-    positions_BS = jnp.broadcast_to(jnp.arange(S), (B, S))
-    hidden_BSD, _ = _forward(cfg, weights, parallel.embedding_lookup(weights.table_VD, tokens_BS), positions_BS)
-    return _score(cfg, weights, hidden_BSD, tokens_BS, top)
-
-
 def _score(cfg: config.ModelConfig, weights: Weights, hidden_BSD: jax.Array, tokens_BS: jax.Array, top: int) -> Scores:
-    """The same from hidden states; never more than `logits_chunk` rows of logits at once."""
+    """Scores from hidden states; never more than `logits_chunk` rows of logits at once."""
     B, S, D = hidden_BSD.shape
     chunk = min(B * S, cfg.compute.logits_chunk)
     padding = -B * S % chunk

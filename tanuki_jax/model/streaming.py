@@ -26,8 +26,8 @@ def stream(
     weights = slots.unstack(cfg, params) if isinstance(params, dict) else params
     tokens, lengths = pad_prompts([prompt], power_of_two(max(MIN_WIDTH, len(prompt))))
     state = slots.empty(cfg, 1, power_of_two(max(tokens.shape[1], len(prompt) + sampling.max_new_tokens)))
-    keys = request_key(seed, prompt)[None]
-    state = slots.admit(cfg, weights, state, tokens, lengths, np.zeros(1, np.int32), stack([sampling]), keys)
+    admitted = slots.Prompts(tokens, lengths, np.zeros(1, np.int32), stack([sampling]), request_key(seed, prompt)[None])
+    state = slots.admit(cfg, weights, state, admitted)
     for _ in range(sampling.max_new_tokens):
         state, chosen = slots.step(cfg, weights, state, 1)
         token = int(chosen.ids[0, 0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import time
 import uuid
 from collections.abc import Iterable, Sequence
@@ -41,7 +42,7 @@ class Answer:
         self.prompt += piece.prompt
 
 
-class Writer:
+class Writer(abc.ABC):
     """Writes the answer to one request, whole or piece by piece."""
 
     prefix = ""  # of the answer's id
@@ -52,17 +53,17 @@ class Writer:
         self._n_per_prompt = len(request.jobs) // len(request.prompts)
         self.answers = [Answer() for _ in request.jobs]
 
+    @abc.abstractmethod
     def whole(self) -> str:
         """The whole answer."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def begin(self) -> Iterable[str]:
         """The chunks before any piece."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def piece(self, index: int, piece: Piece) -> Iterable[str]:
         """The chunks for a piece of the answer with this number."""
-        raise NotImplementedError
 
     def end(self) -> Iterable[str]:
         """The chunk after all pieces, where usage was asked for."""
@@ -76,8 +77,8 @@ class Writer:
         """A chunk; it has the field of usage, empty or not, where that was asked for."""
         return self._write(choices, {"usage": usage} if self._request.include_usage else {})
 
-    def _write(self, choices: list[Any], usage: dict[str, Any]) -> str:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def _write(self, choices: list[Any], usage: dict[str, Any]) -> str: ...
 
     def _usage(self) -> CompletionUsage:
         prompt, completion = sum(len(p.ids) for p in self._request.prompts), sum(a.n_tokens for a in self.answers)

@@ -67,15 +67,13 @@ class SlotsDecoder:
         padded = [*rows, *[(-1, rows[0][1])] * (self.n_together - len(rows))]
         slots_R = np.array([slot if slot >= 0 else self.n_slots for slot, _ in padded], np.int32)
         jobs = [job for _, job in padded]
-        prompts = [job.prompt for job in jobs]
-        tokens_RP, lengths_R = pad_prompts(prompts, self.width(max(map(len, prompts))))
-        choices = stack([job.sampling for job in jobs])
+        texts = [job.prompt for job in jobs]
+        tokens_RP, lengths_R = pad_prompts(texts, self.width(max(map(len, texts))))
         keys_R = jnp.stack([request_key(job.seed, job.prompt, job.sample) for job in jobs])
+        prompts = slots.Prompts(tokens_RP, lengths_R, slots_R, stack([job.sampling for job in jobs]), keys_R)
         with_scores = np.bool_(any(job.score_prompt for job in jobs))
         with self._on_mesh():
-            self._slots, scores = slots.admit_scored(
-                *(self._cfg, self._weights, self._slots, tokens_RP, lengths_R, slots_R, choices, keys_R, with_scores, TOP)
-            )
+            self._slots, scores = slots.admit_scored(self._cfg, self._weights, self._slots, prompts, with_scores, TOP)
         if not with_scores:
             return None
         scores = jax.device_get(scores)

@@ -15,7 +15,7 @@ from tanuki_jax.model import lora
 from tanuki_jax.train import losses
 from tanuki_jax.train.step import gradients
 from tests import plain
-from tests.tiny import QUICK, apply, packed_batch, random_params, small, with_options
+from tests.tiny import QUICK, apply, packed_batch, prompt_scores, random_params, small, with_options
 
 # Inputs and outputs of all matrices differ, so that none can be taken for another.
 SHAPE = dict(n_heads=6, n_kv_heads=2, head_dim=4, d_ff=40)
@@ -245,8 +245,8 @@ def test_decoding_uses_them_too(target):
         base, trained, scales = adapted("mixed")
         params = {**base, "lora": one_branch(trained["lora"], target), "lora_scale": one_branch(scales["lora_scale"], target)}
     tokens = np.random.default_rng(0).integers(1, 96, (2, 6))
-    found = model.slots.score(cfg, model.slots.unstack(cfg, params), tokens)
-    expected = model.slots.score(cfg, model.slots.unstack(cfg, added_by_hand(params)), tokens)
+    found = prompt_scores(cfg, model.slots.unstack(cfg, params), tokens)
+    expected = prompt_scores(cfg, model.slots.unstack(cfg, added_by_hand(params)), tokens)
     assert_close({"scores": found.logprobs}, {"scores": expected.logprobs})
 
 

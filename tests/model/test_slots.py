@@ -12,7 +12,7 @@ from tanuki_jax.evaluate import score
 from tanuki_jax.model import Sampling, sampling, slots
 from tanuki_jax.model.generate import pad_prompts
 from tests.model import scanned_decoder as scanned
-from tests.tiny import apply, random_params, small, with_options
+from tests.tiny import apply, prompt_scores, random_params, small, with_options
 
 MODELS = {"dense": small(), "mixture": small(n_experts=4)}
 RNG = np.random.default_rng(0)
@@ -40,7 +40,8 @@ GREEDY = Sampling()
 
 def put(cfg, weights, state, slot, prompt, options, key):
     tokens, lengths = pad_prompts([prompt], WIDTH)
-    return slots.admit(cfg, weights, state, tokens, lengths, np.array([slot], np.int32), sampling.stack([options]), key[None])
+    admitted = slots.Prompts(tokens, lengths, np.array([slot], np.int32), sampling.stack([options]), key[None])
+    return slots.admit(cfg, weights, state, admitted)
 
 
 def fill(cfg, weights, prompts, options=GREEDY):
@@ -174,7 +175,7 @@ def test_scores_of_a_prompt_are_those_of_evaluate(chunk):
     answered = [prompt + text for prompt, text in zip(PROMPTS, expected("mixture"), strict=True) if len(prompt + text) <= 32]
     rows = [answered[0], answered[1], (PROMPTS[3] * 32)[:32]]
     tokens, _ = pad_prompts(rows, 32)
-    found = slots.score(cfg, weights, tokens, 5)
+    found = prompt_scores(cfg, weights, tokens, 5)
     assert found.logprobs.shape == (3, 31) and found.top_ids.shape == found.top_logprobs.shape == (3, 31, 5)
     masks = [[0] + [1] * (len(row) - 1) for row in rows]
     sums = score.sequence_logprobs(cfg, params, rows, masks)
@@ -233,11 +234,11 @@ def test_prompts_are_admitted_and_scored_by_one_program():
     prompts = PROMPTS[:2]
     tokens, lengths = pad_prompts(prompts, WIDTH)
     options, keys = sampling.stack([GREEDY] * 2), sampling.row_keys(np.int32(0), sampling.row_numbers(prompts))
-    at, expected_scores = np.array([1, COUNT], np.int32), slots.score(cfg, weights, tokens, TOP)  # the second into no slot
+    admitted = slots.Prompts(tokens, lengths, np.array([1, COUNT], np.int32), options, keys)  # the second into no slot
+    expected_scores = prompt_scores(cfg, weights, tokens, TOP)
     for wanted in (True, False):
-        state, scores = slots.admit_scored(
-            *(cfg, weights, slots.empty(cfg, COUNT, LENGTH), tokens, lengths, at, options, keys, np.bool_(wanted), TOP)
-        )
+        state = slots.empty(cfg, COUNT, LENGTH)
+        state, scores = slots.admit_scored(cfg, weights, state, admitted, np.bool_(wanted), TOP)
         assert np.asarray(state.position_B).tolist() == [0, lengths[0], *[0] * 6]
         for found, part in zip(scores, expected_scores, strict=True):
             np.testing.assert_allclose(found, part if wanted else np.zeros_like(part), atol=1e-5)
