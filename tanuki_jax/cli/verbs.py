@@ -232,6 +232,8 @@ def _data_filter(options: argparse.Namespace) -> None:
 
     names = Filters.__dataclass_fields__
     filters = Filters(**{name: getattr(options, name) for name in names})
+    if options.judge and not (filters.min_quality or filters.dependent_turns):
+        raise UserError("--judge is for --min_quality and --dependent_turns; give one of them, or leave it out")
     summary = filter_files(
         options.input,
         filters,

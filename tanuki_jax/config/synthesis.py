@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -109,6 +109,11 @@ def decider(synth: Synth) -> str:
     if METHODS[synth.method].gives != PAIRS:
         return ""
     return BETTER if synth.better else RULES if synth.judge == RULES else JUDGE
+
+
+def has_prices(endpoints: Iterable[Endpoint]) -> bool:
+    """Whether money is counted for any of them."""
+    return any(endpoint.input_price or endpoint.output_price for endpoint in endpoints)
 
 
 def roles(synth: Synth) -> dict[str, str]:

@@ -8,7 +8,19 @@ from tanuki_jax.config.addresses import check_address, check_base_url
 from tanuki_jax.config.derived import made_sources, making_order, making_stage, needs_stage, waits_for_stage
 from tanuki_jax.config.kinds import STAGE_KINDS
 from tanuki_jax.config.schema import Recipe
-from tanuki_jax.config.synthesis import JUDGE, LANGUAGES, METHODS, PII, RULES, SYNTH_PREFIX, Filters, Synth, decider
+from tanuki_jax.config.synthesis import (
+    JUDGE,
+    LANGUAGES,
+    METHODS,
+    PII,
+    RULES,
+    SYNTH_PREFIX,
+    Filters,
+    Synth,
+    decider,
+    has_prices,
+    roles,
+)
 from tanuki_jax.errors import UserError
 
 
@@ -71,6 +83,11 @@ def _check_synth(recipe: Recipe, name: str, synth: Synth) -> None:
         raise UserError(f"{where}.language is {synth.language!r}; it must be ja or en")
     if decider(synth) == JUDGE and not synth.judge:
         raise UserError(f"{where}.judge is empty; name one of `endpoints`, or {RULES}, or a `better` model instead")
+    if synth.max_cost and not has_prices(recipe.endpoints[endpoint] for endpoint in roles(synth).values() if endpoint):
+        raise UserError(
+            f"{where}.max_cost is {synth.max_cost:g}, but no endpoint that is asked has a price, so that nothing would be "
+            "counted; set input_price and output_price of it"
+        )
     _check_seeds(recipe, where, synth)
 
 

@@ -132,7 +132,7 @@ def empty(cfg: config.ModelConfig, batch_size: int, length: int) -> Slots:
         position_B=zeros_B,
         step_B=zeros_B,
         key_B2=jnp.zeros((batch_size, 2), jnp.uint32),
-        choices=jax.tree.map(jnp.asarray, stack([Sampling()] * batch_size)),
+        choices=jax.tree.map(lambda a: jnp.broadcast_to(a, (batch_size, *a.shape[1:])), stack([Sampling()])),
         seen_BV=jnp.zeros((batch_size, cfg.vocab_size), bool),
     )
     return _place(slots)

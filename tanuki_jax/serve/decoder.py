@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
+import os
 from collections.abc import Callable, Sequence
 
 import jax
@@ -23,6 +25,19 @@ SMALLEST = 32  # width of a prompt's program
 MAX_STEPS = 8  # of a block
 
 Handle = tuple[int, slots.Tokens]  # a block on its way: steps, and their tokens on the device
+
+
+def slots_bytes(cfg: config.ModelConfig, n_slots: int, length: int) -> int:
+    """Bytes of so many slots, nearly all of them the cache's."""
+    shapes = jax.eval_shape(lambda: slots.empty(cfg, n_slots, length))
+    return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(shapes))
+
+
+def memory_bytes(device: jax.Device) -> int:
+    """Bytes of a device's memory, which is the machine's where the device has none of its own; 0 = not known."""
+    if device.platform == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return int((device.memory_stats() or {}).get("bytes_limit", 0))
 
 
 class SlotsDecoder:

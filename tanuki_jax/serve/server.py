@@ -23,7 +23,7 @@ from tanuki_jax.checkpoint.restore import Loaded
 from tanuki_jax.data.tokenizer import Tokenizer
 from tanuki_jax.errors import UserError
 from tanuki_jax.serve.app import MAX_BODY, Access, Api
-from tanuki_jax.serve.decoder import SlotsDecoder
+from tanuki_jax.serve.decoder import SlotsDecoder, memory_bytes, slots_bytes
 from tanuki_jax.serve.engine import Engine
 from tanuki_jax.serve.prompts import warm_up
 from tanuki_jax.serve.requests import ServedModel
@@ -161,6 +161,7 @@ def make_server(model: Model, options: Options, loopback: bool = True) -> Server
         raise UserError(f"serve: max_length {length} has no room for a prompt and an answer; it must be at least 2")
     if length > model.max_seq_len:
         raise UserError(f"serve: max_length {length} is more than the {model.max_seq_len} tokens of the model's longest row")
+    _check_memory(model, options.slots, length)
 
     def build(take_note: Callable[[str], None]) -> SlotsDecoder:
         decoder = SlotsDecoder(model.cfg, model.params, options.slots, length, model.mesh)
@@ -174,6 +175,17 @@ def make_server(model: Model, options: Options, loopback: bool = True) -> Server
     served = ServedModel(options.model_name or model.name, model.tokenizer, vocab_size, length)
     api = Api(engine, served, Access(options.keys, loopback), options.max_body)
     return Server(api.app(), engine, options.grace)
+
+
+def _check_memory(model: Model, n_slots: int, length: int) -> None:
+    """An error where the slots alone are more than the devices hold."""
+    devices = [*model.mesh.devices.flat] if model.mesh else jax.devices()[:1]
+    needed, there = slots_bytes(model.cfg, n_slots, length), sum(map(memory_bytes, devices))
+    if 0 < there < needed:
+        raise UserError(
+            f"serve: {n_slots} slots of {length:,} tokens need {needed / 1e9:,.1f} GB, and {len(devices)} "
+            f"{devices[0].platform} device(s) have {there / 1e9:,.1f} GB; give fewer --slots, or a smaller --max_length"
+        )
 
 
 def bind(host: str, port: int) -> socket.socket:

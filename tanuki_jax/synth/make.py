@@ -15,7 +15,7 @@ from typing import Any
 from tanuki_jax import endpoint, files
 from tanuki_jax.config.derived import made_seeds, making_order
 from tanuki_jax.config.schema import Recipe
-from tanuki_jax.config.synthesis import METHODS, PAIRS, Endpoint, Filters, Synth, roles
+from tanuki_jax.config.synthesis import METHODS, PAIRS, Endpoint, Filters, Synth, has_prices, roles
 from tanuki_jax.data.filters import filter_files
 from tanuki_jax.data.filters.filtering import make_checks
 from tanuki_jax.errors import UserError
@@ -216,14 +216,15 @@ def _ask(work: Work, directory: Path) -> endpoint.Summary:
 
 
 def _estimate(work: Work) -> dict[str, Any]:
-    """Requests, tokens and money, as if every answer were as long as it may be."""
+    """Requests, tokens and money (None where no price is set), as if every answer were as long as it may be."""
 
     def reply(job: endpoint.Job) -> str:
         tokens = int(job.settings(work.endpoints[job.role])["max_tokens"])
         return f"{job.step} {job.sample} " + "あ" * tokens
 
     chain = methods.CHAINS[work.context.synth.method](dataclasses.replace(work.context, dry_run=True))
-    return dataclasses.asdict(endpoint.estimate(work.items, chain, work.endpoints, reply=reply))
+    found = dataclasses.asdict(endpoint.estimate(work.items, chain, work.endpoints, reply=reply))
+    return found if has_prices(work.endpoints.values()) else {**found, "cost": None}
 
 
 def _write(synth: Synth, filters: Filters | None, judge: Endpoint | None, directory: Path, plan: dict[str, Any]) -> Summary:

@@ -46,6 +46,7 @@ def test_filter_asks_a_judge(rows, tmp_path, capsys):
         (["--judge=http://me:secret@127.0.0.1:9", "--min_quality=0.5"], "--judge has a password or key in its address"),
         (["--judge=127.0.0.1:9", "--min_quality=0.5"], "--judge is '127.0.0.1:9'; it must be an address"),
         (["--against=other.jsonl", "--leaks"], "give --near_duplicates"),
+        (["--judge=http://127.0.0.1:9", "--leaks"], "--judge is for --min_quality and --dependent_turns"),
         (["--judge=http://127.0.0.1:9", "--min_quality=0.5"], "start its server"),
     ],
 )

@@ -50,6 +50,7 @@ BAD = {
     "judge of a filter": (dict(filters__short__judge="x"), ["filters.short.judge", "'x'", "judge"]),
     "generator": (dict(synth__answers__generator="gpt"), ["synth.answers.generator", "'gpt'", "judge"]),
     "judge": (dict(synth__pairs__judge="gpt"), ["synth.pairs.judge", "'gpt'", "rules"]),
+    "no prices": (dict(synth__answers__max_cost=5.0), ["synth.answers.max_cost is 5", "input_price"]),
     "language": (dict(synth__answers__language="fr"), ["synth.answers.language", "'fr'"]),
     "method": (dict(synth__answers__method="ask"), ["synth.answers.method", "'ask'", "persona"]),
     "no tasks": (

@@ -320,6 +320,8 @@ def test_a_model_that_cannot_be_served_is_one_error(loaded):
         serve.background(loaded, serve.Options(max_length=65)),
     ):
         pass
+    with pytest.raises(UserError, match=r"fewer --slots"), serve.background(loaded, serve.Options(slots=10**9)):
+        pass
     broken = dataclasses.replace(loaded, params={})
     with pytest.raises(UserError, match="the engine has failed"), serve.background(broken, serve.Options(slots=1)):
         pass

@@ -242,6 +242,7 @@ def test_entries_that_read_others_rows_come_after_them(tmp_path):
     with serve(japanese) as (url, _):
         dry = make.make_all(recipe(url, **entries), tmp_path, dry_run=True)
         assert [s.report.get("waits_for") for s in dry] == [None, "first"]
+        assert dry[0].report["at_most"]["cost"] is None  # no price is set
         harder, first = None, None
         for summary in make.make_all(recipe(url, **entries), tmp_path, "harder"):
             harder, first = summary, harder

@@ -3,6 +3,6 @@
 from tanuki_jax.data.filters.filtered_files import Summary, filter_files
 from tanuki_jax.data.filters.filtering import REASONS, filter_rows
 
-VERSION = 1  # of what filters drop; sources that another version has filtered are filtered anew
+VERSION = 2  # of what filters drop; sources that another version has filtered are filtered anew
 
 __all__ = ["REASONS", "VERSION", "Summary", "filter_files", "filter_rows"]

@@ -14,7 +14,7 @@ from tanuki_jax.data.sources import Row
 
 # In the order in which they are applied; the first that a row fails is its reason.
 REASONS = (
-    *("invalid", "min_characters", "max_characters", "language", "leaks", "repetition", "evaluation", "pii"),
+    *("invalid", "empty", "min_characters", "max_characters", "language", "leaks", "repetition", "evaluation", "pii"),
     *("near_duplicates", "dependent_turns", "min_quality", "no_verdict"),
 )
 Check: TypeAlias = tuple[str, Callable[[Texts], str]]  # a reason, and what says why a text is dropped for it; empty = it is not
@@ -26,8 +26,8 @@ def ignore_drop(row: Row, reason: str, detail: str) -> None:
 
 
 def make_checks(filters: Filters) -> list[Check]:
-    """The checks of single rows that a config switches on, cheap ones first."""
-    checks: list[Check] = []
+    """The checks of single rows: whether there is anything, and what a config switches on, cheap ones first."""
+    checks: list[Check] = [("empty", lambda texts: "" if texts.trains else "nothing in it is trained on")]
     if filters.min_characters:
         checks.append(("min_characters", lambda texts: _too_short(texts, filters.min_characters)))
     if filters.max_characters:

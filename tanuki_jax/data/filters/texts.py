@@ -34,6 +34,7 @@ class Answer(NamedTuple):
 class Texts(NamedTuple):
     """A row's texts: the answers that are trained on, of a pair the chosen one's alone, and all there is in it."""
 
+    trains: bool  # whether there is anything that is trained on: text, or a call of a tool
     answers: tuple[Answer, ...]
     parts: tuple[str, ...]  # the document, or every message (of a pair: with the rejected answer)
 
@@ -48,7 +49,8 @@ def texts_of(row: Row) -> Texts:
     if kind == "tokens":
         raise UserError(f"filters: {row.where} holds tokens; filters look at text, so filter the rows before they are encoded")
     if kind == "text":
-        return Texts((Answer(row.fields["text"]),), (row.fields["text"],))
+        text = row.fields["text"]
+        return Texts(bool(text.strip()), (Answer(text),), (text,))
     try:
         conversations: list[Messages] = [row.fields["messages"]] if kind == "dialogue" else list(pair_messages(row.fields))
     except UserError as error:
@@ -57,7 +59,9 @@ def texts_of(row: Row) -> Texts:
     for other in conversations[1:]:
         shared = sum(1 for first, second in zip(conversations[0], other, strict=False) if first == second)
         parts += [text_of(message) for message in other[shared:]]
-    return Texts(tuple(_answers(conversations[0])), tuple(part for part in parts if part))
+    answers = tuple(_answers(conversations[0]))
+    trains = any(answer.text.strip() for answer in answers) or any(map(_calls_tools, conversations[0]))
+    return Texts(trains, answers, tuple(part for part in parts if part))
 
 
 def _answers(messages: Messages) -> list[Answer]:
@@ -75,6 +79,10 @@ def _answers(messages: Messages) -> list[Answer]:
             questions.append(text)
             last = text
     return result
+
+
+def _calls_tools(message: Mapping[str, Any]) -> bool:
+    return message.get("role") == "assistant" and message.get("weight") != 0 and bool(message.get("tool_calls"))
 
 
 def text_of(message: Mapping[str, Any]) -> str:

@@ -248,7 +248,7 @@ def test_check_digits():
 
 
 def texts(*parts):
-    return Texts((), parts)
+    return Texts(True, (), parts)
 
 
 def test_prompts_are_found_by_ngrams_after_normalisation():

@@ -55,6 +55,31 @@ def test_the_first_filter_that_applies_is_the_reason():
     assert [REASONS.index(reason) for _, reason in reasons] == sorted(REASONS.index(reason) for _, reason in reasons)
 
 
+TALK = {"role": "user", "content": "こんにちは"}
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "now", "arguments": {}}}]}
+SAID = {"role": "assistant", "content": "はい。"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"text": " \n"}, "empty"),
+        ({"messages": []}, "empty"),
+        ({"messages": [TALK]}, "empty"),
+        ({"messages": [TALK, {"role": "assistant", "content": " "}]}, "empty"),
+        ({"messages": [TALK, {**SAID, "weight": 0}]}, "empty"),
+        ({"prompt": "問い", "chosen": "", "rejected": "はい。"}, "empty"),
+        ({"messages": [TALK, CALL]}, None),
+        ({"messages": [TALK, SAID]}, None),
+        ({"prompt": "問い", "chosen": "はい。", "rejected": ""}, None),
+    ],
+)
+def test_a_row_without_anything_to_train_on_is_dropped(fields, reason):
+    dropped = []
+    passed = list(filter_rows([Row("f:0", fields)], Filters(), lambda row, why, detail: dropped.append(why)))
+    assert dropped == ([reason] if reason else []) and len(passed) == (reason is None)
+
+
 def test_it_streams():
     """A row comes out before the next one is read."""
     seen = []
@@ -192,7 +217,7 @@ def test_a_judge_scores_rows_and_finds_questions_that_need_nothing(tmp_path):
     with serve_judge(verdicts) as (url, prompts):
         summary = filter_files(source, filters, tmp_path / "out", judge=Endpoint(base_url=url), quiet=True)
         asked = len(prompts)
-    assert summary.dropped == {"min_characters": 1, "dependent_turns": 1, "min_quality": 1, "no_verdict": 1}
+    assert summary.dropped == {"empty": 1, "dependent_turns": 1, "min_quality": 1, "no_verdict": 1}
     assert read(tmp_path / "out/rows.jsonl") == [values[0], values[2]]
     dropped = {row["reason"]: row for row in read(tmp_path / "out/dropped.jsonl")}
     assert dropped["dependent_turns"]["row"] == values[3] and dropped["min_quality"]["where"].endswith(":2")
