@@ -1,36 +1,16 @@
 """A recipe that makes what it trains on: one command, any kill, the same bits; and what it says of its data."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
-import jax
-import numpy as np
 import pytest
 
-from tanuki_jax import checkpoint
 from tanuki_jax.files import read_json
+from tests.recipe.killed_runs import assert_same_bits, kill_run, lines, run
 
 CONFIG = Path(__file__).with_name("made_rows_config.py")
-ROOT = Path(__file__).parents[2]
 NAMES = ("answers", "pairs")
-SECONDS = 600
-
-
-def start(workdir, *flags):
-    command = [sys.executable, "-m", "tanuki_jax.cli", *flags, f"--config={CONFIG}", f"--workdir={workdir}"]
-    environment = {**os.environ, "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")}
-    with (workdir.parent / f"{workdir.name}.log").open("a") as log:
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
-
-
-def run(workdir, *flags):
-    assert start(workdir, *flags).wait(SECONDS) == 0, (workdir.parent / f"{workdir.name}.log").read_text()[-3000:]
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +18,7 @@ def trained(tmp_path_factory):
     """A workdir with the stages before any rows are made."""
     workdir = tmp_path_factory.mktemp("made") / "trained"
     for stage in ("pretrain", "sft"):
-        run(workdir, "train", f"--stage={stage}")
+        run(CONFIG, workdir, "train", f"--stage={stage}")
     return workdir
 
 
@@ -46,12 +26,8 @@ def trained(tmp_path_factory):
 def undisturbed(trained):
     workdir = trained.with_name("undisturbed")
     shutil.copytree(trained, workdir)
-    run(workdir, "run")
+    run(CONFIG, workdir, "run")
     return workdir
-
-
-def lines(path):
-    return path.read_bytes().count(b"\n") if path.is_file() else 0
 
 
 def rows(workdir, name):
@@ -69,20 +45,14 @@ def test_killed_three_times_it_ends_with_the_same_bits(trained, undisturbed):
         lambda: lines(killed / "synth/pairs/answers/answers.jsonl") >= 200,
         lambda: (killed / "stages/dpo/tokenizer").is_dir(),
     ):
-        process, deadline = start(killed, "run"), time.monotonic() + SECONDS
-        while not is_time() and time.monotonic() < deadline:
-            assert process.poll() is None, "it ended before it was killed"
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    run(killed, "run")
+        kill_run(CONFIG, killed, is_time)
+    run(CONFIG, killed, "run")
     for name in NAMES:
         assert rows(killed, name) == rows(undisturbed, name)
         asked = [json.loads(line)["id"] for line in (killed / f"synth/{name}/answers/answers.jsonl").open(encoding="utf-8")]
         assert len(asked) == len(set(asked)) == read_json(undisturbed / f"synth/{name}/report.json")["requests"]["answers"]
     for stage in ("again", "dpo"):
-        first, second = (checkpoint.load(workdir / "stages" / stage).params for workdir in (undisturbed, killed))
-        assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(np.asarray(a), np.asarray(b)), first, second))
+        assert_same_bits(stage, undisturbed, killed)
 
 
 @pytest.mark.slow
@@ -109,5 +79,5 @@ def test_every_row_says_where_it_comes_from(undisturbed):
 @pytest.mark.slow
 def test_a_finished_run_makes_nothing_again(undisturbed):
     before = {path: path.stat().st_mtime_ns for path in (undisturbed / "synth").rglob("*") if path.is_file()}
-    run(undisturbed, "run")
+    run(CONFIG, undisturbed, "run")
     assert before == {path: path.stat().st_mtime_ns for path in (undisturbed / "synth").rglob("*") if path.is_file()}

@@ -10,6 +10,7 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -20,10 +21,10 @@ import pytest
 from tanuki_jax import endpoint
 from tanuki_jax.cli.main import main
 from tanuki_jax.config.synthesis import Endpoint
-from tanuki_jax.data import prepare
 from tanuki_jax.endpoint import Drop, Job, Overflow
 from tanuki_jax.errors import UserError
 from tests.endpoint.chains import question
+from tests.recipe.killed_runs import assert_same_bits, kill_run, lines, run
 
 pytestmark = pytest.mark.slow
 
@@ -68,6 +69,15 @@ def get_config():
     prompts = dict(seeds=dict(prompts="synth:dialogues"), **english)
     c.synth.judged = config.synth("preferences", items=3, judge="smol", **prompts)
     c.synth.better = config.synth("preferences", better="greedy", **prompts)
+    shape = dict(n_layers=1, d_model=32, d_ff=64, n_heads=2, n_kv_heads=2, head_dim=16)
+    c.model.update(dict(vocab_size=512, **shape))
+    c.data = dict(text="rules:synthetic_en", dialogues="synth:dialogues", pairs="synth:better")
+    c.rules.update(dict(documents=200))
+    c.tokenizer.update(dict(vocab_size=512, character_coverage=1.0, boundary="none", sources=("text", "dialogues")))
+    row = dict(steps=20, seq_len=256, batch_size=4, save_every=10)
+    c.stages.pretrain = config.stage("pretrain", mixture=dict(text=(1.0,)), **row)
+    c.stages.sft = config.stage("sft", init_from="pretrain", mixture=dict(dialogues=(1.0,)), **row)
+    c.stages.dpo = config.stage("dpo", init_from="sft", mixture=dict(pairs=(1.0,)), **row)
     return c
 """
 
@@ -204,14 +214,21 @@ def check_codes(work):
     assert code == (0 if read_entry(work, "judged")[0]["rows"] else 1)
 
 
+def write_recipe(work, url):
+    """The recipe's file, with its topics and templates beside it."""
+    topics, templates = work / "topics.jsonl", work / "templates.toml"
+    topics.write_text("".join(json.dumps({"topic": topic}) + "\n" for topic in TOPICS), encoding="utf-8")
+    templates.write_text(TEMPLATES, encoding="utf-8")
+    path = work / "recipe.py"
+    path.write_text(RECIPE.format(url=url, topics=str(topics), templates=str(templates)), encoding="utf-8")
+    return path
+
+
 @pytest.fixture(scope="module")
 def work(url, tmp_path_factory):
     """The workdir of topics -> dialogues -> filters -> preferences; the budget of the first command is too small."""
     work = tmp_path_factory.mktemp("foreign")
-    topics, templates = work / "topics.jsonl", work / "templates.toml"
-    topics.write_text("".join(json.dumps({"topic": topic}) + "\n" for topic in TOPICS), encoding="utf-8")
-    templates.write_text(TEMPLATES, encoding="utf-8")
-    (work / "recipe.py").write_text(RECIPE.format(url=url, topics=str(topics), templates=str(templates)), encoding="utf-8")
+    write_recipe(work, url)
     assert synth(work, "dialogues", "--config.synth.dialogues.max_calls=3") == 1
     assert len(read(work / "synth/dialogues/answers/answers.jsonl")) == 3
     check_codes(work)
@@ -266,9 +283,22 @@ def test_what_is_made_is_not_made_again(work):
     assert {path: path.read_bytes() for path in work.glob("synth/*/*.*")} == before
 
 
-@pytest.mark.parametrize(("name", "kind"), [("dialogues", "dialogue"), ("better", "pair")])
-def test_its_rows_are_trained_on(work, tokenizer, tmp_path, name, kind):
-    """With a tokenizer that is not the model's."""
-    _, rows, _ = read_entry(work, name)
-    manifest = prepare.prepare(str(work / "synth" / name / "rows.jsonl"), tokenizer, tmp_path / name, workers=1)
-    assert (manifest.kind, manifest.rows, manifest.rejected) == (kind, len(rows), 0) and manifest.tokens > 10 * len(rows)
+def test_killed_three_times_a_recipe_makes_its_rows_once_and_trains_on_them(url, tmp_path):
+    """Its stages have the bits of a recipe that finds these rows made."""
+    recipe, killed, undisturbed = write_recipe(tmp_path, url), tmp_path / "killed", tmp_path / "undisturbed"
+    for is_time in (
+        lambda: lines(killed / "synth/dialogues/answers/answers.jsonl") >= 5,
+        lambda: lines(killed / "synth/better/answers/answers.jsonl") >= 5,
+        lambda: (killed / "stages/dpo/tokenizer").is_dir(),
+    ):
+        kill_run(recipe, killed, is_time)
+    run(recipe, killed, "run")
+    for name in ("dialogues", "better"):
+        check_calls(killed / "synth" / name, read_entry(killed, name)[0])
+    undisturbed.mkdir()
+    shutil.copytree(killed / "synth", undisturbed / "synth")
+    run(recipe, undisturbed, "run")
+    for stage in ("sft", "dpo"):
+        assert_same_bits(stage, killed, undisturbed)
+    card = (killed / "data_card.md").read_text(encoding="utf-8")
+    assert "`synth:dialogues`" in card and "`synth:better`" in card and "apache-2.0" in card
