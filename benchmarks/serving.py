@@ -4,7 +4,7 @@
 
 Starts a server in a process of its own, lets one client ask for a while, and then many.  Prompts have 8 to 120 tokens,
 answers 8 to 128; a share of the clients closes its stream after a few pieces.  Prints one line of JSON.  Exit code 1 where a
-request failed, a slot stayed busy, or memory grew by more than 5 %.
+request failed, a slot stayed busy, or memory grew by more than 5 %, or by more than 1 % in the second half.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from pathlib import Path
 import openai
 
 WARM_UP = 10.0  # seconds of many clients before memory is read for the first time
+READINGS = 20  # of memory while many clients ask
 
 
 def main() -> int:
@@ -51,7 +52,8 @@ def main() -> int:
         result_code = server.wait(60)
     result["exit_code"] = result_code
     print(json.dumps(result))
-    grown = result["rss_end_mb"] > 1.05 * result["rss_warm_mb"]
+    memory = result["rss_mb"]
+    grown = memory[-1] > 1.05 * memory[0] or memory[-1] > 1.01 * memory[len(memory) // 2]
     return int(bool(result["errors"]) or result["slots_busy_at_end"] > 0 or grown or result_code != 0)
 
 
@@ -65,8 +67,10 @@ async def measure(options: argparse.Namespace, address: str, pid: int) -> dict:
     model = (await client.models.list()).data[0].id
     alone = await load(client, model, 1, min(20.0, options.seconds / 3), options, leaving=0.0)
     await load(client, model, options.clients, WARM_UP, options, options.leaving)
-    warm, cpu = rss(pid), cpu_seconds(pid)
+    cpu, memory = cpu_seconds(pid), [rss(pid)]
+    reading = asyncio.create_task(keep_reading(pid, memory, options.seconds / READINGS))
     many = await load(client, model, options.clients, options.seconds, options, options.leaving)
+    reading.cancel()
     cpu = cpu_seconds(pid) - cpu
     await asyncio.sleep(1)
     metrics = await asyncio.to_thread(read, f"{address}/metrics")
@@ -82,8 +86,7 @@ async def measure(options: argparse.Namespace, address: str, pid: int) -> dict:
         "tokens_per_second": round(many["tokens"] / many["seconds"], 1),
         "gain": round(many["tokens"] / many["seconds"] / (alone["tokens"] / alone["seconds"]), 2),
         "server_cpu_ms_per_token": round(1000 * cpu / max(1, many["tokens"]), 2),
-        "rss_warm_mb": warm,
-        "rss_end_mb": rss(pid),
+        "rss_mb": [*memory, rss(pid)],
         "slots_busy_at_end": int(float(re.search(r"^tanuki_serve_slots_busy (\S+)$", metrics, re.MULTILINE)[1])),
         "ready_after_s": round(ready, 1),
     }
@@ -153,6 +156,13 @@ def rss(pid: int) -> float:
     """Memory of a process in MB."""
     fields = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
     return round(int(re.search(r"VmRSS:\s+(\d+)", fields)[1]) / 1024, 1)
+
+
+async def keep_reading(pid: int, memory: list[float], every: float) -> None:
+    """Adds the memory of a process again and again."""
+    while True:
+        await asyncio.sleep(every)
+        memory.append(rss(pid))
 
 
 def cpu_seconds(pid: int) -> float:
