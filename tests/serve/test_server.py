@@ -239,6 +239,9 @@ def test_the_page_is_small_and_asks_nobody_else(running):
     texts = re.search(r"const TEXTS = \{\n  ja: \{(.*?)\},\n  en: \{(.*?)\},\n\};", page, re.DOTALL)
     names = [re.findall(r"(\w+): \"", part) for part in texts.groups()]
     assert names[0] == names[1] and set(re.findall(r"data-text=\"(\w+)\"", page)) <= set(names[0])
+    assert {"ready", "busy", "stopped"} <= set(re.findall(r"say\(\"(\w+)\"", page)) <= set(names[0])
+    assert {"invalid_api_key", "loading", "context_length_exceeded"} <= set(names[0])  # codes of errors
+    assert "event.keyCode === 229" in page  # the Enter that ends a composition in Safari
     labelled = re.findall(r"<label[^>]*>.*?</label>", page, re.DOTALL)
     assert len(re.findall(r"<(?:input|select|textarea)", page)) == sum("<input" in x or "<select" in x for x in labelled) + 1
 

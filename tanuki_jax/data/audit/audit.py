@@ -49,12 +49,16 @@ class Audit:
 
     def labels(self) -> dict[int, str]:
         """Number -> category, of the rows that have been labelled."""
+        return {number: str(label["category"]) for number, label in self.last_labels().items()}
+
+    def last_labels(self) -> dict[int, dict[str, Any]]:
+        """Number -> the last line of labels.jsonl about it, with its category and who set it (`by`)."""
         path = self.directory / "labels.jsonl"
-        result: dict[int, str] = {}
+        result: dict[int, dict[str, Any]] = {}
         for _, label in read_rows(path) if path.is_file() else ():
             number, category = label.get("number"), label.get("category")
             if isinstance(number, int) and 0 <= number < len(self.sample) and category in self.names:
-                result[number] = str(category)
+                result[number] = label
         return result
 
     def add_label(self, number: int, category: str, by: str = "hand") -> None:

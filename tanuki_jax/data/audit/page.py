@@ -24,7 +24,10 @@ from tanuki_jax.errors import UserError
 
 HOST = "127.0.0.1"
 MAX_BODY = 10_000  # bytes of a label
-POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; base-uri 'none'"
+POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
+    "base-uri 'none'"
+)
 HEADERS = {
     "Content-Security-Policy": POLICY,
     "Cache-Control": "no-store",
@@ -35,12 +38,13 @@ HEADERS = {
 
 def render(audit: Audit) -> str:
     """The page with the sample, the categories and the labels so far in it; it asks for nothing outside."""
-    labels = audit.labels()
+    labels = audit.last_labels()
     document = {
         "id": files.fingerprint(str(audit.directory.resolve()), [row.text for row in audit.sample]),
         "categories": [category._asdict() for category in audit.categories],
         "rows": [row._asdict() for row in audit.sample],
-        "labels": {str(number): category for number, category in labels.items()},
+        "labels": {str(number): label["category"] for number, label in labels.items()},
+        "judges": {str(number): label["by"] for number, label in labels.items() if label.get("by", "hand") != "hand"},
     }
     template = (resources.files("tanuki_jax.data.audit") / "page.html").read_text("utf-8")
     return template.replace("{{DATA}}", json.dumps(document, ensure_ascii=False).replace("<", "\\u003c"))

@@ -1,6 +1,7 @@
 """Samples, labels and shares."""
 
 import json
+import re
 import shutil
 import threading
 import time
@@ -153,6 +154,27 @@ def test_the_page_works_alone_and_asks_for_nothing_outside(corpus, tmp_path):
     start = html.index('type="application/json">') + len('type="application/json">')
     data = json.loads(html[start : html.index("</script>", start)])
     assert len(data["rows"]) == 10 and data["rows"][0]["text"].endswith("</script>")
+
+
+def test_the_page_knows_which_labels_a_judge_has_set(corpus, tmp_path):
+    """A download writes them as the judge's again."""
+    opened = open_here(corpus, tmp_path)
+    for number, by in ((1, "judge"), (2, "judge"), (2, "hand"), (3, "hand")):
+        opened.add_label(number, "spam", by)
+    html = page.render(opened)
+    data = json.loads(html.split('type="application/json">')[1].split("</script>")[0])
+    assert data["labels"] == {"1": "spam", "2": "spam", "3": "spam"} and data["judges"] == {"1": "judge"}
+    assert "judges.get(number)" in html
+
+
+def test_the_pages_texts_are_there_in_both_languages(corpus, tmp_path):
+    html = page.render(open_here(corpus, tmp_path))
+    japanese, english = re.search(r"const WORDS = \{\n  ja: \{(.*?) \},\n  en: \{(.*?) \},\n\};", html, re.DOTALL).groups()
+    names = re.findall(r"(\w+): \"", japanese)
+    assert names == re.findall(r"(\w+): \"", english) and len(names) == len(set(names))
+    assert set(re.findall(r"words\.(\w+)", html)) | {"closable", "failed", "ended", "storage"} <= set(names)
+    assert re.search(r"if \(event\.repeat && [^}]*return;\n  }", html)  # a key that is held down labels one row
+    assert 'href="data:' not in html or "img-src data:" in page.POLICY
 
 
 def test_the_served_page_writes_labels_and_refuses_strangers(corpus, tmp_path):
