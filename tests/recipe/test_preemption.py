@@ -1,5 +1,6 @@
 """SIGTERM during a run in processes of its own: how it ends, and that the same command goes on as if nothing had happened."""
 
+import functools
 import json
 import os
 import signal
@@ -17,7 +18,7 @@ from tanuki_jax.recipe.stage import run_stage
 from tests.recipe.test_resume import ROOT, metrics, same_weights
 from tests.tiny_recipe import CONFIG
 
-STEPS = 160  # long enough to be in the middle of
+STEPS = {1: 160, 2: 60}  # of so many processes; long enough to be in the middle of
 
 
 def start(workdir, processes=1):
@@ -25,9 +26,8 @@ def start(workdir, processes=1):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    flags = [
-        f"--config.stages.pretrain.{key}={value}" for key, value in (("steps", STEPS), ("save_every", 100), ("log_every", 1))
-    ]
+    keys = {"steps": STEPS[processes], "save_every": 100, "log_every": 1}
+    flags = [f"--config.stages.pretrain.{key}={value}" for key, value in keys.items()]
     mesh = ["--config.mesh.data=2", "--config.mesh.fsdp=2", "--stage=pretrain"]
     started = []
     for process in range(processes):
@@ -71,12 +71,23 @@ def told(workdir):
     return [event for event in (json.loads(line)["event"] for line in lines) if event != "slow_host"]
 
 
-@pytest.mark.parametrize(
-    ("processes", "signalled"),
-    [pytest.param(1, [0], marks=pytest.mark.slow), *(pytest.param(2, s, marks=pytest.mark.slow) for s in ([0], [1], [0, 1]))],
-)
-def test_sigterm_ends_a_run_within_ten_seconds_and_it_goes_on(tmp_path, processes, signalled):
-    workdir, whole = tmp_path / "run", tmp_path / "whole"
+@pytest.fixture(scope="module")
+def left_alone(tmp_path_factory):
+    """The workdir of a run of so many processes that nobody disturbs."""
+
+    @functools.cache
+    def run(processes):
+        workdir = tmp_path_factory.mktemp(f"{processes}") / "whole"
+        assert codes(start(workdir, processes), 240) == [0] * processes
+        return workdir
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "signalled"), [(1, [0]), (2, [0]), (2, [1]), (2, [0, 1])])
+def test_sigterm_ends_a_run_within_ten_seconds_and_it_goes_on(tmp_path, left_alone, processes, signalled):
+    workdir, whole = tmp_path / "run", left_alone(processes)
     running = start(workdir, processes)
     until(lambda: len(metrics(workdir, "pretrain")) >= 20, running[0])
     for n in signalled:
@@ -84,9 +95,8 @@ def test_sigterm_ends_a_run_within_ten_seconds_and_it_goes_on(tmp_path, processe
     assert codes(running, 10) == [75] * processes
     assert told(workdir) == ["preempted"]
     [saved] = (int(p.name) for p in (workdir / "stages/pretrain/checkpoints").iterdir())
-    assert saved == len(metrics(workdir, "pretrain")) < STEPS  # nothing is lost
+    assert saved == len(metrics(workdir, "pretrain")) < STEPS[processes]  # nothing is lost
     assert codes(start(workdir, processes), 240) == [0] * processes
-    assert codes(start(whole, processes), 240) == [0] * processes
     same_weights(workdir / "stages/pretrain", whole / "stages/pretrain")
     mine, theirs = metrics(workdir, "pretrain"), metrics(whole, "pretrain")
     assert [(r["step"], r["loss"]) for r in mine] == [(r["step"], r["loss"]) for r in theirs]
