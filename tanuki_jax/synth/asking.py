@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from tanuki_jax.config.synthesis import Synth
+from tanuki_jax.data import encodings
 from tanuki_jax.endpoint import Answer, Ask, Drop, Job
 from tanuki_jax.synth import cleaning
 from tanuki_jax.synth.seeds import Item
@@ -42,15 +43,15 @@ def transcribe(messages: Sequence[Mapping[str, str]], language: str) -> str:
 
 
 async def call(ask: Ask, context: Context, item: Item, step: str, messages: Messages, **more: Any) -> str:
-    """The stripped text of an answer; Drop where it is empty, cut at its length, or refused."""
+    """The stripped text of an answer that passes `check`."""
     answer = await ask(Job(messages=messages, step=step, template=context.templates.version, **more))
     return check(answer, item)
 
 
 def check(answer: Answer, item: Item) -> str:
-    """The stripped text of an answer; Drop where it is empty, cut at its length, or refused.
+    """The stripped text of an answer; Drop where it is empty, cut at its length, refused, or holds what is no text.
 
-    What the item names as its right answer is no refusal ("I am very sorry." is one of the rules' manners).
+    A model whose tokens are bytes may write control characters, which no source of a recipe may hold.  What the item names as its right answer is no refusal ("I am very sorry." is one of the rules' manners).
     """
     text = answer.text.strip()
     if answer.finish_reason == "length":
@@ -60,6 +61,8 @@ def check(answer: Answer, item: Item) -> str:
         raise Drop("refused", {"text": text})
     if not text:
         raise Drop("empty")
+    if problem := encodings.problem(text):
+        raise Drop("not_text", {"text": text, "message": problem})
     return text
 
 

@@ -49,7 +49,7 @@ def chain(context: Context) -> Chain:
 
 
 async def _samples(context: Context, item: Item, ask: Ask) -> Samples:
-    """Answers of the generator; those that are empty, cut or refused are counted."""
+    """Answers of the generator; those that will not do are counted."""
 
     async def sample(number: int) -> str | Drop:
         try:

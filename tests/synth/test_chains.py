@@ -59,6 +59,8 @@ def test_there_are_as_many_turns_as_asked_for():
         ("a1", Answer(text="三十", finish_reason="length"), "cut"),
         ("a2", "申し訳ありませんが、お答えできません。", "refused"),
         ("q2", Answer(text="はい", finish_reason="content_filter"), "refused"),
+        ("a1", "はい\0。", "not_text"),
+        ("q2", "\x1b[31m赤いりんごはいくつですか。", "not_text"),
         ("q1", "How many apples are there?", "language"),
         ("a2", "There are fifteen apples in all.", "language"),
         ("q2", "りんごは全部でいくつですか。", "repeated question"),
