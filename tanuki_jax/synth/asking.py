@@ -51,7 +51,8 @@ async def call(ask: Ask, context: Context, item: Item, step: str, messages: Mess
 def check(answer: Answer, item: Item) -> str:
     """The stripped text of an answer; Drop where it is empty, cut at its length, refused, or holds what is no text.
 
-    A model whose tokens are bytes may write control characters, which no source of a recipe may hold.  What the item names as its right answer is no refusal ("I am very sorry." is one of the rules' manners).
+    A model whose tokens are bytes may write control characters, which no source of a recipe may hold.  What the item names as
+    its right answer is no refusal ("I am very sorry." is one of the rules' manners).
     """
     text = answer.text.strip()
     if answer.finish_reason == "length":

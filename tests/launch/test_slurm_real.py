@@ -178,11 +178,8 @@ def test_the_nano_recipe_requeued_twice_has_the_bits_of_one_that_was_not(nano, c
         "JAX_CPU_ENABLE_ASYNC_DISPATCH": "0",
         "PYTHONPATH": str(ROOT),
     }
-    config, whole, errors = (
-        f"--config={ROOT}/tests/launch/nano_by_rules.py",
-        tmp_path / "whole",
-        (tmp_path / "errors").open("w+"),
-    )
+    config, whole = f"--config={ROOT}/tests/launch/nano_by_rules.py", tmp_path / "whole"
+    errors = (tmp_path / "errors").open("w+")
     words = [sys.executable, "-m", "tanuki_jax.cli", "run", config, f"--workdir={whole}", *FLAGS]
     process = subprocess.Popen(words, env=os.environ | env, stdout=errors, stderr=errors)
     request.addfinalizer(process.kill)
