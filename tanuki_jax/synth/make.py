@@ -223,8 +223,8 @@ def _estimate(work: Work) -> dict[str, Any]:
         return f"{job.step} {job.sample} " + "あ" * tokens
 
     chain = methods.CHAINS[work.context.synth.method](dataclasses.replace(work.context, dry_run=True))
-    found = dataclasses.asdict(endpoint.estimate(work.items, chain, work.endpoints, reply=reply))
-    return found if has_prices(work.endpoints.values()) else {**found, "cost": None}
+    estimate = dataclasses.asdict(endpoint.estimate(work.items, chain, work.endpoints, reply=reply))
+    return estimate if has_prices(work.endpoints.values()) else {**estimate, "cost": None}
 
 
 def _write(synth: Synth, filters: Filters | None, judge: Endpoint | None, directory: Path, plan: dict[str, Any]) -> Summary:

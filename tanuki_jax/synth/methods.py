@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from tanuki_jax.config.schema import Recipe
 from tanuki_jax.config.synthesis import METHODS, SYNTH_PREFIX, Synth
 from tanuki_jax.errors import UserError
-from tanuki_jax.synth import chains, preferences, seeds, templates
+from tanuki_jax.synth import chains, preferences, seeds, templates, weak_fields
 from tanuki_jax.synth.asking import Chain, Context
 
 CHAINS: Mapping[str, Callable[[Context], Chain]] = {
@@ -33,12 +34,14 @@ def context_of(synth: Synth, name: str = "") -> Context:
 
 
 def check(recipe: Recipe, name: str) -> None:
-    """Looks at all that the rows `name` of `synth` need and no stage makes: templates, styles, lists and files of seeds.
+    """Looks at all that the rows `name` of `synth` need and no stage makes: templates, styles, scores, lists and files of seeds.
 
-    For the time before anything long begins; the first row of each file is read.
+    For the time before anything long begins; the first row of each file of seeds is read.
     """
     synth = recipe.synth[name]
     context_of(synth, name)
+    if synth.scores and synth.scores not in recipe.stages:
+        weak_fields.weakest(Path(synth.scores), synth.weakest)
     for kind, address in synth.seeds.items():
         if not address.startswith(SYNTH_PREFIX):
             seeds.check(kind, address)

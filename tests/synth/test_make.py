@@ -316,6 +316,10 @@ def test_weak_fields_come_from_a_file_of_scores(tmp_path):
         scores.write_text(text)
         with pytest.raises(UserError, match=message):
             make.make(recipe("http://127.0.0.1:1/v1", rows=topics), "rows", tmp_path / "x")
+    scores.unlink()  # with scores that are not there nothing at all is asked
+    with serve(japanese) as (url, bodies), pytest.raises(UserError, match=r"scores\.json cannot be read"):
+        make.make_all(recipe(url, first=persona(), rows=topics), tmp_path)
+    assert not bodies and not (tmp_path / "first").exists()
 
 
 # Requests for one item, by config and entry: the table of docs/synthetic_data.md.
@@ -338,6 +342,7 @@ def test_every_shipped_config_loads_and_runs_dry(path, tmp_path, monkeypatch, ca
     monkeypatch.chdir(tmp_path)
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts/a.jsonl").write_text('{"text": "狸は夜に活動する。"}\n', "utf-8")
+    (tmp_path / "scores.json").write_text('{"maths": 0.3, "coding": 0.5}')
     assert main(["synth", f"--config={path}", f"--workdir={tmp_path / 'w'}", "--dry_run", "--json"]) == 0
     entries = json.loads(capsys.readouterr().out)["synth"]
     loaded = config.load([f"--config={path}"], needs_stages=False)
