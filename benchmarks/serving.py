@@ -25,7 +25,7 @@ from pathlib import Path
 
 import openai
 
-WARM_UP = 10.0  # seconds of many clients before memory is read for the first time
+WARM_UP = 60.0  # seconds of many clients before memory is read for the first time
 READINGS = 20  # of memory while many clients ask
 
 
