@@ -1,6 +1,6 @@
 """The paper's claims in miniature: is upcycling worth it, does the synthetic finale help, which strategy, which gate?
 
-python benchmarks/paper_claims.py --workdir=runs/claims [--seeds=5] [--ja='ja/*.jsonl.gz' --en='en/*.jsonl.gz']
+python benchmarks/paper_claims.py --workdir=runs/claims [--seeds=5] [--parts=finale,pairs] [--ja='ja/*.gz' --en='en/*.gz']
 
 Every run is an ordinary recipe (`get_config` below; rule-made text unless files are given), so the same command
 goes on where it was stopped.  Seeds change the data, the initial weights and the order.  Differences are taken within a seed,
@@ -34,6 +34,7 @@ OWN_LOSSES = {  # of the stages that train on its own pairs
     "dpo_own_sft": dict(beta=0.1, router_aux_loss=0.0, preference=dict(sigmoid=1.0, sft=1.0)),
 }
 PARTS = ("main", "groups", "plain", "finale", "pairs")
+PARENTS = ("pretrain", "noise_up", "noise")  # stages of `main` that other parts start from
 OWN = dict(prompts=2_000, samples=4)  # of the model's own answers, from which the rules' checker makes pairs
 
 
@@ -106,24 +107,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--parts", default=",".join(PARTS), help="of what is compared; others train no more than these need")
     parser.add_argument("--ja", default="", help="files of Japanese text in place of the rule-made documents")
     parser.add_argument("--en", default="", help="the same of English")
     parser.add_argument("--report_only", action="store_true", help="only write the report of what is there")
     options = parser.parse_args()
+    wanted = {*options.parts.split(",")}
+    if not wanted <= {*PARTS} or ("pairs" in wanted and "finale" not in wanted):
+        parser.error(f"--parts: choose from {', '.join(PARTS)}; pairs needs finale")
+    options.parts = [part for part in PARTS if part in wanted]
     options.workdir.mkdir(parents=True, exist_ok=True)
     clock = options.workdir / "seconds.json"
     spent = json.loads(clock.read_text()) if clock.is_file() else {}
     for seed in range(0 if options.report_only else options.seeds):
         for part in PARTS:
+            if part not in ("main", *options.parts):
+                continue
             began = time.monotonic()
             run(options, part, seed)
             spent[f"{part}-{seed}"] = max(spent.get(f"{part}-{seed}", 0), time.monotonic() - began)
             clock.write_text(json.dumps(spent))
-    seeds = [seed for seed in range(options.seeds) if (options.workdir / f"{PARTS[-1]}-{seed}" / "summary.json").is_file()]
-    found = [read(options.workdir, seed) for seed in seeds]
+    last = options.parts[-1]
+    seeds = [seed for seed in range(options.seeds) if (options.workdir / f"{last}-{seed}" / "summary.json").is_file()]
+    found = [read(options, seed) for seed in seeds]
     report = written(options, found, sum(spent.values()))
     (options.workdir / "report.md").write_text(report, encoding="utf-8")
-    picture(found, options.workdir / "claims.svg")
+    if options.parts == [*PARTS]:
+        picture(found, options.workdir / "claims.svg")
     print(report)
 
 
@@ -140,21 +150,24 @@ def run(options: argparse.Namespace, part: str, seed: int) -> None:
     flags = [f"--config.stages.{name}.init_from={parent}" for name in starts.get(part, ())]
     flags += [f"--config.tokenizer.path={parent / 'tokenizer'}"] if part != "main" else []
     flags += [f"--config.data.{name}={files}" for name, files in (("ja", options.ja), ("en", options.en)) if files]
-    command = [sys.executable, "-m", "tanuki_jax.cli", "run", f"--config={Path(__file__).absolute()}:{part}.{seed}"]
+    config = [f"--config={Path(__file__).absolute()}:{part}.{seed}", *flags, f"--workdir={home}"]
+    verbs = [["run"]] if part in options.parts else [["train", f"--stage={stage}"] for stage in PARENTS]
     cache = {"JAX_COMPILATION_CACHE_DIR": str(options.workdir.absolute() / "cache")}
     with (options.workdir / f"{part}-{seed}.log").open("w") as log:
-        done = subprocess.run([*command, *flags, f"--workdir={home}"], cwd=ROOT, env=os.environ | cache, stdout=log, stderr=log)
-    assert done.returncode == 0, f"see {log.name}"
+        for verb in verbs:
+            command = [sys.executable, "-m", "tanuki_jax.cli", *verb, *config]
+            done = subprocess.run(command, cwd=ROOT, env=os.environ | cache, stdout=log, stderr=log)
+            assert done.returncode == 0, f"see {log.name}"
     print(f"{part}, seed {seed}: done", file=sys.stderr, flush=True)
 
 
 # --- reading ------------------------------------------------------------------------------------------------------------------
 
 
-def read(workdir: Path, seed: int) -> dict[str, dict]:
+def read(options: argparse.Namespace, seed: int) -> dict[str, dict]:
     """Of each stage of a seed: the held-out loss over training, its scores, and the health of its experts at the end."""
-    result = {}
-    for part in PARTS:
+    workdir, result = options.workdir, {}
+    for part in options.parts:
         summary = json.loads((workdir / f"{part}-{seed}" / "summary.json").read_text(encoding="utf-8"))
         for entry in summary["stages"]:
             path = workdir / f"{part}-{seed}" / "stages" / entry["name"] / "metrics.jsonl"
@@ -191,50 +204,45 @@ def verdict(mean: float, half: float, better_is_lower: bool) -> str:
     return "holds" if (mean < 0) == better_is_lower else "does not hold"
 
 
+METRICS = {  # unit, and whether less is better
+    "exact_match": ("points", False),
+    "pair_accuracy": ("points", False),
+    "loss": ("nats", True),
+    "moe/load_max": ("x mean", True),
+}
+CLAIMS = (  # the first stage over the second
+    ("a: synthetic finale over general finale, exact answers", "synthetic", "general", "exact_match"),
+    ("b: upcycled over dense continued, held-out loss", "noise", "dense", "loss"),
+    ("b: upcycled over mixture from scratch, held-out loss", "noise", "scratch", "loss"),
+    ("c: SFT over the finale, exact answers", "sft", "synthetic", "exact_match"),
+    ("c: DPO on rule-made pairs over SFT, exact answers", "dpo", "sft", "exact_match"),
+    ("c: DPO on rule-made pairs over SFT, right answer preferred", "dpo", "sft", "pair_accuracy"),
+    ("c: DPO on its own pairs over SFT, exact answers", "dpo_own", "sft", "exact_match"),
+    ("c: DPO on its own pairs over SFT, right answer preferred", "dpo_own", "sft", "pair_accuracy"),
+    ("c: DPO on its own pairs over rule-made pairs, exact answers", "dpo_own", "dpo", "exact_match"),
+    ("c: DPO on its own pairs with the SFT loss over SFT, exact answers", "dpo_own_sft", "sft", "exact_match"),
+    ("d: noise over copy, held-out loss", "noise", "copy", "loss"),
+    ("d: drop 0.5 over copy, held-out loss", "drop", "copy", "loss"),
+    ("d: virtual groups over copy, held-out loss", "groups", "copy", "loss"),
+    ("e: normalised over plain gate, held-out loss", "noise", "plain", "loss"),
+    ("e: normalised over plain gate, largest load", "noise", "plain", "moe/load_max"),
+    ("e: adaptive over fixed coefficient, held-out loss", "adaptive", "noise", "loss"),
+    ("e: adaptive over fixed coefficient, largest load", "adaptive", "noise", "moe/load_max"),
+)
+
+
 def effects(found: list[dict]) -> list[tuple[str, str, float, float, str]]:
-    """Claim, unit, mean difference, half interval and verdict of each comparison."""
+    """Claim, unit, mean difference, half interval and verdict of each comparison whose stages there are."""
 
-    def loss(a: str, b: str) -> list[float]:
-        return [seed[a]["loss"] - seed[b]["loss"] for seed in found]
+    def value(stage: dict, metric: str) -> float:
+        return stage[metric] if metric in stage else 100 * stage["scores"][metric]
 
-    def score(a: str, b: str, key: str) -> list[float]:
-        return [100 * (seed[a]["scores"][key] - seed[b]["scores"][key]) for seed in found]
-
-    def health(a: str, b: str, key: str) -> list[float]:
-        return [seed[a][key] - seed[b][key] for seed in found]
-
-    rows = [
-        (
-            "a: synthetic finale over general finale, exact answers",
-            "points",
-            score("synthetic", "general", "exact_match"),
-            False,
-        ),
-        ("b: upcycled over dense continued, held-out loss", "nats", loss("noise", "dense"), True),
-        ("b: upcycled over mixture from scratch, held-out loss", "nats", loss("noise", "scratch"), True),
-        ("c: SFT over the finale, exact answers", "points", score("sft", "synthetic", "exact_match"), False),
-        ("c: DPO over SFT, exact answers", "points", score("dpo", "sft", "exact_match"), False),
-        ("c: DPO over SFT, right answer preferred", "points", score("dpo", "sft", "pair_accuracy"), False),
-        ("c: DPO on its own pairs over SFT, exact answers", "points", score("dpo_own", "sft", "exact_match"), False),
-        (
-            "c: DPO on its own pairs over rule-made pairs, exact answers",
-            "points",
-            score("dpo_own", "dpo", "exact_match"),
-            False,
-        ),
-        ("c: the same with the SFT loss added, over SFT", "points", score("dpo_own_sft", "sft", "exact_match"), False),
-        ("d: noise over copy, held-out loss", "nats", loss("noise", "copy"), True),
-        ("d: drop 0.5 over copy, held-out loss", "nats", loss("drop", "copy"), True),
-        ("d: virtual groups over copy, held-out loss", "nats", loss("groups", "copy"), True),
-        ("e: normalised over plain gate, held-out loss", "nats", loss("noise", "plain"), True),
-        ("e: normalised over plain gate, largest load", "x mean", health("noise", "plain", "moe/load_max"), True),
-        ("e: adaptive over fixed coefficient, held-out loss", "nats", loss("adaptive", "noise"), True),
-        ("e: adaptive over fixed coefficient, largest load", "x mean", health("adaptive", "noise", "moe/load_max"), True),
-    ]
     result = []
-    for claim, unit, values, lower in rows:
-        mean, half = interval(values)
-        result.append((claim, unit, mean, half, verdict(mean, half, lower)))
+    for claim, first, second, metric in CLAIMS:
+        if all({first, second} <= seed.keys() for seed in found):
+            mean, half = interval([value(seed[first], metric) - value(seed[second], metric) for seed in found])
+            unit, lower = METRICS[metric]
+            result.append((claim, unit, mean, half, verdict(mean, half, lower)))
     return result
 
 
@@ -259,25 +267,27 @@ def written(options: argparse.Namespace, found: list[dict], seconds: float) -> s
         f"{platform.machine()}, {os.cpu_count()} cores; {len(found)} seeds, {seconds / 60:.0f} minutes in all.",
         "",
         f"    python benchmarks/paper_claims.py --workdir=runs/claims --seeds={options.seeds}"
+        + (f" --parts={','.join(options.parts)}" if options.parts != [*PARTS] else "")
         + "".join(f" --{name}=..." for name in ("ja", "en") if getattr(options, name)),
         "",
-        f"A model of 2 layers, D 48, F 144 (8 experts, top-2): {DENSE_TOKENS:,} tokens dense, then {FURTHER:,} as a mixture",
-        f"or {found[0]['dense']['tokens']:,} dense, which are as many FLOPs; a mixture from scratch gets the same.",
+        f"A model of 2 layers, D 48, F 144 (8 experts, top-2): {DENSE_TOKENS:,} tokens dense, then {FURTHER:,} as a mixture.",
         "Mean difference within a seed, with the 95 % interval of Student's t; `holds` where the interval leaves 0 out.",
         "",
         "| claim | unit | difference | 95 % interval | |",
         "|---|---|---|---|---|",
     ]
     lines += [f"| {c} | {u} | {m:+.4f} | {m - h:+.4f} to {m + h:+.4f} | {v} |" for c, u, m, h, v in effects(found)]
-    lines += [
-        "",
-        "| run | held-out loss | similarity of experts | largest load / mean | entropy of load |",
-        "|---|---|---|---|---|",
-    ]
-    for name, label in NAMES.items():
+    if "dense" in found[0]:
+        continued = f"The dense model goes on for {found[0]['dense']['tokens']:,}, which are as many FLOPs"
+        lines += ["", f"{continued}; a mixture from scratch gets the same."]
+    runs = []
+    for name in (name for name in NAMES if name in found[0]):
         keys = ("loss", "moe/similarity", "moe/load_max", "moe/load_entropy")
         cells = [f"{np.mean([seed[name][k] for seed in found]):.4f}" if k in found[0][name] else "" for k in keys]
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+        runs.append(f"| {NAMES[name]} | " + " | ".join(cells) + " |")
+    if runs:
+        header = "| run | held-out loss | similarity of experts | largest load / mean | entropy of load |"
+        lines += ["", header, "|---|---|---|---|---|", *runs]
     lines += ["", "| after | exact answers, % | right answer preferred, % |", "|---|---|---|"]
     for name in ("general", "synthetic", "sft", "dpo", *OWN_LOSSES):
         cells = [interval([100 * seed[name]["scores"][key] for seed in found]) for key in ("exact_match", "pair_accuracy")]
