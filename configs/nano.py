@@ -36,7 +36,7 @@ def get_config():
     # The preferences are the model's own: of four answers to each prompt the right one is chosen over the first wrong one.
     c.endpoints.own = config.endpoint(temperature=1.0, max_tokens=40, concurrency=64, license="apache-2.0")
     c.synth.pairs = config.synth(
-        "preferences", seeds=dict(prompts="rules:prompts"), items=1_500, samples=4, generator="own", judge="rules"
+        "preferences", seeds=dict(prompts="rules:prompts"), items=1_000, samples=4, generator="own", judge="rules"
     )
     c.tokenizer.update(
         dict(
@@ -68,8 +68,8 @@ def get_config():
         "pretrain",
         init_from="upcycle",
         mixture=dict(ja=(0.2, 0.0), en=(0.15, 0.0), synthetic_ja=(0.39, 0.6), synthetic_en=(0.26, 0.4)),
-        phase_start_tokens=(0, 500_000),
-        tokens=1_000_000,
+        phase_start_tokens=(0, 400_000),
+        tokens=800_000,
         optimizer=adam(1.5e-3),
         **row,
     )
@@ -87,7 +87,7 @@ def get_config():
         "dpo",
         init_from="sft",
         mixture=dict(pairs=(1.0,)),
-        steps=80,
+        steps=60,
         loss=dict(beta=0.1, router_aux_loss=0.0),
         optimizer=adam(5e-5),
         lora=adapters,
