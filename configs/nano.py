@@ -58,8 +58,8 @@ def get_config():
     c.stages.pretrain = config.stage(
         "pretrain",
         mixture=dict(ja=(0.35, 0.2), en=(0.25, 0.15), synthetic_ja=(0.24, 0.39), synthetic_en=(0.16, 0.26)),
-        phase_start_tokens=(0, 700_000),
-        tokens=1_500_000,
+        phase_start_tokens=(0, 600_000),
+        tokens=1_300_000,
         optimizer=adam(2e-3),
         **row,
     )
@@ -68,8 +68,8 @@ def get_config():
         "pretrain",
         init_from="upcycle",
         mixture=dict(ja=(0.2, 0.0), en=(0.15, 0.0), synthetic_ja=(0.39, 0.6), synthetic_en=(0.26, 0.4)),
-        phase_start_tokens=(0, 400_000),
-        tokens=800_000,
+        phase_start_tokens=(0, 350_000),
+        tokens=700_000,
         optimizer=adam(1.5e-3),
         **row,
     )
@@ -77,7 +77,7 @@ def get_config():
         "sft",
         init_from="continued",
         mixture=dict(dialogues=(1.0,)),
-        tokens=600_000,
+        tokens=500_000,
         optimizer=adam(1e-3),
         lora=adapters,
         **row,
