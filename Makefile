@@ -20,7 +20,7 @@ INSTALLED = $(call escaped,$(VENV)/.installed)
 .PHONY: help setup demo test test-slow check format lock
 
 help:
-	@echo "make demo       set up, train a nano Tanuki through every stage (about ten minutes), write a report"
+	@echo "make demo       set up, train a nano Tanuki through every stage (ten to fifteen minutes), write a report"
 	@echo "make test       set up, run the tests on CPU"
 	@echo "make test-slow  the tests that take minutes, too"
 	@echo "make check      lint, format check, types"
